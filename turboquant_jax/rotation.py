@@ -1,0 +1,138 @@
+"""Rotations of the last axis: frozen pytrees that apply and invert themselves.
+
+A random rotation makes every coordinate of a unit vector look like a coordinate of the uniform
+sphere, for which `codebook` is optimal. Only Haar does so for *every* vector. One randomised
+Hadamard does it on average over dense vectors; for very sparse ones the paper's upper bound fails
+(a one-hot vector lands on +-1/sqrt(d) in every coordinate).
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Float
+from scipy import linalg
+
+Kind = Literal["haar", "hadamard", "block_hadamard", "identity"]
+_static = partial(field, metadata={"static": True})
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Identity:
+    """No rotation: the ablation, and the form for weights that already hold the rotation."""
+
+    dim: int = _static()
+
+    def apply(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """x itself."""
+        return x
+
+    def invert(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """y itself."""
+        return y
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Orthogonal:
+    """A dense orthogonal matrix: Haar-distributed (the theorems' rotation) or learned."""
+
+    matrix: Float[Array, "d d"]
+
+    @property
+    def dim(self) -> int:
+        """Dimension d of the vectors it rotates."""
+        return self.matrix.shape[-1]
+
+    def apply(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Pi x, in float32."""
+        return jnp.einsum("...j,ij->...i", x, self.matrix, precision="highest")
+
+    def invert(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Pi^T y, in float32."""
+        return jnp.einsum("...i,ij->...j", y, self.matrix, precision="highest")
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Hadamard:
+    """H diag(signs) in independent blocks of a power of two; one block unless told otherwise."""
+
+    signs: Float[Array, " d"]
+    block: int = _static()
+
+    @property
+    def dim(self) -> int:
+        """Dimension d of the vectors it rotates."""
+        return self.signs.shape[-1]
+
+    def apply(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """H (signs * x) in each block."""
+        return _walsh_hadamard(_along_last(self.signs, x) * x, self.block)
+
+    def invert(self, y: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """signs * (H y): H is its own inverse."""
+        return _along_last(self.signs, y) * _walsh_hadamard(y, self.block)
+
+
+Rotation = Identity | Orthogonal | Hadamard
+
+
+def create(kind: Kind, key: Array, dim: int) -> Rotation:
+    """Draw a rotation of vectors of dimension `dim`.
+
+    Args:
+      kind: "haar" (any dim; d x d product), "hadamard" (dim a power of two), "block_hadamard" (the
+        largest power of two that divides dim, block by block: 96 = 3 x 32), or "identity".
+      key: a JAX random key; the identity ignores it.
+      dim: dimension of the vectors, at least 2.
+
+    Raises:
+      ValueError: an unknown kind, or a dim that this kind cannot serve.
+    """
+    if dim < 2:
+        raise ValueError(f"a rotation needs dim >= 2, got {dim}")
+    if kind == "identity":
+        return Identity(dim)
+    if kind == "haar":
+        return Orthogonal(jax.random.orthogonal(key, dim))
+    if kind not in get_args(Kind):
+        raise ValueError(f"rotation must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    block = dim & -dim
+    if kind == "hadamard" and block != dim:
+        raise ValueError(
+            f"rotation 'hadamard' needs dim to be a power of two, got {dim}; "
+            "use 'haar' or 'block_hadamard'"
+        )
+    if block == 1:
+        raise ValueError(f"rotation 'block_hadamard' needs an even dim, got {dim}; use 'haar'")
+    return Hadamard(jax.random.rademacher(key, (dim,), jnp.float32), block)
+
+
+def _along_last(v: Float[Array, " d"], x: Float[Array, "*batch d"]) -> Float[Array, "*ones d"]:
+    """`v` with the rank of `x`, spelt out because rank promotion is an error in strict code."""
+    return v.reshape((1,) * (x.ndim - 1) + v.shape)
+
+
+def _walsh_hadamard(x: Float[Array, "*batch d"], block: int) -> Float[Array, "*batch d"]:
+    """Orthonormal Walsh-Hadamard transform of each block of the last axis.
+
+    H_block is a Kronecker product of factors of at most 32: a few small matrix products, which are
+    faster than log2(block) butterflies where the batch is large.
+    """
+    shape, order = x.shape, block.bit_length() - 1
+    while order > 0:
+        step = min(order, 5)
+        factor = np.asarray(linalg.hadamard(2**step) / 2 ** (step / 2), np.float32)
+        inner = 2 ** (order - step)
+        x = x.reshape(*shape[:-1], -1, 2**step, inner)
+        x = jnp.einsum("...ij,ki->...kj", x, factor, precision="highest")
+        order -= step
+        # the factors act on disjoint digits of the index; fold the done ones into the batch
+        x = x.reshape(*shape[:-1], -1, max(inner, 1))
+    return x.reshape(shape)

@@ -1,0 +1,142 @@
+"""The Llama decoder in `flax.nnx`, used functionally: parameters inside, everything else passed.
+
+The decoder knows nothing of any cache. It hands the rotated queries, keys and values of a layer
+to an `attend` callable together with an opaque state, so that one model serves full-precision,
+compressed and teacher-forced evaluation.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from turboquant_jax.llama.config import LlamaConfig
+from turboquant_jax.llama.rope import apply_rope, rotation_angles
+
+State = TypeVar("State")
+
+Attend = Callable[
+    [
+        State,
+        Int[Array, ""],  # index of the layer
+        Float[Array, "B T N H"],  # queries, after RoPE
+        Float[Array, "B T K H"],  # keys, after RoPE
+        Float[Array, "B T K H"],  # values
+    ],
+    tuple[Float[Array, "B T N H"], State],
+]
+"""Attention of one layer over whatever `State`, any pytree, holds: outputs and the new state."""
+
+
+def rms_norm(
+    x: Float[Array, "B T D"], weight: Float[Array, "D"], epsilon: float
+) -> Float[Array, "B T D"]:
+    """`x / sqrt(mean(x**2) + epsilon) * weight`, computed in float32 and cast back to x's dtype."""
+    wide = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+def project(equation: str, x: Array, weight: Array) -> Array:
+    """`einsum` of two operands, accumulated in float32 and cast back to x's dtype."""
+    return jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One decoder layer. `Llama` holds a single one whose parameters carry a leading layer axis."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: DTypeLike):
+        dim, ffn, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones((dim,), dtype))
+        self.q = nnx.Param(_normal(rngs, (dim, heads, head_dim), dim, dtype))
+        self.k = nnx.Param(_normal(rngs, (dim, kv_heads, head_dim), dim, dtype))
+        self.v = nnx.Param(_normal(rngs, (dim, kv_heads, head_dim), dim, dtype))
+        self.o = nnx.Param(_normal(rngs, (heads, head_dim, dim), heads * head_dim, dtype))
+        self.ffn_norm = nnx.Param(jnp.ones((dim,), dtype))
+        self.gate = nnx.Param(_normal(rngs, (dim, ffn), dim, dtype))
+        self.up = nnx.Param(_normal(rngs, (dim, ffn), dim, dtype))
+        self.down = nnx.Param(_normal(rngs, (ffn, dim), ffn, dtype))
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        cos: Float[Array, "B T H/2"],
+        sin: Float[Array, "B T H/2"],
+        index: Int[Array, ""],
+        state: State,
+        attend: Attend[State],
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Attention and the gated feed-forward network, each added to the residual stream."""
+        epsilon = self.config.rms_norm_eps
+        x = rms_norm(hidden, self.attention_norm[...], epsilon)
+        q = apply_rope(project("BTD,DNH->BTNH", x, self.q[...]), cos, sin)
+        k = apply_rope(project("BTD,DKH->BTKH", x, self.k[...]), cos, sin)
+        v = project("BTD,DKH->BTKH", x, self.v[...])
+        out, state = attend(state, index, q, k, v)
+        hidden = hidden + project("BTNH,NHD->BTD", out.astype(hidden.dtype), self.o[...])
+        x = rms_norm(hidden, self.ffn_norm[...], epsilon)
+        gate = jax.nn.silu(project("BTD,DF->BTF", x, self.gate[...]))
+        inner = gate * project("BTD,DF->BTF", x, self.up[...])
+        return hidden + project("BTF,FD->BTD", inner, self.down[...]), state
+
+
+class Llama(nnx.Module):
+    """The decoder: embedding, layers stacked on a leading axis, final norm, vocabulary matrix.
+
+    Being a pytree of its parameters, it is passed to `jax.jit` as an argument like any array.
+    `Llama(config, rngs, dtype)` draws random weights, of variance 1 / fan-in so that activations
+    stay of order one; `nnx.eval_shape` and `jax.jit` serve the constructor at any size.
+    The dtype of the parameters is the dtype of the computation; sums accumulate in float32.
+    """
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
+        dim, vocab = config.hidden_size, config.vocab_size
+        self.config = config
+        self.embedding = nnx.Param(_normal(rngs, (vocab, dim), dim, dtype))
+        self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(key), dtype))(
+            jax.random.split(rngs.params(), config.num_layers)
+        )
+        self.norm = nnx.Param(jnp.ones((dim,), dtype))
+        tied = config.tie_embeddings
+        self.head = None if tied else nnx.Param(_normal(rngs, (vocab, dim), dim, dtype))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: State,
+        attend: Attend[State],
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Hidden vectors after the final norm, and the state as the last layer left it.
+
+        `positions` counts tokens from the start of each sequence. `attend` is called once, for
+        all layers, while `lax.scan` is traced: it must use the layer index it is given.
+        """
+        cos, sin = rotation_angles(self.config, positions)
+
+        def step(carry, layer_and_index):
+            hidden, state = carry
+            layer, index = layer_and_index
+            return layer(hidden, cos, sin, index, state, attend), None
+
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        hidden = self.embedding[...][tokens]
+        (hidden, state), _ = lax.scan(step, (hidden, state), (self.layers, indices))
+        return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps), state
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits; apart from `__call__`, so that only the rows needed pay for them."""
+        matrix = self.embedding if self.head is None else self.head
+        return jnp.einsum("BTD,VD->BTV", hidden, matrix[...], preferred_element_type=jnp.float32)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:
+    scale = jnp.asarray(fan_in**-0.5, dtype)
+    return jax.random.normal(rngs.params(), shape, dtype) * scale

@@ -1,0 +1,96 @@
+"""Tensors of a safetensors file, or of the shards named by an index, read one at a time."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_KINDS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsFolder:
+    """The tensors below one folder; they stay on disk until they are read."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    shards: Mapping[str, Path]  # which file holds a tensor
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in the dtype of the file, bfloat16 as `ml_dtypes.bfloat16`."""
+        with _opened(self.shards[name]) as shard:
+            return shard.get_tensor(name)
+
+
+def open_safetensors(folder: Path) -> SafetensorsFolder:
+    """Read and check the headers of `model.safetensors`, or of every shard in the index beside it.
+
+    Raises FileNotFoundError where there is neither or a shard is missing, and ValueError for a file
+    of another kind, cut short, holding other numbers than floats, or disagreeing with the index.
+    """
+    index = folder / _INDEX
+    paths = _indexed_shards(index) if index.exists() else [folder / _SINGLE]
+    shapes: dict[str, tuple[int, ...]] = {}
+    shards: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, expected safetensors weights")
+        for name, shape in _header(path).items():
+            if name in shapes:
+                raise ValueError(f"{path}: got tensor {name} that {shards[name]} holds too")
+            shapes[name], shards[name] = shape, path
+    if index.exists():
+        _require_agreement(index, shards)
+    return SafetensorsFolder(folder, MappingProxyType(shapes), MappingProxyType(shards))
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: got {error}, expected a whole safetensors file") from error
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    with _opened(path) as shard:
+        for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+            entry = shard.get_slice(name)
+            if entry.get_dtype() not in _KINDS:
+                raise ValueError(
+                    f"{path}: tensor {name}: got {entry.get_dtype()}, "
+                    f"expected one of {', '.join(_KINDS)}"
+                )
+            shapes[name] = tuple(entry.get_shape())
+    return shapes
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(v, str) and v == Path(v).name for v in names.values()):
+            raise ValueError("a shard that is no plain file name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index}: got {error!r}, expected JSON with tensor names and files in weight_map"
+        ) from error
+    return names
+
+
+def _indexed_shards(index: Path) -> list[Path]:
+    return [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+
+
+def _require_agreement(index: Path, shards: Mapping[str, Path]) -> None:
+    """Every tensor of the index lies in the shard it names."""
+    for name, shard in _weight_map(index).items():
+        if name not in shards or shards[name].name != shard:
+            got = shards[name].name if name in shards else "no shard"
+            raise ValueError(f"{index}: tensor {name}: got {got}, expected {shard} to hold it")

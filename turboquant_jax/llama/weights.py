@@ -1,0 +1,154 @@
+"""The decoder from a file of tensors, of whatever format, one tensor in memory at a time."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from turboquant_jax.llama.config import LlamaConfig
+from turboquant_jax.llama.model import Llama
+
+
+class TensorFile(Protocol):
+    """What the formats have in common: matrices are (out, in), as in torch."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, of any float dtype."""
+
+
+HUGGINGFACE_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.attention_norm": "model.layers.{}.input_layernorm.weight",
+    "layers.q": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.k": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.v": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.o": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.ffn_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.gate": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.up": "model.layers.{}.mlp.up_proj.weight",
+    "layers.down": "model.layers.{}.mlp.down_proj.weight",
+}
+"""Parameter of `Llama` -> tensor of a Hugging Face checkpoint; {} is the index of the layer."""
+
+GGUF_NAMES = {
+    "embedding": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "head": "output.weight",
+    "layers.attention_norm": "blk.{}.attn_norm.weight",
+    "layers.q": "blk.{}.attn_q.weight",
+    "layers.k": "blk.{}.attn_k.weight",
+    "layers.v": "blk.{}.attn_v.weight",
+    "layers.o": "blk.{}.attn_output.weight",
+    "layers.ffn_norm": "blk.{}.ffn_norm.weight",
+    "layers.gate": "blk.{}.ffn_gate.weight",
+    "layers.up": "blk.{}.ffn_up.weight",
+    "layers.down": "blk.{}.ffn_down.weight",
+}
+"""Parameter of `Llama` -> tensor of a GGUF file."""
+
+
+def read_huggingface(config: LlamaConfig, source: TensorFile, dtype: DTypeLike) -> Llama:
+    """The decoder with the weights of a Hugging Face checkpoint, in `dtype`.
+
+    Raises ValueError for a missing, unexpected or wrongly shaped tensor.
+    """
+    # Old checkpoints store RoPE's frequencies too; `rope` computes them.
+    ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
+    return _read(config, source, HUGGINGFACE_NAMES, ignored, lambda parameter, w: w, dtype)
+
+
+def read_gguf(config: LlamaConfig, source: TensorFile, dtype: DTypeLike) -> Llama:
+    """The decoder with the weights of a GGUF file of architecture `llama`, in `dtype`.
+
+    The file interleaves the rows of Q and K per head, for a RoPE of adjacent pairs; they are put
+    back into the order of the halves, so that keys have the channel order of the original model.
+    Raises ValueError for a missing, unexpected or wrongly shaped tensor.
+    """
+    heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}
+
+    def transform(parameter: str, matrix: np.ndarray) -> np.ndarray:
+        return unpermute(matrix, heads[parameter]) if parameter in heads else matrix
+
+    return _read(config, source, GGUF_NAMES, {"rope_freqs.weight"}, transform, dtype)
+
+
+def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * H, in): rows 2i and 2i+1 of each head go to rows i and i + H/2."""
+    half = matrix.shape[0] // heads // 2
+    return matrix.reshape(heads, half, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
+
+
+def _read(
+    config: LlamaConfig,
+    source: TensorFile,
+    names: Mapping[str, str],
+    ignored: set[str],
+    transform: Callable[[str, np.ndarray], np.ndarray],
+    dtype: DTypeLike,
+) -> Llama:
+    abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    parameters = [jax.tree_util.keystr(path[:-1], simple=True, separator=".") for path, _ in leaves]
+    wanted = {
+        name.format(layer): _file_shape(parameter, leaf.shape)
+        for parameter, (_, leaf) in zip(parameters, leaves, strict=True)
+        for name in [names[parameter]]
+        for layer in range(config.num_layers if parameter.startswith("layers.") else 1)
+    }
+    _require_shapes(source, wanted, ignored)
+    filled = []
+    for parameter, (_, leaf) in zip(parameters, leaves, strict=True):
+        stacked = np.empty(leaf.shape, leaf.dtype)
+        slots = stacked if parameter.startswith("layers.") else stacked[None]
+        for layer, slot in enumerate(slots):
+            tensor = transform(parameter, source.read(names[parameter].format(layer)))
+            # Only the matrices of the layers are turned from (out, in) to (in, out).
+            tensor = tensor.T if parameter.startswith("layers.") else tensor
+            slot[...] = tensor.reshape(slot.shape)
+        filled.append(jax.device_put(stacked))
+    return jax.tree.unflatten(structure, filled)
+
+
+def _file_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in the file of one layer's share of a parameter of `Llama`."""
+    if not parameter.startswith("layers."):
+        return shape
+    shape = shape[1:]
+    if len(shape) == 1:
+        return shape
+    inputs = 2 if parameter == "layers.o" else 1  # leading axes that are summed over
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def _require_shapes(
+    source: TensorFile, wanted: Mapping[str, tuple[int, ...]], ignored: set[str]
+) -> None:
+    """Exactly the tensors wanted, each in its shape; messages name the first that is not."""
+    got = source.shapes
+    for name, shape in wanted.items():
+        if name not in got:
+            raise ValueError(f"{source.path}: got no tensor {name}, expected one of shape {shape}")
+        if got[name] != shape:
+            raise ValueError(
+                f"{source.path}: tensor {name}: got shape {got[name]}, expected {shape}"
+            )
+    for name in sorted(got.keys() - wanted.keys() - ignored):
+        raise ValueError(
+            f"{source.path}: got an unexpected tensor {name} of shape {got[name]}, "
+            f"expected only the {len(wanted)} tensors of the configuration"
+        )

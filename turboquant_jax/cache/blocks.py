@@ -1,0 +1,114 @@
+"""The packed layout of a block of T tokens of one layer and KV head.
+
+    keys    uint8 [T, bytes]   packed along the channels: a token's row is contiguous
+    values  uint8 [H, bytes]   packed along the tokens: a channel's row is contiguous
+    scales  uint32 [T]         bfloat16 value scale << 16 | bfloat16 key scale
+
+one uint8 array per plane of `packing`. Attention contracts keys over channels and values over
+tokens; so packed, both contractions run along contiguous bytes, and codes can go from memory to
+the operands of the tensor cores without a transposition. With T = 64 and H >= 64 every plane of a
+block is a whole number of 128-byte lines. Groups of channels are arrays of their own; group g of
+the keys and group g of the values share a scale word.
+"""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Float, UInt8, UInt32
+
+from turboquant_jax import packing
+from turboquant_jax.cache.codec import Codec, Group
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """Packed blocks of any leading shape, up to the axis K of KV heads.
+
+    `keys[g][p]` is uint8 [*lead, K, T, bytes], `values[g][p]` uint8 [*lead, K, H_g, bytes] and
+    `scales[g]` uint32 [*lead, K, T], for group g of channels and plane p of its bits.
+    """
+
+    keys: tuple[tuple[UInt8[Array, "*lead K T bytes"], ...], ...]
+    values: tuple[tuple[UInt8[Array, "*lead K H bytes"], ...], ...]
+    scales: tuple[UInt32[Array, "*lead K T"], ...]
+
+
+def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], heads: int, tokens: int) -> Blocks:
+    """Blocks of zeros; `lead` is (layers, pages) in a cache."""
+    key, value = codecs
+    shape = (*lead, heads)
+
+    def planes(count, group, rows):
+        return tuple(
+            jnp.zeros((*shape, rows, packing.plane_bytes(count, width)), jnp.uint8)
+            for width in group.plane_widths
+        )
+
+    words = max(len(key.groups), len(value.groups))
+    return Blocks(
+        tuple(planes(group.dim, group, tokens) for group in key.groups),
+        tuple(planes(tokens, group, group.dim) for group in value.groups),
+        tuple(jnp.zeros((*shape, tokens), jnp.uint32) for _ in range(words)),
+    )
+
+
+def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Group, ...]) -> Blocks:
+    """Pack quantized groups, indices [*lead, T, K, channels] and scales [*lead, T, K]."""
+    key_codec, value_codec = codecs
+    packed_keys = tuple(
+        packing.pack(jnp.swapaxes(indices, -3, -2), group.plane_widths)
+        for group, (indices, _) in zip(key_codec.groups, keys, strict=True)
+    )
+    packed_values = tuple(
+        packing.pack(jnp.moveaxis(indices, -3, -1), group.plane_widths)
+        for group, (indices, _) in zip(value_codec.groups, values, strict=True)
+    )
+    words = tuple(
+        _scale_word(
+            None if k is None else jnp.swapaxes(k[1], -1, -2),
+            None if v is None else jnp.swapaxes(v[1], -1, -2),
+        )
+        for k, v in zip_longest(keys, values)
+    )
+    return Blocks(packed_keys, packed_values, words)
+
+
+def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
+    """Invert `pack`: groups of keys and of values, indices [*lead, K, T, channels]."""
+    key_codec, value_codec = codecs
+    tokens = blocks.scales[0].shape[-1]
+    keys = tuple(
+        (packing.unpack(planes, group.plane_widths, group.dim), _as_bfloat16(word))
+        for group, planes, word in zip(key_codec.groups, blocks.keys, blocks.scales, strict=False)
+    )
+    values = tuple(
+        (
+            jnp.swapaxes(packing.unpack(planes, group.plane_widths, tokens), -1, -2),
+            _as_bfloat16(word >> jnp.uint32(16)),
+        )
+        for group, planes, word in zip(
+            value_codec.groups, blocks.values, blocks.scales, strict=False
+        )
+    )
+    return keys, values
+
+
+def _scale_word(
+    key: Float[Array, "*lead K T"] | None, value: Float[Array, "*lead K T"] | None
+) -> UInt32[Array, "*lead K T"]:
+    """Both scales of a token in one word: one load a token. An absent group is zero."""
+
+    def bits(scale):
+        return lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+
+    if key is None or value is None:
+        return bits(key) if value is None else bits(value) << jnp.uint32(16)
+    return bits(value) << jnp.uint32(16) | bits(key)
+
+
+def _as_bfloat16(word: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    return lax.bitcast_convert_type(word.astype(jnp.uint16), jnp.bfloat16)

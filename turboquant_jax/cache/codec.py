@@ -1,0 +1,106 @@
+"""From full-precision vectors of a layer to the quantizers' codes, group by group."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Float, Int, UInt8
+
+from turboquant_jax import quantizer as quantizers
+from turboquant_jax.cache.config import CodecConfig
+from turboquant_jax.quantizer import Quantizer
+
+Group = tuple[UInt8[Array, "*batch channels"], Float[Array, "*batch"]]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Codec:
+    """One quantizer per group of channels; `order` lists the channels group by group.
+
+    `order` is int32 [layers, K, H], or None for the natural order. The *rotated space* of a codec
+    is the concatenation of its groups' rotated channels.
+    """
+
+    groups: tuple[Quantizer, ...]
+    order: Int[Array, "layers K H"] | None
+
+    def rotate(self, layer: Int[Array, ""], x: Float[Array, "*batch K H"]):
+        """Into the rotated space, float32: scores and outputs are computed there."""
+        parts = self._split(self._reorder(layer, x.astype(jnp.float32)))
+        return jnp.concatenate(
+            [group.rotation.apply(part) for group, part in zip(self.groups, parts, strict=True)], -1
+        )
+
+    def unrotate(self, layer: Int[Array, ""], y: Float[Array, "*batch K H"]):
+        """Back from the rotated space, float32."""
+        parts = self._split(y)
+        x = jnp.concatenate(
+            [group.rotation.invert(part) for group, part in zip(self.groups, parts, strict=True)],
+            -1,
+        )
+        if self.order is None:
+            return x
+        order = jnp.argsort(self.order[layer], axis=-1)
+        return jnp.take_along_axis(x, _broadcast(order, x), axis=-1)
+
+    def quantize(self, layer: Int[Array, ""], x: Float[Array, "*batch K H"]) -> tuple[Group, ...]:
+        """Indices and scales of each group of channels."""
+        parts = self._split(self._reorder(layer, x))
+        return tuple(
+            quantizers.quantize(group, part) for group, part in zip(self.groups, parts, strict=True)
+        )
+
+    def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*batch H"]:
+        """Vectors in the rotated space, float32."""
+        return jnp.concatenate(
+            [
+                quantizers.dequantize(group, indices, scale)
+                for group, (indices, scale) in zip(self.groups, groups, strict=True)
+            ],
+            axis=-1,
+        )
+
+    def _reorder(self, layer, x):
+        if self.order is None:
+            return x
+        return jnp.take_along_axis(x, _broadcast(self.order[layer], x), axis=-1)
+
+    def _split(self, x):
+        edges, parts = 0, []
+        for group in self.groups:
+            parts.append(x[..., edges : edges + group.dim])
+            edges += group.dim
+        return parts
+
+
+def create(
+    key: Array, config: CodecConfig, head_dim: int, order: Int[Array, "layers K H"] | None = None
+) -> Codec:
+    """Draw the rotations of a codec.
+
+    Raises:
+      ValueError: a codebook, code or rotation that the bits or the channels of a group rule out.
+    """
+    groups = config.groups(head_dim)
+    keys = jax.random.split(key, len(groups))
+    return Codec(
+        tuple(
+            quantizers.create(
+                subkey,
+                channels,
+                bits,
+                rotation=config.rotation,
+                codebook="lloyd_max" if config.code == "trellis" else config.codebook,
+                code=config.code,
+                scale=config.scale,
+            )
+            for subkey, (channels, bits) in zip(keys, groups, strict=True)
+        ),
+        order,
+    )
+
+
+def _broadcast(order, x):
+    return jnp.broadcast_to(order.reshape((1,) * (x.ndim - 2) + order.shape), x.shape)

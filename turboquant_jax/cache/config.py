@@ -1,0 +1,108 @@
+"""Everything static about a cache, in two frozen dataclasses that hash and compare by value."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from turboquant_jax import rotation as rotations
+from turboquant_jax.quantizer import Code, Codebook, ScaleMode
+
+Groups = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """How keys, or values, are quantized.
+
+    Attributes:
+      bits: bits per channel; or ((channels, bits), ...) to split the channels, outliers first: each
+        group has its own rotation, codebook and scale. The paper's "2.5 bits" is ((32, 3), (96, 2)).
+      rotation: see `rotation.create`.
+      codebook: see `quantizer.create`; "grid" is what the GPU kernels serve at full speed.
+      code: "scalar" or "trellis".
+      scale: the per-vector scale mode.
+    """
+
+    bits: int | Groups = 4
+    rotation: rotations.Kind = "hadamard"
+    codebook: Codebook = "grid"
+    code: Code = "scalar"
+    scale: ScaleMode = "least_squares"
+
+    def groups(self, head_dim: int) -> Groups:
+        """((channels, bits), ...) that together cover the head."""
+        return ((head_dim, self.bits),) if isinstance(self.bits, int) else self.bits
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The shape of a cache and the rule of what is compressed when.
+
+    Of a sequence of length L, the first `sinks` tokens stay in full precision, then come
+
+        C(L) = block * floor(max(0, L - sinks - window) / block)
+
+    compressed tokens, and the rest, between `window` and `window + block - 1` of them, is the
+    recent window in full precision. C depends on L alone, so that any order of appends gives the
+    same cache.
+
+    Attributes:
+      num_layers, num_kv_heads, head_dim: the model's.
+      key, value: the codecs.
+      block: tokens of a block, a page of the pool: a multiple of 8.
+      window: newest tokens that always stay in full precision.
+      sinks: first tokens that always stay in full precision.
+      center_keys: subtract the mean key of the first block (of each sequence and head) from the
+        keys that are compressed, and add its product with the query to their scores.
+      sliding_window: tokens that a query sees, itself included, in models with local attention;
+        None = all of them. Blocks beyond it are given up and their pages used again.
+      dtype: of everything in full precision.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    key: CodecConfig = CodecConfig()
+    value: CodecConfig = CodecConfig()
+    block: int = 64
+    window: int = 128
+    sinks: int = 4
+    center_keys: bool = True
+    sliding_window: int | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_kv_heads", "head_dim", "block"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("window", "sinks"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.block % 8 == 0, "block", "a multiple of 8 tokens", self.block)
+        if self.sliding_window is not None:
+            _require(self.sliding_window >= 1, "sliding_window", "at least 1", self.sliding_window)
+        _require(
+            jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating), "dtype", "floating", self.dtype
+        )
+        for name in ("key", "value"):
+            groups = getattr(self, name).groups(self.head_dim)
+            _require(
+                sum(channels for channels, _ in groups) == self.head_dim,
+                f"{name}.bits",
+                f"groups of channels that add up to head_dim {self.head_dim}",
+                groups,
+            )
+            for _, bits in groups:
+                _require(1 <= bits <= 8, f"{name}.bits", "between 1 and 8", bits)
+
+    def compressed_tokens(self, length):
+        """C(length): works on ints and on arrays."""
+        blocks = (length - self.sinks - self.window) // self.block
+        return self.block * ((blocks + abs(blocks)) // 2)  # max(0, blocks), of ints and of arrays
+
+    def num_blocks(self, length):
+        """Blocks compressed at this length."""
+        return self.compressed_tokens(length) // self.block
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got}")

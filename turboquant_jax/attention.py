@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import lax, tree
+from jax import tree
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.cache import blocks as block_layout

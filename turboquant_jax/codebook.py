@@ -7,7 +7,7 @@ coordinates has unit variance and the density f(z) ~ (1 - z^2/d)^((d-3)/2), whic
 Everything is float64 numpy, computed once per (bits, dim) and cached: codebooks are constants.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float
@@ -82,7 +82,7 @@ def slope(levels: Levels, dim: int | None) -> float:
     return float(levels @ mean)
 
 
-@lru_cache(maxsize=None)
+@cache
 def lloyd_max(bits: int, dim: int | None) -> Levels:
     """Levels with the least mean squared error: 2**bits of them, ascending and odd-symmetric.
 
@@ -149,7 +149,7 @@ def _newton(positive: np.ndarray, dim: int | None) -> np.ndarray | None:
     return positive if np.max(np.abs(step)) < 1e-9 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def uniform(bits: int, dim: int | None) -> Levels:
     """Equally spaced odd-symmetric levels with the least-squares step: the ablation of Lloyd-Max.
 
@@ -173,7 +173,7 @@ def uniform(bits: int, dim: int | None) -> Levels:
 GRID_LIMIT = 63  # byte tables of the GPU look-up hold level + 64 in 7 bits
 
 
-@lru_cache(maxsize=None)
+@cache
 def _grid_step(levels: tuple[float, ...], dim: int | None) -> float:
     def loss(step: float) -> float:
         return distortion(np.round(np.asarray(levels) / step) * step, dim)

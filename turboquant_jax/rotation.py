@@ -7,7 +7,6 @@ Hadamard does it on average over dense vectors; for very sparse ones the paper's
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float
 from scipy import linalg
 
 Kind = Literal["haar", "hadamard", "block_hadamard", "identity"]
-_static = partial(field, metadata={"static": True})
 
 
 @register_dataclass
@@ -26,7 +24,7 @@ _static = partial(field, metadata={"static": True})
 class Identity:
     """No rotation: the ablation, and the form for weights that already hold the rotation."""
 
-    dim: int = _static()
+    dim: int = field(metadata={"static": True})
 
     def apply(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """x itself."""
@@ -64,7 +62,7 @@ class Hadamard:
     """H diag(signs) in independent blocks of a power of two; one block unless told otherwise."""
 
     signs: Float[Array, " d"]
-    block: int = _static()
+    block: int = field(metadata={"static": True})
 
     @property
     def dim(self) -> int:

@@ -15,8 +15,9 @@ class CodecConfig:
     """How keys, or values, are quantized.
 
     Attributes:
-      bits: bits per channel; or ((channels, bits), ...) to split the channels, outliers first: each
-        group has its own rotation, codebook and scale. The paper's "2.5 bits" is ((32, 3), (96, 2)).
+      bits: bits per channel; or ((channels, bits), ...) to split the channels, outliers first:
+        each group has its own rotation, codebook and scale. ((32, 3), (96, 2)) is what the paper
+        calls 2.5 bits.
       rotation: see `rotation.create`.
       codebook: see `quantizer.create`; "grid" is what the GPU kernels serve at full speed.
       code: "scalar" or "trellis".

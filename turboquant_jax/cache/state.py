@@ -16,7 +16,6 @@ fit is left as it was, and `overflow` says so.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import ceil
 
 import jax
@@ -30,7 +29,6 @@ from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 
-_static = partial(field, metadata={"static": True})
 
 
 @register_dataclass
@@ -62,8 +60,8 @@ class Cache:
       key_mean: float32 [layers, B, K, H], or None without key centring.
     """
 
-    config: CacheConfig = _static()
-    capacity: int = _static()
+    config: CacheConfig = field(metadata={"static": True})
+    capacity: int = field(metadata={"static": True})
     codecs: tuple[Codec, Codec]
     lengths: Int[Array, " B"]
     pending: Int[Array, " B"]
@@ -276,7 +274,7 @@ def _compress(cache: Cache, layer, k, v) -> Cache:
     page = jnp.take_along_axis(cache.page_table, slot, axis=1)
     first = config.num_blocks(cache.lengths)
     start = config.sinks + config.block * first
-    # a chunk also passes its oldest tokens on to the window *after* this, so the ring is the old one
+    # the chunk enters the window only after this: the ring still holds what came before
     position = start[:, None] + jnp.arange(slot.shape[1] * config.block)[None, :]
     from_chunk = position >= cache.lengths[:, None]
     chunk_index = jnp.clip(position - cache.lengths[:, None], 0, k.shape[1] - 1)

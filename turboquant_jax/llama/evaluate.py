@@ -1,0 +1,97 @@
+"""What compression does to a model on a text: perplexity, KL divergence, agreement.
+
+Teacher forcing with the semantics of decoding: every query sees exactly what it would see token by
+token through the real cache, but the text passes the decoder once (`attention.teacher_forced`).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from turboquant_jax.attention import Scores, attend_exact, teacher_forced
+from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.llama.model import Llama
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number per predicted token, float32 [tokens] each.
+
+    Attributes:
+      nll: negative log-likelihood of the text's token, in nats.
+      kl: KL divergence of the prediction from that in full precision, in nats.
+      agrees: whether the most likely token is the same, 0 or 1.
+    """
+
+    nll: np.ndarray
+    kl: np.ndarray
+    agrees: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return float(np.exp(self.nll.mean(dtype=np.float64)))
+
+
+@jax.jit
+def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Final hidden vectors with attention in full precision."""
+    seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+    visible = jnp.broadcast_to(seen[None, :, :], (tokens.shape[0], *seen.shape))
+
+    def attend(state, _, q, k, v):
+        return attend_exact(q, k, v, visible, Scores())[0], state
+
+    return model(tokens, _positions(tokens), (), attend)[0]
+
+
+def compressed_hidden(
+    model: Llama, tokens: Int[Array, "B T"], config: CacheConfig, codecs: tuple[Codec, Codec]
+) -> Float[Array, "B T D"]:
+    """Final hidden vectors with a compressed cache, as if decoded token by token."""
+    return _compressed_hidden(model, tokens, codecs, config)
+
+
+def compare(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    exact: Float[Array, "B T D"],
+    other: Float[Array, "B T D"],
+) -> Comparison:
+    """Compare the predictions of tokens[:, 1:] from two sets of final hidden vectors."""
+    nll, kl, agrees = _compare(model, tokens, exact, other)
+    return Comparison(*(np.asarray(x).ravel() for x in (nll, kl, agrees)))
+
+
+def _compressed(model, tokens, codecs, config):
+    def attend(codecs, layer, q, k, v):
+        return teacher_forced(config, codecs, layer, q, k, v), codecs
+
+    return model(tokens, _positions(tokens), codecs, attend)[0]
+
+
+_compressed_hidden = jax.jit(_compressed, static_argnums=3)
+
+
+@jax.jit
+def _compare(model, tokens, exact, other):
+    """Position by position: logits of a whole text would be gigabytes."""
+
+    def at(xs):
+        target, *hidden = xs  # [B], [B, D]
+        p, q = (jax.nn.log_softmax(model.logits(h[:, None])[:, 0]) for h in hidden)
+        nll = -jnp.take_along_axis(q, target[:, None], axis=1)[:, 0]
+        kl = jnp.sum(jnp.exp(p) * (p - q), axis=1)
+        return nll, kl, (jnp.argmax(p, axis=1) == jnp.argmax(q, axis=1)).astype(jnp.float32)
+
+    by_position = (jnp.moveaxis(x, 1, 0) for x in (tokens[:, 1:], exact[:, :-1], other[:, :-1]))
+    return lax.map(at, tuple(by_position), batch_size=256)
+
+
+def _positions(tokens):
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)

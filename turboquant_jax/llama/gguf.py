@@ -151,7 +151,7 @@ class _Cursor:
     def _letter(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:
             raise ValueError(
-                f"{self.path}: {what}: got value type {kind}, expected 0 to 12, no array in an array"
+                f"{self.path}: {what}: got value type {kind}, expected that of a scalar"
             )
         return _SCALARS[kind]
 

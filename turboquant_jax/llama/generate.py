@@ -1,0 +1,245 @@
+"""Generation: prompts into the past, then tokens out of one compiled loop.
+
+The past is any pytree; how it is read and written stands in a `Past`. Rows of a batch are ragged:
+every forward pass says how many of its tokens count in each row, so that neither padding nor the
+steps of a finished row leave anything in the past.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from turboquant_jax.llama.model import Attend, Llama, State
+from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
+
+NO_TOKEN = -1
+"""What stands where a row has no token: it had stopped before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Past(Generic[State]):
+    """How the state of earlier tokens is read and written; static under `jax.jit`.
+
+    A forward pass of T tokens a row goes `begin(state, counts, T)`, then `attend` once a layer,
+    which also stores the new keys and values, then `commit(state)`. The first `counts[b]` tokens
+    of row b are real, the rest is padding whose outputs are ignored; none are where a row has
+    stopped. Compilation is cached by the identity of the functions: make them once, not per call.
+    """
+
+    begin: Callable[[State, Int[Array, "B"], int], State]
+    attend: Attend[State]
+    commit: Callable[[State], State]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "counts", "state"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Generation(Generic[State]):
+    """Row b generated `tokens[b, :counts[b]]`, a stop token included; `NO_TOKEN` follows.
+
+    The state holds every token but the last of each row, which no forward pass has seen.
+    """
+
+    tokens: Int[Array, "B max_tokens"]
+    counts: Int[Array, "B"]
+    state: State
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, T] padded with zeros on the right, and lengths [B], both int32."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if lengths.size == 0 or lengths.min() == 0:
+        raise ValueError(f"got prompts of {lengths.tolist()} tokens, expected at least one each")
+    tokens = np.zeros((lengths.size, lengths.max()), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+@functools.partial(jax.jit, static_argnames=("past", "chunk"), donate_argnames="state")
+def prefill(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    state: State,
+    past: Past[State],
+    *,
+    start: Int[Array, "B"] | None = None,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "B V"], State]:
+    """Pass prompts through the decoder; float32 logits after the last token of each row.
+
+    Row b is `tokens[b, :lengths[b]]`, at least one token, at positions from `start[b]` (default 0)
+    on. A forward pass takes `chunk` tokens at a time (default all T), which bounds the memory.
+    The state is donated: use the one returned.
+    """
+    batch, length = tokens.shape
+    chunk = length if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk: got {chunk} tokens, expected at least 1")
+    start = jnp.zeros_like(lengths) if start is None else start
+    chunks = -(-length // chunk)
+    padded = jnp.pad(tokens, ((0, 0), (0, chunks * chunk - length)))
+
+    def step(carry, chunk_and_offset):
+        last, state = carry
+        tokens, offset = chunk_and_offset
+        counts = jnp.clip(lengths - offset, 0, chunk)
+        positions = (start + offset)[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+        hidden, state = _forward(model, tokens, positions, counts, state, past)
+        final = lengths - 1 - offset
+        row = jnp.take_along_axis(hidden, jnp.clip(final, 0, chunk - 1)[:, None, None], axis=1)
+        ends_here = (final >= 0) & (final < chunk)
+        last = jnp.where(ends_here[:, None, None], row, last)
+        return (last, state), None
+
+    by_chunk = padded.reshape(batch, chunks, chunk).swapaxes(0, 1)
+    offsets = chunk * jnp.arange(chunks, dtype=jnp.int32)
+    empty = jnp.zeros((batch, 1, model.config.hidden_size), model.embedding[...].dtype)
+    (last, state), _ = lax.scan(step, (empty, state), (by_chunk, offsets))
+    return model.logits(last)[:, 0], state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("past", "max_tokens", "sampling", "eos_ids"), donate_argnames="state"
+)
+def decode(
+    model: Llama,
+    logits: Float[Array, "B V"],
+    positions: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    state: State,
+    past: Past[State],
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_ids: tuple[int, ...] = (),
+) -> Generation[State]:
+    """Generate up to `max_tokens` tokens per row in one `lax.while_loop`.
+
+    `logits` come from `prefill`, and `positions` says how many tokens each row has already. A row
+    stops after one of `eos_ids`, the loop when every row has. The token at position p is drawn
+    with the row's key folded with p: a row's tokens depend neither on the batch nor on how its
+    generation is cut into calls.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
+    first = sample(logits, _fold(keys, positions), sampling)
+    tokens = jnp.full((first.shape[0], max_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(first)
+
+    def going_on(carry):
+        step, _, active, *_ = carry
+        return (step < max_tokens) & jnp.any(active)
+
+    def body(carry):
+        step, token, active, tokens, counts, state = carry
+        drawn, state = _step(
+            model, token, positions + (step - 1), active, keys, state, past, sampling
+        )
+        tokens = tokens.at[:, step].set(jnp.where(active, drawn, NO_TOKEN))
+        counts = counts + active.astype(jnp.int32)
+        token = jnp.where(active, drawn, token)
+        return step + 1, token, active & ~_is_in(drawn, eos_ids), tokens, counts, state
+
+    counts = jnp.ones_like(first)
+    carry = (jnp.int32(1), first, ~_is_in(first, eos_ids), tokens, counts, state)
+    *_, tokens, counts, state = lax.while_loop(going_on, body, carry)
+    return Generation(tokens, counts, state)
+
+
+def generate(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    state: State,
+    past: Past[State],
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_ids: tuple[int, ...] = (),
+    chunk: int | None = None,
+) -> Generation[State]:
+    """`prefill`, then `decode`: the continuation of each prompt, from an empty state."""
+    logits, state = prefill(model, tokens, lengths, state, past, chunk=chunk)
+    options: dict[str, Any] = dict(max_tokens=max_tokens, sampling=sampling, eos_ids=eos_ids)
+    return decode(model, logits, lengths, keys, state, past, **options)
+
+
+def stream(
+    model: Llama,
+    logits: Float[Array, "B V"],
+    positions: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    state: State,
+    past: Past[State],
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_ids: tuple[int, ...] = (),
+) -> Iterator[np.ndarray]:
+    """The tokens of `decode`, int32 [B] a step, as they are made: one compiled step, a host loop.
+
+    A row that has stopped yields `NO_TOKEN`.
+    """
+    token = sample(logits, _fold(keys, positions), sampling)
+    active = jnp.ones(token.shape, jnp.bool_)
+    for step in range(max_tokens):
+        yield np.where(active, token, NO_TOKEN)
+        active = active & ~_is_in(token, eos_ids)
+        if step + 1 == max_tokens or not active.any():
+            return
+        token, state = _jitted_step(
+            model, token, positions + step, active, keys, state, past, sampling
+        )
+
+
+def _forward(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    counts: Int[Array, "B"],
+    state: State,
+    past: Past[State],
+) -> tuple[Float[Array, "B T D"], State]:
+    """One pass through all layers, of which the first `counts` tokens of each row are kept."""
+    state = past.begin(state, counts, tokens.shape[1])
+    hidden, state = model(tokens, positions, state, past.attend)
+    return hidden, past.commit(state)
+
+
+def _step(
+    model: Llama,
+    token: Int[Array, "B"],
+    position: Int[Array, "B"],
+    active: Bool[Array, "B"],
+    keys: Key[Array, "B"],
+    state: State,
+    past: Past[State],
+    sampling: Sampling,
+) -> tuple[Int[Array, "B"], State]:
+    """Feed each row its token at its position; draw the next."""
+    counts = active.astype(jnp.int32)
+    hidden, state = _forward(model, token[:, None], position[:, None], counts, state, past)
+    return sample(model.logits(hidden)[:, 0], _fold(keys, position + 1), sampling), state
+
+
+_jitted_step = jax.jit(_step, static_argnames=("past", "sampling"), donate_argnames="state")
+
+
+def _fold(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in)(keys, positions)
+
+
+def _is_in(token: Int[Array, "B"], ids: tuple[int, ...]) -> Bool[Array, "B"]:
+    return jnp.isin(token, jnp.array(ids, jnp.int32))

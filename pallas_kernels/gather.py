@@ -1,0 +1,114 @@
+"""Codes of any width and in any order -> int8 operands by a gather: correct everywhere, fast nowhere.
+
+Serves 5 to 8 bits, lengths that the packed look-up cannot cut into words, and a group of value
+channels whose code order differs from that of the first group. Every element is fetched as a byte of
+its own from each plane, and its level is read from a table in memory. A level is two digits in base 128
+where one signed byte cannot hold it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import triton
+from pallas_kernels.codebook import Codebook
+from pallas_kernels.dequantize import (
+    MIN_COLUMNS,
+    Fetch,
+    PackedDecoder,
+    divide,
+    power_of_two,
+)
+
+DIGIT = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherDecoder:
+    """The interface of `PackedDecoder`; `order` lends its order of the elements, None is the natural one."""
+
+    codebook: Codebook
+    length: int
+    pages: int
+    order: PackedDecoder | None = None
+
+    @property
+    def columns(self) -> int:
+        if self.order is not None:
+            return self.order.columns
+        return max(MIN_COLUMNS, power_of_two(self.length * self.pages))
+
+    @property
+    def pieces(self) -> int:
+        return 1 if self.order is None else self.order.pieces
+
+    @property
+    def centre(self) -> int:
+        return 0
+
+    def elements(self, piece: int, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(page, element on the packed axis, whether there is one) of each column of a piece."""
+        if self.order is not None:
+            return self.order.elements(piece, column)
+        page, element = divide(column, self.length)
+        return page, element, page < self.pages
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Constant input of the kernel: the levels, int32."""
+        return {"levels": np.array(self.codebook.levels, np.int32)}
+
+    def prepare(self, refs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The table stays in memory."""
+        return refs
+
+    def load(self, fetch: Fetch) -> Fetch:
+        """Nothing yet: every piece fetches its own bytes."""
+        return fetch
+
+    def operands(
+        self, fetch: Fetch, piece: int, prepared: dict[str, jax.Array], interpret: bool
+    ) -> list[tuple[int, jax.Array]]:
+        """int8 operands [rows, columns] with their weights: level = sum(weight * operand)."""
+        del interpret
+        page, element, exists = self.elements(piece, jnp.arange(self.columns))
+        code, done = None, 0
+        for plane, width in enumerate(self.codebook.widths):
+            count = self.length * width // 8
+            place, byte = divide(element, count)
+            tile = fetch(plane, page, byte, exists).astype(jnp.int32)
+            field = (tile >> (width * place)[None, :]) & (2**width - 1)
+            code = field if code is None else code | field << done
+            done += width
+        level = triton.load(prepared["levels"].at[code])
+        if self.codebook.bits <= 4:
+            return [(1, level.astype(jnp.int8))]
+        high = (level + DIGIT // 2) >> 7
+        low = level - high * DIGIT
+        return [(DIGIT, high.astype(jnp.int8)), (1, low.astype(jnp.int8))]
+
+
+Decoder = PackedDecoder | GatherDecoder
+
+
+def key_decoder(codebook: Codebook, channels: int) -> Decoder:
+    """The fastest decoder for keys packed along their channels."""
+    whole_words = codebook.bits != 3 or channels % 32 == 0
+    if codebook.bits <= 4 and whole_words and channels % 8 == 0:
+        return PackedDecoder(codebook, channels, 1)
+    return GatherDecoder(codebook, channels, 1)
+
+
+def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> tuple[Decoder, ...]:
+    """The fastest decoders for groups of values packed along the tokens, all in the first one's order."""
+    first = codebooks[0]
+    order = PackedDecoder(first, tokens, pages) if first.bits <= 4 else None
+    found: list[Decoder] = []
+    for codebook in codebooks:
+        same = codebook.bits <= 4 and codebook.widths[0] == first.widths[0]
+        if order is not None and same:
+            found.append(PackedDecoder(codebook, tokens, pages))
+        else:
+            found.append(GatherDecoder(codebook, tokens, pages, order))
+    return tuple(found)

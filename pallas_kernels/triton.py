@@ -1,0 +1,76 @@
+"""The only module that touches Pallas' Triton backend.
+
+Triton is the backend because it serves sm_80 and newer and its kernels can be interpreted on a CPU.
+jax deprecates it from 0.11 on without a removal date and says so (DeprecationWarning,
+`DEPRECATION`) each time a kernel is lowered, which happens in the caller's `jit`; so the one place
+that can silence it is the filter of the program, and the test configuration names this constant.
+
+Everything here takes `interpret`: inline assembly has no rule on a CPU, its stand-in does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as backend
+
+DEPRECATION = "The Pallas Triton backend is deprecated"
+
+load = backend.load
+store = backend.store
+program_id = pl.program_id
+BlockSpec = pl.BlockSpec
+
+
+def call(
+    kernel: Callable[..., None],
+    *,
+    grid: tuple[int, ...],
+    in_specs: Any,
+    out_specs: Any,
+    out_shape: Any,
+    warps: int,
+    stages: int,
+    name: str,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """`pallas_call` pinned to Triton: without compiler parameters jax 0.10 would pick Mosaic."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        interpret=interpret,
+        name=name,
+        compiler_params=backend.CompilerParams(num_warps=warps, num_stages=stages),
+    )
+
+
+def assembly(
+    text: str, arguments: Sequence[jax.Array], constraints: str, pack: int, dtype: Any
+) -> jax.Array:
+    """Inline PTX with one result of the arguments' shape (several results are broken in jax)."""
+    result = jax.ShapeDtypeStruct(arguments[0].shape, dtype)
+    return backend.elementwise_inline_asm(
+        text,
+        args=list(arguments),
+        constraints=constraints,
+        pack=pack,
+        result_shape_dtypes=[result],
+    )[0]
+
+
+def exp2(x: jax.Array, interpret: bool) -> jax.Array:
+    """2**x in one instruction: `jnp.exp2` spends three more on denormal results."""
+    if interpret:
+        return jnp.exp2(x)
+    return assembly("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", 1, jnp.float32)
+
+
+def dot(a: jax.Array, b: jax.Array, *, b_axis: int) -> jax.Array:
+    """int8 [M, C] times int8 b, contracted over b's axis `b_axis`, in exact int32."""
+    return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.int32)

@@ -15,7 +15,6 @@ Algorithm 1; the EDEN note, arXiv:2604.18555):
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -27,14 +26,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from turboquant_jax import codebook as codebooks
-from turboquant_jax import packing, trellis
+from turboquant_jax import direction, packing, trellis
 from turboquant_jax import rotation as rotations
 from turboquant_jax.rotation import Rotation
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
 Codebook = Literal["lloyd_max", "gaussian", "uniform", "grid"]
 Code = Literal["scalar", "trellis"]
-_static = partial(field, metadata={"static": True})
 
 
 @register_dataclass
@@ -46,10 +44,10 @@ class Quantizer:
     """
 
     rotation: Rotation
-    levels: tuple[float, ...] = _static()
-    code: Code = _static(default="scalar")
-    scale: ScaleMode = _static(default="least_squares")
-    scale_dtype: DTypeLike = _static(default=jnp.bfloat16)
+    levels: tuple[float, ...] = field(metadata={"static": True})
+    code: Code = field(default="scalar", metadata={"static": True})
+    scale: ScaleMode = field(default="least_squares", metadata={"static": True})
+    scale_dtype: DTypeLike = field(default=jnp.bfloat16, metadata={"static": True})
 
     @property
     def dim(self) -> int:
@@ -79,7 +77,7 @@ class Codes:
 
     planes: packing.Planes
     scale: Float[Array, "*batch"]
-    dim: int = _static()
+    dim: int = field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -164,17 +162,17 @@ def quantize(
     Raises:
       ValueError: vectors of another dimension.
     """
-    norm, z = _normalize(quantizer, x)
+    norm, z = normalize(quantizer, x)
     indices = assign(quantizer, z)
-    scale = norm * _correction(quantizer, z, code_levels(quantizer, indices))
+    scale = norm * correction(quantizer, z, code_levels(quantizer, indices))
     return indices, scale.astype(quantizer.scale_dtype)
 
 
 def dequantize(
     quantizer: Quantizer, indices: UInt8[Array, "*batch d"], scale: Float[Array, "*batch"]
 ) -> Float[Array, "*batch d"]:
-    """s c: the vectors in the *rotated* space, float32, where attention can use them as they are."""
-    return code_levels(quantizer, indices) * scale.astype(jnp.float32)[..., None]
+    """s c: vectors in the *rotated* space, float32, where attention can use them as they are."""
+    return code_levels(quantizer, indices) * _column(scale)
 
 
 def encode(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Codes:
@@ -186,20 +184,22 @@ def encode(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Codes:
 def decode(quantizer: Quantizer, codes: Codes) -> Float[Array, "*batch d"]:
     """x~ = s Pi^T c in float32."""
     indices = packing.unpack(codes.planes, quantizer.plane_widths, codes.dim)
-    return quantizer.rotation.invert(dequantize(quantizer, indices, codes.scale))
+    # scaled last: s c may overflow where x~ does not
+    return quantizer.rotation.invert(code_levels(quantizer, indices)) * _column(codes.scale)
 
 
 def straight_through(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     """decode(encode(x)) with an unrounded scale, and identity gradients through the rounding.
 
     The gradient flows through the norm, the rotation and the scale; only the step from z to its
-    code is replaced by the identity. So a rotation, or whatever makes x, can be trained.
+    code is replaced by the identity. So whatever makes x can be trained. A rotation cannot be: with
+    identity gradients the error |x - x~| does not depend on it (`learned` holds the codes fixed).
     """
-    norm, z = _normalize(quantizer, x)
+    norm, z = normalize(quantizer, x)
     indices = lax.stop_gradient(assign(quantizer, lax.stop_gradient(z)))
     c = z + lax.stop_gradient(code_levels(quantizer, indices) - z)
-    scale = norm * _correction(quantizer, z, c)
-    return quantizer.rotation.invert(c * scale[..., None])
+    scale = norm * correction(quantizer, z, c)
+    return quantizer.rotation.invert(c) * _column(scale)
 
 
 def assign(quantizer: Quantizer, z: Float[Array, "*batch d"]) -> UInt8[Array, "*batch d"]:
@@ -207,11 +207,14 @@ def assign(quantizer: Quantizer, z: Float[Array, "*batch d"]) -> UInt8[Array, "*
     if quantizer.code == "trellis":
         return trellis.encode(z, quantizer.bits)
     edges = codebooks.thresholds(np.asarray(quantizer.levels)).astype(np.float32)
-    if len(edges) > 15:
-        return jnp.searchsorted(edges, z).astype(jnp.uint8)
-    index = jnp.zeros(z.shape, jnp.uint8)
-    for edge in edges:  # few comparisons that fuse into one pass beat a search
-        index = index + (z > edge).astype(jnp.uint8)
+    if len(edges) <= 31:  # few comparisons that fuse into one pass beat a search
+        return sum(((z > edge).astype(jnp.uint8) for edge in edges), jnp.zeros(z.shape, jnp.uint8))
+    step, table = len(quantizer.levels) // 2, jnp.asarray(edges)
+    index = jnp.where(z > edges[step - 1], jnp.uint8(step), jnp.uint8(0))
+    while step > 1:  # a binary search in one pass: jnp.searchsorted is ten times slower here
+        step //= 2
+        edge = table[index.astype(jnp.int32) + (step - 1)]
+        index = index + jnp.where(z > edge, jnp.uint8(step), jnp.uint8(0))
     return index
 
 
@@ -221,30 +224,30 @@ def code_levels(
     """c: the level of every coordinate, float32, unit variance."""
     if quantizer.code == "trellis":
         return trellis.decode(indices, quantizer.bits)
-    return jnp.asarray(quantizer.levels, jnp.float32)[indices.astype(jnp.int32)]
+    levels = np.asarray(quantizer.levels, np.float32)
+    if len(levels) > 16:
+        return jnp.asarray(levels)[indices.astype(jnp.int32)]
+    c = jnp.full(indices.shape, levels[0])
+    for below, level in enumerate(levels[1:]):  # selects fuse with what follows, a gather does not
+        c = jnp.where(indices > jnp.uint8(below), level, c)
+    return c
 
 
-def _normalize(
+def normalize(
     quantizer: Quantizer, x: Float[Array, "*batch d"]
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"]]:
-    """The norm over sqrt(d), NaN where x is not finite, and z; float32 throughout.
+    """|x| / sqrt(d), and z: unit-variance coordinates in the rotated space; see `direction`.
 
-    The largest magnitude is taken out first, so that squares neither overflow nor vanish for any
-    vector that float32 or bfloat16 can hold.
+    Raises:
+      ValueError: vectors of another dimension.
     """
     if x.shape[-1] != quantizer.dim:
         raise ValueError(f"vectors must have dim {quantizer.dim}, got shape {x.shape}")
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, initial=0.0)
-    usable = jnp.isfinite(largest) & (largest > 0)
-    x = jnp.where(usable[..., None], x / jnp.where(usable, largest, 1.0)[..., None], 0.0)
-    square = jnp.sum(x * x, axis=-1)
-    root = jnp.sqrt(jnp.where(usable, square, 1.0) / quantizer.dim)
-    z = quantizer.rotation.apply(x / root[..., None])
-    return jnp.where(jnp.isfinite(largest), largest * root, jnp.nan), z
+    root, unit = direction.split(x)
+    return root, quantizer.rotation.apply(unit)
 
 
-def _correction(
+def correction(
     quantizer: Quantizer, z: Float[Array, "*batch d"], c: Float[Array, "*batch d"]
 ) -> Float[Array, "*batch"]:
     """s sqrt(d) / |x| of the scale mode."""
@@ -258,3 +261,7 @@ def _correction(
         return overlap / energy
     # <z, c> > 0 for every nearest-level code; a trellis path could in principle break it
     return jnp.where(overlap > 0, quantizer.dim / jnp.where(overlap > 0, overlap, 1.0), 1.0)
+
+
+def _column(scale: Float[Array, "*batch"]) -> Float[Array, "*batch 1"]:
+    return scale.astype(jnp.float32)[..., None]

@@ -4,7 +4,7 @@ Importing this package touches no device and no global configuration.
 """
 
 from turboquant_jax.attention import Scores as Scores
-from turboquant_jax.attention import attention as attention
+from turboquant_jax.attention import attend as attend
 from turboquant_jax.attention import merge as merge
 from turboquant_jax.cache import Cache as Cache
 from turboquant_jax.cache import CacheConfig as CacheConfig

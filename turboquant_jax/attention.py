@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import tree
 from jaxtyping import Array, Bool, Float, Int
 
+from turboquant_jax import fused
 from turboquant_jax.cache import blocks as block_layout
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
@@ -47,7 +48,7 @@ class Scores:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def attention(
+def attend(
     cache: Cache,
     layer: Int[Array, ""] | int,
     q: Float[Array, "B T N H"],
@@ -82,7 +83,7 @@ def attention(
     _check_shapes(config, cache.lengths.shape[0], q, k, v)
     parts = [_attend_recent(cache, layer, q, k, v, scores)]
     if cache.page_table.shape[1]:
-        attend = _choose(implementation, q.shape[1])
+        attend = _implementation(implementation, cache, q.shape[1])
         parts.append(attend(cache, layer, q, scores))
     if sink_logits is not None:
         lse = jnp.broadcast_to(sink_logits.astype(jnp.float32), q.shape[:-1])
@@ -181,6 +182,25 @@ def _attend_blocks_xla(cache: Cache, layer, q, scores: Scores) -> Part:
     return unrotate_outputs(value_codec, layer, output, config.num_kv_heads), lse
 
 
+def attend_blocks_pallas(
+    cache: Cache, layer, q: Float[Array, "B 1 N H"], scores: Scores, *, interpret: bool = False
+) -> Part:
+    """The compressed blocks by the fused kernel, for one query per sequence."""
+    heads, (key_codec, value_codec) = cache.config.num_kv_heads, cache.codecs
+    scale = cache.config.head_dim**-0.5 if scores.scale is None else scores.scale
+    bias = mean_products(cache, layer, q)
+    output, lse = fused.attend_blocks(
+        cache,
+        layer,
+        rotate_queries(key_codec, layer, q, heads)[:, 0],
+        scale=scale,
+        softcap=scores.softcap,
+        bias=None if bias is None else bias[:, 0] * scale,
+        interpret=interpret,
+    )
+    return unrotate_outputs(value_codec, layer, output[:, None], heads), lse[:, None]
+
+
 def block_positions(cache: Cache) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
     """Positions of the tokens in a sequence's slots of blocks, and which slots hold any."""
     config, slots = cache.config, cache.page_table.shape[1]
@@ -255,10 +275,15 @@ def _sees(config: CacheConfig, query: Int[Array, "B T"], position: Int[Array, "B
     return seen if config.sliding_window is None else seen & (distance < config.sliding_window)
 
 
-def _choose(implementation: Implementation | None, count: int):
-    if implementation in (None, "xla"):
+def _implementation(implementation: Implementation | None, cache: Cache, queries: int):
+    if implementation not in ("xla", "pallas", None):
+        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+    if implementation == "xla":
         return _attend_blocks_xla
-    raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+    reason = fused.unserved(cache, queries)
+    if implementation == "pallas" and reason is not None:
+        raise NotImplementedError(f"implementation='pallas' got {reason}")
+    return _attend_blocks_xla if reason is not None else attend_blocks_pallas
 
 
 def _check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:

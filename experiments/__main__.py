@@ -1,0 +1,149 @@
+"""`python -m experiments list | run NAME [--flags] | report [--check]`."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments import report, results
+from experiments.catalogue import EXPERIMENTS
+from experiments.data import MissingDataError
+from experiments.experiment import Experiment, name_of
+from experiments.results import OtherConfigurationError
+
+REPORT = Path(__file__).parent.parent / "REPORT.md"
+SMOKE_OUT = Path("build/experiments")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status is 0, 1 (refused or out of date) or 2 (usage)."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.command(args)
+    except (MissingDataError, OtherConfigurationError, ValueError) as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    commands.add_parser("list", help="name every experiment").set_defaults(command=_list)
+
+    run = commands.add_parser("run", help="run one experiment and keep its results")
+    names = run.add_subparsers(required=True, metavar="NAME")
+    for experiment in EXPERIMENTS:
+        _add_run(names, experiment)
+
+    write = commands.add_parser("report", help="write REPORT.md from the results")
+    write.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    write.add_argument("--redraw", action="store_true", help="draw every figure anew from its rows")
+    write.add_argument("--out", type=Path, default=results.COMMITTED, help="folder of the results")
+    write.add_argument("--file", type=Path, default=REPORT, help="where the report is")
+    write.set_defaults(command=_report)
+    return parser
+
+
+def _add_run(names: Any, experiment: Experiment) -> None:
+    title, _, text = (experiment.__doc__ or "").partition("\n")
+    parser = names.add_parser(
+        name_of(experiment),
+        help=title.rstrip("."),
+        description=title + text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(experiment.Config):
+        _add_flag(parser, field)
+    parser.add_argument("--smoke", action="store_true", help="the size that CI runs")
+    parser.add_argument("--label", default="", help="suffix of the results folder, e.g. a device")
+    parser.add_argument("--out", type=Path, help="folder of the results, instead of the committed")
+    parser.add_argument("--force", action="store_true", help="replace another configuration's")
+    parser.set_defaults(command=_run, experiment=experiment)
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    default = field.default
+    sample = default[0] if isinstance(default, tuple) else default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    parser.add_argument(
+        f"--{field.name.replace('_', '-')}",
+        type=type(sample),
+        nargs="+" if isinstance(default, tuple) else None,
+        metavar=type(sample).__name__.upper(),
+        help=f"{field.metadata['help']} ({shown})",
+    )
+
+
+def _list(_: argparse.Namespace) -> int:
+    for experiment in EXPERIMENTS:
+        title = (experiment.__doc__ or "").partition("\n")[0]
+        print(f"{name_of(experiment):24} {title}")
+    return 0
+
+
+def _configuration(args: argparse.Namespace) -> Any:
+    """The configuration of `--smoke` or the full one, with the flags that were given."""
+    base = args.experiment.SMOKE if args.smoke else args.experiment.Config()
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(base)}
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    return dataclasses.replace(base, **changes)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = _configuration(args)
+    out = args.out or (SMOKE_OUT if args.smoke else results.COMMITTED)
+    name = name_of(args.experiment)
+    folder = out / (f"{name}.{args.label}" if args.label else name)
+    results.check_free(folder, results.config_of(config), args.force)
+
+    bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    start = time.monotonic()
+    with Progress(*bars, transient=True) as progress:
+        rows = args.experiment.run(
+            config, lambda items, text: progress.track(items, description=text)
+        )
+    seconds = time.monotonic() - start
+
+    meta = results.describe(_command(args, config), results.config_of(config), seconds)
+    results.write(folder, rows, meta, report.draw(args.experiment, rows))
+    for claim in args.experiment.claims(results.read(folder).rows):
+        print(f"{claim.verdict:17} {claim.source}: {claim.statement} -> {claim.measured}")
+    print(f"{len(rows)} rows in {seconds:.0f} s: {folder}")
+    return 0
+
+
+def _command(args: argparse.Namespace, config: Any) -> str:
+    """The command that repeats this run, without paths."""
+    base = args.experiment.SMOKE if args.smoke else args.experiment.Config()
+    words = ["python -m experiments run", name_of(args.experiment)]
+    for field in dataclasses.fields(base):
+        value = getattr(config, field.name)
+        if value != getattr(base, field.name):
+            flat = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *map(str, flat)]
+    words += ["--smoke"] * args.smoke + ["--label", args.label] * bool(args.label)
+    return " ".join(words)
+
+
+def _report(args: argparse.Namespace) -> int:
+    if args.check:
+        problems = report.check(args.out, args.file)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        return 1 if problems else 0
+    report.draw_missing(args.out, args.redraw)
+    args.file.write_text(report.compose(args.out, args.file.parent))
+    print(args.file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

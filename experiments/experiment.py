@@ -1,0 +1,77 @@
+"""What an experiment is: a module with a `Config`, `SMOKE`, `run`, `figure` and `claims`.
+
+The first line of its docstring is its title in the report, the rest introduces it there.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+"""Cells (str, int, float) of a line of `rows.csv`; rows may have different columns."""
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Iterate over a sequence under a named progress bar."""
+
+Verdict = Literal["holds", "does not hold", "missed", "not reproducible", "undecided"]
+"""`missed` is for an aim of our own; `undecided` where the interval spans the statement."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement by a paper or of theory beside what we measured.
+
+    Attributes:
+      source: whose statement it is, such as "TurboQuant, theorem 1".
+      statement: what it says, in one line.
+      measured: what we found, in one line, with its uncertainty.
+      verdict: how the two agree.
+    """
+
+    source: str
+    statement: str
+    measured: str
+    verdict: Verdict
+
+
+class Experiment(Protocol):
+    """The names that a module of an experiment has."""
+
+    __name__: str
+    __doc__: str | None
+    Config: Any
+    """A frozen dataclass; each field is a flag, made by `option`."""
+    SMOKE: Any
+    """A `Config` small enough for CI."""
+
+    def run(self, config: Any, track: Track) -> list[Row]:
+        """Measure."""
+
+    def figure(self, rows: Sequence[Row]) -> "Figure":
+        """Draw the rows."""
+
+    def claims(self, rows: Sequence[Row]) -> list[Claim]:
+        """Judge the rows; must work on whatever subset of cases was run."""
+
+
+def option(default: Any, description: str) -> Any:
+    """A field of a `Config` with the help text of its flag."""
+    return field(default=default, metadata={"help": description})
+
+
+def name_of(experiment: Experiment) -> str:
+    """The name of an experiment is that of its module."""
+    return experiment.__name__.rpartition(".")[2]
+
+
+def where(rows: Iterable[Row], **equal: Any) -> list[Row]:
+    """The rows whose columns have these values."""
+    return [row for row in rows if all(row.get(k) == value for k, value in equal.items())]
+
+
+def distinct(rows: Iterable[Row], column: str) -> list[Any]:
+    """The values of a column, each once, in the order in which they appear."""
+    return list(dict.fromkeys(row[column] for row in rows if column in row))

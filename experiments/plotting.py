@@ -1,0 +1,39 @@
+"""The look of every figure."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#1b6ca8", "#d1495b", "#3d8b5f", "#8a5aa8", "#e08e2b", "#5c5c5c", "#2aa9b8", "#a0785a")
+
+
+def panels(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
+    """A figure with a 2-d array of axes."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_prop_cycle(color=COLOURS)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def label(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    """Title, axes and, where something has a name, the legend."""
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, frameon=False)
+
+
+def bar_groups(axis: Axes, groups: list[str], series: dict[str, list[float]]) -> None:
+    """Bars of several series side by side, one group for each name."""
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        offset = (i - (len(series) - 1) / 2) * width
+        axis.bar(np.arange(len(groups)) + offset, values, width, label=name)
+    axis.set_xticks(np.arange(len(groups)), groups, fontsize=7)

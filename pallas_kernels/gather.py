@@ -94,21 +94,21 @@ Decoder = PackedDecoder | GatherDecoder
 
 def key_decoder(codebook: Codebook, channels: int) -> Decoder:
     """The fastest decoder for keys packed along their channels."""
-    whole_words = codebook.bits != 3 or channels % 32 == 0
-    if codebook.bits <= 4 and whole_words and channels % 8 == 0:
-        return PackedDecoder(codebook, channels, 1)
+    if codebook.bits <= 4 and channels >= MIN_COLUMNS:
+        return PackedDecoder(codebook, channels, 1, codebook.widths[-1])
     return GatherDecoder(codebook, channels, 1)
 
 
 def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> tuple[Decoder, ...]:
-    """The fastest decoders for groups of values packed along the tokens, all in the first one's order."""
-    first = codebooks[0]
-    order = PackedDecoder(first, tokens, pages) if first.bits <= 4 else None
-    found: list[Decoder] = []
-    for codebook in codebooks:
-        same = codebook.bits <= 4 and codebook.widths[0] == first.widths[0]
-        if order is not None and same:
-            found.append(PackedDecoder(codebook, tokens, pages))
-        else:
-            found.append(GatherDecoder(codebook, tokens, pages, order))
-    return tuple(found)
+    """The fastest decoders for groups of values packed along the tokens, all in one order."""
+    packed = [codebook for codebook in codebooks if codebook.bits <= 4]
+    unit = min((codebook.widths[-1] for codebook in packed), default=None)
+    if unit is None:
+        return tuple(GatherDecoder(codebook, tokens, pages) for codebook in codebooks)
+    order = PackedDecoder(packed[0], tokens, pages, unit)
+    return tuple(
+        PackedDecoder(codebook, tokens, pages, unit)
+        if codebook.bits <= 4
+        else GatherDecoder(codebook, tokens, pages, order)
+        for codebook in codebooks
+    )

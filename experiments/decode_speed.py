@@ -1,0 +1,324 @@
+"""How fast decode attention reads a compressed cache, against cuDNN on bf16.
+
+`python -m experiments.decode_speed --out DIR` on a GPU: writes DIR/rows.csv and prints a table.
+One new token per sequence, 32 query and 8 kv heads of 128 channels. A call's output is the next call's
+query, so that a chain of calls runs on the device without the host; the calls of a chain read different
+caches, which together are larger than L2; a time is the median over chains. Bytes are those of the
+packed cache (codes and scales).
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.codebook import PLANE_WIDTHS, Codebook, level_limits
+from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention, default_schedule
+
+QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
+SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
+BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
+# More than the 50 MB of an H100's L2 many times over.
+BYTES_IN_TURN = 400e6
+SM_SCALE = CHANNELS**-0.5
+STEP = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of rows.csv."""
+
+    implementation: str
+    bits_k: int
+    bits_v: int
+    batch: int
+    tokens: int
+    schedule: str
+    milliseconds: float
+    gigabytes_per_second: float
+    fraction_of_copy_bandwidth: float
+    speedup_over_cudnn: float
+
+
+def codebook(bits: int) -> Codebook:
+    """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
+    low, high = level_limits(bits)
+    position = np.linspace(-1.0, 1.0, 2**bits)
+    levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
+    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=STEP)
+
+
+def random_blocks(key: jax.Array, bits: tuple[int, int], pages: int, tokens: int = PAGE) -> Blocks:
+    """Random codes and scales near 1: any byte is valid."""
+    keys = jax.random.split(key, 8)
+    rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
+    planes = [
+        tuple(
+            jax.random.bits(keys[4 * side + i], (pages, KV_HEADS, r, n * w // 8), jnp.uint8)
+            for i, w in enumerate(PLANE_WIDTHS[bits[side]])
+        )
+        for side, (r, n) in enumerate(rows)
+    ]
+    scale = jax.random.uniform(keys[3], (2, pages, KV_HEADS, tokens), minval=0.5, maxval=1.5)
+    words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    return Blocks(
+        keys=planes[0],
+        values=planes[1],
+        scales=words[0] << 16 | words[1],
+        key_codebook=codebook(bits[0]),
+        value_codebook=codebook(bits[1]),
+    )
+
+
+def unpack(planes: Sequence[jax.Array], book: Codebook) -> jax.Array:
+    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]."""
+    code, done = jnp.int32(0), 0
+    for plane, width in zip(planes, book.widths, strict=True):
+        fields = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
+        code = code | jnp.concatenate(fields, axis=-1).astype(jnp.int32) << done
+        done += width
+    return jnp.array(book.levels, jnp.float32)[code] * book.step
+
+
+def definition(q: jax.Array, blocks: Blocks, table: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The same attention in plain float32."""
+    to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
+    k = unpack(blocks.keys, blocks.key_codebook) * to_float(blocks.scales << 16)[..., None]
+    v = unpack(blocks.values, blocks.value_codebook).swapaxes(2, 3)
+    v = v * to_float((blocks.scales >> 16) << 16)[..., None]
+    k, v = (x[table].swapaxes(1, 2).reshape(table.shape[0], KV_HEADS, -1, CHANNELS) for x in (k, v))
+    split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
+    high = jax.lax.Precision.HIGHEST
+    score = jnp.einsum("bkgh,bksh->bkgs", split, k, precision=high) * SM_SCALE
+    seen = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
+    score = jnp.where(seen[:, None, None, :], score, -jnp.inf)
+    out = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(score, axis=-1), v, precision=high)
+    return out.reshape(q.shape)
+
+
+def check(bits: tuple[int, int], schedule: Schedule | None = None) -> float:
+    """Relative error of the output norm, random pages and lengths that end inside a block."""
+    blocks = random_blocks(jax.random.key(7), bits, 64)
+    table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
+    lengths = jnp.array([1024, 777, 65], jnp.int32)
+    q = 2.0 * jax.random.normal(jax.random.key(9), (3, QUERY_HEADS, CHANNELS))
+    got = attend(q, blocks, table, lengths, schedule)
+    want = jax.jit(definition)(q, blocks, table, lengths)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def attend(
+    q: jax.Array,
+    blocks: Blocks,
+    table: jax.Array,
+    lengths: jax.Array,
+    schedule: Schedule | None = None,
+) -> jax.Array:
+    """The kernel's output."""
+    return decode_attention(q, (blocks,), table, lengths, sm_scale=SM_SCALE, schedule=schedule)[0]
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """bf16 q [B, N, H], k and v [B, S, K, H]."""
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return attention(q[:, None], k, v, scale=SM_SCALE)[:, 0]
+
+
+def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax.Array:
+    """An int8 cache [B, K, S, H] with float32 scales [2, B, K, S], left to XLA."""
+    split = q.reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
+    score = jnp.einsum("bkgh,bksh->bkgs", split, k.astype(jnp.bfloat16)).astype(jnp.float32)
+    share = jax.nn.softmax(score * scales[0][:, :, None, :] * SM_SCALE, axis=-1)
+    share = (share * scales[1][:, :, None, :]).astype(jnp.bfloat16)
+    return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
+
+
+def seconds(step: Callable[..., jax.Array], q: jax.Array, caches: list[tuple], calls: int) -> float:
+    """Median time of one call in chains of `calls`, several chains queued before the host waits."""
+    step = jax.jit(step)
+
+    @jax.jit
+    def chain(q: jax.Array, caches: list[tuple]) -> jax.Array:
+        for cache in itertools.islice(itertools.cycle(caches), calls):
+            q = step(q, *cache)
+        return q
+
+    for _ in range(2):
+        chain(q, caches).block_until_ready()
+    times = []
+    for _ in range(7):
+        begin, x = time.perf_counter(), q
+        for _ in range(8):
+            x = chain(x, caches)
+        x.block_until_ready()
+        times.append((time.perf_counter() - begin) / (8 * calls))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by x + 1 on 1 GiB."""
+    x = jnp.zeros((2**28,), jnp.int32)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = step(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(20):
+            x = step(x)
+        x.block_until_ready()
+        times.append((time.perf_counter() - begin) / 20)
+    return 2 * x.nbytes / statistics.median(times)
+
+
+def chain_length(nbytes: float) -> int:
+    """Calls that take about a millisecond together, and at least four."""
+    return int(min(24, max(4, 3e9 / nbytes)))
+
+
+class Bench:
+    """Measures and keeps rows; the baseline of a shape comes first."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.cudnn: dict[tuple[int, int], float] = {}
+        self.copy = copy_bandwidth()
+        print(
+            f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s"
+        )
+
+    def add(self, name: str, bits: tuple[int, int], shape: tuple[int, int], schedule: str, nbytes: float, took: float) -> None:  # fmt: skip
+        """Keeps and prints one measurement."""
+        rate, base = nbytes / took, self.cudnn.get(shape, float("nan"))
+        row = Row(
+            name, *bits, *shape, schedule, took * 1e3, rate / 1e9, rate / self.copy, base / took
+        )
+        self.rows.append(row)
+        print(
+            f"{name:12s} {bits[0]}/{bits[1]:<2d} {shape[0]:3d} x {shape[1]:<6d} {schedule:16s} "
+            f"{took * 1e6:8.1f} us {rate / 1e9:6.0f} GB/s {rate / self.copy:5.2f} of copy "
+            f"{base / took:5.2f}x",
+            flush=True,
+        )
+
+    def baselines(self, shape: tuple[int, int]) -> None:
+        """cuDNN in bf16 and an int8 cache through XLA."""
+        batch, tokens = shape
+        q = jax.random.normal(jax.random.key(0), (batch, QUERY_HEADS, CHANNELS), jnp.bfloat16)
+        nbytes = batch * tokens * KV_HEADS * CHANNELS * 4
+        count = max(2, int(np.ceil(BYTES_IN_TURN / nbytes)))
+        normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+        size = (batch, tokens, KV_HEADS, CHANNELS)
+        caches = [
+            tuple(normal(jax.random.key(2 * i + j), size, jnp.bfloat16) for j in range(2))
+            for i in range(count)
+        ]
+        took = seconds(cudnn, q, caches, max(count, chain_length(nbytes)))
+        self.cudnn[shape] = took
+        self.add("cudnn", (16, 16), shape, "", nbytes, took)
+        size = (batch, KV_HEADS, tokens, CHANNELS)
+        scales = jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32)
+        narrow = jax.jit(lambda key: jax.random.bits(key, size, jnp.uint8).astype(jnp.int8))
+        caches8 = [
+            (*(narrow(jax.random.key(2 * i + j)) for j in range(2)), scales) for i in range(count)
+        ]
+        took = seconds(int8_xla, q, caches8, max(count, chain_length(nbytes / 2)))
+        self.add("int8-xla", (8, 8), shape, "", nbytes / 2 + scales.nbytes, took)
+
+    def kernel(self, bits: tuple[int, int], shape: tuple[int, int], schedules: Sequence[Schedule], name: str = "pallas", paged: bool = True) -> None:  # fmt: skip
+        """The fused kernel, once per schedule; `paged` shuffles the pages."""
+        batch, tokens = shape
+        pages = batch * tokens // PAGE
+        nbytes = batch * tokens * KV_HEADS * (CHANNELS * sum(bits) / 8 + 4)
+        count = max(2, int(np.ceil(BYTES_IN_TURN / nbytes)))
+        make = jax.jit(random_blocks, static_argnums=(1, 2))
+        lengths = jnp.full((batch,), tokens, jnp.int32)
+        caches: list[Any] = []
+        for i in range(count):
+            order = jnp.arange(pages)
+            order = jax.random.permutation(jax.random.key(i), pages) if paged else order
+            table = order.reshape(batch, -1).astype(jnp.int32)
+            caches.append((make(jax.random.key(i), bits, pages), table, lengths))
+        q = jax.random.normal(jax.random.key(0), (batch, QUERY_HEADS, CHANNELS), jnp.float32)
+        for s in schedules:
+            step = functools.partial(attend, schedule=s)
+            label = f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}"
+            try:
+                took = seconds(step, q, caches, max(count, chain_length(nbytes)))
+            except Exception as error:  # a schedule may not fit the device: the others go on
+                print(f"{name} {bits} {shape} {label} failed: {str(error)[:200]}", flush=True)
+                continue
+            self.add(name, bits, shape, label, nbytes, took)
+
+    def write(self, out: Path) -> None:
+        """DIR/rows.csv."""
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "rows.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([field.name for field in dataclasses.fields(Row)])
+            writer.writerows(dataclasses.astuple(row) for row in self.rows)
+
+
+def sweep_schedules(shape: tuple[int, int], choices: str) -> list[Schedule]:
+    """'512,1024;1,2;2;3': programs; pages; warps; stages."""
+    programs, pages, warps, stages = (
+        [int(x) for x in part.split(",")] for part in choices.split(";")
+    )
+    batch, tokens = shape
+    found = []
+    for p, w, st, n in itertools.product(pages, warps, stages, programs):
+        splits = max(1, min(n // (batch * KV_HEADS), tokens // (PAGE * p)))
+        found.append(Schedule(splits=splits, pages=p, warps=w, stages=st))
+    return list(dict.fromkeys(found))
+
+
+def run(out: Path, shapes: Sequence[tuple[int, int]], bits: Sequence[tuple[int, int]], sweep: list[str]) -> None:  # fmt: skip
+    """Correctness first, then baselines, then the kernel."""
+    for pair in (*bits, (1, 1), (8, 5)):
+        error = check(pair)
+        print(f"check {pair}: relative error {error:.1e}", flush=True)
+        if not error < 5e-3:
+            raise ValueError(f"got relative error {error} at {pair} bits, expected less than 5e-3")
+    bench = Bench()
+    for shape in shapes:
+        bench.baselines(shape)
+        for pair in bits:
+            schedules = [default_schedule(shape[0], KV_HEADS, PAGE, shape[1] // PAGE)]
+            for choices in sweep:
+                schedules += sweep_schedules(shape, choices)
+            bench.kernel(pair, shape, list(dict.fromkeys(schedules)))
+            bench.write(out)
+        if not sweep:
+            bench.kernel(bits[0], shape, schedules[:1], name="pallas-dense", paged=False)
+    bench.write(out)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", default="", help="such as 32x4096,1x8192")
+    parser.add_argument("--bits", default="", help="such as 4/4,3/2")
+    parser.add_argument("--sweep", action="append", default=[], help="programs;pages;warps;stages")
+    a = parser.parse_args()
+    pairs = lambda text, mark: [tuple(map(int, x.split(mark))) for x in text.split(",")]  # noqa: E731
+    run(
+        a.out,
+        pairs(a.shapes, "x") if a.shapes else SHAPES,
+        pairs(a.bits, "/") if a.bits else BITS,
+        a.sweep,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -60,10 +60,13 @@ def prod_variance(bits: int, dim: int, sketch: str) -> float:
 
 
 def _log_scaled_bessel_i(order: float, x: float) -> float:
-    """log(exp(-x) I_order(x)); Debye's uniform expansion where scipy's function underflows."""
+    """log(exp(-x) I_order(x)); expansions where scipy's function underflows or gives up."""
+    if x > 1e6 * (order + 1) ** 2:  # Abramowitz and Stegun 9.7.1
+        return float(np.log1p(-(4 * order**2 - 1) / (8 * x)) - np.log(2 * np.pi * x) / 2)
     scaled = special.ive(order, x)
     if scaled > 1e-280:
         return float(np.log(scaled))
+    # Debye's uniform expansion, A&S 9.7.7
     ratio = x / order
     root = np.hypot(1.0, ratio)
     p = 1 / root

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import get_args
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--rotation", choices=get_args(rotation.Kind), default="hadamard")
     demo.add_argument("--seed", type=int, default=0, help="of rotations and samples")
     demo.add_argument("--tokens", type=int, default=64, help="most tokens of the answer")
-    demo.add_argument("--context", type=int, default=1024, help="tokens of the text to measure on")
+    demo.add_argument("--context", type=int, default=768, help="tokens of the text to measure on")
     demo.add_argument(
         "--model", type=Path, help="GGUF file or Hugging Face folder (default: SmolLM2-135M)"
     )
@@ -76,7 +77,8 @@ def _demo(arguments: argparse.Namespace, console: Console) -> dict:
             raise ValueError(f"--{name} must be at least 2, got {getattr(arguments, name)}")
     if arguments.text is not None and not arguments.text.is_file():
         raise FileNotFoundError(f"{arguments.text}: no such file, expected a text")
-    pairs = list(dict.fromkeys([(key_bits, value_bits), *((b, b) for b in TABLE_BITS)]))
+    asked = key_bits, value_bits
+    pairs = sorted({asked, *((b, b) for b in TABLE_BITS)}, key=sum, reverse=True)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -88,25 +90,21 @@ def _demo(arguments: argparse.Namespace, console: Console) -> dict:
             bars.update(task, advance=1, description=description)
 
         checkpoint = load(arguments.model)
-        options = dict(
-            rotation=arguments.rotation, window=arguments.window, sinks=arguments.sinks
-        )
-        configs = [demo.cache_config(checkpoint.config, k, v, **options) for k, v in pairs]
+        options = dict(rotation=arguments.rotation, window=arguments.window, sinks=arguments.sinks)
+        configs = {pair: demo.cache_config(checkpoint.config, *pair, **options) for pair in pairs}
         tokens = demo.text_tokens(checkpoint, arguments.text, arguments.context)
         prompt = arguments.prompt or demo.default_prompt()
         answers = []
-        exact = demo.full_precision(configs[0], checkpoint.config.max_position)
-        for name, config in (("full precision", exact), (_name(*pairs[0]), configs[0])):
+        exact = demo.full_precision(configs[asked], checkpoint.config.max_position)
+        for name, config in (("full precision", exact), (_name(*asked), configs[asked])):
             step(f"answer: {name}")
             answers.append(
-                demo.answer(
-                    checkpoint, config, prompt, arguments.tokens, arguments.seed, name
-                )
+                demo.answer(checkpoint, config, prompt, arguments.tokens, arguments.seed, name)
             )
         step("read the text: full precision")
         fidelity = demo.Fidelity(checkpoint, tokens, arguments.seed)
-        rows = [fidelity.full(configs[0])]
-        for pair, config in zip(pairs, configs, strict=True):
+        rows = [fidelity.full(configs[asked])]
+        for pair, config in configs.items():
             step(f"read the text: {_name(*pair)}")
             rows.append(fidelity.row(config))
         theory = []
@@ -146,13 +144,14 @@ def _print_answers(console: Console, model: str, prompt: str, answers: list) -> 
 
 def _print_fidelity(console: Console, rows: list[dict], context: int, arguments) -> None:
     table = Table(
+        box=SIMPLE_HEAD,
         title=f"\n{context:,} tokens of text; sinks {arguments.sinks}, window {arguments.window}, "
-        f"centred keys, {arguments.rotation} rotation",
+        f"keys centred,\n{arguments.rotation} rotation",
         title_justify="left",
     )
     columns = (
-        "K bits", "V bits", "bytes/token", "ratio", "bytes/token, long", "ratio, long",
-        "perplexity", "KL, nats", "top-1 agrees",
+        "K\nbits", "V\nbits", "bytes a\ntoken", "ratio", "long:\nbytes", "\nratio",
+        "per-\nplexity", "KL,\nnats", "same\ntop 1",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")
@@ -165,19 +164,20 @@ def _print_fidelity(console: Console, rows: list[dict], context: int, arguments)
         )  # fmt: skip
     console.print(table)
     console.print(
-        "bytes/token counts every array of the cache at this length; long: of each further token.\n"
-        "The full-precision model is the dequantized checkpoint; its cache holds bfloat16.",
+        "bytes a token: every array of the cache over its tokens; long: of each further token.\n"
+        "Full precision is the dequantized checkpoint with a cache of bfloat16.",
         style="dim",
     )
 
 
 def _print_theory(console: Console, rows: list[dict], dim: int, rotation_kind: str) -> None:
     table = Table(
+        box=SIMPLE_HEAD,
         title=f"\nRelative MSE on uniform unit vectors, d = {dim}, {rotation_kind} rotation",
         title_justify="left",
     )
     columns = (
-        "bits", "measured", "± s.e.", "exact Lloyd-Max", "paper's upper bound", "rate-distortion",
+        "bits", "measured", "± s.e.", "exact\nLloyd-Max", "paper's\nbound", "rate-\ndistortion",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")

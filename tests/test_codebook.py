@@ -211,5 +211,5 @@ def test_bad_arguments_are_named(make):
     for bits in (0, 9):
         with pytest.raises(ValueError, match=f"bits must be between 1 and 8, got {bits}"):
             make(bits, 64)
-    with pytest.raises(ValueError, match="dim must be at least 2.*got 1"):
+    with pytest.raises(ValueError, match=r"dim must be at least 2.*got 1"):
         make(4, 1)

@@ -14,7 +14,6 @@ from pallas_kernels import triton
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.combine import combine
 from pallas_kernels.decode_kernel import LOG2E, Plan, decode_kernel
-from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.gather import key_decoder, value_decoders
 
 # Programs that fill an H100 (132 multiprocessors) in one wave; measured, see docs/kernels.md.

@@ -8,6 +8,7 @@ up to four heads fill the narrowest product without a loss. All sums over intege
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -25,9 +26,13 @@ EMPTY = -1e30
 # Two digits in base 128, the high one at most 127.
 UNITS = 127 * 128
 # 1.5 * 2**23: adding it leaves an integer in the low bits of a float32.
-MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000
-# Values this small a share of the largest scale are as good as 0; bounds exp2(score - peak).
-MIN_EXPONENT = -40.0
+MAGIC = 12582912.0
+# The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
+BIAS = 126
+# Smaller value scales are as good as 0 (2**-60); keeps exp2(score - peak) finite.
+MIN_EXPONENT = BIAS - 60
+# Tokens that lie next to each other in a register of the right operand: four bytes.
+PHASES = 4
 
 Refs = dict[str, Any]
 
@@ -54,57 +59,53 @@ class Plan:
         return max(4, power_of_two(self.heads))
 
 
-def digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """|x| <= UNITS -> integers (high, low) with high * 128 + low = round(x)."""
-    shifted = lax.bitcast_convert_type(x + (MAGIC + 64.0), jnp.int32) - MAGIC_BITS
-    return shifted >> 7, (shifted & 127) - 64
+def digits(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """|x| < 1 -> int8 (high, low) with high * 128 + low = round(x * UNITS)."""
+    shifted = triton.fma(x, jnp.full_like(x, UNITS), jnp.full_like(x, MAGIC + 64.0), interpret)
+    bits = lax.bitcast_convert_type(shifted, jnp.int32)
+    # the bits of MAGIC itself are cut off by the conversion to a byte
+    return (bits >> 7).astype(jnp.int8), ((bits & 127) - 64).astype(jnp.int8)
 
 
 def merge_digits(product: jax.Array) -> jax.Array:
-    """int32 [rows, 2 * heads] -> high * 128 + low, [rows, heads]."""
+    """int32 [rows, 2 * heads] -> float32 high * 128 + low, [rows, heads]."""
     rows, columns = product.shape
     high, low = jnp.unstack(product.reshape(rows, columns // 2, 2), axis=-1)
-    return high * 128 + low
+    return (high * 128 + low).astype(jnp.float32)
 
 
-def interleave_digits(x: jax.Array) -> jax.Array:
-    """float [rows, heads] -> int8 digits [rows, 2 * heads]."""
-    high, low = digits(x)
-    rows, columns = x.shape
-    both = jnp.stack([high, low], axis=-1).reshape(rows, 2 * columns)
-    return both.astype(jnp.int8)
+def interleave(phases: list[jax.Array], interpret: bool) -> jax.Array:
+    """PHASES times float [rows, heads] -> int8 digits [PHASES * rows, 2 * heads], row 4 r + phase."""
+    both = [jnp.stack(digits(x, interpret), axis=-1) for x in phases]
+    rows, heads, _ = both[0].shape
+    both = [x.reshape(rows, 2 * heads) for x in both]
+    pairs = [jnp.stack(both[i::2], axis=-1) for i in range(2)]
+    words = jnp.stack(pairs, axis=-1).reshape(rows, 2 * heads, PHASES)
+    return words.transpose(0, 2, 1).reshape(PHASES * rows, 2 * heads)
 
 
-def _query_rows(plan: Plan, ref: Any, decoder: Decoder, piece: int, first: int, head: jax.Array):
-    """float32 [len(head), columns] of the channels that a piece's columns stand for, 0 where none."""
-    _, channel, exists = decoder.elements(piece, jnp.arange(decoder.columns))
+def _query_rows(plan: Plan, ref: Any, decoder: Decoder, first: int, head: jax.Array) -> jax.Array:
+    """float32 [len(head), columns] of the channels that the columns stand for, 0 where none."""
+    _, channel, exists = decoder.elements(jnp.arange(decoder.columns))
     mask = (head < plan.heads)[:, None] & exists[None, :]
     rows = ref.at[head[:, None], (first + channel)[None, :]]
     return triton.load(rows, mask=mask, other=0.0).astype(jnp.float32)
 
 
 def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier: float) -> tuple:
-    """(int8 [2 * heads, columns] of each piece, centre int32 [2 * heads], unit float32 [heads])."""
+    """(int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32 [heads])."""
     row = jnp.arange(2 * plan.columns)
-    head = jnp.arange(plan.columns)
+    head = divide(row, 2)[0]
 
-    def unit(head):
-        pieces = range(decoder.pieces)
-        rows = [_query_rows(plan, ref, decoder, p, first, head) for p in pieces]
-        peak = rows[0] * 0.0
-        for x in rows:
-            peak = jnp.maximum(peak, jnp.abs(x))
-        return jnp.maximum(peak.max(axis=1), 1e-30) / UNITS
+    def largest(x):
+        return jnp.maximum(jnp.abs(x).max(axis=1), 1e-30)
 
-    column_unit = unit(divide(row, 2)[0])
-    pieces, total = [], jnp.zeros((2 * plan.columns,), jnp.int32)
-    for piece in range(decoder.pieces):
-        x = _query_rows(plan, ref, decoder, piece, first, divide(row, 2)[0])
-        high, low = digits(x / column_unit[:, None])
-        digit = jnp.where((row & 1 == 0)[:, None], high, low)
-        total = total + digit.sum(axis=1)
-        pieces.append(digit.astype(jnp.int8))
-    return pieces, total * -decoder.centre, unit(head) * multiplier
+    x = _query_rows(plan, ref, decoder, first, head)
+    high, low = digits(x * (0.999999 / largest(x))[:, None], plan.interpret)
+    digit = jnp.where((row & 1 == 0)[:, None], high, low)
+    centre = digit.astype(jnp.int32).sum(axis=1) * -decoder.centre
+    unit = largest(_query_rows(plan, ref, decoder, first, jnp.arange(plan.columns)))
+    return digit, centre, unit * (multiplier / (0.999999 * UNITS))
 
 
 def key_scale(word: jax.Array) -> jax.Array:
@@ -114,11 +115,17 @@ def key_scale(word: jax.Array) -> jax.Array:
     return word.astype(jnp.float32)
 
 
-def value_scale(word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The value's scale, the high half of the word, and the logarithm of a power of two above it."""
-    scale = lax.bitcast_convert_type((word >> 16) << 16, jnp.float32)
-    exponent = ((word >> 23) & 255).astype(jnp.int32).astype(jnp.float32) - 126.0
-    return scale, jnp.maximum(exponent, MIN_EXPONENT)
+def value_scale(word: jax.Array) -> jax.Array:
+    """The value's scale, the high half of the token's word."""
+    return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def value_exponent(words: list[jax.Array]) -> jax.Array:
+    """int32 e with |scale| < 2**(e - BIAS) for the value scales of all groups."""
+    found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
+    for word in words:
+        found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))
+    return found
 
 
 def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array, token: jax.Array):
@@ -134,42 +141,43 @@ def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array
         mask = jnp.broadcast_to(mask[None, :], (page.shape[0], byte.shape[0]))
         return triton.load(rows, mask=mask, other=0)
 
-    tiles = decoder.load(fetch)
     start = jnp.broadcast_to(centre[None, :], (page.shape[0], centre.shape[0]))
+    operands = decoder.operands(decoder.load(fetch), state["key_tables"][part], plan.interpret)
+    return weighted(start, operands, query, b_axis=1)
+
+
+def weighted(
+    start: jax.Array, operands: list[tuple[int, jax.Array]], right: jax.Array, b_axis: int
+) -> jax.Array:
+    """start + the products of weighted operands with the digits `right`, merged, in float32."""
     sums: dict[int, jax.Array] = {}
-    for piece in range(decoder.pieces):
-        prepared = state["key_tables"][part]
-        for weight, operand in decoder.operands(tiles, piece, prepared, plan.interpret):
-            sums[weight] = sums.get(weight, start) + triton.dot(operand, query[piece], b_axis=1)
-    return weighted(sums)
-
-
-def weighted(sums: dict[int, jax.Array]) -> jax.Array:
-    """Merges the digits of levels and of queries (or probabilities) in float32."""
-    terms = [
-        merge_digits(x).astype(jnp.float32) * (1.0 if weight == 1 else float(weight))
-        for weight, x in sums.items()
-    ]
+    for weight, operand in operands:
+        sums[weight] = sums.get(weight, start) + triton.dot(operand, right, b_axis=b_axis)
+    terms = [merge_digits(x) if w == 1 else merge_digits(x) * float(w) for w, x in sums.items()]
     return sum(terms[1:], terms[0])
 
 
-def scores(plan: Plan, refs: Refs, state: Refs, page: jax.Array, token: jax.Array):
-    """(logits [tokens, heads] in base 2, the scale words of the groups) of tokens in these places."""
-    words = [triton.load(ref.at[page, token]) for ref in refs["scales"]]
-    total = None
+def scores(
+    plan: Plan, refs: Refs, state: Refs, page: jax.Array, token: jax.Array, words: list[jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits in base 2 of tokens in these places, [tokens, heads], as factors (x, y, z) of x * y + z."""
+    terms = []
     for part in range(len(plan.key_parts)):
         product = key_products(plan, refs, state, part, page, token)
-        unit = state["queries"][part][2]
-        term = product * key_scale(words[part])[:, None] * unit[None, :]
-        total = term if total is None else total + term
-    assert total is not None
-    if "bias" in state:
-        total = total + state["bias"][None, :]
+        scaled = product * key_scale(words[part])[:, None]
+        unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
+        terms.append((scaled, unit))
+    zero = jnp.zeros_like(terms[0][0])
+    if len(terms) == 1 and "bias" not in state and plan.soft_cap is None:
+        return (*terms[0], zero)
+    total = zero if "bias" not in state else zero + state["bias"][None, :]
+    for scaled, unit in terms:
+        total = triton.fma(scaled, unit, total, plan.interpret)
     if plan.soft_cap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is right at both infinities
         grown = triton.exp2(total * (2.0 * LOG2E / plan.soft_cap), plan.interpret)
         total = plan.soft_cap * LOG2E * (1.0 - 2.0 / (1.0 + grown))
-    return total, words
+    return total, jnp.ones_like(total), zero
 
 
 def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
@@ -181,47 +189,63 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
 
 
 def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array]):
-    """For each piece of the values' order: logits [columns, heads], EMPTY where unseen, and scale words."""
+    """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
+
+    Row r of phase j is the token in column 4 r + j of the values' operand.
+    """
     order = plan.value_decoders[0]
     found = []
-    for piece in range(order.pieces):
-        which, token, _ = order.elements(piece, jnp.arange(order.columns))
-        logits, words = scores(plan, refs, state, pick(pages, which), token)
+    for phase in range(PHASES):
+        column = PHASES * jnp.arange(order.columns // PHASES) + phase
+        which, token, _ = order.elements(column)
+        page = pick(pages, which)
+        words = [triton.load(ref.at[page, token]) for ref in refs["scales"]]
+        x, y, z = scores(plan, refs, state, page, token, words)
+        exponent = value_exponent(words[: len(plan.value_decoders)])
+        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None], plan.interpret)
         place = (block + which) * plan.tokens + token
-        seen = (place < state["length"]) & (place >= state["start"])
-        found.append((jnp.where(seen[:, None], logits, EMPTY), words))
+        seen = place < state["length"]
+        if "start" in state:
+            seen = seen & (place >= state["start"])
+        found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
     return found
 
 
+def total(terms: list[jax.Array]) -> jax.Array:
+    """The sum of a list."""
+    return sum(terms[1:], terms[0])
+
+
 def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry):
-    """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums."""
+    """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
+
+    The integers of P are units of this tile's peak, not of the running one: a rounding error is at most
+    2**-15 of the largest term of its own tile. The peak counts the value's scale in, by its exponent,
+    so that every share of a value stays below 1.
+    """
     peak, weight, mass, outputs = carry
     tile = tile_scores(plan, refs, state, block, pages)
-    groups = range(len(plan.value_decoders))
-    scales = [[value_scale(words[g]) for g in groups] for _, words in tile]
-    bounds = []
-    for (logits, _), of_groups in zip(tile, scales, strict=True):
-        exponent = of_groups[0][1]
-        for _, other in of_groups[1:]:
-            exponent = jnp.maximum(exponent, other)
-        bounds.append(logits + exponent[:, None])
-    highest = bounds[0]
-    for bound in bounds[1:]:
+    highest = tile[0][0]
+    for bound, _, _ in tile[1:]:
         highest = jnp.maximum(highest, bound)
-    # The integers of P are units of this tile's peak, not of the running one: a rounding error is
-    # at most 2**-15 of the largest term of its own tile.
     tile_peak = highest.max(axis=0)
     new_peak = jnp.maximum(peak, tile_peak)
-    old, new = (triton.exp2(x - new_peak, plan.interpret) for x in (peak, tile_peak))
-    terms = [triton.exp2(x - tile_peak[None, :], plan.interpret) for x, _ in tile]
-    weight = weight * old[None, :] + sum(terms[1:], terms[0]) * new[None, :]
+    old, new = (triton.exp2(x - new_peak, plan.interpret)[None, :] for x in (peak, tile_peak))
+
+    terms = []
+    for bound, exponent, _ in tile:
+        down = lax.bitcast_convert_type((127 + BIAS - exponent) << 23, jnp.float32)
+        terms.append(triton.exp2(bound - tile_peak[None, :], plan.interpret) * down[:, None])
+    add = functools.partial(triton.fma, interpret=plan.interpret)
+    weight = add(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
     mass, outputs = list(mass), list(outputs)
-    for g in groups:
-        shares = [p * s[g][0][:, None] for p, s in zip(terms, scales, strict=True)]
-        if plan.value_decoders[g].centre:
-            mass[g] = mass[g] * old[None, :] + sum(shares[1:], shares[0]) * new[None, :]
-        product = value_products(plan, refs, state, g, pages, [x * UNITS for x in shares])
-        outputs[g] = outputs[g] * old[None, :] + product * new[None, :]
+    for g, decoder in enumerate(plan.value_decoders):
+        scales = [value_scale(words[g]) for _, _, words in tile]
+        shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
+        if decoder.centre:
+            mass[g] = add(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
+        product = value_products(plan, refs, state, g, pages, shares)
+        outputs[g] = add(product, jnp.broadcast_to(new, product.shape), outputs[g] * old)
     return new_peak, weight, tuple(mass), tuple(outputs)
 
 
@@ -241,22 +265,16 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
         mask = jnp.broadcast_to(exists, (channel.shape[0], byte.shape[0]))
         return triton.load(place, mask=mask, other=0)
 
-    tiles = decoder.load(fetch)
-    sums: dict[int, jax.Array] = {}
     start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)
-    for piece in range(decoder.pieces):
-        share = interleave_digits(shares[piece])
-        prepared = state["value_tables"][group]
-        for weight, operand in decoder.operands(tiles, piece, prepared, plan.interpret):
-            sums[weight] = sums.get(weight, start) + triton.dot(operand, share, b_axis=0)
-    return weighted(sums)
+    operands = decoder.operands(decoder.load(fetch), state["value_tables"][group], plan.interpret)
+    return weighted(start, operands, interleave(shares, plan.interpret), b_axis=0)
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
     """One program of the grid (split, kv head, sequence); writes the split's sums, see `combine`."""
     length = inputs["lengths"][0]
     start = inputs["starts"][0] if "starts" in inputs else jnp.int32(0)
-    state: Refs = {"length": length, "start": start}
+    state: Refs = {"length": length} | ({"start": start} if "starts" in inputs else {})
     state["queries"] = [
         prepare_query(plan, inputs["queries"][source], decoder, first, multiplier)
         for decoder, source, first, multiplier in plan.key_parts
@@ -288,8 +306,8 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
             pages.append(inputs["page_table"][place])
         return attend(plan, inputs, state, block, pages, carry)
 
-    order, columns = plan.value_decoders[0].columns, plan.columns
-    zeros = jnp.zeros((order, columns), jnp.float32)
+    columns = plan.columns
+    zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
     accumulators = tuple(
         jnp.zeros((max(16, power_of_two(n)), columns), jnp.float32) for n in plan.value_channels
     )
@@ -300,7 +318,7 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
         accumulators,
     )
     peak, weight, mass, sums = lax.fori_loop(begin, end, body, carry)
-    triton.store(outputs["peak"].at[jnp.arange(columns)], peak)
+    triton.store(outputs["peak"].at[jnp.arange(columns)], peak - BIAS)
     triton.store(outputs["weight"].at[jnp.arange(columns)], weight.sum(axis=0))
     write_output(plan, outputs["sums"], mass, sums)
 

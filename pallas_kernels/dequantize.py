@@ -5,7 +5,7 @@ brought, by one shift and one mask, into the form "one code per nibble", and eac
 becomes one register of the operand. The four values of a register are not neighbours on the packed
 axis; since a contraction may run in any order, the other operand is arranged to match (`elements`).
 
-Any class with the attributes `columns`, `pieces`, `centre` and the methods `elements`, `tables`,
+Any class with the attributes `columns`, `centre` and the methods `elements`, `tables`,
 `prepare`, `load`, `operands` of `PackedDecoder` can serve the loop; another code is another such class.
 """
 
@@ -121,10 +121,9 @@ class PackedDecoder:
     """Tiles of codes packed along their columns: `length` elements a page, `pages` pages side by side.
 
     A look-up turns one byte column into one column of values, `8 / width` times over: each `variant` is
-    another group of codes, half of the words and part of the first plane. The parts follow from
-    `unit`, a width of which the row of one look-up is made: that of the narrowest plane, or narrower
-    where codes of different widths have to come in the same order. Look-ups of few columns are set
-    side by side.
+    another group of codes, half of the words and part of the first plane, and all of them are set side
+    by side. The parts follow from `unit`, a width of which the row of one look-up is made: that of the
+    narrowest plane, or narrower where codes of different widths have to come in the same order.
     """
 
     codebook: Codebook
@@ -147,17 +146,8 @@ class PackedDecoder:
         return power_of_two(self.bytes * self.pages)
 
     @property
-    def joined(self) -> int:
-        """Look-ups that one piece is made of."""
-        return max(1, MIN_COLUMNS // self.cells)
-
-    @property
     def columns(self) -> int:
-        return self.cells * self.joined
-
-    @property
-    def pieces(self) -> int:
-        return self.variants // self.joined
+        return self.cells * self.variants
 
     @property
     def centre(self) -> int:
@@ -167,12 +157,9 @@ class PackedDecoder:
     def parts(self) -> int:
         return self.codebook.widths[0] // self.unit
 
-    def elements(self, piece: int, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(page, element on the packed axis, whether there is one) of each column of a piece."""
-        variant = jnp.full_like(column, piece)
-        if self.joined > 1:
-            variant, column = divide(column, self.cells)
-            variant = variant + piece * self.joined
+    def elements(self, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(page, element on the packed axis, whether there is one) of each column."""
+        variant, column = divide(column, self.cells)
         variant, half = divide(variant, 2)
         word, place = divide(column, 4)
         pair, odd = divide(place, 2)
@@ -203,13 +190,10 @@ class PackedDecoder:
         return tiles
 
     def operands(
-        self, tiles: list[jax.Array], piece: int, table: list[jax.Array], interpret: bool
+        self, tiles: list[jax.Array], table: list[jax.Array], interpret: bool
     ) -> list[tuple[int, jax.Array]]:
         """int8 operands [rows, columns] with their weights: level + centre = sum(weight * operand)."""
-        first = piece * self.joined
-        found = [
-            self._lookup(tiles, v, table, interpret) for v in range(first, first + self.joined)
-        ]
+        found = [self._lookup(tiles, v, table, interpret) for v in range(self.variants)]
         return [(1, beside(found))]
 
     def _lookup(

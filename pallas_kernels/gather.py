@@ -41,17 +41,13 @@ class GatherDecoder:
         return max(MIN_COLUMNS, power_of_two(self.length * self.pages))
 
     @property
-    def pieces(self) -> int:
-        return 1 if self.order is None else self.order.pieces
-
-    @property
     def centre(self) -> int:
         return 0
 
-    def elements(self, piece: int, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(page, element on the packed axis, whether there is one) of each column of a piece."""
+    def elements(self, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(page, element on the packed axis, whether there is one) of each column."""
         if self.order is not None:
-            return self.order.elements(piece, column)
+            return self.order.elements(column)
         page, element = divide(column, self.length)
         return page, element, page < self.pages
 
@@ -64,15 +60,15 @@ class GatherDecoder:
         return refs
 
     def load(self, fetch: Fetch) -> Fetch:
-        """Nothing yet: every piece fetches its own bytes."""
+        """Nothing yet: bytes are fetched one for each element."""
         return fetch
 
     def operands(
-        self, fetch: Fetch, piece: int, prepared: dict[str, jax.Array], interpret: bool
+        self, fetch: Fetch, prepared: dict[str, jax.Array], interpret: bool
     ) -> list[tuple[int, jax.Array]]:
         """int8 operands [rows, columns] with their weights: level = sum(weight * operand)."""
         del interpret
-        page, element, exists = self.elements(piece, jnp.arange(self.columns))
+        page, element, exists = self.elements(jnp.arange(self.columns))
         code, done = None, 0
         for plane, width in enumerate(self.codebook.widths):
             count = self.length * width // 8

@@ -71,6 +71,15 @@ def exp2(x: jax.Array, interpret: bool) -> jax.Array:
     return assembly("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", 1, jnp.float32)
 
 
+def fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+    """x * y + z in float32 in one instruction: Triton as XLA runs it fuses none by itself."""
+    shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
+    x, y, z = (jnp.broadcast_to(a, shape) for a in (x, y, z))
+    if interpret:
+        return x * y + z
+    return assembly("fma.rn.f32 $0, $1, $2, $3;", [x, y, z], "=f,f,f,f", 1, jnp.float32)
+
+
 def dot(a: jax.Array, b: jax.Array, *, b_axis: int) -> jax.Array:
     """int8 [M, C] times int8 b, contracted over b's axis `b_axis`, in exact int32."""
     return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.int32)

@@ -13,10 +13,12 @@ class Llama3Scaling:
     original_max_position: int
 
     def __post_init__(self):
-        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+        for name, value in vars(self).items():
+            _require_positive(name, value)
+        if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
-                f"got rope scaling {self}, expected factor > 0 and "
-                "0 < low_freq_factor < high_freq_factor"
+                f"low_freq_factor: got {self.low_freq_factor}, "
+                f"expected less than high_freq_factor = {self.high_freq_factor}"
             )
 
 
@@ -45,13 +47,14 @@ class LlamaConfig:
 
     def __post_init__(self):
         for name in _SIZES:
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: got {size!r}, expected a positive integer")
+            _require_positive(name, getattr(self, name), whole=True)
         for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name}: got {value!r}, expected a positive number")
+            _require_positive(name, getattr(self, name))
+        for token in (*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])):
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"bos_id, eos_ids: got {token!r}, expected integers below {self.vocab_size}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads: got {self.num_heads}, expected a multiple of "
@@ -71,6 +74,13 @@ _SIZES = (
     "head_dim",
     "max_position",
 )
+
+
+def _require_positive(name: str, value: object, *, whole: bool = False) -> None:
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not (number and value > 0):  # type: ignore[operator]
+        kind = "integer" if whole else "number"
+        raise ValueError(f"{name}: got {value!r}, expected a positive {kind}")
 
 
 def parameter_count(config: LlamaConfig) -> int:

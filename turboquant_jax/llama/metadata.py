@@ -25,9 +25,10 @@ _HF_SERVED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (None, False),
     "sliding_window": (None,),
     "quantization_config": (None,),
-    "partial_rotary_factor": (None, 1, 1.0),
+    "partial_rotary_factor": (None, 1),
     "rope_interleaved": (None, False),
     "is_decoder": (None, True, False),
+    "tie_word_embeddings": (None, True, False),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
@@ -45,7 +46,6 @@ _HF_READ = {
     "rope_scaling",
     "rope_parameters",
     "rms_norm_eps",
-    "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
 }
@@ -99,21 +99,23 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
         rms_norm_eps=entries.get("rms_norm_eps", _HF_DEFAULTS["rms_norm_eps"]),
         tie_embeddings=bool(entries.get("tie_word_embeddings", False)),
         bos_id=entries.get("bos_token_id", _HF_DEFAULTS["bos_token_id"]),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        eos_ids=() if eos is None else tuple(eos if isinstance(eos, list) else [eos]),
     )
 
 
 def _huggingface_rope(entries: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Theta and scaling: `rope_theta` beside `rope_scaling`, or both inside `rope_parameters`."""
     key = "rope_parameters" if entries.get("rope_parameters") else "rope_scaling"
-    rope = dict(entries.get(key) or {})
-    theta = rope.pop("rope_theta", entries.get("rope_theta", 10_000.0))
-    _require_served(rope, {"partial_rotary_factor": (None, 1, 1.0)}, _HF_ROPE, prefix=key + ".")
+    rope = entries.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{key}: got {rope!r}, expected an object")
+    theta = rope.get("rope_theta", entries.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{key}.rope_type: got {kind!r}, expected 'default' or 'llama3'")
+    _require_served(rope, {"partial_rotary_factor": (None, 1)}, _HF_ROPE, prefix=key + ".")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise ValueError(f"{key}.rope_type: got {kind!r}, expected 'default' or 'llama3'")
     return theta, Llama3Scaling(
         factor=_get(rope, "factor", key + "."),
         low_freq_factor=_get(rope, "low_freq_factor", key + "."),
@@ -123,6 +125,7 @@ def _huggingface_rope(entries: Mapping[str, Any]) -> tuple[float, Llama3Scaling 
 
 
 _HF_ROPE = {
+    "rope_theta",
     "rope_type",
     "type",
     "factor",
@@ -209,7 +212,8 @@ def _with_divisors(config: LlamaConfig, divisors: np.ndarray) -> LlamaConfig:
     expected = scaling_factors(inverse_frequencies(config), scaling)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(
-            f"rope_freqs.weight: got divisors {divisors}, expected {expected} of {scaling}"
+            f"rope_freqs.weight: got {divisors.shape} divisors up to {np.max(divisors)}, "
+            f"expected {expected.shape}, those of {scaling}"
         )
     return dataclasses.replace(config, rope_scaling=scaling)
 

@@ -126,15 +126,34 @@ class Llama(nnx.Module):
             layer, index = layer_and_index
             return layer(hidden, cos, sin, index, state, attend), None
 
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         hidden = self.embedding[...][tokens]
-        (hidden, state), _ = lax.scan(step, (hidden, state), (self.layers, indices))
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        if isinstance(self.layers, Layer):
+            (hidden, state), _ = lax.scan(step, (hidden, state), (self.layers, indices))
+        else:
+            for layer, index in zip(self.layers, indices, strict=True):
+                (hidden, state), _ = step((hidden, state), (layer, index))
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps), state
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits; apart from `__call__`, so that only the rows needed pay for them."""
         matrix = self.embedding if self.head is None else self.head
         return jnp.einsum("BTD,VD->BTV", hidden, matrix[...], preferred_element_type=jnp.float32)
+
+
+def unstack(model: Llama) -> Llama:
+    """The same decoder with an array per layer, traced one after another instead of scanned.
+
+    It takes longer to compile, but where XLA copies the slice of the weights that a step of
+    `lax.scan` works on, as on the CPU, decoding is twice as fast.
+    """
+
+    def layer(index: int) -> Layer:
+        return jax.tree.map(lambda x: x[index], model.layers)
+
+    unstacked = jax.tree.map(lambda x: x, model)
+    unstacked.layers = nnx.List([layer(i) for i in range(model.config.num_layers)])
+    return unstacked
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:

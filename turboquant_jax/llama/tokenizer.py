@@ -94,19 +94,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], eos_ids: tuple[int, ...]) -
             f"tokenizer.ggml.model, .pre: got {model!r}, {pre!r}, "
             "expected 'gpt2' with 'smollm' or 'llama-bpe'"
         )
-    try:
-        tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
-        types = metadata["tokenizer.ggml.token_type"]
-    except KeyError as error:
-        raise ValueError(f"got no metadata key {error}, expected the tokenizer's tables") from error
+    tokens, types = _table(metadata, "tokens"), _table(metadata, "token_type")
+    if len(tokens) != len(types):
+        raise ValueError(f"got {len(tokens)} tokens with {len(types)} types, expected one each")
     llama_3 = pre == "llama-bpe"
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
-            ignore_merges=llama_3,
-        )
-    )
+    backend = tokenizers.Tokenizer(_byte_pairs(tokens, _table(metadata, "merges"), llama_3))
     first = (
         pre_tokenizers.Split(Regex(_LLAMA_3_PATTERN), behavior="isolated")
         if llama_3
@@ -126,6 +118,23 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], eos_ids: tuple[int, ...]) -
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", llama_3)),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
+
+
+def _table(metadata: Mapping[str, Any], name: str) -> list[Any]:
+    table = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(table, list):
+        raise ValueError(f"tokenizer.ggml.{name}: got {table!r}, expected the tokenizer's tables")
+    return table
+
+
+def _byte_pairs(tokens: list[str], merges: list[str], ignore_merges: bool) -> models.BPE:
+    """`ignore_merges`: a word that is in the vocabulary is taken whole, as in Llama 3."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        return models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"got {error}, expected merges of two known tokens") from error
 
 
 def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, ...]) -> Tokenizer:
@@ -159,7 +168,9 @@ def _folder_template(folder: Path) -> str | None:
     try:
         template = json.loads(config.read_text()).get("chat_template")
         if isinstance(template, list):
-            return {t["name"]: t["template"] for t in template}.get("default")
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError(f"chat_template {template!r}")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{config}: got {error!r}, expected JSON with a template") from error
     return template

@@ -1,0 +1,190 @@
+"""Generation: ragged batches, chunks, stops and streams give what one row at a time gives."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from turboquant_jax.llama.generate import (
+    NO_TOKEN,
+    Past,
+    decode,
+    generate,
+    pad_prompts,
+    prefill,
+    stream,
+)
+from turboquant_jax.llama.sampling import Sampling
+
+PROMPTS = [[5, 17, 60, 3, 44, 81, 9], [12], [90, 33, 2, 71]]
+SAMPLED = Sampling(temperature=1.0, top_k=40, top_p=0.95)
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return jax.random.split(jax.random.key(11), len(PROMPTS))
+
+
+@pytest.fixture
+def run(tiny, past, empty, keys):
+    """`run(rows, **options)`: generate for these rows of PROMPTS."""
+
+    def run(rows=(0, 1, 2), max_tokens=12, **options):
+        tokens, lengths = (jnp.asarray(x)[jnp.array(rows)] for x in pad_prompts(PROMPTS))
+        state = empty(tiny.config, len(rows), SIZE)
+        own_keys = keys[jnp.array(rows)]
+        return generate(
+            tiny, tokens, lengths, own_keys, state, past, max_tokens=max_tokens, **options
+        )
+
+    return run
+
+
+def test_greedy_equals_whole_forward_passes(tiny, forward, run):
+    got = run()
+    for prompt, row in zip(PROMPTS, np.asarray(got.tokens), strict=True):
+        ids = list(prompt)
+        for token in row:
+            padded = jnp.array([ids + [0] * (20 - len(ids))], jnp.int32)
+            assert token == np.argmax(forward(tiny, padded)[0, len(ids) - 1])
+            ids.append(int(token))
+    np.testing.assert_array_equal(got.counts, [12, 12, 12])
+    # the last token has not been fed
+    np.testing.assert_array_equal(got.state.lengths, [7 + 11, 1 + 11, 4 + 11])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_rows_do_not_depend_on_the_batch(run, sampling):
+    whole = run(sampling=sampling)
+    for row in range(3):
+        alone = run((row,), sampling=sampling)
+        np.testing.assert_array_equal(alone.tokens[0], whole.tokens[row])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50])
+def test_chunks_fill_the_same_past(tiny, past, empty, chunk):
+    tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
+    logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), past)
+    got, chunked = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), past, chunk=chunk)
+    np.testing.assert_allclose(got, logits, atol=1e-5)
+    chex.assert_trees_all_close(chunked, state, atol=1e-5)
+    np.testing.assert_array_equal(chunked.lengths, lengths)
+    for row, prompt in enumerate(PROMPTS):  # padding left nothing behind
+        assert not chunked.keys[:, row, len(prompt) :].any()
+
+
+def test_a_second_prefill_goes_on_where_the_first_ended(tiny, past, empty):
+    tokens, lengths = map(jnp.asarray, pad_prompts([PROMPTS[0]]))
+    logits, _ = prefill(tiny, tokens, lengths, empty(tiny.config, 1, SIZE), past)
+    three, four = jnp.array([3], jnp.int32), jnp.array([4], jnp.int32)
+    _, state = prefill(tiny, tokens[:, :3], three, empty(tiny.config, 1, SIZE), past)
+    got, _ = prefill(tiny, tokens[:, 3:], four, state, past, start=three)
+    np.testing.assert_allclose(got, logits, atol=1e-5)
+
+
+def test_a_row_stops_after_a_stop_token(run):
+    free = np.asarray(run().tokens)
+    stop = int(free[0, 4])
+    got = run(eos_ids=(stop, 96))
+    for row, without in zip(np.asarray(got.tokens), free, strict=True):
+        where = np.flatnonzero(without == stop)
+        length = int(where[0]) + 1 if len(where) else len(without)
+        np.testing.assert_array_equal(row[:length], without[:length])
+        assert (row[length:] == NO_TOKEN).all()
+    counts = (np.asarray(got.tokens) != NO_TOKEN).sum(axis=1)
+    assert counts[0] == 5
+    np.testing.assert_array_equal(got.counts, counts)
+    np.testing.assert_array_equal(got.state.lengths, counts + np.array([6, 0, 3]))
+
+
+def test_the_loop_ends_with_the_last_row(tiny, past, empty, run):
+    """Every row stops at its first token: no forward pass follows the prefill."""
+    everything = tuple(range(97))
+    got = run(eos_ids=everything)
+    np.testing.assert_array_equal(got.counts, [1, 1, 1])
+    np.testing.assert_array_equal(got.state.lengths, [7, 1, 4])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_stream_equals_decode(tiny, past, empty, keys, run, sampling):
+    stop = int(run(sampling=sampling).tokens[0, 4])
+    expected = run(sampling=sampling, eos_ids=(stop,))
+    tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
+    logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), past)
+    options = dict(max_tokens=12, sampling=sampling, eos_ids=(stop,))
+    steps = list(stream(tiny, logits, lengths, keys, state, past, **options))
+    np.testing.assert_array_equal(
+        np.stack(steps, axis=1), expected.tokens[:, : int(expected.counts.max())]
+    )
+
+
+def test_decoding_in_two_calls_equals_one(tiny, past, empty, keys, run):
+    """Keys are folded with the position, so a cut changes nothing."""
+    whole = np.asarray(run(sampling=SAMPLED).tokens)
+    first = run(sampling=SAMPLED, max_tokens=5)
+    lengths = jnp.asarray(pad_prompts(PROMPTS)[1])
+    one = jnp.ones_like(lengths)
+    logits, state = prefill(tiny, first.tokens[:, -1:], one, first.state, past, start=lengths + 4)
+    second = decode(tiny, logits, lengths + 5, keys, state, past, max_tokens=7, sampling=SAMPLED)
+    np.testing.assert_array_equal(np.hstack([first.tokens, second.tokens]), whole)
+
+
+def test_one_compilation_serves_the_whole_generation(tiny, past, empty, keys):
+    """A pass is traced once for the prompts and once for all decoding steps, whatever the text."""
+    begin = chex.assert_max_traces(past.begin, n=2)
+    attend = chex.assert_max_traces(past.attend, n=2)
+    counted = Past(begin, attend, past.commit)
+    for prompts in (PROMPTS, [p[::-1] for p in PROMPTS]):
+        tokens, lengths = map(jnp.asarray, pad_prompts(prompts))
+        state = empty(tiny.config, 3, SIZE)
+        got = generate(tiny, tokens, lengths, keys, state, counted, max_tokens=20)
+        assert got.tokens.shape == (3, 20)
+
+
+def test_streaming_compiles_one_step(tiny, past, empty, keys):
+    begin = chex.assert_max_traces(past.begin, n=2)
+    counted = Past(begin, past.attend, past.commit)
+    tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
+    logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), counted)
+    assert len(list(stream(tiny, logits, lengths, keys, state, counted, max_tokens=9))) == 9
+
+
+def test_the_state_is_donated(tiny, past, empty):
+    tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
+    state = empty(tiny.config, 3, SIZE)
+    prefill(tiny, tokens, lengths, state, past)
+    assert state.keys.is_deleted() and state.values.is_deleted()
+
+
+def test_wrong_calls_are_refused(tiny, past, empty, run):
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="expected at least one each"):
+            pad_prompts(prompts)
+    with pytest.raises(ValueError, match="max_tokens: got 0"):
+        run(max_tokens=0)
+    with pytest.raises(ValueError, match="chunk: got 0 tokens"):
+        run(chunk=0)
+
+
+def test_smollm2_answers(smollm2, past, empty):
+    """The answers of the weights in the file, found by two other implementations too."""
+    questions = ("What is the capital of France? Answer in one sentence.", "What is gravity?")
+    chats = [
+        smollm2.tokenizer.encode_chat([{"role": "user", "content": question}])
+        for question in questions
+    ]
+    tokens, lengths = map(jnp.asarray, pad_prompts(chats))
+    state = empty(smollm2.config, 2, 96)
+    keys = jax.random.split(jax.random.key(0), 2)
+    stops = smollm2.tokenizer.eos_ids
+    got = generate(smollm2.model, tokens, lengths, keys, state, past, max_tokens=24, eos_ids=stops)
+    texts = [
+        smollm2.tokenizer.decode(np.asarray(row[:count]))
+        for row, count in zip(got.tokens, got.counts, strict=True)
+    ]
+    assert texts[0] == "The capital of France is Paris."
+    assert texts[1].startswith(
+        "Gravity is a fundamental concept in physics that describes the curvature of spacetime"
+    )

@@ -1,0 +1,158 @@
+"""The decoder against an independent numpy forward pass, and against itself token by token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from turboquant_jax.llama.checkpoint import packaged_smollm2
+from turboquant_jax.llama.config import parameter_count
+from turboquant_jax.llama.model import Llama, rms_norm, unstack
+from turboquant_jax.llama.presets import PRESETS
+
+PROMPT = (
+    "The tide had turned in 1842, and the keeper's daughter rowed out alone; "
+    "nobody on the quay expected to see the small green boat again before the spring."
+)
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def numpy_logits(weights, heads, kv_heads, theta, epsilon, tokens):
+    """Llama as llama.cpp reads the file: raw rows, RoPE on the adjacent pairs (2i, 2i+1)."""
+    hidden = weights["token_embd.weight"][tokens]
+    length, layers = len(tokens), sum(name.endswith("attn_q.weight") for name in weights)
+    dim = weights["blk.0.attn_q.weight"].shape[0] // heads
+    angles = np.outer(np.arange(length), theta ** (-np.arange(0, dim, 2) / dim))
+    mask = np.triu(np.full((length, length), -np.inf), 1)
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weights[name]
+
+    def rope(x):
+        turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
+        return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+
+    for i in range(layers):
+        w = {name: weights[f"blk.{i}.{name}.weight"] for name in MATRICES}
+        x = norm(hidden, f"blk.{i}.attn_norm.weight")
+        q = rope((x @ w["attn_q"].T).reshape(length, heads, dim))
+        k = rope((x @ w["attn_k"].T).reshape(length, kv_heads, dim))
+        v = (x @ w["attn_v"].T).reshape(length, kv_heads, dim)
+        out = []
+        for head in range(heads):
+            group = head // (heads // kv_heads)
+            scores = q[:, head] @ k[:, group].T / np.sqrt(dim) + mask
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            out.append(p / p.sum(-1, keepdims=True) @ v[:, group])
+        hidden = hidden + np.concatenate(out, -1) @ w["attn_output"].T
+        x = norm(hidden, f"blk.{i}.ffn_norm.weight")
+        gate = x @ w["ffn_gate"].T
+        gated = gate / (1 + np.exp(-gate)) * (x @ w["ffn_up"].T)
+        hidden = hidden + gated @ w["ffn_down"].T
+    hidden = norm(hidden, "output_norm.weight")
+    return hidden @ weights.get("output.weight", weights["token_embd.weight"]).T
+
+
+def test_smollm2_equals_numpy_on_the_raw_rows(smollm2, forward):
+    reader = GGUFReader(packaged_smollm2())
+    weights = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    tokens = smollm2.tokenizer.encode(PROMPT)
+    assert 30 <= len(tokens) <= 50
+    expected = numpy_logits(weights, 9, 3, 100_000.0, 1e-5, tokens)
+    got = forward(smollm2.model, jnp.array([tokens], jnp.int32))[0]
+    np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tiny_equals_numpy(tiny, tiny_tied, gguf_tensors, forward, tied):
+    model = tiny_tied if tied else tiny
+    tokens = np.random.default_rng(0).integers(0, 97, 20)
+    expected = numpy_logits(gguf_tensors(model), 4, 2, 10_000.0, 1e-5, tokens)
+    got = forward(model, jnp.asarray(tokens, jnp.int32)[None])[0]
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_smollm2_token_by_token_equals_whole(smollm2, forward, past, empty):
+    tokens = jnp.array([smollm2.tokenizer.encode(PROMPT)[:12]], jnp.int32)
+
+    @jax.jit
+    def step(model, token, position, state):
+        state = past.begin(state, jnp.ones((1,), jnp.int32), 1)
+        hidden, state = model(token, position, state, past.attend)
+        return model.logits(hidden)[:, 0], past.commit(state)
+
+    state, rows = empty(smollm2.config, 1, 12), []
+    for t in range(tokens.shape[1]):
+        position = jnp.full((1, 1), t, jnp.int32)
+        row, state = step(smollm2.model, tokens[:, t : t + 1], position, state)
+        rows.append(row)
+    np.testing.assert_allclose(
+        jnp.stack(rows, axis=1), forward(smollm2.model, tokens), atol=1e-3, rtol=0
+    )
+
+
+def test_bfloat16_parameters_mean_bfloat16_computation(tiny, past, empty):
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
+    tokens = jnp.arange(10, dtype=jnp.int32)[None]
+    seen = []
+
+    def attend(state, layer, q, k, v):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return past.attend(state, layer, q, k, v)
+
+    def begun(dtype):
+        return past.begin(empty(tiny.config, 1, 10, dtype), jnp.full((1,), 10, jnp.int32), 10)
+
+    hidden, state = model(tokens, tokens, begun(jnp.bfloat16), attend)
+    assert seen == [{jnp.dtype("bfloat16")}]  # traced once for all layers
+    assert hidden.dtype == state.keys.dtype == jnp.bfloat16
+    assert model.logits(hidden).dtype == jnp.float32
+    exact, _ = tiny(tokens, tokens, begun(jnp.float32), past.attend)
+    # 3 layers of rounding at 2**-9 relative
+    error = jnp.linalg.norm(hidden.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert 1e-4 < error < 0.03
+
+
+def test_rms_norm_of_bfloat16_is_rounded_once():
+    x = jnp.linspace(-3, 5, 64, dtype=jnp.bfloat16).reshape(1, 2, 32)
+    weight = jnp.linspace(0.5, 2, 32, dtype=jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    expected = (expected * np.asarray(weight, np.float64)).astype(jnp.bfloat16)
+    got = rms_norm(x, weight, 1e-5)
+    # float32 and float64 may fall on two sides of a rounding: half a unit in the last place
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(expected, np.float32), rtol=2**-8
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_built_abstractly(name):
+    model = nnx.eval_shape(lambda: Llama(PRESETS[name], nnx.Rngs(0)))
+    leaves = jax.tree.leaves(model)
+    assert sum(leaf.size for leaf in leaves) == parameter_count(PRESETS[name])
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
+
+
+def test_random_weights_keep_activations_of_order_one(tiny_config, forward):
+    config = dataclasses.replace(tiny_config, hidden_size=256, intermediate_size=512, head_dim=64)
+    model = jax.jit(lambda: Llama(config, nnx.Rngs(0), jnp.float32))()
+    logits = forward(model, jnp.arange(64, dtype=jnp.int32)[None])
+    assert 0.5 < float(jnp.std(logits)) < 2
+
+
+def test_only_parameters_inside(tiny):
+    assert {
+        type(x) for x in jax.tree.leaves(tiny, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    } == {nnx.Param}
+    assert not jax.tree.leaves(nnx.state(tiny, nnx.Not(nnx.Param)))
+
+
+def test_layers_one_after_another_equal_the_scan(tiny, forward):
+    tokens = jnp.arange(2 * 15, dtype=jnp.int32).reshape(2, 15)
+    np.testing.assert_allclose(forward(unstack(tiny), tokens), forward(tiny, tokens), atol=1e-5)

@@ -1,0 +1,105 @@
+"""Sampling against the definitions of its filters and against the distribution it must have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
+
+VOCAB = 24
+
+
+def logits():
+    return 2 * jax.random.normal(jax.random.key(0), (VOCAB,))
+
+
+def probabilities(sampling):
+    """The definition, in float64: temperature, then the k largest, then the nucleus of these."""
+    scaled = np.asarray(logits(), np.float64) / sampling.temperature
+    order = np.argsort(-scaled)[: sampling.top_k]
+    p = np.exp(scaled[order] - scaled.max())
+    p /= p.sum()
+    if sampling.top_p is not None:
+        # the shortest prefix that reaches top_p
+        p = p[: int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1]
+    full = np.zeros(VOCAB)
+    full[order[: len(p)]] = p / p.sum()
+    return full
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.6),
+        Sampling(temperature=1.5, top_k=5),
+        Sampling(temperature=1.0, top_p=0.8),
+        Sampling(temperature=2.0, top_k=9, top_p=0.7),
+        Sampling(temperature=1.0, top_k=1000),
+    ],
+)
+def test_distribution(sampling):
+    """Chi-square over 40,000 draws: rejects a right sampler once in 10,000, the seed is fixed."""
+    draws = 40_000
+    keys = jax.random.split(jax.random.key(1), draws)
+    rows = jnp.broadcast_to(logits()[None], (draws, VOCAB))
+    tokens = jax.jit(sample, static_argnums=2)(rows, keys, sampling)
+    assert tokens.dtype == jnp.int32
+    counts = np.bincount(np.asarray(tokens), minlength=VOCAB)
+    p = probabilities(sampling)
+    assert counts[p == 0].sum() == 0
+    common = p * draws >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(p[common], p[~common].sum()) * draws
+    used = expected > 0
+    assert stats.chisquare(observed[used], expected[used]).pvalue > 1e-4
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    """Of 0.5, 0.25, 0.125, 0.125: two tokens reach 0.75 exactly, three are needed beyond."""
+    rows = jnp.log(jnp.array([0.125, 0.5, 0.125, 0.25]))[None].repeat(2000, axis=0)
+    keys = jax.random.split(jax.random.key(2), 2000)
+
+    def drawn(top_p):
+        return set(np.unique(sample(rows, keys, Sampling(1.0, top_p=top_p))).tolist())
+
+    assert drawn(0.4) == {1}
+    assert drawn(0.74) == {1, 3}
+    assert drawn(0.76) == {0, 1, 3}  # of equal ones the lower id
+    assert drawn(1.0) == {0, 1, 2, 3}
+
+
+def test_greedy_and_top_1_take_the_largest():
+    rows = jax.random.normal(jax.random.key(3), (50, VOCAB))
+    keys = jax.random.split(jax.random.key(4), 50)
+    expected = np.argmax(rows, axis=-1)
+    np.testing.assert_array_equal(sample(rows, keys, GREEDY), expected)
+    np.testing.assert_array_equal(sample(rows, keys, Sampling(1.0, top_k=1)), expected)
+    np.testing.assert_array_equal(sample(rows, keys, Sampling(1.0, top_p=1e-6)), expected)
+
+
+def test_a_row_depends_on_its_own_key_only():
+    rows = jax.random.normal(jax.random.key(5), (8, VOCAB))
+    keys = jax.random.split(jax.random.key(6), 8)
+    sampling = Sampling(1.0, top_k=10, top_p=0.9)
+    draw = jax.jit(sample, static_argnums=2)
+    whole = draw(rows, keys, sampling)
+    one_by_one = [draw(rows[i : i + 1], keys[i : i + 1], sampling)[0] for i in range(8)]
+    np.testing.assert_array_equal(whole, jnp.stack(one_by_one))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature: got -0.1"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k: got 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: got 0.0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p: got 1.1"),
+    ],
+)
+def test_meaningless_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)

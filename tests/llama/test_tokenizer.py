@@ -1,0 +1,193 @@
+"""Tokenizers of both formats: round trips, streams, chats and refusals."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+
+from turboquant_jax.llama.tokenizer import (
+    Tokenizer,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
+
+TEXTS = [
+    "",
+    "Hello, world!",
+    "  leading and trailing  \n\n\ttabs\r\n",
+    "1842 + 17 = 1859; don't, they'll, WE'VE",
+    "naïve café, Straße, 東京, Ωμέγα, 🙂👩‍👩‍👧, \u200bzero width",
+]
+
+
+@pytest.fixture
+def tokenizer(smollm2):
+    return smollm2.tokenizer
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_known_ids(tokenizer):
+    """Digits one by one and the ChatML tokens, as the released tokenizer has them."""
+    pieces = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("in 1842 or so")]
+    assert pieces == ["in", "Ġ", "1", "8", "4", "2", "Ġor", "Ġso"]
+    assert tokenizer.encode("<|im_start|>user<|im_end|>") == [1, 4093, 2]
+    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.decode([1, 4093, 2]) == "user"
+
+
+def test_a_stream_never_splits_a_character(tokenizer):
+    text = "café 🙂👩‍👩‍👧 東京 done"
+    ids = tokenizer.encode(text)
+    pieces = list(tokenizer.stream(iter([1, *ids, 2])))
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_chat_template(tokenizer):
+    messages = [{"role": "user", "content": "What is gravity?"}]
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    expected = (
+        f"<|im_start|>system\n{system}<|im_end|>\n"
+        "<|im_start|>user\nWhat is gravity?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tokenizer.apply_chat(messages) == expected
+    ids = tokenizer.encode_chat(messages)
+    assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert tokenizer.apply_chat(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+def with_template(tokenizer, template):
+    return Tokenizer(tokenizer.backend, 1, (2,), False, template)
+
+
+def test_templates_have_what_they_are_written_for(tokenizer):
+    template = (
+        "{% for m in messages %}\n"
+        "    {% if loop.index > 1 %}{% continue %}{% endif %}\n"
+        "{{ bos_token }}{{ m.content | trim }}{{ eos_token }}{{ strftime_now('%Y') | length }}"
+        "{% endfor %}"
+    )
+    messages = [{"role": "user", "content": " a "}, {"role": "user", "content": "b"}]
+    rendered = with_template(tokenizer, template).apply_chat(messages)
+    assert rendered == "<|im_start|>a<|im_end|>4"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "got a checkpoint without a chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "chat template: got TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}", "chat template: got SecurityError"),
+        ("{{ messages.append(1) }}", "chat template: got SecurityError"),
+    ],
+)
+def test_bad_templates_are_refused(tokenizer, template, message):
+    with pytest.raises(ValueError, match=message):
+        with_template(tokenizer, template).apply_chat([])
+
+
+def gguf_metadata(**changes):
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = ["<eos>", *letters, "Ġ", "Ċ", "12", "34", "123", "ab", "<user>", "<|bos|>"]
+    types = [3] + [1] * (len(tokens) - 3) + [4, 3]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": ["1 2", "3 4", "12 3"],
+        "tokenizer.ggml.bos_token_id": len(tokens) - 1,
+    } | changes
+
+
+def test_llama_3_splits_three_digits_and_starts_with_bos():
+    tokenizer = tokenizer_from_gguf(gguf_metadata(), (0,))
+    pieces = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("12341 ab<user>")]
+    # "ab" has no merge: a whole word in the vocabulary is taken as it is
+    assert pieces == ["<|bos|>", "123", "4", "1", "Ġ", "a", "b", "<user>"]
+    assert tokenizer.backend.encode("ab").tokens == ["ab"]
+    assert tokenizer.decode(tokenizer.encode("12341 ab<user>")) == "12341 ab<user>"
+
+
+def test_smollm_splits_every_digit_and_starts_as_asked():
+    metadata = gguf_metadata(**{"tokenizer.ggml.pre": "smollm"})
+    tokenizer = tokenizer_from_gguf(metadata, (0,))
+    assert [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("123")] == ["1", "2", "3"]
+    metadata["tokenizer.ggml.add_bos_token"] = True
+    assert tokenizer_from_gguf(metadata, (0,)).encode("1")[0] == tokenizer.bos_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "got 'llama', 'llama-bpe', expected 'gpt2' with"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "got 'gpt2', 'qwen2'"),
+        ({"tokenizer.ggml.pre": None}, "got 'gpt2', None"),
+        ({"tokenizer.ggml.tokens": None}, "expected the tokenizer's tables"),
+        ({"tokenizer.ggml.merges": None}, "expected the tokenizer's tables"),
+        ({"tokenizer.ggml.merges": ["1 2 3"]}, "expected merges of two known tokens"),
+        ({"tokenizer.ggml.merges": ["1 é"]}, "expected merges of two known tokens"),
+        ({"tokenizer.ggml.token_type": [1, 2]}, "got 103 tokens with 2 types"),
+    ],
+)
+def test_gguf_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_from_gguf(gguf_metadata(**changes), (0,))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    backend = Backend(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, "?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_folder(folder):
+    tokenizer = tokenizer_from_folder(folder, 0, (1,))
+    assert tokenizer.encode("a b") == [2, 3]
+    assert tokenizer.decode([0, 2, 3, 1]) == "a b"
+    assert tokenizer.chat_template is None
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    assert tokenizer_from_folder(folder, 0, (1,)).encode("a b") == [0, 2, 3]
+
+
+def test_where_a_folder_keeps_its_template(folder):
+    def template():
+        return tokenizer_from_folder(folder, 0, (1,)).chat_template
+
+    config = folder / "tokenizer_config.json"
+    config.write_text("{}")
+    assert template() is None
+    config.write_text(json.dumps({"chat_template": "one"}))
+    assert template() == "one"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "two"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert template() == "two"
+    (folder / "chat_template.jinja").write_text("three")
+    assert template() == "three"
+
+
+def test_folder_refusals(folder):
+    for text in ("{", "[]", '{"chat_template": [3]}', '{"chat_template": 3}'):
+        (folder / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: got .*, expected JSON"):
+            tokenizer_from_folder(folder, 0, (1,))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got .*, expected a tokenizer\.json"):
+        tokenizer_from_folder(folder, 0, (1,))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
+        tokenizer_from_folder(folder, 0, (1,))

@@ -1,0 +1,106 @@
+"""Weights into the decoder: both formats give the model back; what is wrong is named."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from turboquant_jax.llama.gguf import open_gguf
+from turboquant_jax.llama.safetensors import open_safetensors
+from turboquant_jax.llama.weights import (
+    GGUF_NAMES,
+    HUGGINGFACE_NAMES,
+    read_gguf,
+    read_huggingface,
+    unpermute,
+)
+
+
+def huggingface_tensors(gguf_tensors, model):
+    """The same weights under the names, and in the row order, of Hugging Face."""
+    config, tensors = model.config, {}
+    for parameter, name in GGUF_NAMES.items():
+        heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}.get(parameter)
+        for i in range(config.num_layers if "{}" in name else 1):
+            if name.format(i) in gguf_tensors:
+                w = gguf_tensors[name.format(i)]
+                w = unpermute(w, heads) if heads else w
+                tensors[HUGGINGFACE_NAMES[parameter].format(i)] = np.ascontiguousarray(w)
+    return tensors
+
+
+def assert_same(got, expected):
+    assert got.config == expected.config
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_unpermute_by_hand():
+    """Two heads of four rows: rows 0 1 2 3 of a head are channels 0 2 1 3."""
+    rows = np.arange(8)[:, None]
+    assert unpermute(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf(tmp_path, tiny, tiny_tied, gguf_tensors, write_gguf, tied):
+    model = tiny_tied if tied else tiny
+    path = write_gguf(tmp_path / "m.gguf", model.config, gguf_tensors(model))
+    assert_same(read_gguf(model.config, open_gguf(path), jnp.float32), model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_huggingface(tmp_path, tiny, tiny_tied, gguf_tensors, tied):
+    model = tiny_tied if tied else tiny
+    tensors = huggingface_tensors(gguf_tensors(model), model)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    got = read_huggingface(model.config, open_safetensors(tmp_path), jnp.float32)
+    assert_same(got, model)
+
+
+def test_dtypes_of_file_and_model_may_differ(tmp_path, tiny, gguf_tensors):
+    tensors = huggingface_tensors(gguf_tensors(tiny), tiny)
+    tensors = {name: w.astype(ml_dtypes.bfloat16) for name, w in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
+    source = open_safetensors(tmp_path)
+    assert_same(read_huggingface(tiny.config, source, jnp.bfloat16), rounded)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+    assert_same(read_huggingface(tiny.config, source, jnp.float32), wide)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blk.1.attn_k.weight", None, r"got no tensor blk.1.attn_k.weight, .*shape \(24, 32\)"),
+        ("output.weight", None, "got no tensor output.weight"),
+        (
+            "blk.1.attn_q.bias",
+            np.zeros(48),
+            r"unexpected tensor blk.1.attn_q.bias of shape \(48,\)",
+        ),
+        ("blk.3.ffn_up.weight", np.zeros((48, 32)), "unexpected tensor blk.3.ffn_up.weight"),
+        ("blk.0.ffn_up.weight", np.zeros((32, 48)), r"got shape \(32, 48\), expected \(48, 32\)"),
+        ("output_norm.weight", np.zeros((32, 1)), r"got shape \(32, 1\), expected \(32,\)"),
+    ],
+)
+def test_missing_unexpected_and_wrongly_shaped(
+    tmp_path, tiny, gguf_tensors, write_gguf, name, tensor, message
+):
+    tensors = gguf_tensors(tiny)
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor.astype(np.float32)
+    path = write_gguf(tmp_path / "m.gguf", tiny.config, tensors)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_gguf(tiny.config, open_gguf(path), jnp.float32)
+    assert str(path) in str(caught.value)
+
+
+def test_an_untied_matrix_in_a_tied_checkpoint_is_refused(tmp_path, tiny, tiny_tied, gguf_tensors):
+    save_file(huggingface_tensors(gguf_tensors(tiny), tiny), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected tensor lm_head\.weight"):
+        read_huggingface(tiny_tied.config, open_safetensors(tmp_path), jnp.float32)

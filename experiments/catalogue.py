@@ -1,6 +1,15 @@
 """Every experiment, in the order of the report."""
 
-from experiments import distortion, inner_product, nearest_neighbor, quantization_time
+from experiments import (
+    bit_width_ablation,
+    codebook_ablation,
+    distortion,
+    inner_product,
+    nearest_neighbor,
+    quantization_time,
+    rotation_ablation,
+    scale_ablation,
+)
 from experiments.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -8,4 +17,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     inner_product,
     nearest_neighbor,
     quantization_time,
+    rotation_ablation,
+    scale_ablation,
+    codebook_ablation,
+    bit_width_ablation,
 )

@@ -11,7 +11,7 @@ sketch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def run(config: Config, track: Track) -> list[Row]:
     return [row for case in track(cases, "distortion") for row in _measure(config, *case)]
 
 
-def _measure(config: Config, family: str, dim: int, kind: str) -> Iterator[Row]:
+def _measure(config: Config, family: str, dim: int, kind: Any) -> Iterator[Row]:
     if kind == "hadamard" and dim & (dim - 1):
         kind = "block_hadamard"
     samples: dict[tuple[str, int], list] = {}
@@ -92,7 +92,7 @@ def _codes(config: Config, kind: str) -> Iterator[tuple[str, int]]:
                 yield code, bits
 
 
-def _quantizer(code: str, bits: int, dim: int, key: Array):
+def _quantizer(code: Any, bits: int, dim: int, key: Array):
     """The code alone: the vectors come rotated, and rotating back changes no error."""
     common = {"rotation": "identity", "scale_dtype": jnp.float32}
     if code == "prod":

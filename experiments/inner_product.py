@@ -11,25 +11,20 @@ Figures 1 and 2 of the paper.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from experiments import reference, vectors
+from experiments import pairs, reference, vectors
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, are_below, is_below, mean_and_error
-from turboquant_jax import bounds, prod, quantizer
+from turboquant_jax import bounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RHOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 _SLOPE_FROM = 0.3  # below, a regression says nothing about a shrinkage
-_PROD = {"prod_gaussian": "gaussian", "prod_orthogonal": "orthogonal"}
 _BINS = 31
 _POOL = 2000
 
@@ -40,7 +35,7 @@ class Config:
 
     families: tuple[str, ...] = option(("sphere", "sentences"), "families of vectors")
     dims: tuple[int, ...] = option((64, 128), "dimensions of the sphere")
-    estimators: tuple[str, ...] = option((*reference.MODES, *_PROD), "estimators")
+    estimators: tuple[str, ...] = option((*reference.MODES, *pairs.SKETCHES), "estimators")
     bits: tuple[int, ...] = option((1, 2, 3, 4), "bits per coordinate")
     batches: int = option(512, "batches, each with its own rotation and sketch")
     pairs: int = option(128, "pairs in a batch, for each value of <v, x>")
@@ -64,68 +59,13 @@ def run(config: Config, track: Track) -> list[Row]:
     for family, dim, estimator, bits in track(cases, "inner_product"):
         case = {"family": family, "dim": dim, "estimator": estimator, "bits": bits}
         if family == "sphere":
-            truth, estimate = _sphere(keys, dim, estimator, bits, config.pairs)
+            truth, estimate = pairs.sphere(keys, dim, estimator, bits, config.pairs)
             rows += _sphere_rows(case, np.asarray(truth), np.asarray(estimate))
         else:
             pool = vectors.draw(family, jax.random.key(config.seed), _POOL, dim)
-            truth, estimate = _neighbours(keys, pool, estimator, bits, config.pairs)
+            truth, estimate = pairs.neighbours(keys, pool, estimator, bits, config.pairs)
             rows += [_slope(case, np.asarray(truth), np.asarray(estimate))]
     return rows
-
-
-def _estimate(
-    key: Array, estimator: str, bits: int, x: Float[Array, "n d"], v: Float[Array, "n d"]
-) -> Float[Array, " n"]:
-    """<v, x~> of every pair, scales in float32."""
-    dim = x.shape[1]
-    if estimator in _PROD:
-        code = prod.create(key, dim, bits, sketch=_PROD[estimator], scale_dtype=jnp.float32)
-        decoded = prod.decode(code, prod.encode(code, x))
-    else:
-        plain = quantizer.create(key, dim, bits, scale=estimator, scale_dtype=jnp.float32)
-        decoded = quantizer.decode(plain, quantizer.encode(plain, x))
-    return jnp.sum(v * decoded, axis=1)
-
-
-@partial(jax.jit, static_argnames=("dim", "estimator", "bits", "pairs"))
-def _sphere(
-    keys: Array, dim: int, estimator: str, bits: int, pairs: int
-) -> tuple[Float[Array, "batches groups pairs"], Float[Array, "batches groups pairs"]]:
-    """True and estimated <v, x>; groups are uniform v, then each of RHOS."""
-
-    def batch(key):
-        code_key, x_key, v_key = jax.random.split(key, 3)
-        shape = (len(RHOS) + 1, pairs, dim)
-        x = _unit(jax.random.normal(x_key, shape))
-        v = _unit(jax.random.normal(v_key, shape))
-        rho = jnp.asarray(RHOS)[:, None, None]
-        across = _unit(v[1:] - jnp.sum(v[1:] * x[1:], axis=-1, keepdims=True) * x[1:])
-        v = jnp.concatenate([v[:1], rho * x[1:] + jnp.sqrt(1 - rho**2) * across])
-        flat = _estimate(code_key, estimator, bits, x.reshape(-1, dim), v.reshape(-1, dim))
-        return jnp.sum(x * v, axis=-1), flat.reshape(shape[:-1])
-
-    return jax.lax.map(batch, keys)
-
-
-@partial(jax.jit, static_argnames=("estimator", "bits", "pairs"))
-def _neighbours(
-    keys: Array, pool: Float[Array, "n d"], estimator: str, bits: int, pairs: int
-) -> tuple[Float[Array, "batches pairs"], Float[Array, "batches pairs"]]:
-    """Random vectors of the pool with their nearest neighbours in it."""
-    similar = jnp.einsum("id,jd->ij", pool, pool) - 2 * jnp.eye(len(pool))
-    nearest = jnp.argmax(similar, axis=1)
-
-    def batch(key):
-        code_key, row_key = jax.random.split(key)
-        rows = jax.random.choice(row_key, len(pool), (pairs,), replace=False)
-        x, v = pool[rows], pool[nearest[rows]]
-        return jnp.sum(x * v, axis=-1), _estimate(code_key, estimator, bits, x, v)
-
-    return jax.lax.map(batch, keys)
-
-
-def _unit(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _slope(case: Row, truth: np.ndarray, estimate: np.ndarray) -> Row:
@@ -138,11 +78,11 @@ def _slope(case: Row, truth: np.ndarray, estimate: np.ndarray) -> Row:
 
 def _sphere_rows(case: Row, truth: np.ndarray, estimate: np.ndarray) -> Iterator[Row]:
     dim, error = case["dim"], estimate - truth
-    steep = [1 + i for i, rho in enumerate(RHOS) if rho >= _SLOPE_FROM]
+    steep = [1 + i for i, rho in enumerate(pairs.RHOS) if rho >= _SLOPE_FROM]
     yield _slope(case, truth[:, steep], estimate[:, steep])
     square, square_se = mean_and_error(dim * error[:, 0] ** 2, independent=False)
     yield {"kind": "square", **case, "square": square, "square_se": square_se}
-    for i, rho in enumerate(RHOS, 1):
+    for i, rho in enumerate(pairs.RHOS, 1):
         mean, mean_se = mean_and_error(error[:, i], independent=False)
         spread = dim * (error[:, i] - mean) ** 2
         variance, variance_se = mean_and_error(spread, independent=False)
@@ -152,7 +92,7 @@ def _sphere_rows(case: Row, truth: np.ndarray, estimate: np.ndarray) -> Iterator
     density, edges = np.histogram(
         np.sqrt(dim) * error[:, 0], _BINS, range=(-limit, limit), density=True
     )
-    if case["estimator"] in ("norm", "unbiased", *_PROD):
+    if case["estimator"] in ("norm", "unbiased", *pairs.SKETCHES):
         for centre, height in zip((edges[1:] + edges[:-1]) / 2, density, strict=True):
             yield {"kind": "histogram", **case, "error": float(centre), "density": float(height)}
 
@@ -161,11 +101,13 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     """Unbiasedness, the exact biases, the exact variances, and which estimator is better."""
     slopes, squares = where(rows, kind="slope"), where(rows, kind="square")
     made = [
-        _unbiased("TurboQuant, theorem 2", "prod", [r for r in slopes if r["estimator"] in _PROD]),
+        _unbiased(
+            "TurboQuant, theorem 2", "prod", [r for r in slopes if r["estimator"] in pairs.SKETCHES]
+        ),
         _unbiased("EDEN note", "the unbiased scale", where(slopes, estimator="unbiased")),
         _biased(where(slopes, family="sphere")),
-        _variance([r for r in squares if r["estimator"] in _PROD]),
-        _bound([r for r in squares if r["estimator"] in _PROD]),
+        _variance([r for r in squares if r["estimator"] in pairs.SKETCHES]),
+        _bound([r for r in squares if r["estimator"] in pairs.SKETCHES]),
         *_refined(where(squares, estimator="prod_gaussian")),
         *_constant(where(rows, kind="bias", estimator="prod_gaussian")),
         *_against(squares),
@@ -208,7 +150,7 @@ def _biased(rows: Sequence[Row]) -> Claim:
 
 
 def _expected(row: Row) -> float:
-    return bounds.prod_variance(row["bits"], row["dim"], _PROD[row["estimator"]])
+    return bounds.prod_variance(row["bits"], row["dim"], pairs.SKETCHES[row["estimator"]])
 
 
 def _variance(rows: Sequence[Row]) -> Claim:
@@ -272,7 +214,7 @@ def _constant(rows: Sequence[Row]) -> Iterator[Claim]:
 
 
 def _against(rows: Sequence[Row]) -> Iterator[Claim]:
-    for sketch in _PROD:
+    for sketch in pairs.SKETCHES:
         ratios, more = [], []
         dim = max(r["dim"] for r in rows)
         for r in where(rows, estimator="unbiased", dim=dim):

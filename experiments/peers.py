@@ -75,7 +75,8 @@ def build(
         return _rabitqlib(x, bits)
     import faiss
 
-    faiss.omp_set_num_threads(THREADS)
+    # k-means over two coordinates at a time: threads would mostly wait for each other
+    faiss.omp_set_num_threads(1 if name == "pq" else THREADS)
     if name == "pq":
         index: Any = faiss.IndexPQ(
             x.shape[1], x.shape[1] * bits // _PQ_BITS, _PQ_BITS, faiss.METRIC_INNER_PRODUCT
@@ -87,6 +88,7 @@ def build(
     start = time.perf_counter()
     index.train(x[:train])
     trained = time.perf_counter()
+    faiss.omp_set_num_threads(THREADS)
     index.add(x)
     done = time.perf_counter()
 

@@ -10,7 +10,7 @@ from experiments import data
 SYNTHETIC = ("sphere", "offset", "one_hot", "two_hot")
 REAL_DIMS = {"keys": 64, "values": 64, "sentences": 256}
 FAMILIES = (*SYNTHETIC, *REAL_DIMS)
-OFFSET = 3.0  # of the family `offset`: every coordinate is N(3, 1)
+OFFSETS = {"sphere": 0.0, "offset_1": 1.0, "offset": 3.0}  # mean of N(., 1) coordinates
 
 _TOKENS = 1024  # of text, for keys and values: 92,160 vectors of each
 _SENTENCES = 101_000
@@ -20,9 +20,9 @@ def draw(family: str, key: Array, count: int, dim: int) -> Float[Array, "count d
     """Draw unit vectors of a family.
 
     Args:
-      family: "sphere" (uniform), "offset" (N(3, 1) coordinates), "one_hot" and "two_hot" (one or
-        two entries of equal size and random sign), "keys" and "values" of SmolLM2 on a novel, or
-        "sentences" (embeddings).
+      family: "sphere" (uniform), "offset" and "offset_1" (N(3, 1) and N(1, 1) coordinates),
+        "constant" (all coordinates equal), "one_hot" and "two_hot" (one or two entries of equal
+        size and random sign), "keys" and "values" of SmolLM2 on a novel, or "sentences".
       key: random key.
       count: how many vectors.
       dim: their dimension; real families have only their own.
@@ -37,12 +37,14 @@ def draw(family: str, key: Array, count: int, dim: int) -> Float[Array, "count d
         pool = _pool(family)
         rows = np.asarray(jax.random.choice(key, len(pool), (count,), replace=False))
         x = jnp.asarray(pool[rows])
-    elif family in ("sphere", "offset"):
-        x = jax.random.normal(key, (count, dim)) + (OFFSET if family == "offset" else 0.0)
+    elif family in OFFSETS:
+        x = jax.random.normal(key, (count, dim)) + OFFSETS[family]
+    elif family == "constant":
+        x = jnp.ones((count, dim))
     elif family in ("one_hot", "two_hot"):
         x = _sparse(key, count, dim, 1 if family == "one_hot" else 2)
     else:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+        raise ValueError(f"no family of vectors is called {family!r}")
     return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 

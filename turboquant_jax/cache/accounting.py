@@ -5,7 +5,6 @@ allocate, and what a token costs is what the whole cache costs, everything count
 """
 
 from dataclasses import dataclass, fields
-from functools import partial
 
 import jax
 
@@ -43,16 +42,27 @@ def count_bytes(cache: Cache) -> Bytes:
         sinks=_nbytes(cache.sinks),
         key_mean=_nbytes(cache.key_mean),
         tables=_nbytes(
-            (cache.page_table, cache.references, cache.lengths, cache.pending, cache.overflow)
+            (
+                cache.page_table,
+                cache.pending_pages,
+                cache.references,
+                cache.lengths,
+                cache.pending,
+                cache.overflow,
+            )
         ),
         codecs=_nbytes(cache.codecs),
     )
 
 
 def planned_bytes(config: CacheConfig, batch: int, capacity: int) -> Bytes:
-    """Bytes of the dense cache that `create` would allocate; nothing is allocated."""
-    make = partial(state.create, config, batch, capacity)
-    return count_bytes(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
+    """Bytes of the dense cache that `create` would allocate; no device is touched.
+
+    Without an order of channels, which adds `4 layers K H` bytes where bits are mixed.
+    """
+    return count_bytes(
+        jax.eval_shape(lambda: state.create(config, batch, capacity, key=jax.random.key(0)))
+    )
 
 
 def exact_bytes_per_token(config: CacheConfig) -> int:
@@ -62,11 +72,12 @@ def exact_bytes_per_token(config: CacheConfig) -> int:
 
 
 def bytes_per_compressed_token(config: CacheConfig) -> float:
-    """Bytes of a token deep in a long sequence: codes, scales and its share of the page table.
+    """Bytes of one more token in a long sequence: codes, scales and its share of the page table.
 
-    Exact: the difference of one block more, over the tokens of a block.
+    Exact: the difference of one block more, over the tokens of a block. 0 in a sliding window,
+    whose ring of blocks is full.
     """
-    edge = config.sinks + config.window
+    edge = config.sinks + config.window + (config.sliding_window or 0)
     fewer, more = (
         planned_bytes(config, 1, edge + blocks * config.block).total for blocks in (8, 9)
     )

@@ -31,8 +31,17 @@ class CodecConfig:
     scale: ScaleMode = "least_squares"
 
     def groups(self, head_dim: int) -> Groups:
-        """((channels, bits), ...) that together cover the head."""
-        return ((head_dim, self.bits),) if isinstance(self.bits, int) else self.bits
+        """((channels, bits), ...) that together cover the head.
+
+        Raises:
+          ValueError: bits that are neither an integer nor such groups.
+        """
+        groups = ((head_dim, self.bits),) if isinstance(self.bits, int) else self.bits
+        if not isinstance(groups, tuple) or not all(
+            isinstance(group, tuple) and list(map(type, group)) == [int, int] for group in groups
+        ):
+            raise ValueError(f"bits must be an integer or ((channels, bits), ...), got {groups!r}")
+        return groups
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,12 @@ class CacheConfig:
         _require(self.block % 8 == 0, "block", "a multiple of 8 tokens", self.block)
         if self.sliding_window is not None:
             _require(self.sliding_window >= 1, "sliding_window", "at least 1", self.sliding_window)
-        _require(
-            jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating), "dtype", "floating", self.dtype
-        )
+        try:
+            dtype = jnp.dtype(self.dtype)
+        except TypeError as error:
+            raise ValueError(f"dtype must be a floating type, got {self.dtype!r}") from error
+        _require(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", self.dtype)
+        object.__setattr__(self, "dtype", dtype.name)  # compares, hashes and is saved as its name
         for name in ("key", "value"):
             groups = getattr(self, name).groups(self.head_dim)
             _require(

@@ -10,6 +10,38 @@ from jaxtyping import Array, Bool, Int
 UNASSIGNED = -1  # entry of a page table that has no page
 
 
+def assign(
+    references: Int[Array, " pages"], current: Int[Array, "B n"], filled: Bool[Array, "B n"]
+) -> tuple[Int[Array, "B n"], Bool[Array, " B"], Int[Array, " pages"]]:
+    """Give every filled entry a page that nobody else refers to, to be written anew.
+
+    An entry keeps its `current` page where it is the only one that refers to it. If all that refer
+    to a page are filled at once, the last of them keeps it: a pool that has a page for every entry
+    never runs out. Others get free pages, and release what they had.
+
+    Returns:
+      pages: the page of each filled entry of the sequences that were granted theirs.
+      granted: the sequences that got all they needed; see `allocate`.
+      references: as they are then.
+    """
+    count = references.shape[0]
+    held = filled & (current != UNASSIGNED)
+    index = jnp.where(held, current, count)
+    entry = jnp.arange(filled.size, dtype=jnp.int32).reshape(filled.shape)
+    leaving = jnp.zeros(count, jnp.int32).at[index].add(1, mode="drop")
+    last = jnp.zeros(count, jnp.int32).at[index].max(entry, mode="drop")
+    page = jnp.where(held, current, 0)
+    alone = held & (references[page] == 1)
+    keeps = held & (leaving[page] == references[page]) & (last[page] == entry)
+    # should one of them not get its pages it would stay, and nobody may then take its page over
+    fits = jnp.sum(filled & ~keeps) <= jnp.sum(references == 0)
+    keeps = jnp.where(fits, keeps, alone)
+    wanted = filled & ~keeps
+    new, granted, references = allocate(references, wanted)
+    left = jnp.where(wanted & granted[:, None], current, UNASSIGNED)
+    return jnp.where(keeps, current, new), granted, release(references, left)
+
+
 def allocate(
     references: Int[Array, " pages"], wanted: Bool[Array, "B n"]
 ) -> tuple[Int[Array, "B n"], Bool[Array, " B"], Int[Array, " pages"]]:

@@ -1,7 +1,7 @@
 """Sequences that share pages: fork a prefix, free what is no longer needed.
 
-A compressed block never changes, so a fork shares every page of its source, and copies what still
-will change: the window, the sinks, the mean key, its row of the page table.
+A compressed block never changes, so a fork shares every block of its source, and copies what still
+will change: the window, the sinks, the mean key. Not between `begin` and `commit`.
 """
 
 from dataclasses import replace
@@ -17,11 +17,14 @@ from turboquant_jax.cache.state import Cache
 def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | int) -> Cache:
     """Make row `target` a copy of row `source`, which is not changed and may go its own way.
 
-    What the target held is freed. No page is copied; each gets one reference more. Use it to sample
-    in parallel, for the beams of a search, or to start many sequences from one prefix.
+    What the target held is freed. No page is copied; each block's gets one reference more, and
+    pages that the source has for blocks to come stay its own. Use it to sample in parallel, for the
+    beams of a search, or to start many sequences from one prefix.
     """
     source, target = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
-    references = pages.share(cache.references, cache.page_table[source])
+    held = jnp.arange(cache.page_table.shape[1]) < cache.config.num_blocks(cache.lengths[source])
+    shared = jnp.where(held, cache.page_table[source], pages.UNASSIGNED)
+    references = pages.share(cache.references, shared)
     references = pages.release(references, cache.page_table[target])
 
     def copy_row(array, axis: int):
@@ -31,10 +34,9 @@ def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | in
     return replace(
         cache,
         references=references,
-        **{
-            name: copy_row(getattr(cache, name), 0)
-            for name in ("lengths", "pending", "overflow", "page_table")
-        },
+        page_table=cache.page_table.at[target].set(shared),
+        lengths=copy_row(cache.lengths, 0),
+        overflow=copy_row(cache.overflow, 0),
         **{
             name: jax.tree.map(lambda array: copy_row(array, 1), getattr(cache, name))
             for name in ("sinks", "window", "key_mean")
@@ -50,7 +52,6 @@ def free(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
         references=pages.release(cache.references, given_up),
         page_table=jnp.where(rows[:, None], pages.UNASSIGNED, cache.page_table),
         lengths=jnp.where(rows, 0, cache.lengths),
-        pending=jnp.where(rows, 0, cache.pending),
         overflow=cache.overflow & ~rows,
     )
 

@@ -1,26 +1,16 @@
-"""The compressed cache: an immutable pytree, and how tokens enter it.
+"""The compressed cache: an immutable pytree, and how an empty one is made.
 
 Three segments hold a sequence (`config.CacheConfig` says which token lies where): sinks and recent
 window in full precision, and whole blocks of compressed tokens in a pool of pages. A page holds the
 block of every layer, so that one page table serves all layers; a dense cache is one whose table is
-the identity.
-
-Appending has three parts, so that a decoder can write layer by layer:
-
-    cache = begin(cache, counts, most)           # how many tokens come; pages for new blocks
-    cache = write(cache, layer, k, v)            # once a layer
-    cache = commit(cache)                        # the tokens count from now on
-
-and `append` does all of it. Nothing is ever overwritten for lack of room: a sequence that does not
-fit is left as it was, and `overflow` says so.
+the identity. `blocks` has the layout of a page, `appending` the way in.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int
 
@@ -28,7 +18,6 @@ from turboquant_jax.cache import blocks, codec, pages
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
-
 
 
 @register_dataclass
@@ -54,6 +43,8 @@ class Cache:
       overflow: bool [B]; True once an append did not fit. **Look at it**: that append, and every
         later one until the sequence is freed, left the sequence as it was.
       page_table: int32 [B, slots]; block j of a sequence has its page in slot j mod slots.
+      pending_pages: int32 [B, slots], pages of the blocks that the pending tokens complete. They
+        enter the table at `commit`: until then queries still see what the table says.
       references: int32 [pages], how many table entries refer to each page; 0 = free.
       sinks, window: the full-precision segments; token p lies in window slot (p - sinks) mod slots.
       pool: the packed blocks [layers, pages, ...].
@@ -67,6 +58,7 @@ class Cache:
     pending: Int[Array, " B"]
     overflow: Bool[Array, " B"]
     page_table: Int[Array, "B slots"]
+    pending_pages: Int[Array, "B slots"]
     references: Int[Array, " pages"]
     sinks: Exact
     window: Exact
@@ -79,13 +71,18 @@ class Cache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def __repr__(self) -> str:
-        c, shape = self.config, getattr(self.lengths, "shape", ("?",))
-        return (
-            f"Cache(layers={c.num_layers}, batch={shape[0]}, capacity={self.capacity}, "
-            f"kv_heads={c.num_kv_heads}, head_dim={c.head_dim}, key={c.key.bits} bits, "
-            f"value={c.value.bits} bits, block={c.block}, window={c.window}, sinks={c.sinks}, "
-            f"pages={self.references.shape[0]}, nbytes={self.nbytes:,})"
-        )
+        c = self.config
+        parts = [
+            f"layers={c.num_layers}, capacity={self.capacity}, kv_heads={c.num_kv_heads}, "
+            f"head_dim={c.head_dim}, key={c.key.bits} bits, value={c.value.bits} bits, "
+            f"block={c.block}, window={c.window}, sinks={c.sinks}"
+        ]
+        # JAX also fills this pytree with shardings, axes or nothing at all, and prints it in errors
+        if all(hasattr(leaf, "shape") and leaf.shape for leaf in (self.lengths, self.references)):
+            parts.append(f"batch={self.lengths.shape[-1]}, pages={self.references.shape[-1]}")
+        if all(hasattr(leaf, "size") for leaf in jax.tree.leaves(self)):
+            parts.append(f"nbytes={self.nbytes:,}")
+        return f"Cache({', '.join(parts)})"
 
 
 def create(
@@ -103,29 +100,35 @@ def create(
     Args:
       config: its static description.
       batch: sequences B.
-      capacity: most tokens of one sequence; the whole capacity of every sequence is allocated
-        unless `num_pages` is given.
+      capacity: most tokens of one sequence; pages for the whole capacity of every sequence are
+        there, and in its table, unless `num_pages` is given.
       key: random key of the rotations, shared by all layers and heads.
       num_pages: pages of a pool that the sequences share, given out when blocks are compressed.
       key_order, value_order: channels of each layer and head in the order of the codec's groups,
         outliers first (`outliers.select_channels`).
 
     Raises:
-      ValueError: a batch, capacity or codec that cannot be.
+      ValueError: a batch, capacity, number of pages or codec that cannot be.
     """
-    if batch < 1 or capacity < 1:
-        raise ValueError(f"batch and capacity must be positive, got {batch} and {capacity}")
+    slots = block_slots(config, capacity)
+    dense = num_pages is None
+    num_pages = batch * slots if num_pages is None else num_pages
+    if batch < 1 or capacity < 1 or num_pages < min(slots, 1):
+        raise ValueError(
+            "batch, capacity and num_pages must be positive, "
+            f"got {batch}, {capacity} and {num_pages}"
+        )
+    for order in (key_order, value_order):
+        expected = (config.num_layers, config.num_kv_heads, config.head_dim)
+        if order is not None and order.shape != expected:
+            raise ValueError(f"an order of channels must be {expected}, got {order.shape}")
     key_key, value_key = jax.random.split(key)
     codecs = (
         codec.create(key_key, config.key, config.head_dim, key_order),
         codec.create(value_key, config.value, config.head_dim, value_order),
     )
-    slots = config.num_blocks(capacity)
-    if config.sliding_window is not None:
-        slots = min(slots, ceil(config.sliding_window / config.block) + 1)
-    dense = num_pages is None
-    num_pages = batch * slots if num_pages is None else num_pages
-    table = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
+    nothing = jnp.full((batch, slots), pages.UNASSIGNED, jnp.int32)
+    identity = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
     heads, dim = config.num_kv_heads, config.head_dim
 
     def exact(count: int) -> Exact:
@@ -139,7 +142,8 @@ def create(
         lengths=jnp.zeros(batch, jnp.int32),
         pending=jnp.zeros(batch, jnp.int32),
         overflow=jnp.zeros(batch, bool),
-        page_table=table if dense else jnp.full_like(table, pages.UNASSIGNED),
+        page_table=identity if dense else jnp.copy(nothing),
+        pending_pages=nothing,
         references=jnp.full(num_pages, int(dense), jnp.int32),
         sinks=exact(min(config.sinks, capacity)),
         window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
@@ -148,181 +152,14 @@ def create(
     )
 
 
-def begin(cache: Cache, counts: Int[Array, " B"], most: int) -> Cache:
-    """Announce `counts` tokens (at most `most`, static), and give pages to the blocks they fill.
+def block_slots(config: CacheConfig, capacity: int) -> int:
+    """Most blocks that a sequence holds at a time.
 
-    A sequence that would pass the capacity, or for whose blocks there are no pages, gets
-    `pending` 0 and `overflow` True; so does one that had overflowed before.
+    With local attention the blocks are a ring. Of the W = `sliding_window` tokens that the next
+    query sees, itself included, the newest `window` before it at least are not compressed, and the
+    blocks end where those begin: ceil((W - 1 - window) / block) of them cover the rest.
     """
-    counts = counts.astype(jnp.int32)
-    room = (cache.lengths + counts <= cache.capacity) & ~cache.overflow
-    counts = jnp.where(room, counts, 0)
-    slot, filled = _new_blocks(cache, counts, most)
-    current = jnp.take_along_axis(cache.page_table, slot, axis=1)
-    # in a ring of blocks the page of the oldest is used again, unless another sequence shares it
-    shared = jnp.where(current == pages.UNASSIGNED, 0, cache.references[current]) > 1
-    wanted = filled & ((current == pages.UNASSIGNED) | shared)
-    new, granted, references = pages.allocate(cache.references, wanted)
-    given = wanted & granted[:, None]
-    references = pages.release(references, jnp.where(given, current, pages.UNASSIGNED))
-    return replace(
-        cache,
-        pending=jnp.where(granted, counts, 0),
-        overflow=cache.overflow | ~room | ~granted,
-        references=references,
-        page_table=_put_rows(cache.page_table, slot, new, given),
-    )
-
-
-def write(
-    cache: Cache,
-    layer: Int[Array, ""] | int,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-) -> Cache:
-    """Write the pending tokens of one layer, compressing each block that the window has passed.
-
-    `k` are keys after RoPE. Of row b the first `pending[b]` tokens count, the rest is padding.
-
-    Raises:
-      ValueError: keys or values of the wrong shape.
-    """
-    config, layer = cache.config, jnp.asarray(layer, jnp.int32)
-    expected = (cache.lengths.shape[0], k.shape[1], config.num_kv_heads, config.head_dim)
-    if k.shape != expected or v.shape != expected:
-        raise ValueError(f"keys and values must be {expected}, got {k.shape} and {v.shape}")
-    k, v = k.astype(config.dtype), v.astype(config.dtype)
-    if cache.page_table.shape[1]:
-        cache = _compress(cache, layer, k, v)
-    token = jnp.arange(k.shape[1])[None, :]
-    position = cache.lengths[:, None] + token
-    valid = token < cache.pending[:, None]
-    ring = cache.window.keys.shape[2]
-    newest = token >= cache.pending[:, None] - ring  # older ones of a long chunk would collide
-    in_window = valid & newest & (position >= config.sinks)
-    window_slot = (position - config.sinks) % max(ring, 1)
-
-    def put(old: Exact, slot, rows) -> Exact:
-        return Exact(
-            _put_layer(old.keys, layer, slot, k, rows),
-            _put_layer(old.values, layer, slot, v, rows),
-        )
-
-    return replace(
-        cache,
-        sinks=put(cache.sinks, position, valid & (position < config.sinks)),
-        window=put(cache.window, window_slot, in_window),
-    )
-
-
-def commit(cache: Cache) -> Cache:
-    """Count the pending tokens, which every layer has now written."""
-    return replace(
-        cache, lengths=cache.lengths + cache.pending, pending=jnp.zeros_like(cache.pending)
-    )
-
-
-def append(
-    cache: Cache,
-    k: Float[Array, "layers B T K H"],
-    v: Float[Array, "layers B T K H"],
-    counts: Int[Array, " B"] | None = None,
-) -> Cache:
-    """Append up to T tokens to each sequence, in all layers.
-
-    `counts` says how many of the T tokens of each sequence count (all, unless given). Appending
-    one by one and all at once give the same cache, bit by bit.
-
-    Raises:
-      ValueError: keys or values of the wrong shape.
-    """
-    if k.ndim != 5 or k.shape[0] != cache.config.num_layers:
-        raise ValueError(
-            f"keys must be [{cache.config.num_layers} layers, B, T, K, H], got {k.shape}"
-        )
-    batch, most = k.shape[1:3]
-    counts = jnp.full(batch, most, jnp.int32) if counts is None else counts
-
-    def step(cache: Cache, xs):
-        return write(cache, *xs), None
-
-    layers = jnp.arange(cache.config.num_layers)
-    cache, _ = lax.scan(step, begin(cache, counts, most), (layers, k, v))
-    return commit(cache)
-
-
-def _new_blocks(
-    cache: Cache, counts: Int[Array, " B"], most: int
-) -> tuple[Int[Array, "B n"], Bool[Array, "B n"]]:
-    """Slots of the blocks that these tokens complete, and which of the n candidates they are.
-
-    Of more new blocks than a sliding window has slots only the newest count.
-    """
-    first = cache.config.num_blocks(cache.lengths)
-    last = cache.config.num_blocks(cache.lengths + counts)
-    slots = cache.page_table.shape[1]
-    candidates = ceil(most / cache.config.block) if slots else 0
-    block = first[:, None] + jnp.arange(candidates, dtype=jnp.int32)[None, :]
-    filled = (block < last[:, None]) & (block >= last[:, None] - slots)
-    return block % max(slots, 1), filled
-
-
-def _compress(cache: Cache, layer, k, v) -> Cache:
-    """Compress the blocks that the pending tokens push out of the window."""
-    config = cache.config
-    slot, filled = _new_blocks(cache, cache.pending, k.shape[1])
-    page = jnp.take_along_axis(cache.page_table, slot, axis=1)
-    first = config.num_blocks(cache.lengths)
-    start = config.sinks + config.block * first
-    # the chunk enters the window only after this: the ring still holds what came before
-    position = start[:, None] + jnp.arange(slot.shape[1] * config.block)[None, :]
-    from_chunk = position >= cache.lengths[:, None]
-    chunk_index = jnp.clip(position - cache.lengths[:, None], 0, k.shape[1] - 1)
-    ring_index = (position - config.sinks) % cache.window.keys.shape[2]
-    opens = (first == 0) & jnp.any(filled, axis=1)
-
-    def gather(ring, chunk):
-        old = jnp.take_along_axis(ring[layer], ring_index[..., None, None], axis=1)
-        new = jnp.take_along_axis(chunk, chunk_index[..., None, None], axis=1)
-        rows = jnp.where(from_chunk[..., None, None], new, old)
-        return rows.reshape(*slot.shape, config.block, *rows.shape[2:])
-
-    def encode():
-        keys, values = gather(cache.window.keys, k), gather(cache.window.values, v)
-        mean = None
-        if cache.key_mean is not None:
-            of_first = jnp.mean(keys[:, 0].astype(jnp.float32), axis=1)
-            mean = jnp.where(opens[:, None, None], of_first, cache.key_mean[layer])
-            keys = keys.astype(jnp.float32) - mean[:, None, None, :, :]
-        key_codec, value_codec = cache.codecs
-        packed = blocks.pack(
-            cache.codecs, key_codec.quantize(layer, keys), value_codec.quantize(layer, values)
-        )
-        return packed, mean
-
-    def skip():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(encode))
-
-    packed, mean = lax.cond(jnp.any(filled), encode, skip)
-    page = jnp.where(filled, page, cache.references.shape[0])  # past the end: dropped
-    pool = jax.tree.map(
-        lambda all_pages, new: all_pages.at[layer, page].set(new, mode="drop"), cache.pool, packed
-    )
-    if mean is not None:
-        row = jnp.where(opens, jnp.arange(opens.shape[0]), opens.shape[0])
-        mean = cache.key_mean.at[layer, row].set(mean, mode="drop")
-    return replace(cache, pool=pool, key_mean=mean)
-
-
-def _put_rows(table, column, value, valid):
-    """table[b, column[b, i]] = value[b, i] where valid."""
-    row = jnp.broadcast_to(jnp.arange(table.shape[0])[:, None], column.shape)
-    column = jnp.where(valid, column, table.shape[1])
-    return table.at[row, column].set(value, mode="drop")
-
-
-def _put_layer(buffer, layer, slot, value, valid):
-    """buffer[layer, b, slot[b, i]] = value[b, i] where valid."""
-    row = jnp.broadcast_to(jnp.arange(buffer.shape[1])[:, None], slot.shape)
-    slot = jnp.where(valid, slot, buffer.shape[2])
-    return buffer.at[layer, row, slot].set(value, mode="drop")
+    slots = config.num_blocks(capacity)
+    if config.sliding_window is None:
+        return slots
+    return min(slots, max(0, ceil((config.sliding_window - 1 - config.window) / config.block)))

@@ -1,8 +1,8 @@
 """Save a cache with its config, and restore it: prefill a long prompt once, use it again.
 
 One safetensors file: the arrays of the pytree by their path, and in the header the config, the
-capacity and a SHA-256 over all arrays. A file that is damaged, or that belongs to another config or
-model, is refused.
+capacity, the levels of the codebooks, the model, and a SHA-256 over all of it and over the arrays.
+A file that is damaged, or that belongs to another config or model, is refused.
 """
 
 import hashlib
@@ -11,9 +11,12 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -24,17 +27,14 @@ FORMAT = "turboquant-jax cache 1"
 
 def save(cache: Cache, path: str | Path, *, model: str) -> None:
     """Write the cache to `path`, whole or not at all. `model` names what filled it."""
-    path, arrays = Path(path), _arrays(cache)
-    metadata = {
-        "format": FORMAT,
-        "model": model,
-        "config": _describe(cache),
-        "sha256": _digest(arrays),
-    }
+    path = Path(path)
+    leaves, _ = tree_flatten_with_path(cache)
+    arrays = {keystr(where): _portable(np.asarray(leaf)) for where, leaf in leaves}
+    metadata = {"format": FORMAT, "model": model, "config": _describe(cache)}
     with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         temporary = Path(file.name)
     try:
-        save_file(arrays, temporary, metadata)
+        save_file(arrays, temporary, metadata | {"sha256": _digest(metadata, arrays)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -44,7 +44,8 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
     """Read a cache saved by `save`.
 
     Args:
-      like: a cache of the same config and shapes (from `create`); its contents do not matter.
+      like: a cache of the same config and shapes, from `create` or, allocating nothing, from
+        `jax.eval_shape` of it. Its arrays' contents do not matter; their shardings are kept.
       path: the file.
       model: what filled the cache; must be what `save` was told.
 
@@ -55,47 +56,54 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a saved cache")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: got {error}, expected a saved cache") from error
+    metadata, arrays = _read(path)
     for name, expected in (("format", FORMAT), ("model", model), ("config", _describe(like))):
         if metadata.get(name) != expected:
             raise ValueError(f"{path}: got {name} {metadata.get(name)}, expected {expected}")
-    if _digest(arrays) != metadata.get("sha256"):
-        raise ValueError(f"{path}: the arrays do not match their SHA-256, the file is damaged")
-    expected_shapes = {name: (a.shape, a.dtype) for name, a in _arrays(like).items()}
-    shapes = {name: (a.shape, a.dtype) for name, a in arrays.items()}
+    if _digest(metadata, arrays) != metadata.get("sha256"):
+        raise ValueError(f"{path}: the contents do not match their SHA-256, the file is damaged")
+    leaves, structure = tree_flatten_with_path(like)
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    expected_shapes = {keystr(where): (leaf.shape, _stored(leaf.dtype)) for where, leaf in leaves}
     if shapes != expected_shapes:
         raise ValueError(f"{path}: got arrays {shapes}, expected {expected_shapes}")
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     restored = [
-        jax.device_put(arrays[jax.tree_util.keystr(where)].view(leaf.dtype), leaf.sharding)
+        jax.device_put(arrays[keystr(where)].view(leaf.dtype), leaf.sharding)
         for where, leaf in leaves
     ]
     return jax.tree.unflatten(structure, restored)
 
 
-def _arrays(cache: Cache) -> dict[str, np.ndarray]:
-    # bfloat16 travels as its bits: numpy readers of safetensors know no bfloat16
-    leaves, _ = jax.tree_util.tree_flatten_with_path(cache)
-    arrays = {jax.tree_util.keystr(where): np.asarray(leaf) for where, leaf in leaves}
-    return {
-        name: np.ascontiguousarray(a.view(np.uint16) if a.dtype.name == "bfloat16" else a)
-        for name, a in arrays.items()
-    }
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: got {error}, expected a saved cache") from error
+
+
+def _portable(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(_stored(array.dtype))
+
+
+def _stored(dtype: Any) -> np.dtype:
+    """bfloat16 travels as its bits: numpy's safetensors know none."""
+    return np.dtype(np.uint16 if dtype == jnp.bfloat16 else dtype)
 
 
 def _describe(cache: Cache) -> str:
-    description = asdict(cache.config) | {"capacity": cache.capacity}
+    """Everything static. The levels are in it, so that codes keep their meaning."""
+    levels = [[group.levels for group in codec.groups] for codec in cache.codecs]
+    description = asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}
     return json.dumps(description, sort_keys=True)
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
+def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(arrays[name].tobytes())
+    for name in ("format", "model", "config"):
+        digest.update(f"{name} {metadata[name]}\n".encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

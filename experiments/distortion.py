@@ -281,5 +281,6 @@ def figure(rows: Sequence[Row]) -> "Figure":
                     ms=3,
                     label=f"{family}, d = {at}",
                 )
-        label(axis, f"MSE over theorem 1's bound, {kinds[0]}", "bits per coordinate", "ratio")
+        title = f"MSE over theorem 1's bound, {kinds[0]}"
+        label(axis, title, "bits per coordinate", "ratio", legend=axis is haar)
     return figure

@@ -48,7 +48,15 @@ class Config:
     seed: int = option(0, "random seed")
 
 
-SMOKE = Config(("sphere", "offset"), dim=32, bits=(2,), count=128, draws=3, steps=3)
+SMOKE = Config(
+    ("sphere", "offset"),
+    ("haar", "unsigned", "learned"),
+    dim=32,
+    bits=(2,),
+    count=128,
+    draws=3,
+    steps=3,
+)
 
 
 def run(config: Config, track: Track) -> list[Row]:

@@ -3,17 +3,25 @@
 Importing this package touches no device and no global configuration.
 """
 
-from turboquant_jax.attention import Scores as Scores
-from turboquant_jax.attention import attend as attend
-from turboquant_jax.attention import merge as merge
-from turboquant_jax.cache import Cache as Cache
-from turboquant_jax.cache import CacheConfig as CacheConfig
-from turboquant_jax.cache import CodecConfig as CodecConfig
-from turboquant_jax.cache import append as append
+from turboquant_jax.attention import Scores, attend, merge
+from turboquant_jax.cache import Cache, CacheConfig, CodecConfig, append
 from turboquant_jax.cache import create as create_cache
-from turboquant_jax.quantizer import Codes as Codes
-from turboquant_jax.quantizer import Quantizer as Quantizer
+from turboquant_jax.quantizer import Codes, Quantizer, decode, encode, straight_through
 from turboquant_jax.quantizer import create as create_quantizer
-from turboquant_jax.quantizer import decode as decode
-from turboquant_jax.quantizer import encode as encode
-from turboquant_jax.quantizer import straight_through as straight_through
+
+__all__ = [
+    "Cache",
+    "CacheConfig",
+    "CodecConfig",
+    "Codes",
+    "Quantizer",
+    "Scores",
+    "append",
+    "attend",
+    "create_cache",
+    "create_quantizer",
+    "decode",
+    "encode",
+    "merge",
+    "straight_through",
+]

@@ -203,8 +203,8 @@ def _on_grid(levels: tuple[float, ...], dim: int | None) -> Levels:
     return rounded(min(steps, key=lambda step: distortion(rounded(step), dim)))
 
 
-def grid_integers(levels: Levels) -> tuple[tuple[int, ...], float] | None:
-    """Integers n_i within the grid's limit and a step with levels_i = n_i step; None if there are none."""
+def grid_integers(levels: Levels | tuple[float, ...]) -> tuple[tuple[int, ...], float] | None:
+    """Integers n_i within the grid's limit and a step with levels_i = n_i step, or None."""
     return _grid_integers(tuple(float(level) for level in levels))
 
 

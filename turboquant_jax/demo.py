@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from turboquant_jax import bounds, cache, quantizer
+from turboquant_jax import rotation as rotations
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.accounting import (
     bytes_per_compressed_token,
@@ -166,7 +167,9 @@ class Fidelity:
         }
 
 
-def theory_row(bits: int, dim: int, rotation: str, seed: int, vectors: int = 20_000) -> dict:
+def theory_row(
+    bits: int, dim: int, rotation: rotations.Kind, seed: int, vectors: int = 20_000
+) -> dict:
     """Measured MSE on uniform unit vectors beside what theory says."""
     rotation_key, data_key = jax.random.split(jax.random.key(seed))
     spec = quantizer.create(

@@ -109,7 +109,8 @@ def huffman_length(share: Float[np.ndarray, " n"]) -> float:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """The integrals, the entropy remark, and what each alternative costs or gains."""
-    made = [_integrals([r for r in rows if "mse_exact" in r])]
+    exact = [r for r in rows if "mse_exact" in r]
+    made = [_integrals(exact)] if exact else []
     made += _entropy(where(rows, codebook="lloyd_max", bits=4))
     made += _gaussian(rows)
     made += _cost(rows, "grid", (3, 4), 0.01, "our aim")

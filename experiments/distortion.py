@@ -123,13 +123,15 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     """Equation 4, theorems 1-3 with and without Haar, and the trellis."""
     scalar = where(rows, code="scalar")
     haar = where(scalar, rotation="haar")
-    made = [_equation_4(where(scalar, family="sphere")), _theorem_1(haar)]
-    others = [r for r in scalar if r["rotation"] in ("hadamard", "block_hadamard")]
-    made += [_hadamard(others)] if others else []
-    made += [_refined(haar), _lower_bound(rows)]
-    made += [_theorem_2(where(rows, code="prod"))] if where(rows, code="prod") else []
-    made += _trellis(rows)
-    return made
+    judged = (
+        (_equation_4, where(scalar, family="sphere")),
+        (_theorem_1, haar),
+        (_hadamard, [r for r in scalar if r["rotation"] in ("hadamard", "block_hadamard")]),
+        (_refined, where(haar, family="sphere")),
+        (_lower_bound, [r for r in where(rows, family="sphere") if r["code"] != "prod"]),
+        (_theorem_2, where(rows, code="prod")),
+    )
+    return [judge(cases) for judge, cases in judged if cases] + list(_trellis(rows))
 
 
 def _equation_4(rows: Sequence[Row]) -> Claim:
@@ -187,10 +189,10 @@ def _hadamard(rows: Sequence[Row]) -> Claim:
     )
 
 
-def _refined(haar: Sequence[Row]) -> Claim:
+def _refined(sphere: Sequence[Row]) -> Claim:
     paper = {1: 0.36, 2: 0.117, 3: 0.03, 4: 0.009}
-    dim = max(r["dim"] for r in haar if r["family"] == "sphere")
-    sphere = [r for r in where(haar, family="sphere", dim=dim) if r["bits"] in paper]
+    dim = max(r["dim"] for r in sphere)
+    sphere = [r for r in where(sphere, dim=dim) if r["bits"] in paper]
     above = [r for r in sphere if r["mse"] - SIGMAS * r["mse_se"] > paper[r["bits"]]]
     return Claim(
         "TurboQuant, theorem 1, small b",
@@ -201,8 +203,7 @@ def _refined(haar: Sequence[Row]) -> Claim:
     )
 
 
-def _lower_bound(rows: Sequence[Row]) -> Claim:
-    sphere = [r for r in where(rows, family="sphere") if r["code"] != "prod"]
+def _lower_bound(sphere: Sequence[Row]) -> Claim:
     margin = [r["mse"] / bounds.sphere_distortion(r["bits"], r["dim"]) for r in sphere]
     closest = sphere[int(np.argmin(margin))]
     return Claim(
@@ -253,8 +254,9 @@ def figure(rows: Sequence[Row]) -> "Figure":
     from experiments.plotting import label, panels
 
     figure, ((left, right), (haar, hadamard)) = panels(2, 2)
-    dim = max(r["dim"] for r in where(rows, family="sphere"))
-    sphere = where(rows, family="sphere", dim=dim, rotation="haar")
+    family = "sphere" if where(rows, family="sphere") else rows[0]["family"]
+    dim = max(r["dim"] for r in where(rows, family=family))
+    sphere = where(rows, family=family, dim=dim, rotation=distinct(rows, "rotation")[0])
     for axis, column, factor in ((left, "mse", 1.0), (right, "ip", np.pi**2 * np.sqrt(3))):
         bits = np.array(distinct(sphere, "bits"))
         upper = factor if column == "ip" else np.sqrt(3) * np.pi / 2
@@ -265,8 +267,8 @@ def figure(rows: Sequence[Row]) -> "Figure":
             axis.semilogy(
                 [r["bits"] for r in curve], [r[column] for r in curve], "o-", ms=3, label=code
             )
-    label(left, f"MSE, sphere, d = {dim}", "bits per coordinate", "|x - x~|^2 / |x|^2")
-    label(right, f"inner product, sphere, d = {dim}", "bits per coordinate", "d E<v, x - x~>^2")
+    label(left, f"MSE, {family}, d = {dim}", "bits per coordinate", "|x - x~|^2 / |x|^2")
+    label(right, f"inner product, {family}, d = {dim}", "bits per coordinate", "d E<v, x - x~>^2")
     for axis, kinds in ((haar, ("haar",)), (hadamard, ("hadamard", "block_hadamard"))):
         axis.axhline(1, color="k", ls="--", lw=1)
         for family in distinct(rows, "family"):

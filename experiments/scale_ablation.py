@@ -134,7 +134,8 @@ def _outputs(key: Array, bits: int, mode: str, count: int) -> Float[Array, "shar
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """The table of expected errors, the best mode, and the QJL bit at the softmax."""
-    made = [_table(where(rows, kind="error", family="sphere"))]
+    sphere = where(rows, kind="error", family="sphere")
+    made = [_table(sphere)] if sphere else []
     made += _best(where(rows, kind="error"))
     made += _softmax(where(rows, kind="attention"))
     return made
@@ -216,14 +217,16 @@ def figure(rows: Sequence[Row]) -> "Figure":
     from experiments.plotting import bar_groups, label, panels
 
     figure, axes = panels(1, 2, 5.5, 3.4)
-    errors = where(rows, kind="error", family="sphere")
+    family = distinct(rows, "family")[0]
+    errors = where(rows, kind="error", family=family)
     dim = 128 if where(errors, dim=128) else errors[0]["dim"]
     bits = distinct(errors, "bits")
-    norm = {r["bits"]: r["mse"] for r in where(errors, dim=dim, mode="norm")}
+    first = distinct(errors, "mode")[0]
+    norm = {r["bits"]: r["mse"] for r in where(errors, dim=dim, mode=first)}
     for mode in distinct(errors, "mode"):
         curve = where(errors, dim=dim, mode=mode)
         axes[0, 0].plot(bits, [r["mse"] / norm[r["bits"]] for r in curve], "o-", ms=3, label=mode)
-    label(axes[0, 0], f"MSE over that of the norm, sphere, d = {dim}", "bits", "ratio")
+    label(axes[0, 0], f"MSE over that of {first}, {family}, d = {dim}", "bits", "ratio")
     attention = where(rows, kind="attention", sharpness=2.0)
     series = {
         mode: [r["output"] for r in where(attention, mode=mode)]

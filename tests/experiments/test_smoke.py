@@ -18,6 +18,7 @@ def test_smoke(experiment, tmp_path):
     (found,) = results.find(tmp_path, name_of(experiment))
     assert found.rows and found.intact
     assert experiment.claims(found.rows)
+    assert isinstance(experiment.claims(found.rows[:1]), list), "part of the cases will do"
     assert (found.folder / "figure.svg").stat().st_size < 300_000
 
 

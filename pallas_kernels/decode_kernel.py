@@ -18,24 +18,16 @@ from jax import lax
 
 from pallas_kernels import triton
 from pallas_kernels.dequantize import divide, power_of_two
+from pallas_kernels.digits import PHASES, UNITS, digits, interleave, weighted
 from pallas_kernels.gather import Decoder
 
 LOG2E = math.log2(math.e)
 # Stands for a score of -inf: exp2 of any difference to it is 0, never NaN.
 EMPTY = -1e30
-# Two digits in base 128, the high one at most 127.
-UNITS = 127 * 128
-# 1.5 * 2**23: adding it leaves an integer in the low bits of a float32.
-MAGIC = 12582912.0
 # The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
 BIAS = 126
 # Smaller value scales are as good as 0 (2**-60); keeps exp2(score - peak) finite.
 MIN_EXPONENT = BIAS - 60
-# The scores of a tile come in two tiles, of the even and of the odd columns of the values' operand. Two
-# bytes of a register of P are then at hand in one thread, and the tokens of a tile come in pairs of
-# neighbours, whose keys fill whole memory lines (with four phases, half lines: 3 to 5 % slower).
-PHASES = 2
-
 Refs = dict[str, Any]
 
 
@@ -59,30 +51,6 @@ class Plan:
     def columns(self) -> int:
         """Query heads of a group, padded: twice as many columns fill a product of 8."""
         return max(4, power_of_two(self.heads))
-
-
-def digits(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """|x| < 1 -> int8 (high, low) with high * 128 + low = round(x * UNITS)."""
-    shifted = triton.fma(x, jnp.full_like(x, UNITS), jnp.full_like(x, MAGIC + 64.0), interpret)
-    bits = lax.bitcast_convert_type(shifted, jnp.int32)
-    # the bits of MAGIC itself are cut off by the conversion to a byte
-    return (bits >> 7).astype(jnp.int8), ((bits & 127) - 64).astype(jnp.int8)
-
-
-def merge_digits(product: jax.Array) -> jax.Array:
-    """int32 [rows, 2 * heads] -> float32 high * 128 + low, [rows, heads]."""
-    rows, columns = product.shape
-    high, low = jnp.unstack(product.reshape(rows, columns // 2, 2), axis=-1)
-    return (high * 128 + low).astype(jnp.float32)
-
-
-def interleave(phases: list[jax.Array], interpret: bool) -> jax.Array:
-    """PHASES times float [rows, heads] -> int8 digits [PHASES * rows, 2 * heads], row 2 r + phase."""
-    both = [jnp.stack(digits(x, interpret), axis=-1) for x in phases]
-    rows, heads, _ = both[0].shape
-    both = [x.reshape(rows, 2 * heads) for x in both]
-    pairs = jnp.stack(both, axis=-1)
-    return pairs.transpose(0, 2, 1).reshape(PHASES * rows, 2 * heads)
 
 
 def _query_rows(plan: Plan, ref: Any, decoder: Decoder, first: int, head: jax.Array) -> jax.Array:
@@ -143,17 +111,6 @@ def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array
     return weighted(start, operands, query, b_axis=1)
 
 
-def weighted(
-    start: jax.Array, operands: list[tuple[int, jax.Array]], right: jax.Array, b_axis: int
-) -> jax.Array:
-    """start + the products of weighted operands with the digits `right`, merged, in float32."""
-    sums: dict[int, jax.Array] = {}
-    for weight, operand in operands:
-        sums[weight] = sums.get(weight, start) + triton.dot(operand, right, b_axis=b_axis)
-    terms = [merge_digits(x) if w == 1 else merge_digits(x) * float(w) for w, x in sums.items()]
-    return sum(terms[1:], terms[0])
-
-
 def scores(
     plan: Plan, refs: Refs, state: Refs, page: jax.Array, token: jax.Array, words: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -196,14 +153,16 @@ def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: li
         column = PHASES * jnp.arange(order.columns // PHASES) + phase
         which, token, _ = order.elements(column)
         page = pick(pages, which)
-        words = [triton.load(ref.at[page, token]) for ref in refs["scales"]]
-        x, y, z = scores(plan, refs, state, page, token, words)
-        exponent = value_exponent(words[: len(plan.value_decoders)])
-        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None], plan.interpret)
         place = (block + which) * plan.tokens + token
         seen = place < state["length"]
         if "start" in state:
             seen = seen & (place >= state["start"])
+        # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
+        places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
+        words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
+        x, y, z = scores(plan, refs, state, page, token, words)
+        exponent = value_exponent(words[: len(plan.value_decoders)])
+        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None], plan.interpret)
         found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
     return found
 

@@ -15,21 +15,19 @@ def pack(codes, bits):
     planes, done = [], 0
     for width in PLANE_WIDTHS[bits]:
         field = (codes >> done) & (2**width - 1)
-        per_byte = 8 // width
-        split = field.reshape(*field.shape[:-1], per_byte, -1)
-        shifts = (width * np.arange(per_byte))[:, None]
+        split = field.reshape(*field.shape[:-1], 8 // width, -1)
+        shifts = (width * np.arange(8 // width))[:, None]
         planes.append((split << shifts).sum(axis=-2).astype(np.uint8))
         done += width
     return tuple(planes)
 
 
-def random_codebook(rng, bits, step=0.04):
-    """Sorted distinct levels within the limits, not symmetric."""
+def random_codebook(rng, bits):
+    """Distinct levels in no order, with the smallest and the largest that fit among them."""
     low, high = level_limits(bits)
-    if bits > 4:
-        low, high, step = low, high, step * 64 / high
-    levels = np.sort(rng.choice(np.arange(low, high + 1), 2**bits, replace=False))
-    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=step)
+    inner = rng.choice(np.arange(low + 1, high), 2**bits - 2, replace=False)
+    levels = rng.permutation([low, high, *inner.tolist()])
+    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=2.0 / high)
 
 
 def random_blocks(rng, pages, kv_heads, tokens, channels, bits):
@@ -37,58 +35,72 @@ def random_blocks(rng, pages, kv_heads, tokens, channels, bits):
     books = [random_codebook(rng, b) for b in bits]
     codes = [rng.integers(0, 2**b, (pages, kv_heads, tokens, channels)) for b in bits]
     scales = [
-        rng.uniform(0.5, 1.5, (pages, kv_heads, tokens)).astype(ml_dtypes.bfloat16) for _ in bits
+        np.exp(rng.uniform(-2, 1, (pages, kv_heads, tokens))).astype(ml_dtypes.bfloat16)
+        for _ in bits
     ]
+    scales[1][0, 0, :3] = 0.0  # a zero vector is a value like any other
     dense = [
         np.array(book.levels)[code] * book.step * scale.astype(np.float64)[..., None]
         for book, code, scale in zip(books, codes, scales, strict=True)
     ]
     key_scale, value_scale = (s.view(np.uint16).astype(np.uint32) for s in scales)
     blocks = Blocks(
-        keys=tuple(jnp.asarray(p) for p in pack(codes[0], bits[0])),
-        values=tuple(jnp.asarray(p) for p in pack(codes[1].swapaxes(2, 3), bits[1])),
-        scales=jnp.asarray(key_scale | value_scale << np.uint32(16)),
+        keys=pack(codes[0], bits[0]),
+        values=pack(codes[1].swapaxes(2, 3), bits[1]),
+        scales=key_scale | value_scale << np.uint32(16),
         key_codebook=books[0],
         value_codebook=books[1],
     )
     return blocks, dense[0], dense[1]
 
 
-def definition(
-    q,
-    keys,
-    values,
-    table,
-    lengths,
-    sm_scale,
-    starts=None,
-    soft_cap=None,
-    sinks=None,
-    bias=None,
-    extra=None,
-):
-    """q [B, N, H], keys and values [pages, K, T, H] -> output [B, N, H], log-sum-exp [B, N]; float64.
+def poison(blocks, table, lengths):
+    """The blocks with random codes and NaN scales wherever no sequence has a token."""
+    pages, _, tokens = blocks.scales.shape
+    used = np.zeros((pages, tokens), bool)
+    for row, length in zip(table, lengths, strict=True):
+        for i in range(-(-int(length) // tokens)):
+            used[row[i]] |= np.arange(tokens) < length - i * tokens
+    scales = np.where(used[:, None, :], blocks.scales, np.uint32(0x7FC07FC0))
+    clear = ~used.any(axis=1)
+    keys, values = (
+        tuple(np.where(clear[:, None, None, None], np.uint8(0xA7), p) for p in planes)
+        for planes in (blocks.keys, blocks.values)
+    )
+    return Blocks(keys, values, scales, blocks.key_codebook, blocks.value_codebook)
 
-    `extra` [pages, K, T, B, N]: further terms of q.k.
+
+def definition(
+    q, keys, values, table, lengths, sm_scale, *, starts=None, soft_cap=None, sink_logits=None,
+    score_bias=None, extra=None,
+):  # fmt: skip
+    """q [B, N, H], keys and values [pages, K, T, H] -> output [B, N, H], log-sum-exp [B, N].
+
+    `extra` [pages, K, T, B, N]: further terms of q.k. All in float64.
     """
     batch, heads, _ = q.shape
     _, kv_heads, tokens, _ = keys.shape
-    out, lse = np.zeros(q.shape[:2] + values.shape[-1:]), np.full((batch, heads), -np.inf)
-    for b in range(batch):
+    out, lse = np.zeros((batch, heads, values.shape[-1])), np.full((batch, heads), -np.inf)
+    for b, n in np.ndindex(batch, heads):
+        h = n // (heads // kv_heads)
         used = table[b, : -(-int(lengths[b]) // tokens)]
-        for n in range(heads):
-            h = n // (heads // kv_heads)
-            first = 0 if starts is None else int(starts[b])
-            k = keys[used, h].reshape(-1, keys.shape[-1])[first : lengths[b]]
-            v = values[used, h].reshape(-1, values.shape[-1])[first : lengths[b]]
-            score = k @ q[b, n].astype(np.float64)
-            if extra is not None:
-                score = score + extra[used, h, :, b, n].reshape(-1)[first : lengths[b]]
-            score = score * sm_scale + (0.0 if bias is None else bias[b, n])
-            if soft_cap is not None:
-                score = soft_cap * np.tanh(score / soft_cap)
-            weights = np.exp(score)
-            total = weights.sum() + (0.0 if sinks is None else math.exp(sinks[n]))
-            if total > 0:
-                out[b, n], lse[b, n] = weights @ v / total, math.log(total)
+        seen = slice(0 if starts is None else int(starts[b]), int(lengths[b]))
+        k, v = (x[used, h].reshape(-1, x.shape[-1])[seen] for x in (keys, values))
+        score = k @ q[b, n].astype(np.float64)
+        if extra is not None:
+            score = score + extra[used, h, :, b, n].reshape(-1)[seen]
+        score = score * sm_scale + (0.0 if score_bias is None else score_bias[b, n])
+        if soft_cap is not None:
+            score = soft_cap * np.tanh(score / soft_cap)
+        weights = np.exp(score)
+        total = weights.sum() + (0.0 if sink_logits is None else math.exp(sink_logits[n]))
+        if total > 0:
+            out[b, n], lse[b, n] = weights @ v / total, math.log(total)
     return out, lse
+
+
+def arrays(tree):
+    """numpy -> jax, through any structure."""
+    import jax
+
+    return jax.tree.map(jnp.asarray, tree)

@@ -1,0 +1,45 @@
+"""How the work of a call is cut into programs."""
+
+import dataclasses
+
+from pallas_kernels.dequantize import power_of_two
+
+# Programs in one wave on an H100 (132 multiprocessors, 7 or 8 on each): fewer leave it idle, more
+# programs run slower by 3 to 15 % (docs/kernels.md).
+PROGRAMS = 1024
+# A split of fewer tiles than this spends its time on starting and on being merged.
+MIN_TILES = 4
+# Tokens of a tile: as many pages as it takes.
+TILE_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Splits of a sequence; pages of a tile (at least 64 tokens); warps and stages of a program."""
+
+    splits: int
+    pages: int
+    warps: int
+    stages: int
+
+
+def default_schedule(
+    *,
+    batch: int,
+    kv_heads: int,
+    heads: int,
+    channels: int,
+    bits: int,
+    tokens: int,
+    max_pages: int,
+) -> Schedule:
+    """The measured best of these shapes; it hangs on nothing else, so that results repeat bit by bit.
+
+    `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest code.
+    One warp needs no barrier, and suffices where its sums fit in the registers.
+    """
+    pages = max(1, TILE_TOKENS // tokens)
+    small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
+    tiles = -(-max_pages // pages)
+    splits = min(PROGRAMS // (batch * kv_heads), tiles // MIN_TILES)
+    return Schedule(splits=max(1, splits), pages=pages, warps=1 if small else 2, stages=3)

@@ -1,0 +1,130 @@
+"""Decoders against the packed layout, and their PTX against an emulator of its instructions."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dequantize import PackedDecoder, lookup_assembly, lookup_codes
+from pallas_kernels.gather import GatherDecoder, value_decoders
+from tests.pallas_kernels.blocks import pack, random_codebook
+
+MASK = 0xFFFFFFFF
+
+
+def prmt(a, b, selectors):
+    """PTX prmt.b32, default mode: four bytes of b:a, a selector's bit 3 replicates the sign."""
+    source, out = b << 32 | a, 0
+    for i in range(4):
+        selector = selectors >> (4 * i) & 15
+        byte = source >> (8 * (selector & 7)) & 255
+        if selector & 8:
+            byte = 255 * (byte >> 7)
+        out |= byte << (8 * i)
+    return out
+
+
+def lop3(a, b, c, table):
+    """PTX lop3.b32: bit by bit, entry 4 a + 2 b + c of the table."""
+    out = 0
+    for i in range(32):
+        entry = (a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1
+        out |= (table >> entry & 1) << i
+    return out
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shr.b32": lambda a, b: a >> min(b, 32),
+    "shl.b32": lambda a, b: a << min(b, 32) & MASK,
+    "add.u32": lambda a, b: a + b & MASK,
+    "prmt.b32": prmt,
+    "lop3.b32": lop3,
+}
+
+
+def emulate(text, operands):
+    """Runs a block of PTX; operands[i] is $(i + 1); answers $0."""
+    registers = {f"${i + 1}": value for i, value in enumerate(operands)}
+    for instruction in text.strip("{} ").split(";"):
+        if not (instruction := instruction.strip()) or instruction.startswith(".reg"):
+            continue
+        name, rest = instruction.split(None, 1)
+        target, *sources = [x.strip() for x in rest.split(",")]
+        values = [registers[x] if re.match(r"[$a-z]", x) else int(x, 0) for x in sources]
+        registers[target] = OPERATIONS[name](*values)
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_assembly_equals_stand_in(bits):
+    """Every variant, on random words: the four bytes are table[code] of the stand-in's four codes."""
+    rng = np.random.default_rng(bits)
+    unit = {1: 1, 2: 1, 3: 1, 4: 1}[bits]
+    decoder = PackedDecoder(random_codebook(rng, bits), 64, 1, unit)
+    table = decoder.tables()["table"].view(np.uint32)
+    entries = table.view(np.uint8)
+    parts, groups = decoder.parts, decoder.variants // 2 // decoder.parts
+    for part, group, half in np.ndindex(parts, groups, 2):
+        text = lookup_assembly(bits, part, group, half)
+        for _ in range(100):
+            words = [int(x) for x in rng.integers(0, 2**32, 2 if bits == 3 else 1)]
+            got = emulate(text, words + [int(t) for t in np.repeat(table, 4)])
+            pair = [jnp.uint32(x) for x in words] + [None]
+            codes = [int(c) for c in lookup_codes(pair[0], pair[1], bits, part, group, half)]
+            assert [got >> (8 * i) & 255 for i in range(4)] == [entries[c] for c in codes]
+
+
+def decode(decoder, codes):
+    """Packs codes [rows, pages, length], decodes them: (levels [rows, columns], their places)."""
+    planes = pack(codes, decoder.codebook.bits)
+
+    def fetch(plane, page, byte, mask):
+        rows = jnp.asarray(planes[plane])[:, page, jnp.minimum(byte, planes[plane].shape[-1] - 1)]
+        return rows if mask is None else jnp.where(mask[None, :], rows, 0)
+
+    prepared = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
+    if isinstance(decoder, PackedDecoder):
+        prepared = None
+    operands = decoder.operands(decoder.load(fetch), prepared, True)
+    total = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
+    return total - decoder.centre, decoder.elements(jnp.arange(decoder.columns))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("length", "pages"), [(128, 1), (64, 2), (32, 2), (80, 1), (96, 1), (32, 1)]
+)
+def test_packed_decoder_inverts_packing(bits, length, pages):
+    """Every element comes once, in the column that says so, with its level."""
+    rng = np.random.default_rng(length + bits)
+    book = random_codebook(rng, bits)
+    codes = rng.integers(0, 2**bits, (5, pages, length))
+    decoder = PackedDecoder(book, length, pages, book.widths[-1])
+    levels, (page, element, exists) = decode(decoder, codes)
+    exists = np.asarray(exists)
+    place = np.asarray(page * length + element)[exists]
+    assert sorted(place.tolist()) == list(range(pages * length))
+    want = np.array(book.levels)[codes].reshape(5, -1)[:, place]
+    np.testing.assert_array_equal(levels[:, exists], want)
+
+
+def test_groups_of_values_share_one_order():
+    """Codes of 2, 3, 4 and 6 bits side by side: one order of the tokens for all."""
+    rng = np.random.default_rng(0)
+    books = tuple(random_codebook(rng, bits) for bits in (4, 2, 3, 6))
+    decoders = value_decoders(books, 64, 1)
+    column = jnp.arange(64)
+    first = decoders[0].elements(column)
+    for decoder, book in zip(decoders, books, strict=True):
+        assert isinstance(decoder, GatherDecoder) == (book.bits > 4)
+        for x, y in zip(first, decoder.elements(column), strict=True):
+            np.testing.assert_array_equal(x, y)
+        if book.bits <= 4:
+            codes = rng.integers(0, 2**book.bits, (3, 1, 64))
+            levels, (_, element, _) = decode(decoder, codes)
+            want = np.array(book.levels)[codes[:, 0][:, np.asarray(element)]]
+            np.testing.assert_array_equal(levels, want)

@@ -1,0 +1,68 @@
+"""Every configuration that the benchmark names lowers for CUDA, on a machine without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.decode_speed import BITS, SHAPES, attend, schedule_of
+from pallas_kernels.codebook import PLANE_WIDTHS
+from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
+
+
+def lower(function, *arguments):
+    """StableHLO text for CUDA. From 0.11 jax must be told which GPU it lowers for."""
+    traced = jax.jit(function).trace
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return traced(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return traced(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8):
+    """(q, blocks, table, lengths) as shapes."""
+    books = [Codebook(b, tuple(i % 60 for i in range(2**b)), 0.1) for b in bits]
+    pages, new = batch * max_pages, jax.ShapeDtypeStruct
+    rows = (pages, kv_heads, tokens), (pages, kv_heads, channels)
+    blocks = Blocks(
+        tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in PLANE_WIDTHS[bits[0]]),
+        tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in PLANE_WIDTHS[bits[1]]),
+        new(rows[0], jnp.uint32),
+        *books,
+    )
+    q = new((batch, heads, channels), jnp.bfloat16)
+    return q, blocks, new((batch, max_pages), jnp.int32), new((batch,), jnp.int32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_benchmark_lowers(bits, shape):
+    """As the benchmark calls it."""
+    if shape not in (SHAPES[0], SHAPES[-1]) and bits != BITS[0]:
+        pytest.skip("the same kernel with other sizes")
+    schedule = schedule_of(bits, shape)
+    text = lower(
+        lambda *a: attend.__wrapped__(*a, schedule), *shapes(bits, shape[0], shape[1] // 64)
+    )
+    assert "decode_attention" in text and "decode_combine" in text
+
+
+@pytest.mark.parametrize(("bits", "channels", "tokens"), [((8, 5), 64, 32), ((3, 1), 80, 128)])
+def test_options_lower(bits, channels, tokens):
+    """Wide codes, odd dims and every option."""
+    q, blocks, table, lengths = shapes(bits, 2, 4, channels, tokens, heads=8, kv_heads=2)
+    new = jax.ShapeDtypeStruct
+    pages = blocks.scales.shape
+    sketch = Sketch(
+        new((2, 8, 64), jnp.float32), new((*pages, 8), jnp.uint8), new(pages, jnp.bfloat16)
+    )
+    bias, sinks = new((2, 8), jnp.float32), new((8,), jnp.float32)
+
+    def call(q, blocks, table, lengths, sketch, bias, sinks):
+        return decode_attention(
+            q, (blocks,), table, lengths, sm_scale=0.1, soft_cap=30.0, starts=lengths,
+            score_bias=bias, sink_logits=sinks, sketch=sketch,
+        )  # fmt: skip
+
+    assert "decode_attention" in lower(call, q, blocks, table, lengths, sketch, bias, sinks)

@@ -39,7 +39,8 @@ def learn(
       learning_rate: of Adam, on the entries of A (radians).
 
     Returns:
-      The rotation, orthogonal to float32 rounding, and the relative error before each step.
+      The rotation of least error on the way, orthogonal to float32 rounding, and the relative
+      error before each step: the first one is that of the quantizer as given.
 
     Raises:
       ValueError: samples that are not [n, d] with n >= 1.
@@ -65,18 +66,18 @@ def _descend(
     def loss(free: Matrix) -> Float[Array, ""]:
         return _error(quantizer, _matmul(_cayley(free), start), unit)
 
-    def step(carry: tuple[Matrix, optax.OptState], _: None) -> tuple:
-        free, state = carry
+    def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
+        free, state, best, least = carry
         error, gradient = jax.value_and_grad(loss)(free)
+        best = jnp.where(error < least, free, best)
         with jax.numpy_dtype_promotion("standard"):  # Adam takes a float to an integer power
             updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(free, updates), state), error
+        return (optax.apply_updates(free, updates), state, best, jnp.minimum(error, least)), error
 
     free = jnp.zeros_like(start)
-    last: tuple
-    errors: Array
-    last, errors = lax.scan(step, (free, optimizer.init(free)), length=steps)
-    matrix = _matmul(_cayley(last[0]), start)
+    carry: tuple = (free, optimizer.init(free), free, jnp.float32(jnp.inf))
+    carry, errors = lax.scan(step, carry, length=steps)
+    matrix = _matmul(_cayley(carry[2]), start)
     # one Newton-Schulz step takes out the rounding of the solve
     return 1.5 * matrix - 0.5 * _matmul(matrix, _matmul(matrix.T, matrix)), errors
 

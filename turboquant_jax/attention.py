@@ -128,7 +128,9 @@ def attend_exact(
     finite_top = jnp.where(jnp.isneginf(top), 0.0, top)
     weight = jnp.exp(logits - finite_top[..., None])
     total = jnp.sum(weight, axis=-1)
-    output = jnp.einsum("bkgts,bskh->btkgh", weight, v.astype(jnp.float32))
+    # 0 * NaN is NaN: what nobody sees may be left over from another sequence
+    seen = jnp.any(visible, axis=1)[..., None, None]
+    output = jnp.einsum("bkgts,bskh->btkgh", weight, jnp.where(seen, v.astype(jnp.float32), 0.0))
     nonzero = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, finite_top + jnp.log(nonzero), -jnp.inf)
     output = output / jnp.moveaxis(nonzero, -1, 1)[..., None]

@@ -29,7 +29,7 @@ def test_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf, forward):
     path = write_gguf(tmp_path / "small.gguf", tiny.config, gguf_tensors(tiny))
     got = load(path)
     assert got.name == "small"
-    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    tokens = jnp.arange(20, dtype=jnp.int32)[None]
     np.testing.assert_array_equal(forward(got.model, tokens), forward(tiny, tokens))
     assert load(str(path), jnp.bfloat16).model.layers.q[...].dtype == jnp.bfloat16
 
@@ -77,7 +77,7 @@ def folder(tmp_path, tiny, gguf_tensors, write_gguf):
 def test_a_folder(folder, tiny, forward):
     got = load(folder)
     assert (got.name, got.config) == ("tiny-llama", tiny.config)
-    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    tokens = jnp.arange(20, dtype=jnp.int32)[None]
     np.testing.assert_array_equal(forward(got.model, tokens), forward(tiny, tokens))
     assert got.tokenizer.encode("a") == [0]
 

@@ -55,15 +55,14 @@ def test_greedy_equals_whole_forward_passes(tiny, forward, run):
     np.testing.assert_array_equal(got.state.lengths, [7 + 11, 1 + 11, 4 + 11])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
-def test_rows_do_not_depend_on_the_batch(run, sampling):
-    whole = run(sampling=sampling)
+def test_rows_do_not_depend_on_the_batch(run):
+    whole = run(sampling=SAMPLED)
     for row in range(3):
-        alone = run((row,), sampling=sampling)
+        alone = run((row,), sampling=SAMPLED)
         np.testing.assert_array_equal(alone.tokens[0], whole.tokens[row])
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("chunk", [1, 3, 50])
 def test_chunks_fill_the_same_past(tiny, past, empty, chunk):
     tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
     logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), past)
@@ -79,7 +78,7 @@ def test_a_second_prefill_goes_on_where_the_first_ended(tiny, past, empty):
     tokens, lengths = map(jnp.asarray, pad_prompts([PROMPTS[0]]))
     logits, _ = prefill(tiny, tokens, lengths, empty(tiny.config, 1, SIZE), past)
     three, four = jnp.array([3], jnp.int32), jnp.array([4], jnp.int32)
-    _, state = prefill(tiny, tokens[:, :3], three, empty(tiny.config, 1, SIZE), past)
+    _, state = prefill(tiny, tokens[:, :4], three, empty(tiny.config, 1, SIZE), past)
     got, _ = prefill(tiny, tokens[:, 3:], four, state, past, start=three)
     np.testing.assert_allclose(got, logits, atol=1e-5)
 
@@ -107,14 +106,15 @@ def test_the_loop_ends_with_the_last_row(tiny, past, empty, run):
     np.testing.assert_array_equal(got.state.lengths, [7, 1, 4])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
-def test_stream_equals_decode(tiny, past, empty, keys, run, sampling):
-    stop = int(run(sampling=sampling).tokens[0, 4])
-    expected = run(sampling=sampling, eos_ids=(stop,))
+def test_stream_equals_decode_and_compiles_one_step(tiny, past, empty, keys, run):
+    stop = int(run(sampling=SAMPLED).tokens[0, 4])
+    expected = run(sampling=SAMPLED, eos_ids=(stop,))
+    begin = chex.assert_max_traces(past.begin, n=2)  # the prompts, the step
+    counted = Past(begin, past.attend, past.commit)
     tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
-    logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), past)
-    options = dict(max_tokens=12, sampling=sampling, eos_ids=(stop,))
-    steps = list(stream(tiny, logits, lengths, keys, state, past, **options))
+    logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), counted)
+    options = dict(max_tokens=12, sampling=SAMPLED, eos_ids=(stop,))
+    steps = list(stream(tiny, logits, lengths, keys, state, counted, **options))
     np.testing.assert_array_equal(
         np.stack(steps, axis=1), expected.tokens[:, : int(expected.counts.max())]
     )
@@ -123,11 +123,11 @@ def test_stream_equals_decode(tiny, past, empty, keys, run, sampling):
 def test_decoding_in_two_calls_equals_one(tiny, past, empty, keys, run):
     """Keys are folded with the position, so a cut changes nothing."""
     whole = np.asarray(run(sampling=SAMPLED).tokens)
-    first = run(sampling=SAMPLED, max_tokens=5)
+    first = run(sampling=SAMPLED, max_tokens=6)
     lengths = jnp.asarray(pad_prompts(PROMPTS)[1])
     one = jnp.ones_like(lengths)
-    logits, state = prefill(tiny, first.tokens[:, -1:], one, first.state, past, start=lengths + 4)
-    second = decode(tiny, logits, lengths + 5, keys, state, past, max_tokens=7, sampling=SAMPLED)
+    logits, state = prefill(tiny, first.tokens[:, -1:], one, first.state, past, start=lengths + 5)
+    second = decode(tiny, logits, lengths + 6, keys, state, past, max_tokens=6, sampling=SAMPLED)
     np.testing.assert_array_equal(np.hstack([first.tokens, second.tokens]), whole)
 
 
@@ -139,16 +139,8 @@ def test_one_compilation_serves_the_whole_generation(tiny, past, empty, keys):
     for prompts in (PROMPTS, [p[::-1] for p in PROMPTS]):
         tokens, lengths = map(jnp.asarray, pad_prompts(prompts))
         state = empty(tiny.config, 3, SIZE)
-        got = generate(tiny, tokens, lengths, keys, state, counted, max_tokens=20)
-        assert got.tokens.shape == (3, 20)
-
-
-def test_streaming_compiles_one_step(tiny, past, empty, keys):
-    begin = chex.assert_max_traces(past.begin, n=2)
-    counted = Past(begin, past.attend, past.commit)
-    tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
-    logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), counted)
-    assert len(list(stream(tiny, logits, lengths, keys, state, counted, max_tokens=9))) == 9
+        got = generate(tiny, tokens, lengths, keys, state, counted, max_tokens=12)
+        assert got.tokens.shape == (3, 12)
 
 
 def test_the_state_is_donated(tiny, past, empty):

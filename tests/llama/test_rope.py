@@ -1,6 +1,7 @@
 """Rotary embedding against values worked out by hand and against its defining properties."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -39,7 +40,7 @@ def test_llama_3_scaling_by_hand():
 def test_angles_are_exact_to_float32(name):
     config = PRESETS[name]
     positions = jnp.array([[0, 1, 777, config.max_position - 1]], jnp.int32)
-    cos, sin = rotation_angles(config, positions)
+    cos, sin = jax.jit(rotation_angles, static_argnums=0)(config, positions)
     assert cos.dtype == sin.dtype == jnp.float32
     exact = np.asarray(positions)[..., None] * inverse_frequencies(config)
     # a float32 frequency is off by at most 2**-24 of itself, so is the product
@@ -48,11 +49,16 @@ def test_angles_are_exact_to_float32(name):
     np.testing.assert_allclose(sin, np.sin(exact), atol=tolerance)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def turn(config, x, positions):
+    return apply_rope(x, *rotation_angles(config, positions))
+
+
 def test_it_turns_the_pairs_of_the_halves(tiny_config):
     """As complex numbers x_i + j x_(i + H/2), times exp(j * position * frequency)."""
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 12))
     positions = jnp.array([[0, 1, 2, 3, 4], [7, 8, 9, 30, 31]], jnp.int32)
-    got = apply_rope(x, *rotation_angles(tiny_config, positions))
+    got = turn(tiny_config, x, positions)
     angles = np.asarray(positions)[..., None, None] * inverse_frequencies(tiny_config)
     turned = (np.asarray(x)[..., :6] + 1j * np.asarray(x)[..., 6:]) * np.exp(1j * angles)
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
@@ -63,10 +69,10 @@ def test_scores_depend_on_the_distance_only(tiny_config):
 
     def score(of_q, of_k):
         turned = [
-            apply_rope(x, *rotation_angles(tiny_config, jnp.full((1, 1), p, jnp.int32)))
+            np.asarray(turn(tiny_config, x, jnp.full((1, 1), p, jnp.int32)))
             for x, p in ((q, of_q), (k, of_k))
         ]
-        return float(jnp.sum(turned[0] * turned[1]))
+        return float(np.sum(turned[0] * turned[1]))
 
     assert score(13, 4) == pytest.approx(score(59, 50), abs=1e-4)
     assert score(13, 4) != pytest.approx(score(13, 5), abs=1e-2)
@@ -74,8 +80,8 @@ def test_scores_depend_on_the_distance_only(tiny_config):
 
 def test_bfloat16_stays_bfloat16_and_is_turned_in_float32(tiny_config):
     x = jax.random.normal(jax.random.key(2), (1, 4, 2, 12)).astype(jnp.bfloat16)
-    angles = rotation_angles(tiny_config, jnp.arange(4, dtype=jnp.int32)[None])
-    got = apply_rope(x, *angles)
+    positions = jnp.arange(4, dtype=jnp.int32)[None]
+    got = turn(tiny_config, x, positions)
     assert got.dtype == jnp.bfloat16
-    expected = apply_rope(x.astype(jnp.float32), *angles).astype(jnp.bfloat16)
+    expected = turn(tiny_config, x.astype(jnp.float32), positions).astype(jnp.bfloat16)
     assert (got == expected).all()

@@ -10,6 +10,8 @@ from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
 
 VOCAB = 24
 
+draw = jax.jit(sample, static_argnums=2)
+
 
 def logits():
     return 2 * jax.random.normal(jax.random.key(0), (VOCAB,))
@@ -45,7 +47,7 @@ def test_distribution(sampling):
     draws = 40_000
     keys = jax.random.split(jax.random.key(1), draws)
     rows = jnp.broadcast_to(logits()[None], (draws, VOCAB))
-    tokens = jax.jit(sample, static_argnums=2)(rows, keys, sampling)
+    tokens = draw(rows, keys, sampling)
     assert tokens.dtype == jnp.int32
     counts = np.bincount(np.asarray(tokens), minlength=VOCAB)
     p = probabilities(sampling)
@@ -63,7 +65,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     keys = jax.random.split(jax.random.key(2), 2000)
 
     def drawn(top_p):
-        return set(np.unique(sample(rows, keys, Sampling(1.0, top_p=top_p))).tolist())
+        return set(np.unique(draw(rows, keys, Sampling(1.0, top_p=top_p))).tolist())
 
     assert drawn(0.4) == {1}
     assert drawn(0.74) == {1, 3}
@@ -75,16 +77,15 @@ def test_greedy_and_top_1_take_the_largest():
     rows = jax.random.normal(jax.random.key(3), (50, VOCAB))
     keys = jax.random.split(jax.random.key(4), 50)
     expected = np.argmax(rows, axis=-1)
-    np.testing.assert_array_equal(sample(rows, keys, GREEDY), expected)
-    np.testing.assert_array_equal(sample(rows, keys, Sampling(1.0, top_k=1)), expected)
-    np.testing.assert_array_equal(sample(rows, keys, Sampling(1.0, top_p=1e-6)), expected)
+    np.testing.assert_array_equal(draw(rows, keys, GREEDY), expected)
+    np.testing.assert_array_equal(draw(rows, keys, Sampling(1.0, top_k=1)), expected)
+    np.testing.assert_array_equal(draw(rows, keys, Sampling(1.0, top_p=1e-6)), expected)
 
 
 def test_a_row_depends_on_its_own_key_only():
     rows = jax.random.normal(jax.random.key(5), (8, VOCAB))
     keys = jax.random.split(jax.random.key(6), 8)
     sampling = Sampling(1.0, top_k=10, top_p=0.9)
-    draw = jax.jit(sample, static_argnums=2)
     whole = draw(rows, keys, sampling)
     one_by_one = [draw(rows[i : i + 1], keys[i : i + 1], sampling)[0] for i in range(8)]
     np.testing.assert_array_equal(whole, jnp.stack(one_by_one))

@@ -8,6 +8,7 @@ magic, version, counts of tensors and keys, the keys, the tensor descriptions, p
 
 import dataclasses
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ class GGUFFile:
     def read(self, name: str) -> np.ndarray:
         """Dequantize one tensor to float32; ValueError for a quantization that is not known."""
         tensor = self.tensors[name]
-        raw = np.memmap(self.path, np.uint8, "r", offset=tensor.start, shape=(tensor.size,))
+        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.start)
         try:
             values = dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
         except NotImplementedError as error:
@@ -73,7 +74,9 @@ def open_gguf(path: Path) -> GGUFFile:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: got an empty file, expected a GGUF file")
-    cursor = _Cursor(path, np.memmap(path, np.uint8, "r"))
+    with path.open("rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    cursor = _Cursor(path, mapped)
     magic = bytes(cursor.take(len(_MAGIC), "magic"))
     if magic != _MAGIC:
         raise ValueError(f"{path}: got magic bytes {magic!r}, expected {_MAGIC!r} of a GGUF file")
@@ -111,17 +114,17 @@ class _Cursor:
     """A position in the bytes of a header; nothing is read before its extent is checked."""
 
     path: Path
-    data: np.ndarray
+    data: memoryview
     offset: int = 0
 
     def take(self, count: int, what: str) -> memoryview:
         end = self.offset + count
-        if end > self.data.size:
+        if end > len(self.data):
             raise ValueError(
-                f"{self.path}: truncated GGUF file: got {self.data.size} bytes, "
+                f"{self.path}: truncated GGUF file: got {len(self.data)} bytes, "
                 f"expected at least {end} to hold {what}"
             )
-        taken = self.data[self.offset : end].data
+        taken = self.data[self.offset : end]
         self.offset = end
         return taken
 

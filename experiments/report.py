@@ -88,6 +88,7 @@ def _section(experiment: Experiment, result: Results, claims: list[Claim], base:
     title, _, text = (experiment.__doc__ or "").partition("\n")
     meta, label = result.meta, result.folder.name.partition(".")[2]
     link = os.path.relpath(result.folder, base)
+    load = f" at load {meta['load_average']}" if "load_average" in meta else ""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     lines = [
         f"## {title.rstrip('.')}{f' ({label})' if label else ''}",
@@ -104,7 +105,7 @@ def _section(experiment: Experiment, result: Results, claims: list[Claim], base:
         f"![{title}]({link}/figure.svg)",
         "",
         f"`{meta['command']}`, {meta['date']}, commit {meta['commit']}, {meta['device']}, "
-        f"{meta['seconds']:.0f} s; {versions}. "
+        f"{meta['seconds']:.0f} s{load}; {versions}. "
         f"[{len(result.rows)} rows]({link}/rows.csv), SHA-256 {meta['rows_sha256'][:12]}.",
         "",
     ]

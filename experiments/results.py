@@ -113,7 +113,7 @@ def check_free(folder: Path, config: dict[str, Any], force: bool) -> None:
 
 
 def describe(command: str, config: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The meta data of a run on this machine."""
+    """The meta data of a run on this machine, whose load says how far its times can be trusted."""
     device = jax.devices()[0]
     return {
         "command": command,
@@ -122,6 +122,7 @@ def describe(command: str, config: dict[str, Any], seconds: float) -> dict[str, 
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": f"{device.device_kind} ({os.cpu_count()} CPU cores)",
         "seconds": round(seconds, 1),
+        "load_average": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version()}
         | {name: version for name in _PACKAGES if (version := _version(name))},
     }

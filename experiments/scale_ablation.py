@@ -10,7 +10,7 @@ them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -73,63 +73,70 @@ def _vectors(config: Config, family: str, dim: int, bits: int) -> Iterator[Row]:
     for key in _keys(config):
         code_key, x_key = jax.random.split(key)
         x = vectors.draw(family, x_key, config.count, dim)
-        samples.append([np.asarray(_error(code_key, x, bits, mode)) for mode in modes])
+        samples.append(np.asarray(_errors(_codes(code_key, dim, bits, modes), x)))
     for mode, errors in zip(modes, np.swapaxes(np.array(samples), 0, 1), strict=True):
         mean, error = mean_and_error(errors, independent=family == "sphere")
         case = {"family": family, "dim": dim, "bits": bits, "mode": mode}
         yield {"kind": "error", **case, "mse": mean, "mse_se": error}
 
 
-@partial(jax.jit, static_argnames=("bits", "mode"))
-def _error(key: Array, x: Float[Array, "n d"], bits: int, mode: str) -> Float[Array, " n"]:
-    return jnp.sum((x - _decoded(key, x, bits, mode)) ** 2, axis=1)
+def _codes(key: Array, dim: int, bits: int, modes: Sequence[Any]) -> tuple[Any, ...]:
+    """A quantizer for every mode, with the same rotation for the scale modes."""
+    return tuple(
+        prod.create(key, dim, bits, sketch=mode, scale_dtype=jnp.float32)
+        if mode in _SKETCHES
+        else quantizer.create(key, dim, bits, scale=mode, scale_dtype=jnp.float32)
+        for mode in modes
+    )
 
 
-def _decoded(key: Array, x: Float[Array, "n d"], bits: int, mode: str) -> Float[Array, "n d"]:
-    dim = x.shape[1]
-    if mode in _SKETCHES:
-        pair = prod.create(key, dim, bits, sketch=mode, scale_dtype=jnp.float32)  # type: ignore[arg-type]
-        return prod.decode(pair, prod.encode(pair, x))
-    code = quantizer.create(key, dim, bits, scale=mode, scale_dtype=jnp.float32)  # type: ignore[arg-type]
-    return quantizer.decode(code, quantizer.encode(code, x))
+def _decoded(codes: tuple[Any, ...], x: Float[Array, "n d"]) -> list[Float[Array, "n d"]]:
+    modules = [prod if isinstance(code, prod.ProdQuantizer) else quantizer for code in codes]
+    return [m.decode(code, m.encode(code, x)) for m, code in zip(modules, codes, strict=True)]
+
+
+@jax.jit
+def _errors(codes: tuple[Any, ...], x: Float[Array, "n d"]) -> Float[Array, "codes n"]:
+    return jnp.stack([jnp.sum((x - other) ** 2, axis=1) for other in _decoded(codes, x)])
 
 
 def _attention(config: Config, bits: int) -> Iterator[Row]:
     samples = np.array(
         [
-            [np.asarray(_outputs(key, bits, mode, config.keys)) for mode in config.modes]
+            np.asarray(_outputs(key, _codes(key, _HEAD_DIM, bits, config.modes), config.keys))
             for key in _keys(config)
         ]
     )
-    norm = config.modes.index("norm") if "norm" in config.modes else 0
+    norm = config.modes.index("norm") if "norm" in config.modes else None
     for i, mode in enumerate(config.modes):
         for j, sharpness in enumerate(SHARPNESS):
             mean, error = mean_and_error(samples[:, i, j], independent=False)
             case = {"dim": _HEAD_DIM, "bits": bits, "mode": mode, "sharpness": sharpness}
             found: Row = {"kind": "attention", **case, "output": mean, "output_se": error}
-            if mode != "norm" and "norm" in config.modes:
-                gap, gap_error = mean_and_error(
-                    samples[:, i, j] - samples[:, norm, j], independent=False
-                )
+            if norm is not None and i != norm:
+                gaps = samples[:, i, j] - samples[:, norm, j]
+                gap, gap_error = mean_and_error(gaps, independent=False)
                 found |= {"minus_norm": gap, "minus_norm_se": gap_error}
             yield found
 
 
-@partial(jax.jit, static_argnames=("bits", "mode", "count"))
-def _outputs(key: Array, bits: int, mode: str, count: int) -> Float[Array, "sharpness queries"]:
-    """|o - o~| / |o| of every query, with the same vectors for every mode."""
-    code_key, *keys = jax.random.split(key, 4)
+@partial(jax.jit, static_argnames="count")
+def _outputs(
+    key: Array, codes: tuple[Any, ...], count: int
+) -> Float[Array, "codes sharpness queries"]:
+    """|o - o~| / |o| of every query, on the same vectors for every code."""
+    _, *keys = jax.random.split(key, 4)
     q = jax.random.normal(keys[0], (_QUERIES, _HEAD_DIM))
     k, v = (jax.random.normal(x, (count, _HEAD_DIM)) for x in keys[1:])
+    sharpness = jnp.asarray(SHARPNESS)[:, None, None] / np.float32(np.sqrt(_HEAD_DIM))
 
-    def attend(k: Array, sharpness: float) -> Array:
-        logits = sharpness / np.float32(np.sqrt(_HEAD_DIM)) * jnp.einsum("td,sd->ts", q, k)
-        return jnp.einsum("ts,sd->td", jax.nn.softmax(logits, axis=1), v)
+    def attend(k: Float[Array, "S d"]) -> Float[Array, "sharpness T d"]:
+        logits = sharpness * jnp.einsum("td,sd->ts", q, k)[None]
+        return jnp.einsum("hts,sd->htd", jax.nn.softmax(logits, axis=-1), v)
 
-    decoded = _decoded(code_key, k, bits, mode)
-    pairs = [(attend(k, s), attend(decoded, s)) for s in SHARPNESS]
-    norms = [jnp.linalg.norm(a - b, axis=1) / jnp.linalg.norm(a, axis=1) for a, b in pairs]
-    return jnp.stack(norms)
+    exact = attend(k)
+    norms = [jnp.linalg.norm(attend(other) - exact, axis=-1) for other in _decoded(codes, k)]
+    return jnp.stack(norms) / jnp.linalg.norm(exact, axis=-1)[None]
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:

@@ -1,10 +1,10 @@
 """How fast decode attention reads a compressed cache, against cuDNN on bf16.
 
 `python -m experiments.decode_speed --out DIR` on a GPU: writes DIR/rows.csv and prints a table.
-One new token per sequence, 32 query and 8 kv heads of 128 channels. A call's output is the next call's
-query, so that a chain of calls runs on the device without the host; the calls of a chain read different
-caches, which together are larger than L2; a time is the median over chains. Bytes are those of the
-packed cache (codes and scales).
+One new token per sequence, 32 query and 8 kv heads of 128 channels. A call's output is the next
+call's query, so that a chain of calls runs on the device without the host; the calls of a chain
+read different caches, which together are larger than L2; a time is the median over chains. Bytes
+are those of the packed cache (codes and scales).
 """
 
 import argparse
@@ -22,17 +22,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codebook import PLANE_WIDTHS, Codebook, level_limits
+from experiments.decode_blocks import (
+    CHANNELS,
+    KV_HEADS,
+    PAGE,
+    QUERY_HEADS,
+    SM_SCALE,
+    Pair,
+    definition,
+    random_blocks,
+)
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
 
-QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
 # More than the 50 MB of an H100's L2 many times over.
 BYTES_IN_TURN = 400e6
-SM_SCALE = CHANNELS**-0.5
-STEP = 0.04
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,63 +57,7 @@ class Row:
     speedup_over_cudnn: float
 
 
-def codebook(bits: int) -> Codebook:
-    """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
-    low, high = level_limits(bits)
-    position = np.linspace(-1.0, 1.0, 2**bits)
-    levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
-    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=STEP)
-
-
-def random_blocks(key: jax.Array, bits: tuple[int, int], pages: int, tokens: int = PAGE) -> Blocks:
-    """Random codes and scales near 1: any byte is valid."""
-    keys = jax.random.split(key, 8)
-    rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
-    planes = [
-        tuple(
-            jax.random.bits(keys[4 * side + i], (pages, KV_HEADS, r, n * w // 8), jnp.uint8)
-            for i, w in enumerate(PLANE_WIDTHS[bits[side]])
-        )
-        for side, (r, n) in enumerate(rows)
-    ]
-    scale = jax.random.uniform(keys[3], (2, pages, KV_HEADS, tokens), minval=0.5, maxval=1.5)
-    words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    return Blocks(
-        keys=planes[0],
-        values=planes[1],
-        scales=words[0] << 16 | words[1],
-        key_codebook=codebook(bits[0]),
-        value_codebook=codebook(bits[1]),
-    )
-
-
-def unpack(planes: Sequence[jax.Array], book: Codebook) -> jax.Array:
-    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]."""
-    code, done = jnp.int32(0), 0
-    for plane, width in zip(planes, book.widths, strict=True):
-        fields = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
-        code = code | jnp.concatenate(fields, axis=-1).astype(jnp.int32) << done
-        done += width
-    return jnp.array(book.levels, jnp.float32)[code] * book.step
-
-
-def definition(q: jax.Array, blocks: Blocks, table: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The same attention in plain float32."""
-    to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
-    k = unpack(blocks.keys, blocks.key_codebook) * to_float(blocks.scales << 16)[..., None]
-    v = unpack(blocks.values, blocks.value_codebook).swapaxes(2, 3)
-    v = v * to_float((blocks.scales >> 16) << 16)[..., None]
-    k, v = (x[table].swapaxes(1, 2).reshape(table.shape[0], KV_HEADS, -1, CHANNELS) for x in (k, v))
-    split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
-    high = jax.lax.Precision.HIGHEST
-    score = jnp.einsum("bkgh,bksh->bkgs", split, k, precision=high) * SM_SCALE
-    seen = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
-    score = jnp.where(seen[:, None, None, :], score, -jnp.inf)
-    out = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(score, axis=-1), v, precision=high)
-    return out.reshape(q.shape)
-
-
-def check(bits: tuple[int, int], schedule: Schedule | None = None) -> float:
+def check(bits: Pair, schedule: Schedule | None = None) -> float:
     """Relative error of the output norm, random pages and lengths that end inside a block."""
     blocks = random_blocks(jax.random.key(7), bits, 64)
     table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
@@ -192,13 +142,14 @@ class Bench:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.cudnn: dict[tuple[int, int], float] = {}
+        self.cudnn: dict[Pair, float] = {}
         self.copy = copy_bandwidth()
-        print(
-            f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s"
-        )
+        device = jax.devices()[0].device_kind
+        print(f"{device}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s")
 
-    def add(self, name: str, bits: tuple[int, int], shape: tuple[int, int], schedule: str, nbytes: float, took: float) -> None:  # fmt: skip
+    def add(
+        self, name: str, bits: Pair, shape: Pair, schedule: str, nbytes: float, took: float
+    ) -> None:
         """Keeps and prints one measurement."""
         rate, base = nbytes / took, self.cudnn.get(shape, float("nan"))
         row = Row(
@@ -212,7 +163,7 @@ class Bench:
             flush=True,
         )
 
-    def baselines(self, shape: tuple[int, int]) -> None:
+    def baselines(self, shape: Pair) -> None:
         """cuDNN in bf16 and an int8 cache through XLA."""
         batch, tokens = shape
         q = jax.random.normal(jax.random.key(0), (batch, QUERY_HEADS, CHANNELS), jnp.bfloat16)
@@ -236,7 +187,14 @@ class Bench:
         took = seconds(int8_xla, q, caches8, max(count, chain_length(nbytes / 2)))
         self.add("int8-xla", (8, 8), shape, "", nbytes / 2 + scales.nbytes, took)
 
-    def kernel(self, bits: tuple[int, int], shape: tuple[int, int], schedules: Sequence[Schedule], name: str = "pallas", paged: bool = True) -> None:  # fmt: skip
+    def kernel(
+        self,
+        bits: Pair,
+        shape: Pair,
+        schedules: Sequence[Schedule],
+        name: str = "pallas",
+        paged: bool = True,
+    ) -> None:
         """The fused kernel, once per schedule; `paged` shuffles the pages."""
         batch, tokens = shape
         pages = batch * tokens // PAGE
@@ -270,7 +228,7 @@ class Bench:
             writer.writerows(dataclasses.astuple(row) for row in self.rows)
 
 
-def schedule_of(bits: tuple[int, int], shape: tuple[int, int]) -> Schedule:
+def schedule_of(bits: Pair, shape: Pair) -> Schedule:
     """What the kernel chooses by itself."""
     return default_schedule(
         batch=shape[0],
@@ -283,7 +241,7 @@ def schedule_of(bits: tuple[int, int], shape: tuple[int, int]) -> Schedule:
     )
 
 
-def sweep_schedules(shape: tuple[int, int], choices: str) -> list[Schedule]:
+def sweep_schedules(shape: Pair, choices: str) -> list[Schedule]:
     """'512,1024;1,2;2;3': programs; pages; warps; stages."""
     programs, pages, warps, stages = (
         [int(x) for x in part.split(",")] for part in choices.split(";")
@@ -296,7 +254,7 @@ def sweep_schedules(shape: tuple[int, int], choices: str) -> list[Schedule]:
     return list(dict.fromkeys(found))
 
 
-def run(out: Path, shapes: Sequence[tuple[int, int]], bits: Sequence[tuple[int, int]], sweep: list[str]) -> None:  # fmt: skip
+def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence[str]) -> None:
     """Correctness first, then baselines, then the kernel."""
     for pair in (*bits, (1, 1), (8, 5)):
         error = check(pair)

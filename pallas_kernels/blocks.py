@@ -18,8 +18,8 @@ class Blocks:
     """Pages of T compressed tokens for one group of H channels (all of them, or a mixed-bit group).
 
     keys: planes uint8 [pages, K, T, H*w/8], packed along the channels; values: planes uint8
-    [pages, K, H, T*w/8], packed along the tokens of the page; scales: uint32 [pages, K, T], the bf16
-    scale of the value << 16 | that of the key. A value is scale * step * level[code].
+    [pages, K, H, T*w/8], packed along the tokens of the page; scales: uint32 [pages, K, T], the
+    bf16 scale of the value << 16 | that of the key. A value is scale * step * level[code].
     """
 
     keys: tuple[UInt8[Array, "pages K T _"], ...]
@@ -34,8 +34,8 @@ class Blocks:
 class Sketch:
     """Correction of the scores by signs of projected residuals: + norm * sum(sign * query).
 
-    query [B, N, M], projected and scaled by the caller; signs: the plane uint8 [pages, K, T, M/8] of a
-    1-bit code (1 is +1, 0 is -1) packed along the projections; norms [pages, K, T].
+    query [B, N, M], projected and scaled by the caller; signs: the plane uint8 [pages, K, T, M/8]
+    of a 1-bit code (1 is +1, 0 is -1) packed along the projections; norms [pages, K, T].
     """
 
     query: Float[Array, "B N M"]

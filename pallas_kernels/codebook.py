@@ -1,8 +1,8 @@
-"""The static facts of a code: bits, integer levels, step, and the planes that its codes are split in.
+"""The static facts of a code: bits, integer levels, step, and the planes that hold its codes.
 
-Codes of b bits along an axis of N elements lie in planes of power-of-two widths, widest first (7 bits:
-4, 2, 1), the low bits of a code in the first plane. A plane of width w has N*w/8 bytes; element i is
-in byte i mod (N*w/8) at bit w * (i // (N*w/8)).
+Codes of b bits along an axis of N elements lie in planes of power-of-two widths, widest first (7
+bits: 4, 2, 1), the low bits of a code in the first plane. A plane of width w has N*w/8 bytes;
+element i is in byte i mod (N*w/8) at bit w * (i // (N*w/8)).
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ PLANE_WIDTHS = {
 def level_limits(bits: int) -> tuple[int, int]:
     """Smallest and largest level that the kernel can hold at this code width.
 
-    A byte look-up answers up to 4 bits. At 3 bits and fewer a level is any signed byte. At 4 bits two
-    half tables are merged by the sign bit of their bytes, which leaves 7 bits. From 5 bits on a level
-    is two digits in base 128.
+    A byte look-up answers up to 4 bits. At 3 bits and fewer a level is any signed byte. At 4 bits
+    two half tables are merged by the sign bit of their bytes, which leaves 7 bits. From 5 bits on
+    a level is two digits in base 128.
     """
     if bits <= 3:
         return -128, 127

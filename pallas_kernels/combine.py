@@ -1,4 +1,4 @@
-"""Merges the splits of a sequence by their log-sum-exp, in one kernel (XLA would make three or four)."""
+"""Merges the splits of a sequence by their log-sum-exp, in one kernel where XLA makes four."""
 
 from typing import Any
 

@@ -39,18 +39,18 @@ def decode_attention(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
     """One query token per sequence against its compressed tokens: (output, log-sum-exp), float32.
 
-    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many; the channels
-    of the `groups` follow each other in q and in the output. Sequence b has `lengths[b]` tokens in the
-    pages `page_table[b]`; those before `starts[b]` are not seen (sliding window). Table entries past the
-    last page are never used.
+    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many; the
+    channels of the `groups` follow each other in q and in the output. Sequence b has `lengths[b]`
+    tokens in the pages `page_table[b]`; those before `starts[b]` are not seen (sliding window).
+    Table entries past the last page are never used.
 
-    score = sm_scale * q.k + score_bias, then soft_cap * tanh(score / soft_cap) if given. `sink_logits`
-    add exp(sink) to the softmax denominator. The log-sum-exp is in nats, -inf for a sequence of no
-    tokens, whose output is 0; parts merge by it. Queries and probabilities enter the products as 15-bit
-    integers, levels are exact and sums are float32 or exact.
+    score = sm_scale * q.k + score_bias, then soft_cap * tanh(score / soft_cap) if given.
+    `sink_logits` add exp(sink) to the softmax denominator. The log-sum-exp is in nats, -inf for a
+    sequence of no tokens, whose output is 0; parts merge by it. Queries and probabilities enter the products as
+    15-bit integers, levels are exact and sums are float32 or exact.
 
-    `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not fit,
-    NotImplementedError for what the kernel does not serve.
+    `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not
+    fit, NotImplementedError for what the kernel does not serve.
     """
     batch, heads, channels = q.shape
     kv_heads, tokens = check(q, groups, page_table, lengths)
@@ -67,7 +67,8 @@ def decode_attention(
         )
     if schedule.pages * tokens < TILE_TOKENS:
         raise ValueError(
-            f"got tiles of {schedule.pages} pages of {tokens} tokens, expected at least {TILE_TOKENS}"
+            f"got tiles of {schedule.pages} pages of {tokens} tokens, "
+            f"expected at least {TILE_TOKENS} tokens"
         )
     plan = make_plan(groups, sketch, per_head, tokens, sm_scale, soft_cap, schedule, interpret)
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
@@ -166,7 +167,8 @@ def run(
         in_specs=(in_specs,),
         out_specs={
             name: triton.BlockSpec(
-                (None, None, None, *shape), lambda i, h, j, n=len(shape): (j, h, i) + (0,) * n
+                (None, None, None, *shape),
+                lambda i, h, j, shape=shape: (j, h, i) + (0,) * len(shape),
             )
             for name, shape in shapes.items()
         },

@@ -1,10 +1,11 @@
-"""The decode kernel: one program attends with one kv head's query group to one split of one sequence.
+"""The decode kernel: a program attends with one query group to one split of one sequence.
 
 Tokens lie on the rows of the scores (S^T = K q^T) and channels on the rows of the output
 (O^T = V^T P^T), so that codes are the left operand of both products: they go from shared memory to
-registers, become int8 levels there and feed the tensor cores. The right operands, q and P, are 15-bit
-integers in two base-128 digits; a head owns two neighbouring columns, high digit and low digit, so that
-up to four heads fill the narrowest product without a loss. All sums over integers are exact.
+registers, become int8 levels there and feed the tensor cores. The right operands, q and P, are
+15-bit integers in two base-128 digits; a head owns two neighbouring columns, high digit and low
+digit, so that up to four heads fill the narrowest product without a loss. All sums over integers
+are exact.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jax import lax
 
 from pallas_kernels import triton
 from pallas_kernels.dequantize import divide, power_of_two
-from pallas_kernels.digits import PHASES, UNITS, digits, interleave, weighted
+from pallas_kernels.digits import PHASES, UNITS, digits, interleave, total, weighted
 from pallas_kernels.gather import Decoder
 
 LOG2E = math.log2(math.e)
@@ -33,7 +34,7 @@ Refs = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler must know. A key part is (decoder, query input, first channel, multiplier)."""
+    """The static facts. A key part is (decoder, query input, first channel, multiplier)."""
 
     tokens: int
     pages: int
@@ -94,7 +95,7 @@ def value_exponent(words: list[jax.Array]) -> jax.Array:
 
 
 def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array, token: jax.Array):
-    """float32 [tokens, heads]: level times query, summed over the channels of one part of the keys."""
+    """float32 [tokens, heads]: level times query, summed over the channels of one part."""
     decoder = plan.key_parts[part][0]
     query, centre, _ = state["queries"][part]
     planes = refs["keys"][part]
@@ -114,7 +115,7 @@ def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array
 def scores(
     plan: Plan, refs: Refs, state: Refs, page: jax.Array, token: jax.Array, words: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits in base 2 of tokens in these places, [tokens, heads], as factors (x, y, z) of x * y + z."""
+    """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y, z) of x * y + z."""
     terms = []
     for part in range(len(plan.key_parts)):
         product = key_products(plan, refs, state, part, page, token)
@@ -167,17 +168,12 @@ def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: li
     return found
 
 
-def total(terms: list[jax.Array]) -> jax.Array:
-    """The sum of a list."""
-    return sum(terms[1:], terms[0])
-
-
 def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry):
     """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
 
-    The integers of P are units of this tile's peak, not of the running one: a rounding error is at most
-    2**-15 of the largest term of its own tile. The peak counts the value's scale in, by its exponent,
-    so that every share of a value stays below 1.
+    The integers of P are units of this tile's peak, not of the running one: a rounding error is at
+    most 2**-15 of the largest term of its own tile. The peak counts the value's scale in, by its
+    exponent, so that every share of a value stays below 1.
     """
     peak, weight, mass, outputs = carry
     tile = tile_scores(plan, refs, state, block, pages)
@@ -227,7 +223,7 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
-    """One program of the grid (split, kv head, sequence); writes the split's sums, see `combine`."""
+    """One program of the grid (split, kv head, sequence); writes the sums of its split."""
     length = inputs["lengths"][0]
     start = inputs["starts"][0] if "starts" in inputs else jnp.int32(0)
     first = lax.div(start, plan.tokens)
@@ -243,8 +239,8 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
         return [inputs["page_table"][jnp.minimum(block + j, last)] for j in range(plan.pages)]
 
     def body(i, carry):
-        # The page ids of the next tile are read a turn ahead: read in the turn that loads the pages,
-        # they would be copied to shared memory first and cost the pipeline a stage.
+        # The page ids of the next tile are read a turn ahead: read in the turn that loads the
+        # pages, they would be copied to shared memory first and cost the pipeline a stage.
         sums, pages = carry
         ahead = pages_of(i + 1)
         return attend(plan, inputs, state, first + i * plan.pages, pages, sums), ahead

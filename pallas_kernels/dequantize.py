@@ -1,16 +1,19 @@
 """Packed codes of 1 to 4 bits -> int8 matrix operands, four values per table look-up.
 
-`prmt` takes four 4-bit selectors and answers with four bytes out of eight. So a word of packed codes is
-brought, by one shift and one mask, into the form "one code per nibble", and each half of it then
-becomes one register of the operand. The four values of a register are not neighbours on the packed
-axis; since a contraction may run in any order, the other operand is arranged to match (`elements`).
+`prmt` takes four 4-bit selectors and answers with four bytes out of eight. So a word of packed
+codes is brought, by one shift and one mask, into the form "one code per nibble", and each half of
+it then becomes one register of the operand. The four values of a register are not neighbours on
+the packed axis; since a contraction may run in any order, the other operand is arranged to match
+(`elements`).
 
 Any class with the attributes `columns`, `centre` and the methods `elements`, `tables`,
-`prepare`, `load`, `operands` of `PackedDecoder` can serve the loop; another code is another such class.
+`prepare`, `load`, `operands` of `PackedDecoder` can serve the loop; another code is another such
+class.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,7 @@ from pallas_kernels.codebook import Codebook
 
 # The shortest contraction of an 8-bit matrix instruction (m16n8k32).
 MIN_COLUMNS = 32
-# Which bits of a nibble hold the code, in every nibble of a word (3 bits: those of its 2-bit plane).
+# Which bits of every nibble hold the code (3 bits: those of its 2-bit plane).
 CODE_BITS = {1: 0x11111111, 2: 0x33333333, 3: 0x33333333}
 THIRD_BITS = 0x44444444
 # A byte of the 4-bit tables is level + 64: never negative, so that its replicated sign is 0.
@@ -49,8 +52,9 @@ def power_of_two(n: int) -> int:
 def lookup_assembly(bits: int, part: int, group: int, half: int) -> str:
     """PTX: four codes of the word in $1 -> their four table bytes in $0.
 
-    `group`: which codes of a byte, `half`: which half of the word. At 3 bits $2 holds third bits, of
-    which this word owns every other one, from bit `part` on. Then four copies of each table word.
+    `group`: which codes of a byte, `half`: which half of the word. At 3 bits $2 holds third bits,
+    of which this word owns every other one, from bit `part` on. Then four copies of each table
+    word.
     """
     words = 1 + (bits == 3)
     tables = [f"t{i}" for i in range(table_words(bits))]
@@ -118,12 +122,13 @@ def beside(tiles: list[jax.Array]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class PackedDecoder:
-    """Tiles of codes packed along their columns: `length` elements a page, `pages` pages side by side.
+    """Codes packed along their columns: `length` elements a page, `pages` pages side by side.
 
-    A look-up turns one byte column into one column of values, `8 / width` times over: each `variant` is
-    another group of codes, half of the words and part of the first plane, and all of them are set side
-    by side. The parts follow from `unit`, a width of which the row of one look-up is made: that of the
-    narrowest plane, or narrower where codes of different widths have to come in the same order.
+    A look-up turns one byte column into one column of values, `8 / width` times over: each
+    `variant` is another group of codes, half of the words and part of the first plane, and all of
+    them are set side by side. The parts follow from `unit`, a width of which the row of one
+    look-up is made: that of the narrowest plane, or narrower where codes of different widths have
+    to come in the same order.
     """
 
     codebook: Codebook
@@ -138,6 +143,7 @@ class PackedDecoder:
 
     @property
     def variants(self) -> int:
+        """Look-ups of one byte."""
         return 8 // self.unit
 
     @property
@@ -147,14 +153,17 @@ class PackedDecoder:
 
     @property
     def columns(self) -> int:
+        """Columns of the operand: all look-ups side by side."""
         return self.cells * self.variants
 
     @property
     def centre(self) -> int:
+        """What the table's bytes have too much."""
         return CENTRE if self.codebook.bits == 4 else 0
 
     @property
     def parts(self) -> int:
+        """Look-ups that share out the bytes of the first plane."""
         return self.codebook.widths[0] // self.unit
 
     def elements(self, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -174,13 +183,13 @@ class PackedDecoder:
         levels = np.resize(levels, 4 * table_words(self.codebook.bits)).astype(np.int8)
         return {"table": levels.view(np.int32)}
 
-    def prepare(self, refs: dict[str, jax.Array]) -> list[jax.Array]:
+    def prepare(self, refs: Any) -> list[jax.Array]:
         """Loads the table into registers: as loaded [1, 1] tensors its words stay there."""
         words = range(table_words(self.codebook.bits))
         return [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]
 
     def load(self, fetch: Fetch) -> list[jax.Array]:
-        """The code bytes of a tile, [rows, cells]: the parts of the first plane, then third bits."""
+        """Code bytes [rows, cells]: the parts of the first plane, then the third bits."""
         column = jnp.arange(self.cells)
         mask = None if self.cells == self.bytes * self.pages else column < self.bytes * self.pages
         page, byte = divide(column, self.bytes)
@@ -192,7 +201,7 @@ class PackedDecoder:
     def operands(
         self, tiles: list[jax.Array], table: list[jax.Array], interpret: bool
     ) -> list[tuple[int, jax.Array]]:
-        """int8 operands [rows, columns] with their weights: level + centre = sum(weight * operand)."""
+        """(weight, int8 [rows, columns]): level + centre = sum(weight * operand)."""
         found = [self._lookup(tiles, v, table, interpret) for v in range(self.variants)]
         return [(1, beside(found))]
 
@@ -201,7 +210,7 @@ class PackedDecoder:
     ) -> jax.Array:
         bits = self.codebook.bits
         part, group, half = variant // 2 % self.parts, variant // 2 // self.parts, variant % 2
-        words = [tiles[part]] + tiles[self.parts :]
+        words = [tiles[part], *tiles[self.parts :]]
         if interpret:
             return self._stand_in(words, part, group, half)
         arguments = words + [jnp.broadcast_to(t, tiles[0].shape) for t in table]

@@ -1,7 +1,8 @@
 """Fifteen-bit right operands of 8-bit products: two base-128 digits in two neighbouring columns.
 
-The narrowest product has 8 columns. With the high and the low digit of a head side by side, four heads
-fill it, so that for a query group of four the second digit costs nothing. Integer sums are exact.
+The narrowest product has 8 columns. With the high and the low digit of a head side by side, four
+heads fill it, so that for a query group of four the second digit costs nothing. Integer sums are
+exact.
 """
 
 import jax
@@ -14,9 +15,10 @@ from pallas_kernels import triton
 UNITS = 127 * 128
 # 1.5 * 2**23: adding it leaves an integer in the low bits of a float32.
 MAGIC = 12582912.0
-# The scores of a tile come in two tiles, of the even and of the odd columns of the values' operand. Two
-# bytes of a register of P are then at hand in one thread, and the tokens of a tile come in pairs of
-# neighbours, whose keys fill whole memory lines (with four phases, half lines: 3 to 5 % slower).
+# The scores of a tile come in two tiles, of the even and of the odd columns of the values'
+# operand. Two bytes of a register of P are then at hand in one thread, and the tokens of a tile
+# come in pairs of neighbours, whose keys fill whole memory lines (with four phases, half lines: 3
+# to 5 % slower).
 PHASES = 2
 
 
@@ -36,12 +38,17 @@ def merge_digits(product: jax.Array) -> jax.Array:
 
 
 def interleave(phases: list[jax.Array], interpret: bool) -> jax.Array:
-    """PHASES times float [rows, heads] -> int8 digits [PHASES * rows, 2 * heads], row 2 r + phase."""
+    """PHASES float tiles [rows, heads] -> digits [PHASES * rows, 2 * heads], row 2 r + phase."""
     both = [jnp.stack(digits(x, interpret), axis=-1) for x in phases]
     rows, heads, _ = both[0].shape
     both = [x.reshape(rows, 2 * heads) for x in both]
     pairs = jnp.stack(both, axis=-1)
     return pairs.transpose(0, 2, 1).reshape(PHASES * rows, 2 * heads)
+
+
+def total(terms: list[jax.Array]) -> jax.Array:
+    """The sum of a list."""
+    return sum(terms[1:], terms[0])
 
 
 def weighted(
@@ -52,4 +59,4 @@ def weighted(
     for weight, operand in operands:
         sums[weight] = sums.get(weight, start) + triton.dot(operand, right, b_axis=b_axis)
     terms = [merge_digits(x) if w == 1 else merge_digits(x) * float(w) for w, x in sums.items()]
-    return sum(terms[1:], terms[0])
+    return total(terms)

@@ -1,12 +1,13 @@
-"""Codes of any width and in any order -> int8 operands by a gather: correct everywhere, fast nowhere.
+"""Codes of any width, in any order -> int8 operands by a gather: right everywhere, fast nowhere.
 
 Serves 5 to 8 bits, lengths that the packed look-up cannot cut into words, and a group of value
-channels whose code order differs from that of the first group. Every element is fetched as a byte of
-its own from each plane, and its level is read from a table in memory. A level is two digits in base 128
-where one signed byte cannot hold it.
+channels whose code order differs from that of the first group. Every element is fetched as a byte
+of its own from each plane, and its level is read from a table in memory. A level is two digits in
+base 128 where one signed byte cannot hold it.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ DIGIT = 128
 
 @dataclasses.dataclass(frozen=True)
 class GatherDecoder:
-    """The interface of `PackedDecoder`; `order` lends its order of the elements, None is the natural one."""
+    """The interface of `PackedDecoder`, in the order of the elements that `order` has, if any."""
 
     codebook: Codebook
     length: int
@@ -36,12 +37,14 @@ class GatherDecoder:
 
     @property
     def columns(self) -> int:
+        """Columns of the operand."""
         if self.order is not None:
             return self.order.columns
         return max(MIN_COLUMNS, power_of_two(self.length * self.pages))
 
     @property
     def centre(self) -> int:
+        """Levels are what they are."""
         return 0
 
     def elements(self, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,16 +58,16 @@ class GatherDecoder:
         """Constant input of the kernel: the levels, int32."""
         return {"levels": np.array(self.codebook.levels, np.int32)}
 
-    def prepare(self, refs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def prepare(self, refs: Any) -> Any:
         """The table stays in memory."""
         return refs
 
-    def load(self, fetch: Fetch) -> Fetch:
+    def load(self, fetch: Fetch) -> Any:
         """Nothing yet: bytes are fetched one for each element."""
         return fetch
 
     def operands(
-        self, fetch: Fetch, prepared: dict[str, jax.Array], interpret: bool
+        self, fetch: Fetch | Any, prepared: Any, interpret: bool
     ) -> list[tuple[int, jax.Array]]:
         """int8 operands [rows, columns] with their weights: level = sum(weight * operand)."""
         del interpret
@@ -90,7 +93,10 @@ Decoder = PackedDecoder | GatherDecoder
 
 def key_decoder(codebook: Codebook, channels: int) -> Decoder:
     """The fastest decoder for keys packed along their channels."""
-    if codebook.bits <= 4 and channels >= MIN_COLUMNS:
+    # A look-up is written for four neighbouring bytes in one register. Rows of 8 bytes and more are
+    # loaded so; of narrower ones Triton gives each thread fewer bytes (seen at 32 channels, 3
+    # bits).
+    if codebook.bits <= 4 and channels * codebook.widths[-1] >= 64:
         return PackedDecoder(codebook, channels, 1, codebook.widths[-1])
     return GatherDecoder(codebook, channels, 1)
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from pallas_kernels.dequantize import power_of_two
-
 # Programs in one wave on an H100 (132 multiprocessors, 7 or 8 on each): fewer leave it idle, more
 # programs run slower by 3 to 15 % (docs/kernels.md).
 PROGRAMS = 1024
@@ -33,10 +31,10 @@ def default_schedule(
     tokens: int,
     max_pages: int,
 ) -> Schedule:
-    """The measured best of these shapes; it hangs on nothing else, so that results repeat bit by bit.
+    """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
-    `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest code.
-    One warp needs no barrier, and suffices where its sums fit in the registers.
+    `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
+    code. One warp needs no barrier, and suffices where its sums fit in the registers.
     """
     pages = max(1, TILE_TOKENS // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4

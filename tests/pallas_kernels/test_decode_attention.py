@@ -50,7 +50,7 @@ GPU_CASES = [
     *(Case(((b, 9 - b),)) for b in range(1, 9)),
     *(Case(((4, 3),), (h,), tokens=t) for h in (64, 80, 96, 256) for t in (32, 64, 128)),
     *(Case(((3, 4),), heads=g, options=OPTIONS) for g in (1, 2, 5, 8, 16)),
-    *(Case(schedule=Schedule(s, p, w, n)) for s, p, w, n in ((1, 1, 1, 2), (3, 2, 2, 4), (7, 4, 4, 3))),
+    *(Case(schedule=Schedule(*s)) for s in ((1, 1, 1, 2), (3, 2, 2, 4), (7, 4, 4, 3))),
     Case(((8, 3), (2, 6)), (64, 64), options=("sketch",)),
 ]  # fmt: skip
 

@@ -61,10 +61,9 @@ def emulate(text, operands):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_assembly_equals_stand_in(bits):
-    """Every variant, on random words: the four bytes are table[code] of the stand-in's four codes."""
+    """Every variant, on random words: four bytes table[code] of the stand-in's four codes."""
     rng = np.random.default_rng(bits)
-    unit = {1: 1, 2: 1, 3: 1, 4: 1}[bits]
-    decoder = PackedDecoder(random_codebook(rng, bits), 64, 1, unit)
+    decoder = PackedDecoder(random_codebook(rng, bits), 64, 1, unit=1)
     table = decoder.tables()["table"].view(np.uint32)
     entries = table.view(np.uint8)
     parts, groups = decoder.parts, decoder.variants // 2 // decoder.parts

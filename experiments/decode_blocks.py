@@ -1,0 +1,71 @@
+"""Random compressed blocks in the shape of an 8B model, and attention over them in plain float32."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.codebook import PLANE_WIDTHS, Codebook, level_limits
+from pallas_kernels.decode_attention import Blocks
+
+QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
+SM_SCALE = CHANNELS**-0.5
+Pair = tuple[int, int]
+STEP = 0.04
+
+
+def codebook(bits: int) -> Codebook:
+    """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
+    low, high = level_limits(bits)
+    position = np.linspace(-1.0, 1.0, 2**bits)
+    levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
+    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=STEP)
+
+
+def random_blocks(key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE) -> Blocks:
+    """Random codes and scales near 1: any byte is valid."""
+    keys = jax.random.split(key, 8)
+    rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
+    planes = [
+        tuple(
+            jax.random.bits(keys[4 * side + i], (pages, KV_HEADS, r, n * w // 8), jnp.uint8)
+            for i, w in enumerate(PLANE_WIDTHS[bits[side]])
+        )
+        for side, (r, n) in enumerate(rows)
+    ]
+    scale = jax.random.uniform(keys[3], (2, pages, KV_HEADS, tokens), minval=0.5, maxval=1.5)
+    words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    return Blocks(
+        keys=planes[0],
+        values=planes[1],
+        scales=words[0] << 16 | words[1],
+        key_codebook=codebook(bits[0]),
+        value_codebook=codebook(bits[1]),
+    )
+
+
+def unpack(planes: Sequence[jax.Array], book: Codebook) -> jax.Array:
+    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]."""
+    code, done = jnp.int32(0), 0
+    for plane, width in zip(planes, book.widths, strict=True):
+        fields = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
+        code = code | jnp.concatenate(fields, axis=-1).astype(jnp.int32) << done
+        done += width
+    return jnp.array(book.levels, jnp.float32)[code] * book.step
+
+
+def definition(q: jax.Array, blocks: Blocks, table: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The same attention in plain float32."""
+    to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
+    k = unpack(blocks.keys, blocks.key_codebook) * to_float(blocks.scales << 16)[..., None]
+    v = unpack(blocks.values, blocks.value_codebook).swapaxes(2, 3)
+    v = v * to_float((blocks.scales >> 16) << 16)[..., None]
+    k, v = (x[table].swapaxes(1, 2).reshape(table.shape[0], KV_HEADS, -1, CHANNELS) for x in (k, v))
+    split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
+    high = jax.lax.Precision.HIGHEST
+    score = jnp.einsum("bkgh,bksh->bkgs", split, k, precision=high) * SM_SCALE
+    seen = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
+    score = jnp.where(seen[:, None, None, :], score, -jnp.inf)
+    out = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(score, axis=-1), v, precision=high)
+    return out.reshape(q.shape)

@@ -1,4 +1,4 @@
-"""Random compressed blocks in the shape of an 8B model, and attention over them in plain float32."""
+"""Random compressed blocks in an 8B model's shapes, and attention over them in plain float32."""
 
 from collections.abc import Sequence
 

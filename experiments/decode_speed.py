@@ -277,6 +277,12 @@ def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence
     bench.write(out)
 
 
+def pairs_of(text: str, mark: str) -> list[Pair]:
+    """'32x4096,1x8192' -> [(32, 4096), (1, 8192)]."""
+    split = [part.split(mark) for part in text.split(",")]
+    return [(int(first), int(second)) for first, second in split]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -285,11 +291,10 @@ def main() -> None:
     parser.add_argument("--bits", default="", help="such as 4/4,3/2")
     parser.add_argument("--sweep", action="append", default=[], help="programs;pages;warps;stages")
     a = parser.parse_args()
-    pairs = lambda text, mark: [tuple(map(int, x.split(mark))) for x in text.split(",")]  # noqa: E731
     run(
         a.out,
-        pairs(a.shapes, "x") if a.shapes else SHAPES,
-        pairs(a.bits, "/") if a.bits else BITS,
+        pairs_of(a.shapes, "x") if a.shapes else SHAPES,
+        pairs_of(a.bits, "/") if a.bits else BITS,
         a.sweep,
     )
 

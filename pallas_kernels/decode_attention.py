@@ -45,9 +45,9 @@ def decode_attention(
     Table entries past the last page are never used.
 
     score = sm_scale * q.k + score_bias, then soft_cap * tanh(score / soft_cap) if given.
-    `sink_logits` add exp(sink) to the softmax denominator. The log-sum-exp is in nats, -inf for a
-    sequence of no tokens, whose output is 0; parts merge by it. Queries and probabilities enter the products as
-    15-bit integers, levels are exact and sums are float32 or exact.
+    `sink_logits` add exp(sink) to the softmax denominator. The log-sum-exp is in nats, -inf for
+    a sequence of no tokens, whose output is 0; parts merge by it. Queries and probabilities
+    enter the products as 15-bit integers, levels are exact and sums are float32 or exact.
 
     `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not
     fit, NotImplementedError for what the kernel does not serve.

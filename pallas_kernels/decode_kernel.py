@@ -283,14 +283,14 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
 def write_output(plan: Plan, ref: Any, mass: tuple, sums: tuple) -> None:
     """Takes the centre out, and stores the groups of channels one after the other."""
     first = 0
-    for decoder, count, lost, total in zip(
+    for decoder, count, lost, output in zip(
         plan.value_decoders, plan.value_channels, mass, sums, strict=True
     ):
-        total = total * (1.0 / UNITS)
+        output = output * (1.0 / UNITS)
         if decoder.centre:
-            total = total - (lost.sum(axis=0) * decoder.centre)[None, :]
-        channel = jnp.arange(total.shape[0])[:, None]
+            output = output - (lost.sum(axis=0) * decoder.centre)[None, :]
+        channel = jnp.arange(output.shape[0])[:, None]
         place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
-        exists = jnp.broadcast_to(channel < count, total.shape)
-        triton.store(place, total * decoder.codebook.step, mask=exists)
+        exists = jnp.broadcast_to(channel < count, output.shape)
+        triton.store(place, output * decoder.codebook.step, mask=exists)
         first += count

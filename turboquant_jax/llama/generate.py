@@ -38,11 +38,7 @@ class Past(Generic[State]):
     commit: Callable[[State], State]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "counts", "state"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generation(Generic[State]):
     """Row b generated `tokens[b, :counts[b]]`, a stop token included; `NO_TOKEN` follows.
@@ -130,11 +126,11 @@ def decode(
     `logits` come from `prefill`, and `positions` says how many tokens each row has already. A row
     stops after one of `eos_ids`, the loop when every row has. The token at position p is drawn
     with the row's key folded with p: a row's tokens depend neither on the batch nor on how its
-    generation is cut into calls.
+    generation is cut into calls. The state is donated.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
-    first = sample(logits, _fold(keys, positions), sampling)
+    first = _draw(logits, keys, positions, sampling)
     tokens = jnp.full((first.shape[0], max_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(first)
 
     def going_on(carry):
@@ -170,7 +166,7 @@ def generate(
     eos_ids: tuple[int, ...] = (),
     chunk: int | None = None,
 ) -> Generation[State]:
-    """`prefill`, then `decode`: the continuation of each prompt, from an empty state."""
+    """`prefill`, then `decode`: the continuation of each prompt, from an empty state, donated."""
     logits, state = prefill(model, tokens, lengths, state, past, chunk=chunk)
     options: dict[str, Any] = dict(max_tokens=max_tokens, sampling=sampling, eos_ids=eos_ids)
     return decode(model, logits, lengths, keys, state, past, **options)
@@ -190,9 +186,9 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of `decode`, int32 [B] a step, as they are made: one compiled step, a host loop.
 
-    A row that has stopped yields `NO_TOKEN`.
+    A row that has stopped yields `NO_TOKEN`. The state is donated.
     """
-    token = sample(logits, _fold(keys, positions), sampling)
+    token = _draw(logits, keys, positions, sampling)
     active = jnp.ones(token.shape, jnp.bool_)
     for step in range(max_tokens):
         yield np.where(active, token, NO_TOKEN)
@@ -231,14 +227,21 @@ def _step(
     """Feed each row its token at its position; draw the next."""
     counts = active.astype(jnp.int32)
     hidden, state = _forward(model, token[:, None], position[:, None], counts, state, past)
-    return sample(model.logits(hidden)[:, 0], _fold(keys, position + 1), sampling), state
+    return _draw(model.logits(hidden)[:, 0], keys, position + 1, sampling), state
 
 
 _jitted_step = jax.jit(_step, static_argnames=("past", "sampling"), donate_argnames="state")
 
 
-def _fold(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
-    return jax.vmap(jax.random.fold_in)(keys, positions)
+@functools.partial(jax.jit, static_argnames="sampling")
+def _draw(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    positions: Int[Array, "B"],
+    sampling: Sampling,
+) -> Int[Array, "B"]:
+    """The tokens for these positions."""
+    return sample(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
 
 def _is_in(token: Int[Array, "B"], ids: tuple[int, ...]) -> Bool[Array, "B"]:

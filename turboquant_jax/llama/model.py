@@ -116,8 +116,8 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], State]:
         """Hidden vectors after the final norm, and the state as the last layer left it.
 
-        `positions` counts tokens from the start of each sequence. `attend` is called once, for
-        all layers, while `lax.scan` is traced: it must use the layer index it is given.
+        `positions` counts tokens from the start of each sequence. `attend` is traced once for
+        all layers under `lax.scan`: it must use the layer index it is given.
         """
         cos, sin = rotation_angles(self.config, positions)
 
@@ -145,7 +145,8 @@ def unstack(model: Llama) -> Llama:
     """The same decoder with an array per layer, traced one after another instead of scanned.
 
     It takes longer to compile, but where XLA copies the slice of the weights that a step of
-    `lax.scan` works on, as on the CPU, decoding is twice as fast.
+    `lax.scan` works on, as on the CPU, decoding is twice as fast. The arrays are copies: drop the
+    stacked model to have the weights in memory once.
     """
 
     def layer(index: int) -> Layer:

@@ -103,30 +103,35 @@ def _read(
 ) -> Llama:
     abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype))
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    parameters = [jax.tree_util.keystr(path[:-1], simple=True, separator=".") for path, _ in leaves]
-    wanted = {
-        name.format(layer): _file_shape(parameter, leaf.shape)
-        for parameter, (_, leaf) in zip(parameters, leaves, strict=True)
-        for name in [names[parameter]]
-        for layer in range(config.num_layers if parameter.startswith("layers.") else 1)
+    # the last key of a path is the value inside its `nnx.Param`
+    parameters = {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="."): leaf for path, leaf in leaves
     }
+    wanted: dict[str, tuple[int, ...]] = {}
+    for parameter, leaf in parameters.items():
+        for i in range(config.num_layers if _is_stacked(parameter) else 1):
+            wanted[names[parameter].format(i)] = _file_shape(parameter, leaf.shape)
     _require_shapes(source, wanted, ignored)
-    filled = []
-    for parameter, (_, leaf) in zip(parameters, leaves, strict=True):
-        stacked = np.empty(leaf.shape, leaf.dtype)
-        slots = stacked if parameter.startswith("layers.") else stacked[None]
-        for layer, slot in enumerate(slots):
-            tensor = transform(parameter, source.read(names[parameter].format(layer)))
-            # Only the matrices of the layers are turned from (out, in) to (in, out).
-            tensor = tensor.T if parameter.startswith("layers.") else tensor
+
+    def fill(parameter: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        filled = np.empty(leaf.shape, leaf.dtype)
+        for i, slot in enumerate(filled if _is_stacked(parameter) else filled[None]):
+            tensor = transform(parameter, source.read(names[parameter].format(i)))
+            if _is_stacked(parameter):  # (out, in) to (in, out); the vocabulary matrices stay
+                tensor = tensor.T
             slot[...] = tensor.reshape(slot.shape)
-        filled.append(jax.device_put(stacked))
-    return jax.tree.unflatten(structure, filled)
+        return jax.device_put(filled)
+
+    return jax.tree.unflatten(structure, [fill(*item) for item in parameters.items()])
+
+
+def _is_stacked(parameter: str) -> bool:
+    return parameter.startswith("layers.")
 
 
 def _file_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape in the file of one layer's share of a parameter of `Llama`."""
-    if not parameter.startswith("layers."):
+    if not _is_stacked(parameter):
         return shape
     shape = shape[1:]
     if len(shape) == 1:

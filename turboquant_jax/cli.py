@@ -63,22 +63,71 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--text", type=Path, help="text to measure on (default: Austen, Persuasion)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    _add_plan(commands)
     return parser
+
+
+def _add_plan(commands) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="how many tokens fit in a memory, in full precision and compressed",
+        description="How many tokens of each sequence fit beside the weights, to the byte.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "--model", required=True, help="preset such as llama-3-8b, config.json, folder or GGUF file"
+    )
+    plan.add_argument("--memory", required=True, help="24GB (10^9 bytes each) or 24GiB (2^30)")
+    plan.add_argument("--batch", type=int, default=1, help="sequences of the same length")
+    plan.add_argument("--bits", type=int, default=4, help="bits per channel of the cache")
+    plan.add_argument("--bits-k", type=int, help="bits of the keys, if not --bits")
+    plan.add_argument("--bits-v", type=int, help="bits of the values, if not --bits")
+    plan.add_argument("--window", type=int, default=128, help="newest tokens in full precision")
+    plan.add_argument("--sinks", type=int, default=4, help="first tokens in full precision")
+    plan.add_argument("--rotation", choices=get_args(rotation.Kind), default="hadamard")
+    plan.add_argument("--weight-bits", type=float, default=16, help="bits of a parameter")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+
+
+def _plan(arguments: argparse.Namespace, console: Console) -> dict:
+    from turboquant_jax import plan  # the help needs no JAX
+
+    result = plan.plan(
+        arguments.model,
+        arguments.memory,
+        arguments.batch,
+        _with_table(_asked(arguments)),
+        window=arguments.window,
+        sinks=arguments.sinks,
+        weight_bits=arguments.weight_bits,
+        rotation=arguments.rotation,
+    )
+    plan.show(console, result)
+    return asdict(result)
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[int, int]:
+    key = arguments.bits if arguments.bits_k is None else arguments.bits_k
+    return key, arguments.bits if arguments.bits_v is None else arguments.bits_v
+
+
+def _with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
+    """(key, value) bits of the rows of a table, most first."""
+    return sorted({asked, *((b, b) for b in TABLE_BITS)}, key=sum, reverse=True)
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> dict:
     from turboquant_jax import demo  # the help needs no JAX
     from turboquant_jax.llama import load
 
-    key_bits = arguments.bits if arguments.bits_k is None else arguments.bits_k
-    value_bits = arguments.bits if arguments.bits_v is None else arguments.bits_v
     for name in ("tokens", "context"):
         if getattr(arguments, name) < 2:
             raise ValueError(f"--{name} must be at least 2, got {getattr(arguments, name)}")
     if arguments.text is not None and not arguments.text.is_file():
         raise FileNotFoundError(f"{arguments.text}: no such file, expected a text")
-    asked = key_bits, value_bits
-    pairs = sorted({asked, *((b, b) for b in TABLE_BITS)}, key=sum, reverse=True)
+    asked = _asked(arguments)
+    pairs = _with_table(asked)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True,

@@ -1,5 +1,7 @@
 """What the tests of the cache share: small caches, compiled once, and the comparison of two."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,15 @@ class Compiled:
 
     def __init__(self, config):
         self.config = config
-        self.empty = cache.create(config, BATCH, CAPACITY, key=jax.random.key(1))
+        make = partial(cache.create, config, BATCH, CAPACITY, key=jax.random.key(1))
+        self.empty = jax.jit(make)()
         rng = np.random.default_rng(5)
         shape = (config.num_layers, BATCH, CAPACITY, config.num_kv_heads, config.head_dim)
         self.keys, self.values = rng.normal(1, 1, (2, *shape)).astype(np.float32)
-        self.append = jax.jit(cache.append)
-        self.fork, self.free = jax.jit(cache.fork), jax.jit(cache.free)
+        quick = {"xla_backend_optimization_level": 0}  # to compile
+        self.append = jax.jit(cache.append, compiler_options=quick)
+        self.fork = jax.jit(cache.fork, compiler_options=quick)
+        self.free = jax.jit(cache.free, compiler_options=quick)
 
     def extend(self, state, counts, most=MOST, tokens=None):
         """Append the next `counts[b]` tokens of sequence `tokens[b]` (b itself) to row b."""

@@ -1,0 +1,80 @@
+"""The rule of what is compressed when, and what a config refuses."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache.state import block_slots
+
+sizes = st.fixed_dictionaries(
+    {
+        "block": st.integers(1, 4).map(lambda n: 8 * n),
+        "window": st.integers(0, 70),
+        "sinks": st.integers(0, 9),
+    }
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes=sizes, length=st.integers(0, 500))
+def test_the_rule(sizes, length):
+    config = CacheConfig(1, 1, 8, **sizes)
+    compressed = config.compressed_tokens(length)
+    rest = length - config.sinks - compressed
+    assert compressed % config.block == 0 and compressed == config.block * config.num_blocks(length)
+    if compressed:
+        assert config.window <= rest < config.window + config.block
+    else:
+        assert rest < config.window + config.block
+    assert config.compressed_tokens(jnp.asarray([length])).tolist() == [compressed]
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes=sizes, local=st.integers(1, 200), length=st.integers(0, 500))
+def test_a_ring_has_the_blocks_that_the_next_query_sees_and_none_to_spare(sizes, local, length):
+    config = CacheConfig(1, 1, 8, sliding_window=local, **sizes)
+    edge = config.sinks + config.compressed_tokens(length)
+    seen = [p for p in range(config.sinks, edge) if length - p < local]
+    blocks = {(p - config.sinks) // config.block for p in seen}
+    slots = block_slots(config, 10**6)
+    assert len(blocks) <= slots
+    if length > local + config.sinks + config.window + config.block:
+        lengths = range(length, length + config.block)
+        assert slots == max(len(_seen_blocks(config, n)) for n in lengths)
+
+
+def _seen_blocks(config, length):
+    edge = config.sinks + config.compressed_tokens(length)
+    first = max(config.sinks, length - config.sliding_window + 1)
+    return {(p - config.sinks) // config.block for p in range(first, edge)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(block=12), "block must be a multiple of 8 tokens, got 12"),
+        (dict(block=0), "block must be at least 1"),
+        (dict(window=-1), "window must be at least 0"),
+        (dict(sinks=-1), "sinks must be at least 0"),
+        (dict(sliding_window=0), "sliding_window must be at least 1"),
+        (dict(dtype="int8"), "dtype must be a floating type, got int8"),
+        (dict(dtype="bf15"), "dtype must be a floating type, got 'bf15'"),
+        (dict(key=CodecConfig(9)), "key.bits must be between 1 and 8, got 9"),
+        (dict(value=CodecConfig(((4, 2), (3, 1)))), "add up to head_dim 8"),
+        (dict(value=CodecConfig(2.5)), "an integer or .* got 2.5"),
+        (dict(value=CodecConfig([(8, 2)])), "an integer or"),
+        (dict(num_layers=0), "num_layers must be at least 1"),
+    ],
+)
+def test_what_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        CacheConfig(**dict(num_layers=1, num_kv_heads=1, head_dim=8) | change)
+
+
+def test_it_compares_and_hashes_by_value():
+    one, other = (CacheConfig(1, 1, 8, dtype=d) for d in (jnp.bfloat16, "bfloat16"))
+    assert one == other and hash(one) == hash(other) and one.dtype == "bfloat16"
+    assert CacheConfig(1, 1, 8, dtype=np.float32) != one

@@ -1,0 +1,238 @@
+"""How many tokens fit: weights and cache in a given memory, for full precision and compressed.
+
+Exact to the byte for what it counts, the weights and every array of the cache; activations, the
+compiler's temporaries and what the device keeps for itself are not in it. No device is touched.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache.accounting import (
+    bytes_per_compressed_token,
+    exact_bytes_per_token,
+    planned_bytes,
+)
+from turboquant_jax.llama.config import LlamaConfig, parameter_count
+from turboquant_jax.llama.gguf import open_gguf
+from turboquant_jax.llama.metadata import config_from_gguf, config_from_huggingface
+from turboquant_jax.llama.presets import PRESETS
+from turboquant_jax.rotation import Kind
+
+_MOST_TOKENS = 2**30  # positions are int32
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of cache: bits are None in full precision, `tokens` is for each sequence.
+
+    `cache_bytes` is what the caches of all sequences take then, `bytes_per_token` what a further
+    token of one sequence takes, and `ratio` says how many times the tokens of full precision fit.
+    """
+
+    bits_k: int | None
+    bits_v: int | None
+    tokens: int
+    cache_bytes: int
+    bytes_per_token: float
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked, in bytes and tokens, and a row for each kind of cache."""
+
+    model: str
+    max_position: int
+    memory_bytes: int
+    batch: int
+    weight_bits: float
+    weight_bytes: int
+    window: int
+    sinks: int
+    rows: tuple[Row, ...]
+
+
+def plan(
+    model: str,
+    memory: str,
+    batch: int,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    window: int,
+    sinks: int,
+    weight_bits: float = 16,
+    rotation: Kind = "hadamard",
+) -> Plan:
+    """Plan for a model and a memory, with a row for full precision and each (key, value) bits.
+
+    Args:
+      model: see `read_model`.
+      memory: see `parse_memory`.
+      batch: sequences of the same length.
+      pairs: bits of keys and of values, a row each.
+      window, sinks, rotation: of the cache, see `CacheConfig`.
+      weight_bits: bits of a parameter of the model.
+
+    Raises:
+      FileNotFoundError: a model that is no preset and not there.
+      ValueError: anything that cannot be, and weights that do not fit.
+    """
+    config, total = read_model(model), parse_memory(memory)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if not 0 < weight_bits <= 64:
+        raise ValueError(f"weight bits must be above 0 and at most 64, got {weight_bits}")
+    weights = -int(-Fraction(weight_bits) * parameter_count(config) // 8)
+    if weights >= total:
+        raise ValueError(
+            f"the weights of {model} take {weights:,} bytes at {weight_bits:g} bits, "
+            f"expected less than the memory of {total:,}"
+        )
+    caches = [
+        CacheConfig(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            CodecConfig(key, rotation),
+            CodecConfig(value, rotation),
+            window=window,
+            sinks=sinks,
+        )
+        for key, value in pairs
+    ]
+    full = _full_row(caches[0], batch, total - weights)
+    rows = [
+        _row(pair, cache, batch, total - weights, full.tokens)
+        for pair, cache in zip(pairs, caches, strict=True)
+    ]
+    return Plan(
+        model,
+        config.max_position,
+        total,
+        batch,
+        weight_bits,
+        weights,
+        window,
+        sinks,
+        (full, *rows),
+    )
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "24GB" (10^9 each), "24GiB" (2^30 each), "512 MiB", "1.5TB" or "1000000".
+
+    Raises:
+      ValueError: anything else, and less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kmgt]?)(i?)b)?", text.strip().lower())
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"memory must be like 24GB (10^9) or 24GiB (2^30), got {text!r}")
+    number, prefix, binary = match.groups()
+    count = int(Fraction(number) * (1024 if binary else 1000) ** _POWERS[prefix or ""])
+    if count < 1:
+        raise ValueError(f"memory must be at least one byte, got {text!r}")
+    return count
+
+
+def read_model(model: str) -> LlamaConfig:
+    """The config of a preset, of a Hugging Face folder or its `config.json`, or of a GGUF file.
+
+    Raises:
+      FileNotFoundError: none of these.
+      ValueError: a file that is damaged, or a model that is not served.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file, expected a GGUF file, a Hugging Face config.json or its folder,"
+            f" or one of {', '.join(PRESETS)}"
+        )
+    try:
+        if path.suffix != ".json":
+            source = open_gguf(path)
+            return config_from_gguf(source.metadata, tied="output.weight" not in source.tensors)
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError(f"got a {type(entries).__name__}, expected a JSON object")
+        return config_from_huggingface(entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def tokens_that_fit(config: CacheConfig, batch: int, budget: int) -> int:
+    """Most tokens a sequence for which a dense cache takes at most `budget` bytes, exactly."""
+    low, high = 0, _MOST_TOKENS
+    per_token = bytes_per_compressed_token(config)
+    if per_token:  # no token is cheaper than a compressed one; a block may not be full
+        high = min(high, int(budget / (batch * per_token)) + config.block + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = planned_bytes(config, batch, middle).total <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def show(console: Console, result: Plan) -> None:
+    """Print a plan as a table."""
+    table = Table(
+        title=f"\n{result.model} in {result.memory_bytes:,} bytes, of which weights at "
+        f"{result.weight_bits:g} bits take {result.weight_bytes:,}.\n"
+        f"Tokens of each sequence; sequences {result.batch}, sinks {result.sinks}, "
+        f"window {result.window}",
+        title_justify="left",
+    )
+    for column in ("cache", "tokens", "times", "cache bytes", "bytes/token"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for row in result.rows:
+        table.add_row(
+            _name(row),
+            f"{row.tokens:,}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            f"{row.cache_bytes:,}",
+            f"{row.bytes_per_token:,.1f}",
+        )
+    console.print(table)
+    console.print(
+        "bytes/token: of a further token of one sequence. GB is 10^9 bytes, GiB 2^30.\n"
+        "Activations are not counted. "
+        f"The model was made for {result.max_position:,} tokens.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _full_row(config: CacheConfig, batch: int, budget: int) -> Row:
+    """Plain 16-bit keys and values, with nothing beside them."""
+    each = exact_bytes_per_token(config)
+    tokens = min(budget // (batch * each), _MOST_TOKENS)
+    return Row(None, None, tokens, batch * tokens * each, each, 1.0 if tokens else None)
+
+
+def _row(
+    bits: tuple[int, int], config: CacheConfig, batch: int, budget: int, full_tokens: int
+) -> Row:
+    tokens = tokens_that_fit(config, batch, budget)
+    return Row(
+        *bits,
+        tokens,
+        planned_bytes(config, batch, tokens).total if tokens else 0,
+        bytes_per_compressed_token(config),
+        tokens / full_tokens if full_tokens else None,
+    )
+
+
+def _name(row: Row) -> str:
+    if row.bits_k is None:
+        return "16 bits, plain"
+    return f"{row.bits_k} bits" if row.bits_k == row.bits_v else f"K {row.bits_k}, V {row.bits_v}"

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments import vectors
-from experiments.experiment import Claim, Row, Track, distinct, option, where
+from experiments.experiment import Claim, Row, Track, Verdict, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, is_below, mean_and_error
 from turboquant_jax import bounds, prod, quantizer, rotation
 
@@ -157,18 +157,31 @@ def _name(row: Row) -> str:
 def _theorem_1(haar: Sequence[Row]) -> Claim:
     exact = [bounds.lloyd_max_distortion(r["bits"], r["dim"]) for r in haar]
     bound = [bounds.mse_upper_bound(r["bits"]) for r in haar]
-    z = [(r["mse"] - e) / r["mse_se"] for r, e in zip(haar, exact, strict=True)]
-    verdicts = [is_below(r["mse"], r["mse_se"], b) for r, b in zip(haar, bound, strict=True)]
-    closest = max(e / b for e, b in zip(exact, bound, strict=True))
-    above = "does not hold" in verdicts or closest > 1
     return Claim(
         "TurboQuant, theorem 1",
         "MSE <= (sqrt(3) pi / 2) 4^-b for every vector, Haar rotation",
-        f"exact D_b(d) is at most {closest:.3f} of the bound; {len(z)} measured cases are within "
-        f"{max(map(abs, z)):.1f} standard errors of D_b(d), {verdicts.count('holds')} with their "
-        "whole interval below the bound, "
-        f"{verdicts.count('does not hold')} above",
-        "does not hold" if above else all_equal(z),
+        *_judge(haar, "mse", exact, bound, "D_b(d)"),
+    )
+
+
+def _judge(
+    rows: Sequence[Row], column: str, exact: list[float], bound: list[float], name: str
+) -> tuple[str, Verdict]:
+    """An exact value that lies below a bound, and measurements that do not exceed it.
+
+    At many bits the two differ by one per cent, which few draws of a rotation cannot resolve where
+    all vectors share a direction: their error is skewed, and a few draws mostly fall short of it.
+    """
+    means, errors = ([r[name] for r in rows] for name in (column, f"{column}_se"))
+    z = max((m - e) / s for m, e, s in zip(means, exact, errors, strict=True))
+    verdicts = [is_below(m, s, b) for m, s, b in zip(means, errors, bound, strict=True)]
+    closest = max(e / b for e, b in zip(exact, bound, strict=True))
+    above = verdicts.count("does not hold")
+    return (
+        f"exact {name} is at most {closest:.3f} of the bound; {len(rows)} measured cases exceed it "
+        f"by at most {z:.1f} standard errors, {verdicts.count('holds')} have their whole interval "
+        f"below the bound, {above} above",
+        "does not hold" if above or closest > 1 or z > SIGMAS else "holds",
     )
 
 
@@ -216,21 +229,12 @@ def _lower_bound(sphere: Sequence[Row]) -> Claim:
 
 
 def _theorem_2(rows: Sequence[Row]) -> Claim:
-    """The error is at most D_{b-1} pi / 2, where v is orthogonal to the residual; that is exact."""
     worst = [bounds.lloyd_max_distortion(r["bits"] - 1, r["dim"]) * np.pi / 2 for r in rows]
     bound = [r["dim"] * bounds.inner_product_upper_bound(r["bits"], r["dim"]) for r in rows]
-    z = [(r["ip"] - w) / r["ip_se"] for r, w in zip(rows, worst, strict=True)]
-    verdicts = [is_below(r["ip"], r["ip_se"], b) for r, b in zip(rows, bound, strict=True)]
-    closest = max(w / b for w, b in zip(worst, bound, strict=True))
-    above = "does not hold" in verdicts or closest > 1 or max(z) > SIGMAS
     return Claim(
         "TurboQuant, theorem 2",
         "d E<v, x - x~>^2 <= sqrt(3) pi^2 4^-b for prod, Haar rotation",
-        f"the exact worst case D_{{b-1}}(d) pi / 2 is at most {closest:.3f} of the bound; {len(z)} "
-        f"measured cases exceed it by at most {max(z):.1f} standard errors, "
-        f"{verdicts.count('holds')} have their whole interval below the bound, "
-        f"{verdicts.count('does not hold')} above",
-        "does not hold" if above else "holds",
+        *_judge(rows, "ip", worst, bound, "worst case D_{b-1}(d) pi / 2"),
     )
 
 

@@ -54,7 +54,7 @@ def check(out: Path, file: Path) -> list[str]:
     """What is wrong with the report: one line for each disagreement with the results."""
     problems = [
         f"{result.folder / 'rows.csv'}: altered since its run"
-        for _, result in _all(out)
+        for result in map(results.read, sorted(path.parent for path in out.glob("*/rows.csv")))
         if not result.intact
     ]
     written = file.read_text() if file.exists() else ""
@@ -77,7 +77,50 @@ def compose(out: Path, base: Path) -> str:
         verdicts.update(claim.verdict for claim in claims)
         sections.append(_section(experiment, result, claims, base))
     total = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    return "\n".join([_HEAD, f"In all: {total or 'no results yet'}.\n", *sections])
+    return "\n".join(
+        [_HEAD, f"In all: {total or 'no results yet'}.\n", *sections, *_others(out, base)]
+    )
+
+
+def _others(out: Path, base: Path) -> list[str]:
+    """Results of scripts that judge nothing: their rows as they are."""
+    known = {result.folder for _, result in _all(out)}
+    found = [results.read(path.parent) for path in sorted(out.glob("*/rows.csv"))]
+    return [_table(result, base) for result in found if result.folder not in known]
+
+
+def _table(result: Results, base: Path) -> str:
+    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(str(row.get(column, "")) for column in columns) for row in result.rows]
+    figure = [f"![{result.folder.name}]({_link(result, base)}/figure.svg)", ""]
+    return "\n".join(
+        [
+            f"## `{result.folder.name}`",
+            "",
+            *(f"| {line} |" for line in lines),
+            "",
+            *(figure if (result.folder / "figure.svg").exists() else []),
+            _origin(result, base),
+        ]
+    )
+
+
+def _link(result: Results, base: Path) -> str:
+    return os.path.relpath(result.folder, base)
+
+
+def _origin(result: Results, base: Path) -> str:
+    """How, when and where the rows were made."""
+    meta, link = result.meta, _link(result, base)
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    seconds = f", {meta['seconds']:.0f} s" if "seconds" in meta else ""
+    load = f" at load {meta['load_average']}" if "load_average" in meta else ""
+    return (
+        f"`{meta['command']}`, {meta['date']}, commit {meta['commit']}, {meta['device']}"
+        f"{seconds}{load}; {versions}. [{len(result.rows)} rows]({link}/rows.csv), "
+        f"SHA-256 {meta['rows_sha256'][:12]}.\n"
+    )
 
 
 def _all(out: Path) -> list[tuple[Experiment, Results]]:
@@ -86,10 +129,7 @@ def _all(out: Path) -> list[tuple[Experiment, Results]]:
 
 def _section(experiment: Experiment, result: Results, claims: list[Claim], base: Path) -> str:
     title, _, text = (experiment.__doc__ or "").partition("\n")
-    meta, label = result.meta, result.folder.name.partition(".")[2]
-    link = os.path.relpath(result.folder, base)
-    load = f" at load {meta['load_average']}" if "load_average" in meta else ""
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    label = result.folder.name.partition(".")[2]
     lines = [
         f"## {title.rstrip('.')}{f' ({label})' if label else ''}",
         "",
@@ -102,11 +142,8 @@ def _section(experiment: Experiment, result: Results, claims: list[Claim], base:
             for claim in claims
         ),
         "",
-        f"![{title}]({link}/figure.svg)",
+        f"![{title}]({_link(result, base)}/figure.svg)",
         "",
-        f"`{meta['command']}`, {meta['date']}, commit {meta['commit']}, {meta['device']}, "
-        f"{meta['seconds']:.0f} s{load}; {versions}. "
-        f"[{len(result.rows)} rows]({link}/rows.csv), SHA-256 {meta['rows_sha256'][:12]}.",
-        "",
+        _origin(result, base),
     ]
     return "\n".join(lines)

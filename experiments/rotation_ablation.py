@@ -196,7 +196,6 @@ def figure(rows: Sequence[Row]) -> "Figure":
             ls="--",
             lw=0.8,
         )
-        label(
-            axis, f"{b} bits (dashed: theorem 1's bound)", "", "MSE / D_b(d)", legend=b == bits[0]
-        )
+        label(axis, f"{b} bits (dashed: theorem 1's bound)", "", "MSE / D_b(d)", legend=False)
+    axes[0, 0].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

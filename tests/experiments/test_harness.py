@@ -144,6 +144,19 @@ def test_report_says_what_was_measured(experiment, tmp_path):
     assert write_report(tmp_path, "--check") == 0
 
 
+def test_results_of_other_scripts_are_shown_as_they_are(experiment, tmp_path):
+    folder = tmp_path / "results/elsewhere"
+    meta = {"command": "made elsewhere", "date": "today", "commit": "1", "device": "GPU"}
+    results.write(folder, [{"shape": "8 x 4", "ms": 0.5}], meta | {"versions": {}}, None)
+    assert run(tmp_path) == 0
+    assert write_report(tmp_path) == 0
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "## `elsewhere`\n\n| shape | ms |\n| --- | --- |\n| 8 x 4 | 0.5 |" in text
+    assert "figure.svg" not in text.partition("elsewhere")[2]
+    (folder / "rows.csv").write_text("shape,ms\n8 x 4,0.4\n")
+    assert write_report(tmp_path, "--check") == 1
+
+
 def test_check_fails_on_an_altered_csv(experiment, tmp_path, capsys):
     assert run(tmp_path) == 0
     assert write_report(tmp_path) == 0

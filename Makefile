@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # format, lint, types, import contracts: what CI runs before the tests
 check: $(STAMP)

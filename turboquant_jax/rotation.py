@@ -127,10 +127,8 @@ def _walsh_hadamard(x: Float[Array, "*batch d"], block: int) -> Float[Array, "*b
     while order > 0:
         step = min(order, 5)
         factor = np.asarray(linalg.hadamard(2**step) / 2 ** (step / 2), np.float32)
-        inner = 2 ** (order - step)
-        x = x.reshape(*shape[:-1], -1, 2**step, inner)
+        # the digits of the index that are done count as batch, the ones to come as columns
+        x = x.reshape(*shape[:-1], shape[-1] >> order, 2**step, 2 ** (order - step))
         x = jnp.einsum("...ij,ki->...kj", x, factor, precision="highest")
         order -= step
-        # the factors act on disjoint digits of the index; fold the done ones into the batch
-        x = x.reshape(*shape[:-1], -1, max(inner, 1))
     return x.reshape(shape)

@@ -75,7 +75,8 @@ def _measure(config: Config, dim: int, name: str, bits: int) -> Row:
         }
     errors, counts = _encode(code, x)
     mse, mse_se = mean_and_error(np.asarray(errors)[None], independent=True)
-    share = np.asarray(counts, np.float64) / counts.sum()
+    counts = np.asarray(counts, np.float64)
+    share = counts / counts.sum()
     case = {"dim": dim, "codebook": name, "bits": bits, "mse": mse, "mse_se": mse_se}
     return {**case, **exact, "entropy": entropy(share), "huffman": huffman_length(share)}
 

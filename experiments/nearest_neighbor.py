@@ -53,8 +53,8 @@ class Config:
     methods: tuple[str, ...] = option((*OURS, "pq", "rabitq"), "quantizers; also rabitq_faiss")
     bits: tuple[int, ...] = option((2, 4), "bits per coordinate")
     base: int = option(100_000, "base vectors, at most; tokens has 49,152 less the queries")
-    queries: int = option(3000, "queries")
-    rotations: int = option(2, "rotations of each of our quantizers")
+    queries: int = option(2000, "queries")
+    rotations: int = option(1, "rotations of each of our quantizers")
     train: int = option(10_000, "vectors that train product quantization")
     seed: int = option(0, "random seed")
 

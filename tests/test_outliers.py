@@ -32,7 +32,7 @@ def samples(count: int = 4000, dim: int = 128) -> np.ndarray:
     ],
 )
 def test_bits_are_counted_honestly(split, payload, with_scales):
-    q = outliers.create(KEY, np.arange(128), split)
+    q = outliers.create(KEY, np.arange(128), split, rotation="block_hadamard")
     assert q.bits_per_coordinate(scales=False) == payload
     assert q.bits_per_coordinate(scales=True) == with_scales
     codes = jax.eval_shape(outliers.encode, q, jax.ShapeDtypeStruct((5, 128), jnp.float32))
@@ -95,7 +95,7 @@ def test_splitting_pays_where_there_are_outliers():
 
 
 def test_order_is_undone_and_edges_are_kept():
-    q = outliers.create(KEY, np.arange(16)[::-1], ((4, 8), (12, 8)))
+    q = outliers.create(KEY, np.arange(16)[::-1], ((4, 8), (12, 8)), rotation="block_hadamard")
     x = np.random.default_rng(3).normal(size=(2, 3, 16)).astype(np.float32)
     np.testing.assert_allclose(ROUND_TRIP(q, x), x, atol=0.05)
     assert ROUND_TRIP(q, np.zeros((0, 16), np.float32)).shape == (0, 16)

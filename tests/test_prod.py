@@ -10,15 +10,35 @@ import pytest
 from jax import lax
 from scipy import stats
 
-from turboquant_jax import bounds, prod
+from turboquant_jax import bounds, codebook, prod, qjl, quantizer, rotation
 
 KEY = jax.random.key(0)
 SKETCHES = ("gaussian", "orthogonal")
 
 
-def unit(key, shape):
-    x = jax.random.normal(key, shape)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+def units(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@cache
+def haar(dim: int, count: int) -> rotation.Rotation:
+    keys = jax.random.split(jax.random.key(dim), count)
+    return jax.jit(jax.vmap(lambda key: rotation.create("haar", key, dim)))(keys)
+
+
+@cache
+def sketches(dim: int, kind: str, count: int) -> qjl.Sketch:
+    keys = jax.random.split(jax.random.key(dim + 1), count)
+    return jax.jit(jax.vmap(lambda key: qjl.create(key, dim, kind=kind)))(keys)
+
+
+def assemble(bits: int, turn: rotation.Rotation, sketch: qjl.Sketch) -> prod.ProdQuantizer:
+    """What `prod.create` makes, from parts that were drawn once for all bits."""
+    if bits == 1:
+        return prod.ProdQuantizer(None, sketch)
+    levels = tuple(codebook.lloyd_max(bits - 1, turn.dim).tolist())
+    return prod.ProdQuantizer(quantizer.Quantizer(turn, levels, scale="norm"), sketch)
 
 
 def as_is(q: prod.ProdQuantizer) -> prod.ProdQuantizer:
@@ -40,24 +60,23 @@ def measure(dim: int, bits: int, kind: str, plant=as_is) -> tuple[np.ndarray, np
 
     # without a first stage the norms of Gaussian rows move the slope of a whole batch
     batches = 512 if bits == 1 and kind == "gaussian" else 64
-    count = 100_000 // batches
+    rng = np.random.default_rng(100 * bits + dim)
+    x, u, w = (units(rng, batches, 100_000 // batches, dim) for _ in range(3))
+    u -= np.sum(u * x, axis=-1, keepdims=True) * x
+    rho = rng.uniform(0.3, 0.95, size=(*x.shape[:2], 1))
+    v = rho * x + np.sqrt(1 - rho**2) * u / np.linalg.norm(u, axis=-1, keepdims=True)
 
-    def batch(key):
-        key_x, key_v, key_w, key_rho, key_q = jax.random.split(key, 5)
-        x, v, w = (unit(k, (count, dim)) for k in (key_x, key_v, key_w))
-        v = v - jnp.sum(v * x, axis=-1, keepdims=True) * x
-        v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
-        rho = jax.random.uniform(key_rho, (count, 1), minval=0.3, maxval=0.95)
-        v = rho * x + jnp.sqrt(1 - rho**2) * v
-        q = plant(prod.create(key_q, dim, bits, sketch=kind))
-        back = prod.decode(q, prod.encode(q, x))
-        truth, estimate = jnp.sum(v * x, axis=-1), jnp.sum(v * back, axis=-1)
-        error = jnp.sum(w * (back - x), axis=-1)
-        return jnp.sum(estimate * truth) / jnp.sum(truth**2), dim * jnp.mean(error**2)
+    def round_trip(parts):
+        turn, sketch, x = parts
+        q = plant(assemble(bits, turn, sketch))
+        return prod.decode(q, prod.encode(q, x))
 
-    keys = jax.random.split(jax.random.key(100 * bits + dim), batches)
-    slope, variance = jax.jit(partial(lax.map, batch))(keys)
-    return np.asarray(slope), np.asarray(variance)
+    turns = rotation.Identity(dim) if bits == 1 else haar(dim, batches)
+    parts = (turns, sketches(dim, kind, batches), x.astype(np.float32))
+    back = np.asarray(jax.jit(partial(lax.map, round_trip))(parts), np.float64)
+    estimate, error = np.sum(v * back, axis=-1), np.sum(w * (back - x), axis=-1)
+    slope = np.sum(estimate * rho[..., 0], axis=-1) / np.sum(rho**2, axis=(1, 2))
+    return slope, dim * np.mean(error**2, axis=-1)
 
 
 def assert_slope(per_batch: np.ndarray, expected: float) -> None:
@@ -102,13 +121,14 @@ def test_theorem_2_holds_for_every_family_and_direction(bits):
     families = (families / np.linalg.norm(families, axis=-1, keepdims=True)).astype(np.float32)
     truth = families @ families.T
 
-    def batch(key):
+    @jax.jit
+    @jax.vmap
+    def errors(key):
         q = prod.create(key, 64, bits, sketch="gaussian")
         score = prod.inner_product(q, prod.prepare(q, families), prod.encode(q, families))
         return score - truth
 
-    keys = jax.random.split(jax.random.key(20), 800)
-    error = np.asarray(jax.jit(partial(lax.map, batch, batch_size=100))(keys))
+    error = np.asarray(errors(jax.random.split(jax.random.key(20), 800)))
     upper = np.mean(error**2, axis=0) + 4 * stats.sem(error**2, axis=0)
     assert np.all(upper < bounds.inner_product_upper_bound(bits, 64))
     assert np.all(np.abs(np.mean(error, axis=0)) < 4.5 * stats.sem(error, axis=0))

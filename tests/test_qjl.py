@@ -34,15 +34,16 @@ def estimates(kind: str, rows: int, rho: float) -> np.ndarray:
     return np.asarray(jax.jit(partial(lax.map, draw, batch_size=2000))(keys))
 
 
-@pytest.mark.parametrize("rows", [8, 32, 80])
-@pytest.mark.parametrize("kind", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("gaussian", 8), ("gaussian", 80), ("orthogonal", 8), ("orthogonal", 80)]
+)
 def test_the_estimate_is_unbiased_for_any_number_of_rows(kind, rows):
     got = estimates(kind, rows, 0.6)
     assert stats.sem(got) < 0.003
     assert abs(np.mean(got) - 0.6) < 4 * stats.sem(got)
 
 
-@pytest.mark.parametrize("rows", [8, 32, 80])
+@pytest.mark.parametrize("rows", [8, 80])
 def test_variance_of_a_gaussian_sketch_is_exact(rows):
     """Var = (pi/2 - rho^2) / m. Over 20,000 estimates its s.e. is little more than 1 %."""
     got = estimates("gaussian", rows, 0.6)

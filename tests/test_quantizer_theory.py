@@ -40,6 +40,12 @@ ERROR_BY_MODE = {
 PUBLISHED_RELATIVE_SE = 0.003
 
 
+@cache
+def draw(kind: str, dim: int, count: int) -> rotation.Rotation:
+    keys = jax.random.split(jax.random.key(dim), count)
+    return jax.jit(jax.vmap(lambda key: rotation.create(kind, key, dim)))(keys)
+
+
 def make(turn: rotation.Rotation, bits: int, scale: str) -> quantizer.Quantizer:
     levels = tuple(codebook.lloyd_max(bits, turn.dim).tolist())
     return quantizer.Quantizer(turn, levels, scale=scale, scale_dtype=jnp.float32)
@@ -54,14 +60,14 @@ def relative_error(q: quantizer.Quantizer, x):
 def sphere_errors(dim: int, kind: str) -> np.ndarray:
     """Relative errors [bits - 1, vectors] in norm mode of 32,000 uniform directions."""
 
-    def batch(key):
-        key_x, key_r = jax.random.split(key)
-        x = jax.random.normal(key_x, (4000, dim))
-        turn = rotation.create(kind, key_r, dim)
+    x = np.random.default_rng(dim).normal(size=(8, 4000, dim)).astype(np.float32)
+
+    def batch(drawn):
+        turn, x = drawn
         return jnp.stack([relative_error(make(turn, bits, "norm"), x) for bits in range(1, 9)])
 
-    keys = jax.random.split(jax.random.key(dim), 8)
-    return np.concatenate(jax.jit(partial(lax.map, batch))(keys), axis=-1)
+    errors = jax.jit(partial(lax.map, batch))((draw(kind, dim, 8), x))
+    return np.concatenate(errors, axis=-1)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -78,7 +84,7 @@ def test_error_on_the_sphere_is_the_exact_distortion(dim, kind, bits):
 @cache
 def mode_errors(dim: int) -> np.ndarray:
     """Relative errors [bits - 1, mode, vectors]; directions are uniform without a rotation."""
-    x = jax.random.normal(jax.random.key(dim), (3_000_000 // dim, dim))
+    x = np.random.default_rng(dim).normal(size=(3_000_000 // dim, dim)).astype(np.float32)
 
     @jax.jit
     def measure(x):
@@ -114,29 +120,29 @@ def slopes(dim: int, bits: int) -> dict[str, np.ndarray]:
     <v, x> is uniform in [.3, .95] for unit vectors: over independent pairs any shrinkage passes.
     """
 
-    def batch(key):
-        key_x, key_v, key_rho, key_r = jax.random.split(key, 4)
-        x, v = (
-            u / jnp.linalg.norm(u, axis=-1, keepdims=True)
-            for u in (jax.random.normal(k, (3000, dim)) for k in (key_x, key_v))
-        )
-        v = v - jnp.sum(v * x, axis=-1, keepdims=True) * x
-        v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
-        rho = jax.random.uniform(key_rho, (3000, 1), minval=0.3, maxval=0.95)
-        v = rho * x + jnp.sqrt(1 - rho**2) * v
-        truth = jnp.sum(v * x, axis=-1)
+    rng = np.random.default_rng(bits)
+    x, v = rng.normal(size=(2, 32, 3000, dim))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    v -= np.sum(v * x, axis=-1, keepdims=True) * x
+    rho = rng.uniform(0.3, 0.95, size=(32, 3000, 1))
+    v = rho * x + np.sqrt(1 - rho**2) * v / np.linalg.norm(v, axis=-1, keepdims=True)
 
-        turn = rotation.create("haar", key_r, dim)
+    def batch(drawn):
+        turn, x, v = drawn
 
-        def slope(mode):
+        def estimate(mode):
             q = make(turn, bits, mode)
-            estimate = jnp.sum(v * quantizer.decode(q, quantizer.encode(q, x)), axis=-1)
-            return jnp.sum(estimate * truth) / jnp.sum(truth * truth)
+            return jnp.sum(v * quantizer.decode(q, quantizer.encode(q, x)), axis=-1)
 
-        return {mode: slope(mode) for mode in MODES}
+        return {mode: estimate(mode) for mode in MODES}
 
-    keys = jax.random.split(jax.random.key(bits), 32)
-    return {mode: np.asarray(s) for mode, s in jax.jit(partial(lax.map, batch))(keys).items()}
+    drawn = (draw("haar", dim, 32), x.astype(np.float32), v.astype(np.float32))
+    estimates = jax.jit(partial(lax.map, batch))(drawn)
+    truth = rho[..., 0]
+    return {
+        mode: np.sum(np.asarray(e) * truth, axis=-1) / np.sum(truth**2, axis=-1)
+        for mode, e in estimates.items()
+    }
 
 
 def assert_slope(per_batch: np.ndarray, expected: float) -> None:
@@ -170,13 +176,12 @@ FAMILIES = ("dense", "offset", "sparse", "one-hot")
 @cache
 def family_errors(kind: str) -> np.ndarray:
     """Relative errors [bits - 1, family, rotations], a mean over 32 vectors each, d = 64."""
-    key_dense, key_sparse = jax.random.split(jax.random.key(9))
-    dense = jax.random.normal(key_dense, (32, 64))
-    rank = jnp.argsort(jax.random.uniform(key_sparse, (32, 64)), axis=-1)
-    families = jnp.stack([dense, dense + 10.0, jnp.where(rank < 3, dense, 0.0), jnp.eye(64)[::2]])
+    rng = np.random.default_rng(9)
+    dense = rng.normal(size=(32, 64)).astype(np.float32)
+    sparse = np.where(rng.permuted(np.tile(np.arange(64), (32, 1)), axis=-1) < 3, dense, 0)
+    families = np.stack([dense, dense + 10, sparse, np.eye(64, dtype=np.float32)[::2]])
 
-    def batch(key):
-        turn = rotation.create(kind, key, 64)
+    def batch(turn):
         return jnp.stack(
             [
                 jnp.mean(relative_error(make(turn, bits, "norm"), families), axis=-1)
@@ -184,8 +189,8 @@ def family_errors(kind: str) -> np.ndarray:
             ]
         )
 
-    keys = jax.random.split(jax.random.key(10), 300)
-    return np.moveaxis(np.asarray(jax.jit(partial(lax.map, batch))(keys)), 0, -1)
+    errors = jax.jit(partial(lax.map, batch))(draw(kind, 64, 300))
+    return np.moveaxis(np.asarray(errors), 0, -1)
 
 
 @pytest.mark.parametrize("bits", range(1, 5))
@@ -212,15 +217,10 @@ def assert_offset_is_harmless(prepare) -> None:
 
     Over signs the offset's image is nearly Gaussian, not exactly: 10 % are allowed.
     """
-    x = jax.random.normal(jax.random.key(11), (64, 128)) + 3.0
-
-    @jax.jit
-    def error(key):
-        return relative_error(make(prepare(rotation.create("hadamard", key, 128)), 4, "norm"), x)
-
-    errors = [error(key) for key in jax.random.split(jax.random.key(12), 8)]
+    x = np.random.default_rng(11).normal(size=(64, 128)).astype(np.float32) + 3
+    error = jax.jit(jax.vmap(lambda turn: relative_error(make(prepare(turn), 4, "norm"), x)))
     exact = bounds.lloyd_max_distortion(4, 128)
-    assert abs(np.mean(errors) - exact) < 0.1 * exact
+    assert abs(np.mean(error(draw("hadamard", 128, 8))) - exact) < 0.1 * exact
 
 
 def test_offsets_are_harmless_with_signs_and_not_without():

@@ -7,6 +7,7 @@ a nearest level is continuous. Straight-through gradients would be useless here,
 identity gradients |x - Pi^T (Pi x + e)| = |e| does not depend on Pi.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from turboquant_jax import direction
 from turboquant_jax import quantizer as quantizers
 from turboquant_jax.quantizer import Quantizer
-from turboquant_jax.rotation import Orthogonal
+from turboquant_jax.rotation import Identity, Orthogonal
 
 Matrix = Float[Array, "d d"]
 
@@ -49,7 +50,9 @@ def learn(
         raise ValueError(f"samples must have shape [n, {quantizer.dim}], got {samples.shape}")
     start = quantizer.rotation.apply(jnp.eye(quantizer.dim)).T
     _, unit = direction.split(samples)
-    matrix, errors = _descend(quantizer, start, unit, steps, learning_rate)
+    # compiled once for every start
+    levels_only = replace(quantizer, rotation=Identity(quantizer.dim))
+    matrix, errors = _descend(levels_only, start, unit, steps, learning_rate)
     return Orthogonal(matrix), errors
 
 

@@ -75,9 +75,9 @@ def _measure(config: Config, dim: int, method: Any) -> Iterator[Row]:
         yield {**case, "part": "not installed"}
     else:
         count = min(config.count, config.peer_work // dim)
-        x = np.random.default_rng(config.seed).standard_normal((count, dim), np.float32)
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        index = peers.build(method, x, config.bits, train=config.pq_train)
+        rows = np.random.default_rng(config.seed).standard_normal((count, dim), np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        index = peers.build(method, rows, config.bits, train=config.pq_train)
         scale = config.count / count
         yield {**case, "part": "encode", "seconds": index.encode_seconds * scale, "timed": count}
         if method == "pq":

@@ -6,9 +6,9 @@ among the k best by the quantized base (figure 5 of the paper), against product 
 faiss-cpu's), all scored exhaustively, without re-ranking. Sets: WordLlama sentence embeddings
 (d = 256) and SmolLM2's token embedding (d = 576), since the paper's sets are not to be had from a
 package. `norm` is the paper's TurboQuant-mse; `centred` subtracts the mean m of the base before
-quantizing, which changes no ranking, and scales without bias. RaBitQ subtracts m too and keeps
-<m, x> beside each code, hence 22 bytes more a vector: its error goes with |q - m| instead of |q|,
-which tells on tokens, where m is large. Three rotations of each of ours.
+quantizing, which changes no ranking, and scales without bias. RaBitQ subtracts m too and stores 24
+bytes beside each code where ours stores 2; with <m, x> among them its error would go with |q - m|
+instead of |q|: our guess why it wins on tokens, where m is large. Three rotations of each of ours.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """Attention over a cache against softmax over the decoded vectors, in float64 numpy.
 
-Here the cache is decoded by its documented layout, with nothing of the library but the levels. Its
-bytes are drawn at random, so that every code, page and slot is met, not only the likely ones.
+Its bytes are drawn at random, so that every code, page and slot is met, not only the likely ones.
 """
 
 from dataclasses import replace
@@ -11,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import linalg
 
+from tests.layout import CAPACITY, CODEC, QUICK, SMALL, decoded, empty_cache, random_tokens
 from turboquant_jax import cache
-from turboquant_jax.attention import Scores, attend, teacher_forced
+from turboquant_jax.attention import Scores, attend
 
-CODEC = cache.CodecConfig
 ALL_BITS = tuple((8, bits) for bits in range(1, 9))
-SMALL = dict(num_layers=2, num_kv_heads=2, block=8, window=5, sinks=2, dtype="float32")
 SETTINGS = {
     "plain": dict(head_dim=16, key=CODEC(4), value=CODEC(2)),
     "every bit width": dict(head_dim=64, key=CODEC(ALL_BITS), value=CODEC(ALL_BITS[::-1])),
@@ -42,14 +39,8 @@ SETTINGS = {
         head_dim=16, key=CODEC(1, "identity"), value=CODEC(5), sliding_window=30, dtype="bfloat16"
     ),
 }
-BATCH, CAPACITY = 4, 70
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; the results stay
+BATCH = 4
 attend_one = jax.jit(attend, compiler_options=QUICK)
-
-
-def empty_cache(config, batch, **options):
-    make = lambda: cache.create(config, batch, CAPACITY, key=jax.random.key(2), **options)  # noqa: E731
-    return jax.jit(make, compiler_options=QUICK)()
 
 
 def random_cache(config, rng):
@@ -82,94 +73,6 @@ def random_cache(config, rng):
         page_table=jnp.asarray(table.reshape(state.page_table.shape)),
         lengths=jnp.asarray(lengths),
     )
-
-
-def unpack(planes, bits, count):
-    """Element i of a plane of width w over m bytes sits in byte i mod m at bit w (i // m)."""
-    i, value, shift = np.arange(count), 0, 0
-    for plane, width in zip(planes, bits, strict=True):
-        plane = np.asarray(plane).astype(np.int64)
-        m = plane.shape[-1]
-        value = value + ((plane[..., i % m] >> (width * (i // m))) % 2**width << shift)
-        shift += width
-    return value
-
-
-def levels_of(group, index):
-    """Levels of unpacked indices; of a trellis by the equations of its docstring."""
-    levels = np.asarray(group.levels, np.float64)
-    if group.code == "scalar":
-        return levels[index]
-    level_bits = group.bits - 1
-    w, u = index % 2**level_bits, index >> level_bits
-    padded = np.concatenate([np.zeros((*u.shape[:-1], 3), u.dtype), u], axis=-1)
-    u1, u2, u3 = (padded[..., 3 - k : padded.shape[-1] - k] for k in (1, 2, 3))
-    return levels[4 * w + 2 * (u ^ u1 ^ u3) + u2]
-
-
-def matrix(rotation):
-    """Pi, dense."""
-    dim = rotation.dim
-    if hasattr(rotation, "matrix"):
-        return np.asarray(rotation.matrix, np.float64)
-    if not hasattr(rotation, "signs"):
-        return np.eye(dim)
-    block = linalg.hadamard(rotation.block) / np.sqrt(rotation.block)
-    signs = np.asarray(rotation.signs, np.float64)
-    return linalg.block_diag(*[block] * (dim // rotation.block)) * signs[None, :]
-
-
-def widths(group):
-    total = group.bits if group.code == "scalar" else group.bits - 1
-    digits = [w for w in (8, 4, 2, 1) if total & w]
-    return digits if group.code == "scalar" else [*digits, 1]
-
-
-def decoded_page(state, layer, page, values):
-    """Keys, or values, of a page: [K, T, H] in the natural order of channels, not rotated."""
-    codec, block = state.codecs[int(values)], state.config.block
-    parts = []
-    for g, group in enumerate(codec.groups):
-        planes = [p[layer, page] for p in (state.pool.values if values else state.pool.keys)[g]]
-        index = unpack(planes, widths(group), block if values else group.dim)
-        index = np.swapaxes(index, -1, -2) if values else index
-        word = np.asarray(state.pool.scales[g][layer, page]).astype(np.uint32)
-        half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
-        scale = half.view(jnp.bfloat16).astype(np.float64)
-        parts.append(scale[..., None] * (levels_of(group, index) @ matrix(group.rotation)))
-    ordered = np.concatenate(parts, axis=-1)
-    if codec.order is None:
-        return ordered
-    natural = np.empty_like(ordered)
-    order = np.asarray(codec.order[layer])
-    for head in range(order.shape[0]):
-        natural[head][:, order[head]] = ordered[head]
-    return natural
-
-
-def decoded(state, layer, row):
-    """Position -> (key, value), each [K, H], of everything the cache holds of a sequence."""
-    config, length = state.config, int(state.lengths[row])
-    slots = state.page_table.shape[1]
-    count = max(0, length - config.sinks - config.window) // config.block
-    tokens, edge = {}, config.sinks + count * config.block
-    ring = state.window.keys.shape[2]
-    for p in range(length):
-        if p < config.sinks:
-            segment, slot = state.sinks, p
-        elif p >= edge:
-            segment, slot = state.window, (p - config.sinks) % ring
-        else:
-            continue
-        tokens[p] = [np.asarray(x[layer, row, slot], np.float64) for x in jax.tree.leaves(segment)]
-    for block in range(max(0, count - slots), count):
-        page = int(state.page_table[row, block % slots])
-        key, value = (decoded_page(state, layer, page, values) for values in (False, True))
-        if state.key_mean is not None:
-            key = key + np.asarray(state.key_mean[layer, row], np.float64)[:, None]
-        for t in range(config.block):
-            tokens[config.sinks + block * config.block + t] = [key[:, t], value[:, t]]
-    return tokens
 
 
 def softmax_attention(config, tokens, q, position, scores, sink_logits):
@@ -219,46 +122,6 @@ def test_attention_over_the_cache_is_attention_over_the_decoded_vectors(name):
             # float32 sums of some 70 terms of order 1: 1e-5 is 80 units in the last place
             np.testing.assert_allclose(out[row, t], expected, rtol=0, atol=1e-5 * v.std() * 3)
     assert len(decoded(state, layer, 2)) < CAPACITY or name != "sliding window"
-
-
-def random_tokens(config, count, heads):
-    shape = (config.num_layers, 2, count, config.num_kv_heads, config.head_dim)
-    rng = np.random.default_rng(9)
-    k, v = (jnp.asarray(rng.normal(1, 1, shape), jnp.float32) for _ in range(2))
-    q = jnp.asarray(rng.normal(0, 1, (2, count, heads, config.head_dim)), jnp.float32)
-    return q, k, v
-
-
-@pytest.mark.parametrize(
-    "change", [{}, dict(sliding_window=24, window=4, sinks=0)], ids=["global", "local"]
-)
-def test_decoding_gives_what_teacher_forcing_gives(change):
-    """And what was appended can be decoded: layout, rotation and mean belong to the same token."""
-    config = cache.CacheConfig(**SMALL | dict(head_dim=32, key=CODEC(6), value=CODEC(7)) | change)
-    q, k, v = random_tokens(config, CAPACITY, 4)
-    state = empty_cache(config, 2)
-
-    def step(state, xs):
-        q, k, v = xs  # of one token [B, ...], k and v of all layers
-        out = attend(state, 1, q[:, None], k[1][:, None], v[1][:, None])
-        return cache.append(state, k[:, :, None], v[:, :, None]), out[:, 0]
-
-    tokens = (jnp.moveaxis(q, 1, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0))
-    run = jax.jit(lambda state: jax.lax.scan(step, state, tokens), compiler_options=QUICK)
-    final, out = run(state)
-    force = jax.jit(teacher_forced, static_argnums=0, compiler_options=QUICK)
-    forced = force(config, state.codecs, 1, q, k[1], v[1])
-    np.testing.assert_allclose(np.moveaxis(out, 0, 1), forced, rtol=0, atol=1e-5)
-    for row in range(2):
-        found = decoded(final, 1, row)
-        held = CAPACITY if config.sliding_window is None else 24
-        assert set(found) >= set(range(CAPACITY - held, CAPACITY))
-        for p, (key, value) in found.items():
-            # the relative error at d = 32 is 0.0010 at 6 bits and 0.00027 at 7 in the mean square,
-            # 3.2 % and 1.6 % of the norm in its root; no one vector here has twice that
-            for got, true, bound in ((key, k, 0.064), (value, v, 0.033)):
-                true = np.asarray(true[1, row, p])
-                assert np.linalg.norm(got - true) < bound * np.linalg.norm(true), p
 
 
 def test_a_chunk_still_sees_the_ring_blocks_that_its_fork_replaces():

@@ -80,7 +80,7 @@ def attend(
       NotImplementedError: an implementation that this device or call is not served by.
     """
     config, layer = cache.config, jnp.asarray(layer, jnp.int32)
-    _check_shapes(config, cache.lengths.shape[0], q, k, v)
+    check_shapes(config, cache.lengths.shape[0], q, k, v)
     parts = [_attend_recent(cache, layer, q, k, v, scores)]
     if cache.page_table.shape[1]:
         attend = _implementation(implementation, cache, q.shape[1])
@@ -155,7 +155,7 @@ def _attend_recent(cache: Cache, layer, q, k, v, scores: Scores) -> Part:
     )
     keys = [cache.sinks.keys[layer], cache.window.keys[layer], k.astype(config.dtype)]
     values = [cache.sinks.values[layer], cache.window.values[layer], v.astype(config.dtype)]
-    visible = held[:, None, :] & _sees(config, query, position)
+    visible = held[:, None, :] & sees(config, query, position)
     return attend_exact(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
 
 
@@ -177,7 +177,7 @@ def _attend_blocks_xla(cache: Cache, layer, q, scores: Scores) -> Part:
         rotate_queries(key_codec, layer, q, config.num_kv_heads),
         by_token(key_codec.dequantize(keys)),
         by_token(value_codec.dequantize(values)),
-        held[:, None, :] & _sees(config, query, position),
+        held[:, None, :] & sees(config, query, position),
         scores,
         mean_products(cache, layer, q),
     )
@@ -232,46 +232,10 @@ def unrotate_outputs(codec: Codec, layer, output: Float[Array, "B T N H"], kv_he
     return _ungroup(codec.unrotate(layer, _heads_last(_group(output, kv_heads))), output)
 
 
-def teacher_forced(
-    config: CacheConfig,
-    codecs: tuple[Codec, Codec],
-    layer: Int[Array, ""] | int,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    scores: Scores = Scores(),
-) -> Float[Array, "B T N H"]:
-    """What T steps of decoding from an empty cache would give, in one pass.
-
-    Query p sees exactly what it would see when decoding: the first C(p) tokens behind the sinks
-    compressed, all others in full precision. For evaluation: it takes T^2 time and memory.
-    """
-    layer, count = jnp.asarray(layer, jnp.int32), q.shape[1]
-    _check_shapes(config, q.shape[0], q, k, v)
-    key_codec, value_codec = codecs
-    k, v = (x.astype(config.dtype).astype(jnp.float32) for x in (k, v))
-    mean = jnp.zeros_like(k[:, :1])
-    if config.center_keys:
-        mean = jnp.mean(k[:, config.sinks : config.sinks + config.block], axis=1, keepdims=True)
-    compressed_k = key_codec.dequantize(key_codec.quantize(layer, k - mean))
-    compressed_v = value_codec.dequantize(value_codec.quantize(layer, v))
-    compressed_k = key_codec.unrotate(layer, compressed_k) + mean
-    compressed_v = value_codec.unrotate(layer, compressed_v)
-    position = jnp.arange(count)
-    edge = config.sinks + config.compressed_tokens(position)
-    is_block = (position[None, :] >= config.sinks) & (position[None, :] < edge[:, None])
-    seen = _sees(config, position[None, :], position[None, :])
-    visible = jnp.broadcast_to(seen, (q.shape[0], count, count))
-    parts = [
-        attend_exact(q, k, v, visible & ~is_block[None, :, :], scores),
-        attend_exact(q, compressed_k, compressed_v, visible & is_block[None, :, :], scores),
-    ]
-    return merge(parts)[0].astype(q.dtype)
-
-
-def _sees(config: CacheConfig, query: Int[Array, "B T"], position: Int[Array, "B S"]):
-    """Causal, and within the sliding window where the model has one."""
+def sees(
+    config: CacheConfig, query: Int[Array, "B T"], position: Int[Array, "B S"]
+) -> Bool[Array, "B T S"]:
+    """Which positions a query sees: causal, within the sliding window where there is one."""
     distance = query[:, :, None] - position[:, None, :]
     seen = distance >= 0
     return seen if config.sliding_window is None else seen & (distance < config.sliding_window)
@@ -288,7 +252,8 @@ def _implementation(implementation: Implementation | None, cache: Cache, queries
     return _attend_blocks_xla if reason is not None else attend_blocks_pallas
 
 
-def _check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:
+def check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:
+    """ValueError unless queries, keys and values are new tokens of such a cache."""
     expected = (batch, q.shape[1], config.num_kv_heads, config.head_dim)
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"keys and values must be {expected}, got {k.shape} and {v.shape}")

@@ -1,7 +1,7 @@
 """What compression does to a model on a text: perplexity, KL divergence, agreement.
 
 Teacher forcing with the semantics of decoding: every query sees exactly what it would see token by
-token through the real cache, but the text passes the decoder once (`attention.teacher_forced`).
+token through the real cache, but the text passes the decoder once (`teacher_forcing`).
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.attention import Scores, attend_exact, teacher_forced
+from turboquant_jax.attention import Scores, attend_exact
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.llama.model import Llama
+from turboquant_jax.teacher_forcing import teacher_forced
 
 
 @dataclass(frozen=True)

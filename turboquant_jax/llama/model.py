@@ -5,11 +5,13 @@ to an `attend` callable together with an opaque state, so that one model serves 
 compressed and teacher-forced evaluation.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -23,7 +25,7 @@ State = TypeVar("State")
 Attend = Callable[
     [
         State,
-        Int[Array, ""],  # index of the layer
+        Int[Array, ""],  # index of the layer: a tracer under `lax.scan`, else a number
         Float[Array, "B T N H"],  # queries, after RoPE
         Float[Array, "B T K H"],  # keys, after RoPE
         Float[Array, "B T K H"],  # values
@@ -100,8 +102,10 @@ class Llama(nnx.Module):
         dim, vocab = config.hidden_size, config.vocab_size
         self.config = config
         self.embedding = nnx.Param(_normal(rngs, (vocab, dim), dim, dtype))
-        self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(key), dtype))(
-            jax.random.split(rngs.params(), config.num_layers)
+        # one after another: the random bits of a layer take four times its weights
+        self.layers = lax.map(
+            lambda key: Layer(config, nnx.Rngs(key), dtype),
+            jax.random.split(rngs.params(), config.num_layers),
         )
         self.norm = nnx.Param(jnp.ones((dim,), dtype))
         tied = config.tie_embeddings
@@ -117,7 +121,8 @@ class Llama(nnx.Module):
         """Hidden vectors after the final norm, and the state as the last layer left it.
 
         `positions` counts tokens from the start of each sequence. `attend` is traced once for
-        all layers under `lax.scan`: it must use the layer index it is given.
+        all layers under `lax.scan`, and once a layer where they are unstacked: it must use the
+        layer index it is given.
         """
         cos, sin = rotation_angles(self.config, positions)
 
@@ -127,12 +132,12 @@ class Llama(nnx.Module):
             return layer(hidden, cos, sin, index, state, attend), None
 
         hidden = self.embedding[...][tokens]
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         if isinstance(self.layers, Layer):
+            indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
             (hidden, state), _ = lax.scan(step, (hidden, state), (self.layers, indices))
         else:
-            for layer, index in zip(self.layers, indices, strict=True):
-                (hidden, state), _ = step((hidden, state), (layer, index))
+            for index, layer in enumerate(self.layers):
+                (hidden, state), _ = step((hidden, state), (layer, np.int32(index)))
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps), state
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -141,22 +146,41 @@ class Llama(nnx.Module):
         return jnp.einsum("BTD,VD->BTV", hidden, matrix[...], preferred_element_type=jnp.float32)
 
 
-def unstack(model: Llama) -> Llama:
+def unstack(model: Llama, *, donate: bool = False) -> Llama:
     """The same decoder with an array per layer, traced one after another instead of scanned.
 
-    It takes longer to compile, but where XLA copies the slice of the weights that a step of
-    `lax.scan` works on, as on the CPU, decoding is twice as fast. The arrays are copies: drop the
-    stacked model to have the weights in memory once.
+    For decoding: a step of `lax.scan` copies its layer out of the stack before it reads it, which
+    is three times the traffic where reading the weights is all there is to do. The price is
+    compilation in proportion to the layers. `donate` gives up the stacked arrays one by one, so
+    that beside the weights never more than one of them is in memory; `model` is useless then.
     """
-
-    def layer(index: int) -> Layer:
-        return jax.tree.map(lambda x: x[index], model.layers)
-
+    leaves, structure = jax.tree.flatten(model.layers)
+    by_layer = []
+    for leaf in leaves:
+        by_layer.append(jax.block_until_ready(_rows(leaf)))
+        if donate:
+            leaf.delete()
+    layers = [jax.tree.unflatten(structure, arrays) for arrays in zip(*by_layer, strict=True)]
     unstacked = jax.tree.map(lambda x: x, model)
-    unstacked.layers = nnx.List([layer(i) for i in range(model.config.num_layers)])
+    unstacked.layers = nnx.List(layers)
     return unstacked
 
 
+@jax.jit
+def _rows(stack: Array) -> tuple[Array, ...]:
+    return tuple(stack)
+
+
+def random_model(config: LlamaConfig, seed: int, dtype: DTypeLike = jnp.bfloat16) -> Llama:
+    """A stacked decoder of random weights, drawn on the device in little more than their memory."""
+    make = jax.jit(lambda key: Llama(config, nnx.Rngs(key), dtype))
+    return make(jax.random.key(seed))
+
+
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:
+    """In blocks of rows, because the random bits of a vocabulary matrix take gigabytes."""
     scale = jnp.asarray(fan_in**-0.5, dtype)
-    return jax.random.normal(rngs.params(), shape, dtype) * scale
+    rows = math.gcd(shape[0], 4096)
+    keys = jax.random.split(rngs.params(), shape[0] // rows)
+    blocks = lax.map(lambda key: jax.random.normal(key, (rows, *shape[1:]), dtype) * scale, keys)
+    return blocks.reshape(shape)

@@ -4,62 +4,98 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import triton
-from pallas_kernels.decode_kernel import EMPTY, LOG2E
 from pallas_kernels.dequantize import power_of_two
+from pallas_kernels.recent import EMPTY, LOG2E
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
 
 
 def combine_kernel(
-    inputs: dict[str, Any], outputs: dict[str, Any], *, splits: int, heads: int, rows: int
+    inputs: dict[str, Any], outputs: dict[str, Any], *, rotated: int, heads: int, rows: int
 ) -> None:
     """One program of the grid (channel slice, kv head, sequence).
 
     Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
-    2**peak * sums, its softmax denominator 2**peak * weight.
+    2**peak * sums, its softmax denominator 2**peak * weight. The first `rotated` splits are
+    multiplied by the matrix `unrotation`, where there is one.
     """
-    columns = inputs["peak"].shape[-1]
-    split = jnp.arange(power_of_two(splits))[:, None]
-    head = jnp.arange(columns)
-    valid = jnp.broadcast_to(split < splits, (split.shape[0], columns))
-    peak = triton.load(inputs["peak"].at[split, head[None, :]], mask=valid, other=EMPTY)
-    weight = triton.load(inputs["weight"].at[split, head[None, :]], mask=valid, other=0.0)
+    splits, columns = inputs["peak"].shape
+    split, head = jnp.arange(power_of_two(splits)), jnp.arange(columns)
+
+    def load(name: str, at: jax.Array, other: float) -> jax.Array:
+        valid = jnp.broadcast_to((at < splits)[:, None], (at.shape[0], columns))
+        return triton.load(inputs[name].at[at[:, None], head[None, :]], mask=valid, other=other)
+
+    peak = load("peak", split, EMPTY)
     top = peak.max(axis=0)
     if "sinks" in inputs:
         sink = triton.load(inputs["sinks"].at[head], mask=head < heads, other=0.0) * LOG2E
         top = jnp.maximum(top, sink)
-    share = jnp.exp2(peak - top[None, :])
-    total = (weight * share).sum(axis=0)
+    total = (load("weight", split, 0.0) * jnp.exp2(peak - top[None, :])).sum(axis=0)
     if "sinks" in inputs:
         total = total + jnp.exp2(sink - top)
     empty = total <= 0.0
-    share = share / jnp.where(empty, 1.0, total)[None, :]
+    inverse = 1.0 / jnp.where(empty, 1.0, total)
 
     channels = outputs["out"].shape[-1]
     channel = triton.program_id(0) * rows + jnp.arange(rows)
-    place = inputs["sums"].at[split[:, :, None], channel[None, :, None], head[None, None, :]]
-    exists = (split < splits)[:, :, None] & (channel < channels)[None, :, None]
-    exists = jnp.broadcast_to(exists, (split.shape[0], rows, columns))
-    sums = triton.load(place, mask=exists, other=0.0)
-    out = (sums * share[:, None, :]).sum(axis=0)
+
+    def weighted(first: int, count: int) -> jax.Array:
+        """float32 [rows, columns], the sum of some splits."""
+        result = jnp.zeros((rows, columns), jnp.float32)
+        step = min(power_of_two(count), max(1, TILE // (rows * columns)))
+        for start in range(first, first + count, step):
+            at = start + jnp.arange(step)
+            share = jnp.exp2(load("peak", at, EMPTY) - top[None, :]) * inverse[None, :]
+            place = inputs["sums"].at[
+                at[:, None, None], channel[None, :, None], head[None, None, :]
+            ]
+            exists = (at < first + count)[:, None, None] & (channel < channels)[None, :, None]
+            exists = jnp.broadcast_to(exists, (step, rows, columns))
+            sums = triton.load(place, mask=exists, other=0.0)
+            result = result + (sums * share[:, None, :]).sum(axis=0)
+        return result
+
+    if "unrotation" in inputs:
+        inner = jnp.arange(rows)
+        within = (channel < channels)[:, None] & (inner < channels)[None, :]
+        matrix = triton.load(
+            inputs["unrotation"].at[channel[:, None], inner[None, :]], mask=within, other=0.0
+        )
+        out = triton.small_dot(matrix, weighted(0, rotated))
+        if rotated < splits:
+            out = out + weighted(rotated, splits - rotated)
+    else:
+        out = weighted(0, splits)
     exists = (channel < channels)[:, None] & (head < heads)[None, :]
-    triton.store(outputs["out"].at[head[None, :], channel[:, None]], out, mask=exists)
+    place = outputs["out"].at[head[None, :], channel[:, None]]
+    triton.store(place, out.astype(outputs["out"].dtype), mask=exists)
     log = jnp.where(empty, -jnp.inf, (top + jnp.log2(jnp.where(empty, 1.0, total))) / LOG2E)
     triton.store(outputs["lse"].at[head], log, mask=head < heads)
 
 
 def combine(
-    parts: dict[str, jax.Array], sinks: jax.Array | None, heads: int, interpret: bool
+    parts: dict[str, jax.Array],
+    sinks: jax.Array | None,
+    unrotation: jax.Array | None,
+    recent: bool,
+    heads: int,
+    dtype: DTypeLike,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel
+    """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
 
-    and optional sink logits [K, G] -> output [B, K, G, H], log-sum-exp [B, K, G] in nats.
+    optional sink logits [K, G] and unrotation [K or 1, H, H] of all splits, but of the last one if
+    that is `recent` -> output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
-    rows = min(power_of_two(channels), max(16, TILE // (power_of_two(splits) * columns)))
+    rows = max(16, power_of_two(channels))
+    if unrotation is None:  # else a slice of the output needs all channels of the sums
+        rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
     per_split = triton.BlockSpec((None, None, splits, columns), lambda i, h, j: (j, h, 0, 0))
     sums = triton.BlockSpec(
         (None, None, splits, channels, columns), lambda i, h, j: (j, h, 0, 0, 0)
@@ -68,9 +104,15 @@ def combine(
     if sinks is not None:
         parts = parts | {"sinks": sinks}
         in_specs["sinks"] = triton.BlockSpec((None, heads), lambda i, h, j: (h, 0))
+    if unrotation is not None:
+        parts = parts | {"unrotation": unrotation}
+        shared = unrotation.shape[0] == 1
+        in_specs["unrotation"] = triton.BlockSpec(
+            (None, channels, channels), lambda i, h, j: (0 if shared else h, 0, 0)
+        )
     outputs = triton.call(
         lambda inputs, outputs: combine_kernel(
-            inputs, outputs, splits=splits, heads=heads, rows=rows
+            inputs, outputs, rotated=splits - recent, heads=heads, rows=rows
         ),
         grid=(-(-channels // rows), kv_heads, batch),
         in_specs=(in_specs,),
@@ -79,10 +121,10 @@ def combine(
             "lse": triton.BlockSpec((None, None, heads), lambda i, h, j: (j, h, 0)),
         },
         out_shape={
-            "out": jax.ShapeDtypeStruct((batch, kv_heads, heads, channels), jnp.float32),
+            "out": jax.ShapeDtypeStruct((batch, kv_heads, heads, channels), dtype),
             "lse": jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
         },
-        warps=4,
+        warps=4 if unrotation is None else 8,
         stages=1,
         name="decode_combine",
         interpret=interpret,

@@ -3,21 +3,24 @@
 Everything lives in the rotated space: the queries come rotated, the output is to be rotated back.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import Blocks, Sketch, check
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.combine import combine
-from pallas_kernels.decode_kernel import LOG2E, Plan, decode_kernel
+from pallas_kernels.decode_kernel import Plan, decode_kernel
 from pallas_kernels.gather import key_decoder, value_decoders
+from pallas_kernels.recent import LOG2E, Recent, check_recent
 from pallas_kernels.schedule import TILE_TOKENS, Schedule, default_schedule
 
-__all__ = ["Blocks", "Codebook", "Schedule", "Sketch", "decode_attention"]
+__all__ = ["Blocks", "Codebook", "Recent", "Schedule", "Sketch", "decode_attention"]
 
 SIGNS = Codebook(bits=1, levels=(-1, 1), step=1.0)
 
@@ -34,10 +37,13 @@ def decode_attention(
     sink_logits: Float[Array, " N"] | None = None,
     score_bias: Float[Array, "B N"] | None = None,
     sketch: Sketch | None = None,
+    recent: Recent | None = None,
+    unrotation: Float[Array, "heads H H"] | None = None,
+    dtype: DTypeLike = jnp.float32,
     schedule: Schedule | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
-    """One query token per sequence against its compressed tokens: (output, log-sum-exp), float32.
+    """One query token per sequence against its tokens: (output in `dtype`, log-sum-exp float32).
 
     q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many; the
     channels of the `groups` follow each other in q and in the output. Sequence b has `lengths[b]`
@@ -49,11 +55,24 @@ def decode_attention(
     a sequence of no tokens, whose output is 0; parts merge by it. Queries and probabilities
     enter the products as 15-bit integers, levels are exact and sums are float32 or exact.
 
+    `recent`: further tokens, in full precision. `unrotation` [K or 1, H, H] multiplies the output
+    of the blocks of a kv head (or of all), so that it leaves the rotated space, where those of
+    `recent` never were; without it the whole output is in one space.
+
     `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not
     fit, NotImplementedError for what the kernel does not serve.
     """
     batch, heads, channels = q.shape
     kv_heads, tokens = check(q, groups, page_table, lengths)
+    if recent is not None:
+        check_recent(recent, batch, heads, kv_heads)
+    if unrotation is not None and unrotation.shape not in (
+        (n, channels, channels) for n in (1, kv_heads)
+    ):
+        raise ValueError(
+            f"got an unrotation {unrotation.shape}, expected "
+            f"{(1, channels, channels)} or {(kv_heads, channels, channels)}"
+        )
     per_head = heads // kv_heads
     if schedule is None:
         schedule = default_schedule(
@@ -64,6 +83,7 @@ def decode_attention(
             bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
             tokens=tokens,
             max_pages=page_table.shape[1],
+            recent=recent is not None,
         )
     if schedule.pages * tokens < TILE_TOKENS:
         raise ValueError(
@@ -82,6 +102,8 @@ def decode_attention(
         "page_table": page_table,
         "lengths": lengths,
     }
+    if recent is not None:
+        inputs["recent"] = dataclasses.replace(recent, query=grouped(recent.query))
     if starts is not None:
         inputs["starts"] = starts
     if score_bias is not None:
@@ -91,7 +113,7 @@ def decode_attention(
     sinks = None
     if sink_logits is not None:
         sinks = sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
-    out, lse = combine(parts, sinks, per_head, interpret)
+    out, lse = combine(parts, sinks, unrotation, recent is not None, per_head, dtype, interpret)
     return out.reshape(q.shape), lse.reshape(batch, heads)
 
 
@@ -124,6 +146,7 @@ def make_plan(
         key_parts=tuple(key_parts),
         value_decoders=value_decoders(codebooks, tokens, schedule.pages),
         value_channels=tuple(group.values[0].shape[2] for group in groups),
+        scale=sm_scale * base,
         soft_cap=soft_cap,
         splits=schedule.splits,
         warps=schedule.warps,
@@ -135,8 +158,8 @@ def make_plan(
 def run(
     plan: Plan, inputs: dict[str, Any], batch: int, kv_heads: int, channels: int
 ) -> dict[str, jax.Array]:
-    """Calls the kernel on the grid (splits, kv heads, sequences)."""
-    splits, columns = plan.splits, plan.columns
+    """Calls the kernel on the grid (splits and recent tokens, kv heads, sequences)."""
+    splits, columns = plan.splits + ("recent" in inputs), plan.columns
 
     def paged(x):  # the whole pool of one kv head
         return triton.BlockSpec(
@@ -155,11 +178,28 @@ def run(
     def shared(x):
         return triton.BlockSpec(x.shape, lambda i, h, j: (0,) * x.ndim)
 
+    def segment(x):  # of one kv head, whatever the row
+        return triton.BlockSpec(
+            (*x.shape[:-2], None, x.shape[-1]), lambda i, h, j: (0,) * (x.ndim - 2) + (h, 0)
+        )
+
     kinds = {"queries": of_head, "keys": paged, "values": paged, "scales": paged, "bias": of_head}
     kinds |= {"key_tables": shared, "value_tables": shared}
     in_specs = {
-        name: jax.tree.map(kinds.get(name, of_sequence), value) for name, value in inputs.items()
+        name: jax.tree.map(kinds.get(name, of_sequence), value)
+        for name, value in inputs.items()
+        if name != "recent"
     }
+    if "recent" in inputs:
+        recent = inputs["recent"]
+        in_specs["recent"] = Recent(
+            query=of_head(recent.query),
+            keys=tuple(segment(x) for x in recent.keys),
+            values=tuple(segment(x) for x in recent.values),
+            rows=of_sequence(recent.rows),
+            seen=of_sequence(recent.seen),
+            key_mean=None if recent.key_mean is None else segment(recent.key_mean),
+        )
     shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
     return triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plan=plan),

@@ -10,7 +10,6 @@ are exact.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -21,10 +20,8 @@ from pallas_kernels import triton
 from pallas_kernels.dequantize import divide, power_of_two
 from pallas_kernels.digits import PHASES, UNITS, digits, interleave, total, weighted
 from pallas_kernels.gather import Decoder
+from pallas_kernels.recent import EMPTY, attend_recent, capped, mean_score
 
-LOG2E = math.log2(math.e)
-# Stands for a score of -inf: exp2 of any difference to it is 0, never NaN.
-EMPTY = -1e30
 # The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
 BIAS = 126
 # Smaller value scales are as good as 0 (2**-60); keeps exp2(score - peak) finite.
@@ -34,7 +31,10 @@ Refs = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static facts. A key part is (decoder, query input, first channel, multiplier)."""
+    """The static facts. A key part is (decoder, query input, first channel, multiplier).
+
+    `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped.
+    """
 
     tokens: int
     pages: int
@@ -42,6 +42,7 @@ class Plan:
     key_parts: tuple[tuple[Decoder, int, int, float], ...]
     value_decoders: tuple[Decoder, ...]
     value_channels: tuple[int, ...]
+    scale: float
     soft_cap: float | None
     splits: int
     warps: int
@@ -128,10 +129,7 @@ def scores(
     total = zero if "bias" not in state else zero + state["bias"][None, :]
     for scaled, unit in terms:
         total = triton.fma(scaled, unit, total, plan.interpret)
-    if plan.soft_cap is not None:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is right at both infinities
-        grown = triton.exp2(total * (2.0 * LOG2E / plan.soft_cap), plan.interpret)
-        total = plan.soft_cap * LOG2E * (1.0 - 2.0 / (1.0 + grown))
+    total = capped(total, plan.soft_cap, plan.interpret)
     return total, jnp.ones_like(total), zero
 
 
@@ -223,14 +221,42 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
-    """One program of the grid (split, kv head, sequence); writes the sums of its split."""
+    """One program of the grid (split, kv head, sequence); writes the sums of its split.
+
+    With tokens in full precision there is one split more, theirs.
+    """
+    split = triton.program_id(0)
+    if "recent" not in inputs:
+        attend_blocks(inputs, outputs, plan, split)
+        return
+    is_recent = split == plan.splits
+
+    @triton.when(is_recent)
+    def _() -> None:
+        peak, weight, sums = attend_recent(
+            inputs["recent"], plan.columns, plan.heads, plan.scale, plan.soft_cap, plan.interpret
+        )
+        column = jnp.arange(plan.columns)
+        triton.store(outputs["peak"].at[column], peak)
+        triton.store(outputs["weight"].at[column], weight)
+        channel = jnp.arange(sums.shape[0])[:, None]
+        exists = jnp.broadcast_to(channel < sum(plan.value_channels), sums.shape)
+        triton.store(outputs["sums"].at[channel, column[None, :]], sums, mask=exists)
+
+    @triton.when(jnp.logical_not(is_recent))
+    def _() -> None:
+        attend_blocks(inputs, outputs, plan, split)
+
+
+def attend_blocks(inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array) -> None:
+    """The program of a split of the blocks."""
     length = inputs["lengths"][0]
     start = inputs["starts"][0] if "starts" in inputs else jnp.int32(0)
     first = lax.div(start, plan.tokens)
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
     each = jnp.maximum(lax.div(tiles + plan.splits - 1, plan.splits), 1)
-    begin = triton.program_id(0) * each
+    begin = split * each
     end = jnp.minimum(begin + each, tiles)
 
     def pages_of(i):  # beyond the last block its page stands in, unseen
@@ -262,6 +288,9 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
     if "bias" in inputs:
         head = jnp.arange(plan.columns)
         state["bias"] = triton.load(inputs["bias"].at[head], mask=head < plan.heads, other=0.0)
+    if "recent" in inputs and inputs["recent"].key_mean is not None:
+        mean = mean_score(inputs["recent"], plan.columns, plan.heads, plan.scale)
+        state["bias"] = state["bias"] + mean if "bias" in state else mean
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)

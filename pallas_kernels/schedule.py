@@ -30,14 +30,16 @@ def default_schedule(
     bits: int,
     tokens: int,
     max_pages: int,
+    recent: bool = False,
 ) -> Schedule:
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
     `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
-    code. One warp needs no barrier, and suffices where its sums fit in the registers.
+    code; `recent`: a program more for each sequence and kv head has tokens in full precision. One
+    warp needs no barrier, and suffices where its sums fit in the registers.
     """
     pages = max(1, TILE_TOKENS // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)
-    splits = min(PROGRAMS // (batch * kv_heads), tiles // MIN_TILES)
+    splits = min(PROGRAMS // (batch * kv_heads) - recent, tiles // MIN_TILES)
     return Schedule(splits=max(1, splits), pages=pages, warps=1 if small else 2, stages=3)

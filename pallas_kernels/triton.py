@@ -22,6 +22,7 @@ DEPRECATION = "The Pallas Triton backend is deprecated"
 load = backend.load
 store = backend.store
 program_id = pl.program_id
+when = pl.when
 BlockSpec = pl.BlockSpec
 
 
@@ -83,3 +84,25 @@ def fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
 def dot(a: jax.Array, b: jax.Array, *, b_axis: int) -> jax.Array:
     """int8 [M, C] times int8 b, contracted over b's axis `b_axis`, in exact int32."""
     return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def float_dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    """Product of two matrices of one floating type, in float32 without rounding the operands."""
+    return lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def small_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32 [M, C] times [C, columns] for few columns, without the tensor cores' rounding."""
+    out = jnp.zeros((a.shape[0], b.shape[1]), jnp.float32)
+    for i in range(b.shape[1]):
+        own = (jnp.arange(b.shape[1]) == i)[None, :]
+        column = jnp.where(jnp.broadcast_to(own, b.shape), b, 0.0).sum(axis=1)
+        product = (a * column[None, :]).sum(axis=1)
+        out = jnp.where(jnp.broadcast_to(own, out.shape), product[:, None], out)
+    return out

@@ -79,16 +79,10 @@ def attend(
       ValueError: shapes that do not fit the cache, or an unknown implementation.
       NotImplementedError: an implementation that this device or call is not served by.
     """
-    config, layer = cache.config, jnp.asarray(layer, jnp.int32)
-    check_shapes(config, cache.lengths.shape[0], q, k, v)
-    parts = [_attend_recent(cache, layer, q, k, v, scores)]
-    if cache.page_table.shape[1]:
-        attend = _implementation(implementation, cache, q.shape[1])
-        parts.append(attend(cache, layer, q, scores))
-    if sink_logits is not None:
-        lse = jnp.broadcast_to(sink_logits.astype(jnp.float32), q.shape[:-1])
-        parts.append((jnp.zeros(q.shape, jnp.float32), lse))
-    return merge(parts)[0].astype(q.dtype)
+    layer = jnp.asarray(layer, jnp.int32)
+    check_shapes(cache.config, cache.lengths.shape[0], q, k, v)
+    attend = _implementation(implementation, cache, q.shape[1])
+    return attend(cache, layer, q, k, v, scores, sink_logits)
 
 
 def merge(parts: list[Part]) -> Part:
@@ -137,30 +131,42 @@ def attend_exact(
     return output.reshape(q.shape), jnp.moveaxis(lse, -1, 1).reshape(batch, count, heads)
 
 
+def _attend_xla(cache: Cache, layer, q, k, v, scores: Scores, sink_logits):
+    """The definition that a kernel must equal."""
+    parts = [_attend_recent(cache, layer, q, k, v, scores)]
+    if cache.page_table.shape[1]:
+        parts.append(_attend_blocks(cache, layer, q, scores))
+    if sink_logits is not None:
+        lse = jnp.broadcast_to(sink_logits.astype(jnp.float32), q.shape[:-1])
+        parts.append((jnp.zeros(q.shape, jnp.float32), lse))
+    return merge(parts)[0].astype(q.dtype)
+
+
 def _attend_recent(cache: Cache, layer, q, k, v, scores: Scores) -> Part:
     """Sinks, window and the new tokens themselves: everything in full precision."""
-    config, lengths = cache.config, cache.lengths
-    batch, count = q.shape[:2]
-    query = lengths[:, None] + jnp.arange(count)[None, :]
-    sink = jnp.broadcast_to(
-        jnp.arange(cache.sinks.keys.shape[2])[None, :], (batch, cache.sinks.keys.shape[2])
-    )
-    slot = jnp.arange(cache.window.keys.shape[2])[None, :]
-    newest = lengths[:, None] - 1 - config.sinks
-    ring = newest - (newest - slot) % max(slot.shape[1], 1) + config.sinks
-    compressed = config.sinks + config.compressed_tokens(lengths)[:, None]
-    position = jnp.concatenate([sink, ring, query], axis=1)
-    held = jnp.concatenate(
-        [sink < lengths[:, None], (ring >= compressed) & (ring >= 0), query >= 0], axis=1
-    )
-    keys = [cache.sinks.keys[layer], cache.window.keys[layer], k.astype(config.dtype)]
-    values = [cache.sinks.values[layer], cache.window.values[layer], v.astype(config.dtype)]
-    visible = held[:, None, :] & sees(config, query, position)
+    dtype = cache.config.dtype
+    keys = [cache.sinks.keys[layer], cache.window.keys[layer], k.astype(dtype)]
+    values = [cache.sinks.values[layer], cache.window.values[layer], v.astype(dtype)]
+    visible = recent_visible(cache, q.shape[1])
     return attend_exact(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
 
 
-def _attend_blocks_xla(cache: Cache, layer, q, scores: Scores) -> Part:
-    """The compressed blocks: the definition that a kernel must equal."""
+def recent_visible(cache: Cache, count: int) -> Bool[Array, "B T S"]:
+    """Which slots of sinks, window and `count` new tokens, in this order, the new tokens see."""
+    config, lengths = cache.config, cache.lengths[:, None]
+    query = lengths + jnp.arange(count)[None, :]
+    sink = jnp.arange(cache.sinks.keys.shape[2])[None, :] + jnp.zeros_like(lengths)
+    slot = jnp.arange(cache.window.keys.shape[2])[None, :]
+    newest = lengths - 1 - config.sinks
+    ring = newest - (newest - slot) % max(slot.shape[1], 1) + config.sinks
+    compressed = config.sinks + config.compressed_tokens(lengths)
+    position = jnp.concatenate([sink, ring, query], axis=1)
+    held = jnp.concatenate([sink < lengths, (ring >= compressed) & (ring >= 0), query >= 0], axis=1)
+    return held[:, None, :] & sees(config, query, position)
+
+
+def _attend_blocks(cache: Cache, layer, q, scores: Scores) -> Part:
+    """The compressed blocks."""
     config, (key_codec, value_codec) = cache.config, cache.codecs
     table = jnp.maximum(cache.page_table, 0)
     pages = tree.map(lambda pool: pool[layer, table], cache.pool)  # [B, slots, K, ...]
@@ -184,23 +190,32 @@ def _attend_blocks_xla(cache: Cache, layer, q, scores: Scores) -> Part:
     return unrotate_outputs(value_codec, layer, output, config.num_kv_heads), lse
 
 
-def attend_blocks_pallas(
-    cache: Cache, layer, q: Float[Array, "B 1 N H"], scores: Scores, *, interpret: bool = False
-) -> Part:
-    """The compressed blocks by the fused kernel, for one query per sequence."""
-    heads, (key_codec, value_codec) = cache.config.num_kv_heads, cache.codecs
-    scale = cache.config.head_dim**-0.5 if scores.scale is None else scores.scale
-    bias = mean_products(cache, layer, q)
-    output, lse = fused.attend_blocks(
+def attend_pallas(
+    cache: Cache,
+    layer: Int[Array, ""],
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
+    scores: Scores,
+    sink_logits: Float[Array, " N"] | None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B 1 N H"]:
+    """All segments in one fused kernel, for one query per sequence."""
+    config = cache.config
+    output = fused.attend(
         cache,
         layer,
-        rotate_queries(key_codec, layer, q, heads)[:, 0],
-        scale=scale,
+        q[:, 0],
+        rotate_queries(cache.codecs[0], layer, q, config.num_kv_heads)[:, 0],
+        (k.astype(config.dtype), v.astype(config.dtype)),
+        recent_visible(cache, 1)[:, 0],
+        scale=config.head_dim**-0.5 if scores.scale is None else scores.scale,
         softcap=scores.softcap,
-        bias=None if bias is None else bias[:, 0] * scale,
+        sink_logits=sink_logits,
         interpret=interpret,
     )
-    return unrotate_outputs(value_codec, layer, output[:, None], heads), lse[:, None]
+    return output[:, None]
 
 
 def block_positions(cache: Cache) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -245,11 +260,11 @@ def _implementation(implementation: Implementation | None, cache: Cache, queries
     if implementation not in ("xla", "pallas", None):
         raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
     if implementation == "xla":
-        return _attend_blocks_xla
+        return _attend_xla
     reason = fused.unserved(cache, queries)
     if implementation == "pallas" and reason is not None:
         raise NotImplementedError(f"implementation='pallas' got {reason}")
-    return _attend_blocks_xla if reason is not None else attend_blocks_pallas
+    return _attend_xla if reason is not None else attend_pallas
 
 
 def check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:

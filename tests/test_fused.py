@@ -1,0 +1,97 @@
+"""The fused kernel over all segments of a cache equals the definition on the same cache."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.triton import DEPRECATION
+from turboquant_jax import cache
+from turboquant_jax.attention import Scores, attend, attend_pallas
+
+CODEC = cache.CodecConfig
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning"),
+]
+SHAPE = dict(num_layers=2, num_kv_heads=2, block=32, window=5, sinks=2)
+SETTINGS = {
+    "centred": dict(head_dim=32, key=CODEC(2), value=CODEC(2, "haar")),
+    "outliers in a sliding window": dict(
+        head_dim=96, key=CODEC(((64, 3), (32, 2))), value=CODEC(((64, 2), (32, 4))),
+        sliding_window=70, center_keys=False, sinks=0, dtype="float32",
+    ),
+}  # fmt: skip
+COMPILED = SETTINGS | {
+    "folded rotation": dict(head_dim=128, key=CODEC(4), value=CODEC(4, "identity"), window=128),
+    "wide": dict(head_dim=80, key=CODEC(8, "haar"), value=CODEC(5, "haar"), dtype="float16"),
+    "plain": dict(head_dim=128, key=CODEC(4), value=CODEC(3), window=100, sinks=20),
+}
+
+
+def random_cache(config, rng):
+    """Any bytes, pages in any order; one sequence is empty, one ends inside the first window."""
+    orders = [
+        rng.permuted(np.tile(np.arange(config.head_dim), (2, 2, 1)), axis=-1).astype(np.int32)
+        for _ in range(2)
+    ]
+    mixed = not isinstance(config.key.bits, int)
+    options = dict(key_order=orders[0], value_order=orders[1]) if mixed else {}
+    state = cache.create(config, 3, 400, key=jax.random.key(0), **options)
+
+    def filled(leaf):
+        if leaf.dtype == jnp.uint32:  # two bfloat16 scales between 0.5 and 2
+            scales = rng.uniform(0.5, 2, (2, *leaf.shape)).astype(jnp.bfloat16).view(np.uint16)
+            return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
+        if leaf.dtype == jnp.uint8:
+            return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
+        return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
+
+    table = rng.permutation(state.page_table.size).astype(np.int32)
+    filled_parts = {
+        name: jax.tree.map(filled, getattr(state, name))
+        for name in ("pool", "sinks", "window", "key_mean")
+    }
+    return replace(
+        state,
+        **filled_parts,
+        page_table=jnp.asarray(table.reshape(state.page_table.shape)),
+        lengths=jnp.asarray([0, 3, 399], jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "interpret"),
+    [
+        *((name, True) for name in SETTINGS),
+        *(pytest.param(name, False, marks=GPU) for name in COMPILED),
+    ],
+)
+def test_the_fused_kernel_equals_the_definition(name, interpret):
+    config = cache.CacheConfig(**SHAPE | COMPILED[name])
+    rng = np.random.default_rng(5)
+    state = random_cache(config, rng)
+    shape = (3, 1, 2, config.head_dim)
+    k, v = (jnp.asarray(x) for x in rng.normal(0, 1, (2, *shape)).astype(np.float32))
+    q = jnp.asarray(rng.normal(0, 1, (3, 1, 6, config.head_dim)).astype(np.float32))
+    mixed = config.sliding_window is not None
+    scores = Scores(scale=0.3, softcap=4.0) if mixed else Scores()
+    sinks = jnp.asarray(rng.normal(0, 1, 6).astype(np.float32)) if mixed else None
+
+    @jax.jit
+    def both(state, q, k, v):
+        layer = jnp.int32(1)
+        with jax.default_matmul_precision("highest"):
+            want = attend(
+                state, layer, q, k, v, scores=scores, sink_logits=sinks, implementation="xla"
+            )
+        return want, attend_pallas(state, layer, q, k, v, scores, sinks, interpret=interpret)
+
+    want, got = both(state, q, k, v)
+    assert np.isfinite(got).all()
+    # queries and shares of the blocks are 15-bit integers: see tests/pallas_kernels
+    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # nothing but the token itself

@@ -5,6 +5,7 @@ from experiments import (
     codebook_ablation,
     distortion,
     inner_product,
+    llama_speed,
     nearest_neighbor,
     quantization_time,
     rotation_ablation,
@@ -21,4 +22,5 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     scale_ablation,
     codebook_ablation,
     bit_width_ablation,
+    llama_speed,
 )

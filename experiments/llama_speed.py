@@ -1,0 +1,271 @@
+"""A whole decoder at full size: tokens per second, and tokens that fit.
+
+Random weights of Llama-3-8B in bfloat16, values rotated by the weights, greedy decoding in one
+compiled loop. The baseline is the same decoder with a dense bfloat16 past and cuDNN's attention, in
+the same run. Pasts are filled with random codes at full length. `largest` is the largest batch at
+its context that fits the memory of the process, `longest` the longest single sequence; both are
+really allocated and decoded. A step of the roofline reads the weights and the past once, as fast as
+a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per second.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from experiments import greedy_generation, llama_claims, results
+from experiments.experiment import Claim, Row, Track, option, where
+from turboquant_jax import rotation
+from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
+from turboquant_jax.llama import PRESETS, Llama, LlamaConfig, timing
+from turboquant_jax.llama.dense import DENSE
+from turboquant_jax.llama.folding import fold_value_rotation
+from turboquant_jax.llama.generate import Past
+from turboquant_jax.llama.model import random_model, unstack
+from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.plan import tokens_that_fit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FULL = 16
+_SHARES = (0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until a run succeeds
+_STEPS_TEMPORARY = 2**20  # bytes a sequence, roughly: what a first guess leaves for temporaries
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    cases: tuple[str, ...] = option(
+        ("32x4096", "8x32768", "1x4096", "largest4096", "longest"),
+        "batch x context, largest<context>, longest, scan<batch>x<context>, greedy",
+    )
+    bits: tuple[int, ...] = option((FULL, 4, 2, 3), "bits of keys and values; 16: the baseline")
+    model: str = option("llama-3-8b", "preset whose sizes the random weights have")
+    layers: int = option(0, "layers instead of the preset's, if not 0")
+    steps: int = option(64, "steps of a compiled loop, a whole number of blocks")
+    repeats: int = option(3, "timed loops; their median counts")
+    checkpoint: str = option("", "GGUF file for the case greedy, if not the packaged SmolLM2")
+    tokens: int = option(256, "tokens of the case greedy")
+
+
+SMOKE = Config(("2x200",), (FULL, 4), "smollm2-135m", 1, 4, 1)
+
+
+def run(config: Config, track: Track) -> list[Row]:
+    """Measure every case."""
+    jobs = list(_jobs(config))
+    bench = Bench(config)
+    rows: list[Row] = []
+    for case, bits in track(jobs, "llama_speed"):
+        rows += bench.measure(case, bits, rows)
+    return rows
+
+
+def _jobs(config: Config) -> Iterator[tuple[str, int]]:
+    """(case, bits): baselines first, those on a stacked decoder last."""
+    cases = sorted(config.cases, key=lambda case: case.startswith("scan"))
+    for case in cases:
+        if case == "greedy":
+            yield case, 4
+        else:  # the dense past has an array per layer
+            bits = (b for b in config.bits if b != FULL or not case.startswith("scan"))
+            yield from ((case, b) for b in sorted(bits, key=lambda b: b != FULL))
+
+
+class Bench:
+    """Holds the decoder on the device, stacked or not, and measures one case at a time."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        preset = PRESETS[config.model]
+        layers = config.layers or preset.num_layers
+        self.llama: LlamaConfig = dataclasses.replace(preset, num_layers=layers)
+        self.held: tuple[bool, Llama] | None = None
+
+    @functools.cached_property
+    def copy(self) -> float:
+        """Bytes per second of a copy on this device."""
+        return timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**26)
+
+    def model(self, stacked: bool) -> Llama:
+        """The decoder in one form; only one is in memory."""
+        if self.held is None or self.held[0] != stacked:
+            self.held = None
+            gc.collect()
+            made = random_model(self.llama, 0)
+            made = made if stacked else unstack(made, donate=True)
+            kind: rotation.Kind = "hadamard"
+            pi = rotation.create(kind, jax.random.key(0), self.llama.head_dim)
+            self.held = stacked, jax.block_until_ready(fold_value_rotation(made, pi))
+        return self.held[1]
+
+    def cache_config(self, bits: int) -> CacheConfig:
+        """The default cache, values rotated already."""
+        codecs = CodecConfig(bits), CodecConfig(bits, rotation="identity")
+        sizes = self.llama.num_layers, self.llama.num_kv_heads, self.llama.head_dim
+        return CacheConfig(*sizes, *codecs)
+
+    def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
+        """The row of a case; none where it does not fit the device."""
+        if case == "greedy":
+            yield {"case": case} | greedy_generation.compare(
+                self.config.checkpoint, self.config.tokens
+            )
+            return
+        for share in _SHARES if case.startswith("l") else (1.0,):
+            row = self._tried(case, bits, *self._size(case, bits, share))
+            if row is None:
+                gc.collect()
+                continue
+            base = where(rows, case=case.removeprefix("scan"), bits_k=FULL)
+            if base and case != "longest":
+                row["ratio_to_baseline"] = row["tokens_per_second"] / base[0]["tokens_per_second"]
+            yield row
+            return
+
+    def _tried(self, case: str, bits: int, batch: int, context: int) -> Row | None:
+        """The row, or None where the device has too little memory."""
+        try:
+            return self._decode(case, bits, batch, context)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{case} at {bits} bits: {batch} x {context} does not fit", flush=True)
+            return None
+
+    def _size(self, case: str, bits: int, share: float) -> tuple[int, int]:
+        """Batch and context, by the plan where the case asks for what fits."""
+        if match := re.fullmatch(r"(?:scan)?(\d+)x(\d+)", case):
+            return int(match[1]), int(match[2])
+        budget = int(share * self._free())
+        room = self.config.steps + 1
+        cache, each = self.cache_config(4 if bits == FULL else bits), exact_bytes_per_token
+        if case == "longest":
+            budget -= 2**28
+            fits = budget // each(cache) if bits == FULL else tokens_that_fit(cache, 1, budget)
+            return 1, fits - room
+        if match := re.fullmatch(r"largest(\d+)", case):
+            capacity = int(match[1]) + room
+            per = each(cache) * capacity
+            if bits != FULL:
+                two, one = (planned_bytes(cache, n, capacity).total for n in (2, 1))
+                per = two - one
+            return max(1, budget // (per + _STEPS_TEMPORARY)), int(match[1])
+        raise ValueError(f"got the case {case!r}, expected such as 8x4096, largest4096, longest")
+
+    def _free(self) -> int:
+        self.model(stacked=False)
+        stats = jax.devices()[0].memory_stats()
+        if stats is None:
+            raise ValueError("got a device that does not report its memory, expected a GPU")
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+
+    def _decode(self, case: str, bits: int, batch: int, context: int) -> Row:
+        scan = case.startswith("scan")
+        model, capacity = self.model(stacked=scan), context + self.config.steps + 1
+        cache = self.cache_config(4 if bits == FULL else bits)
+        sizes = batch, context, capacity
+        make: Callable[[], Any]
+        past: Past[Any]
+        if bits == FULL:
+            make, past = functools.partial(timing.filled_dense, self.llama, *sizes), DENSE
+        else:
+            make, past = functools.partial(timing.filled_cache, cache, *sizes), COMPRESSED
+        shapes = jax.tree.leaves(jax.eval_shape(make))
+        nbytes = sum(x.size * x.dtype.itemsize for x in shapes)
+        options = dict(steps=self.config.steps, repeats=self.config.repeats)
+        timed = timing.time_decode(model, make, past, **options)
+        middle = context + self.config.steps / 2
+        read = batch * timing.past_bytes(cache, middle, bits != FULL)
+        fastest = (timing.weight_bytes(model) + read) / self.copy
+        stats = jax.devices()[0].memory_stats() or {}
+        return {
+            "case": case,
+            "cache": "bf16" if bits == FULL else f"{bits} bits",
+            "bits_k": bits,
+            "bits_v": bits,
+            "layers": "scan" if scan else "unstacked",
+            "batch": batch,
+            "context": context,
+            "milliseconds_per_step": timed.median * 1e3,
+            "milliseconds_min": min(timed.seconds) * 1e3,
+            "milliseconds_max": max(timed.seconds) * 1e3,
+            "tokens_per_second": batch / timed.median,
+            "fraction_of_roofline": fastest / timed.median,
+            "copy_gigabytes_per_second": self.copy / 1e9,
+            "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
+            "cache_bytes": nbytes,
+            "temporary_bytes": timed.temporary_bytes,
+            "peak_bytes": stats.get("peak_bytes_in_use", 0),
+            "memory_limit": stats.get("bytes_limit", 0),
+            "compile_seconds": timed.compile_seconds,
+        }
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aims of speed and of memory."""
+    return llama_claims.claims(rows)
+
+
+def figure(rows: Sequence[Row]) -> "Figure":
+    """Tokens per second of every case, and the longest contexts."""
+    return llama_claims.figure(rows)
+
+
+def main() -> None:
+    """Rows are written as they come; a second call goes on where the first ended."""
+    out, limit, config = _arguments()
+    start, bench = time.monotonic(), Bench(config)
+    rows = results.read(out).rows if (out / "rows.csv").exists() else []
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    for case, bits in _jobs(config):
+        here = [row for row in rows if row.get("memory_limit", memory) == memory]
+        if where(here, case=case, bits_k=bits):
+            continue
+        if time.monotonic() - start > limit:
+            print(f"not run for lack of time: {case} at {bits} bits", flush=True)
+            continue
+        fresh = list(bench.measure(case, bits, here))
+        rows += fresh
+        took = time.monotonic() - start
+        command, settings = "python -m experiments.llama_speed", results.config_of(config)
+        results.write(out, rows, results.describe(command, settings, took), None)
+        for row in fresh:
+            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"[{took:.0f} s]", ", ".join(cells), flush=True)
+    for claim in claims(rows):
+        print(f"{claim.verdict:15} {claim.statement} -> {claim.measured}")
+
+
+def _arguments() -> tuple[Path, float, Config]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this")
+    for field in dataclasses.fields(Config):
+        default: Any = field.default
+        several = isinstance(default, tuple)
+        kind = type(default[0] if several else default)
+        nargs = "+" if several else None
+        described = field.metadata["help"]
+        parser.add_argument(
+            f"--{field.name}", type=kind, nargs=nargs, default=default, help=described
+        )
+    given = vars(parser.parse_args())
+    out, limit = given.pop("out"), given.pop("seconds")
+    plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return out, limit, Config(**plain)
+
+
+if __name__ == "__main__":
+    main()

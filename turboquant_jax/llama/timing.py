@@ -1,0 +1,190 @@
+"""How fast decoding and prefill are, and how fast they could be.
+
+A past is *filled*, not prefilled: random codes at full length cost no forward pass, and a step
+takes the same time whatever they say. Steps are timed inside the compiled loop of `generate.decode`.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from turboquant_jax import cache
+from turboquant_jax.cache import Cache, CacheConfig
+from turboquant_jax.cache.accounting import bytes_per_compressed_token, exact_bytes_per_token
+from turboquant_jax.llama import dense
+from turboquant_jax.llama.config import LlamaConfig
+from turboquant_jax.llama.dense import Dense
+from turboquant_jax.llama.generate import Past, decode, prefill
+from turboquant_jax.llama.model import Llama
+
+_PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past would take too long
+_ONES = 0x3F803F80  # a scale word: 1.0 for the key and for the value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -> Cache:
+    """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
+    state = cache.create(config, batch, capacity, key=jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+
+    def codes(pool: Array) -> Array:
+        pages = jnp.arange(pool.shape[1])[None, :]
+        pages = (pages + 7 * jnp.arange(pool.shape[0])[:, None]) % _PATTERN
+        return jax.random.bits(next(keys), (_PATTERN, *pool.shape[2:]), pool.dtype)[pages]
+
+    def exact(segment: Array) -> Array:
+        tokens = jax.random.normal(next(keys), (1, 1, *segment.shape[2:]), segment.dtype)
+        return jnp.broadcast_to(tokens, segment.shape)
+
+    pool = dataclasses.replace(
+        state.pool,
+        keys=jax.tree.map(codes, state.pool.keys),
+        values=jax.tree.map(codes, state.pool.values),
+        scales=jax.tree.map(lambda x: jnp.full_like(x, _ONES), state.pool.scales),
+    )
+    return dataclasses.replace(
+        state,
+        pool=pool,
+        sinks=jax.tree.map(exact, state.sinks),
+        window=jax.tree.map(exact, state.window),
+        lengths=jnp.full(batch, context, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def filled_dense(config: LlamaConfig, batch: int, context: int, capacity: int) -> Dense:
+    """A dense past in bfloat16 in which every sequence has `context` random tokens."""
+    state = dense.create(config, batch, capacity)
+    size = (_PATTERN, config.num_kv_heads, config.head_dim)
+    tokens = jax.random.normal(jax.random.key(1), size, state.keys[0].dtype)
+
+    def layer(index: int, array: Array) -> Array:
+        slot = (jnp.arange(capacity) + 7 * index) % _PATTERN
+        return jnp.broadcast_to(tokens[slot][None], array.shape)
+
+    return dataclasses.replace(
+        state,
+        keys=tuple(layer(2 * i, x) for i, x in enumerate(state.keys)),
+        values=tuple(layer(2 * i + 1, x) for i, x in enumerate(state.values)),
+        lengths=jnp.full(batch, context, jnp.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of a step of each repetition, and bytes of the compiler's temporaries."""
+
+    seconds: tuple[float, ...]
+    temporary_bytes: int
+    compile_seconds: float
+
+    @property
+    def median(self) -> float:
+        """The median of the repetitions."""
+        return statistics.median(self.seconds)
+
+
+def time_decode(
+    model: Llama, make: Callable[[], Any], past: Past, *, steps: int = 64, repeats: int = 3
+) -> Timing:
+    """Time steps of greedy decoding, each repetition from the same lengths on.
+
+    `make()` gives the past, with room for `steps` more tokens. It is called after compilation,
+    which may want memory of its own on the device.
+
+    Raises:
+      ValueError: a past without that room.
+    """
+    abstract = jax.eval_shape(make)
+    batch, vocab = abstract.lengths.shape[0], model.config.vocab_size
+    logits = jax.random.normal(jax.random.key(2), (batch, vocab), jnp.float32)
+    keys = jax.random.split(jax.random.key(3), batch)
+    begin = time.perf_counter()
+    lowered = decode.lower(
+        model, logits, abstract.lengths, keys, abstract, past, max_tokens=steps + 1
+    )
+    run = lowered.compile()
+    compiled, seconds, state = time.perf_counter() - begin, [], make()
+    lengths = jax.device_get(state.lengths)
+    for repeat in range(repeats + 1):
+        state = dataclasses.replace(state, lengths=jnp.asarray(lengths))
+        positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
+        jax.block_until_ready((state, positions))
+        begin = time.perf_counter()
+        made = jax.block_until_ready(run(model, logits, positions, keys, state))
+        if repeat:  # the first call loads the kernels
+            seconds.append((time.perf_counter() - begin) / steps)
+        state = made.state
+    if bool(jnp.any(state.overflow)):
+        raise ValueError(f"got a past without room for {steps} more tokens, expected it")
+    return Timing(tuple(seconds), _temporaries(run), compiled)
+
+
+def time_prefill(
+    model: Llama,
+    make: Callable[[], Any],
+    batch: int,
+    context: int,
+    past: Past,
+    *,
+    chunk: int,
+    repeats: int = 3,
+) -> Timing:
+    """Time passing `batch` prompts of `context` tokens; seconds are those of the whole.
+
+    `make()` gives an empty past with room for them.
+    """
+    shape, vocab = (batch, context), model.config.vocab_size
+    tokens = jax.random.randint(jax.random.key(4), shape, 0, vocab, jnp.int32)
+    arguments = (model, tokens, jnp.full(batch, context, jnp.int32))
+    begin = time.perf_counter()
+    run = prefill.lower(*arguments, make(), past, chunk=chunk).compile()
+    compiled, seconds = time.perf_counter() - begin, []
+    for repeat in range(repeats + 1):
+        state = jax.block_until_ready(make())
+        begin = time.perf_counter()
+        jax.block_until_ready(run(*arguments, state))
+        if repeat:
+            seconds.append(time.perf_counter() - begin)
+    return Timing(tuple(seconds), _temporaries(run), compiled)
+
+
+def _temporaries(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def copy_bandwidth(nbytes: int = 2**30) -> float:
+    """Bytes read and written per second by x + 1 on the default device."""
+    x = jnp.zeros((nbytes // 4,), jnp.int32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x, times = jax.block_until_ready(add(x)), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(10):
+            x = add(x)
+        jax.block_until_ready(x)
+        times.append((time.perf_counter() - begin) / 10)
+    return 2 * x.nbytes / statistics.median(times)
+
+
+def weight_bytes(model: Llama) -> int:
+    """Bytes of the weights that a step of decoding reads: of an untied embedding only some rows."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    return total if model.head is None else total - model.embedding[...].nbytes
+
+
+def past_bytes(config: CacheConfig, context: float, compressed: bool) -> float:
+    """Bytes of the past that a step of one sequence reads, as stored."""
+    exact = exact_bytes_per_token(config)
+    if not compressed:
+        return context * exact
+    inside = config.compressed_tokens(int(context))
+    return inside * bytes_per_compressed_token(config) + (context - inside) * exact

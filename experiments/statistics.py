@@ -40,3 +40,12 @@ def are_below(verdicts: list[Verdict]) -> Verdict:
 def all_equal(deviations: list[float]) -> Verdict:
     """Whether every deviation, in standard errors, is within the interval."""
     return "holds" if max(map(abs, deviations)) <= SIGMAS else "does not hold"
+
+
+def wilson(successes: int, trials: int, sigmas: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, at 95 % unless told otherwise."""
+    share, z2 = successes / trials, sigmas**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = sigmas * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    half = half / (1 + z2 / trials)
+    return float(centre - half), float(centre + half)

@@ -1,0 +1,113 @@
+"""Caches whose parts are held differently: one part alone, and bits of every layer's own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from experiments.codecs import Turbo
+from experiments.experiment import Row
+from experiments.forcing import Rule, Trip, Trips
+from turboquant_jax.cache import CodecConfig
+from turboquant_jax.llama import LlamaConfig
+
+RULE = Rule(64, 4, 64, True)
+
+
+@dataclass(frozen=True)
+class One:
+    """Only the keys ("K") or the values ("V") of a layer, or of one head of it, are compressed."""
+
+    bits: int
+    layer: int
+    part: str
+    head: int | None = None
+
+    rule: Rule = field(default=RULE, repr=False)
+    is_random: bool = field(default=True, repr=False)
+
+    def columns(self) -> Row:
+        """For a row."""
+        where: Row = {"part": self.part, "layer": self.layer, "bits": self.bits}
+        return where if self.head is None else {**where, "head": self.head}
+
+    def trips(self, seed: int, model: LlamaConfig) -> Trips:
+        """Nothing but the one part."""
+        trip = _trips(seed, model)["KV".index(self.part)][self.bits]
+        if self.head is not None:
+            trip = partial(_only, trip, jnp.arange(model.num_kv_heads) == self.head)
+        alone = (trip, None) if self.part == "K" else (None, trip)
+        return lambda layer: alone if layer == self.layer else (None, None)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Bits of the keys of every layer, then of the values."""
+
+    bits: tuple[int, ...]
+
+    rule: Rule = field(default=RULE, repr=False)
+    is_random: bool = field(default=True, repr=False)
+
+    def describe(self) -> str:
+        """Digits of the keys, digits of the values."""
+        digits, layers = "".join(map(str, self.bits)), len(self.bits) // 2
+        return f"K {digits[:layers]} V {digits[layers:]}"
+
+    def trips(self, seed: int, model: LlamaConfig) -> Trips:
+        """The same rotation for every layer."""
+        keys, values = _trips(seed, model)
+        return lambda layer: (keys[self.bits[layer]], values[self.bits[model.num_layers + layer]])
+
+
+def _trips(seed: int, model: LlamaConfig) -> tuple[dict[int, Trip], dict[int, Trip]]:
+    """Of the keys and of the values, by bits."""
+    made = []
+    for key in jax.random.split(jax.random.key(seed)):
+        coders = {bits: Turbo(CodecConfig(bits, code="trellis")) for bits in (1, 2, 3, 4)}
+        made.append({bits: coder.trip(key, model.head_dim) for bits, coder in coders.items()})
+    return made[0], made[1]
+
+
+def _only(trip: Trip, chosen: Array, x: Array) -> Array:
+    return jnp.where(chosen[None, None, :, None], trip(x), x)
+
+
+def allocate(shares: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[int, ...], float]:
+    """Bits of every part whose losses add up to the least, with at most `budget` bits in all.
+
+    Args:
+      shares: loss by bits, for each part.
+      budget: bits that all parts together may have.
+
+    Returns:
+      The bits of each part, and the sum of their losses.
+
+    Raises:
+      ValueError: a budget below the least bits of all parts.
+    """
+    least = np.full(budget + 1, np.inf)  # least loss of the parts so far, by bits spent
+    least[0] = 0.0
+    choices = []
+    for share in shares:
+        after, choice = np.full(budget + 1, np.inf), np.zeros(budget + 1, int)
+        for bits, loss in share.items():
+            moved = np.full(budget + 1, np.inf)
+            moved[bits:] = least[: budget + 1 - bits] + loss
+            choice = np.where(moved < after, bits, choice)
+            after = np.minimum(after, moved)
+        choices.append(choice)
+        least = after
+    spent = int(np.argmin(least))
+    total = float(least[spent])
+    if not np.isfinite(total):
+        raise ValueError(f"a budget of {budget} bits is too small for {len(shares)} parts")
+    bits_of = []
+    for choice in reversed(choices):
+        bits_of.append(int(choice[spent]))
+        spent -= bits_of[-1]
+    return tuple(reversed(bits_of)), total

@@ -1,0 +1,160 @@
+"""What compression does to a real model.
+
+SmolLM2-135M-Instruct (dequantized from 4 bits; head dim 64, 30 layers, 3 KV heads) reads texts,
+each query seeing exactly what it would see when decoding token by token; full precision is the same
+model with a cache of bfloat16. Bytes are those of the whole cache of one sequence over its tokens:
+codes, scales, window, sinks, mean key, page tables. Settings are chosen on the calibration texts
+(essays, encyclopedic articles) and judged on the test texts (encyclopedia, Bible, code), 8,192
+tokens each; curves over one property at a time are calibration texts at 2,048 tokens. Errors are
+over chunks of 1,024 tokens, paired with full precision, and over three rotations. The error of
+attention outputs compares with full precision on the same queries, keys and values, those of the
+compressed pass; K4 V2 w64 is 4 bits for keys, 2 for values and a window of 64.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from experiments import fidelity_judgement, fidelity_settings, losses, prepared
+from experiments.experiment import Claim, Row, Track, option
+from experiments.forcing import Forcing, cut
+from experiments.journal import Journal, open_journal
+from experiments.losses import Subject
+from experiments.prepared import CALIBRATION, TEST
+from experiments.settings import Setting, peers, turbo, unique
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    context: int = option(8192, "tokens of the texts that settings are chosen and judged by")
+    screen: int = option(2048, "tokens of the texts of the curves")
+    others: tuple[int, ...] = option((512, 2048), "other lengths for a few settings")
+    rows: int = option(0, "texts of each name, 0 for all")
+    settings: int = option(0, "settings of each part, 0 for all")
+    seeds: int = option(3, "draws of the rotations")
+    noise: int = option(1, "whether other arithmetic is measured too, 0 or 1")
+    precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
+
+
+SMOKE = Config("tiny", 160, 160, (), 4, 1, 2, noise=0)
+
+
+def run(config: Config, track: Track) -> list[Row]:
+    """Candidates on the calibration texts, the best and the peers on the test texts, curves."""
+    journal = open_journal("fidelity", config)
+    forcing = cut(prepared.model(config.model), config.precision)
+    layers = forcing.model.config.num_layers
+    seeds = list(range(config.seeds))
+
+    def part(
+        split: str, context: int, settings: Sequence[Setting], kind: str, share: float = 1.0
+    ) -> list[Row]:
+        if config.settings:
+            settings = settings[: config.settings]
+        found: list[Row] = []
+        held = Lazy(forcing, config, split, context)
+        for setting in track(unique(settings), f"fidelity: {kind}"):
+            errors = kind == "curve"
+            case = f"{kind} {split} {context} {setting.preset}"
+
+            def make(setting=setting, errors=errors) -> list[Row]:
+                made = losses.measure(held.subject, setting, seeds, errors)
+                return list(_rows(forcing, held.subject, setting, made, kind, split))
+
+            found += journal.measure(case, make, share=share)
+        return found
+
+    candidates = fidelity_settings.candidates()
+    calibrated = part(CALIBRATION, config.context, candidates, "candidate", 0.4)
+    names = fidelity_settings.front(calibrated)
+    chosen = [s for s in candidates if s.preset in names]
+    tested = part(TEST, config.context, chosen, "chosen", 0.6)
+    tested += part(TEST, config.context, peers(layers), "peer", 0.7)
+    curves = part(CALIBRATION, config.screen, fidelity_settings.curves(), "curve")
+    for context in config.others:
+        curves += part(TEST, context, fidelity_settings.few(), "context")
+    noise = _noise(config, journal, forcing) if config.noise else []
+    return calibrated + tested + curves + noise
+
+
+class Lazy:
+    """The texts of a split and length, read and passed in full precision when first asked for."""
+
+    def __init__(self, forcing: Forcing, config: Config, split: str, context: int):
+        self._make = forcing, config, split, context
+        self._held: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """The texts."""
+        if self._held is None:
+            forcing, config, split, context = self._make
+            texts = _texts(config, split, context)
+            self._held = losses.subject(forcing, texts, prepared.PASS_TOKENS)
+        return self._held
+
+
+def _texts(config: Config, split: str, context: int) -> Mapping[str, np.ndarray]:
+    rows = config.rows or None
+    if config.model == "tiny":
+        return {split: prepared.random_texts(config.rows, context)}
+    if context < config.context and rows is None:
+        rows = max(1, 8192 // context)  # the first 8,192 tokens of each name
+    return prepared.texts(split, context, rows)
+
+
+def _rows(
+    forcing: Forcing, subject: Subject, setting: Setting, made: losses.Losses, kind: str, split: str
+) -> Iterator[Row]:
+    """A row for all texts of the split together, then one for each."""
+    context = subject.batches[0].shape[1]
+    sizes = setting.sizes(forcing.model.config, context)
+    whole = slice(0, len(made.full))
+    parts = list(zip(subject.names, subject.slices, strict=True))
+    for text, which in [("all", whole), *(parts if len(parts) > 1 else [])]:
+        head = {"kind": kind, "split": split, "text": text, "context": context}
+        yield {**head, **setting.columns(), **sizes, **made.rows(which).columns()}
+
+
+def _noise(config: Config, journal: Journal, forcing: Forcing) -> list[Row]:
+    """What is measured where nothing is compressed: arithmetic in TensorFloat-32 instead."""
+    context = config.screen
+    texts = _texts(config, CALIBRATION, context)
+
+    def make() -> list[Row]:
+        tokens = np.concatenate(list(texts.values()))
+        rough = cut(forcing.model, "tensorfloat32")
+        exact = forcing.full(tokens)
+        compared = forcing.compare(tokens, exact, rough.full(tokens))
+        nll = forcing.compare(tokens, exact, exact).nll
+        made = losses.Losses(
+            nll, compared.nll[None], compared.kl[None], compared.agrees[None], None
+        )
+        nothing = turbo(None, None)
+        head = {"kind": "noise", "split": CALIBRATION, "text": "all", "context": context}
+        columns = {**nothing.columns(), "preset": "full precision in tensorfloat32"}
+        device = {"device": jax.devices()[0].device_kind}
+        sizes = nothing.sizes(forcing.model.config, context)
+        return [{**head, **columns, **sizes, **made.columns(), **device}]
+
+    return journal.measure("noise", make)
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """The targets, the peers, and what every property is worth."""
+    return fidelity_judgement.claims(rows)
+
+
+def figure(rows: Sequence[Row]) -> "Figure":
+    """Loss against true bytes, at the context and at 65,536 tokens, and curves."""
+    return fidelity_judgement.figure(rows)

@@ -1,0 +1,228 @@
+"""Teacher forcing layer by layer: hundreds of settings of a cache, a handful of compilations.
+
+The semantics are those of `turboquant_jax.teacher_forcing`, and a test holds the two together:
+query p sees the tokens [sinks, sinks + C(p)) as they come back from compression, and all others in
+full precision. Here window, sinks, block and centring are arrays, the layers are driven from the
+host, and what keys and values go through is any function of arrays, compiled for itself. Queries
+are taken in tiles, so that the scores of a long text never exist at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Float, Int
+
+from turboquant_jax.attention import Scores, attend_exact, merge
+from turboquant_jax.llama.evaluate import Comparison, compare
+from turboquant_jax.llama.model import Layer, Llama, rms_norm, unstack
+from turboquant_jax.llama.rope import rotation_angles
+
+Trip = Callable[[Float[Array, "B T K H"]], Float[Array, "B T K H"]]
+"""Keys (centred), or values, of a layer through compression and back, float32."""
+
+Trips = Callable[[int], tuple[Trip | None, Trip | None]]
+"""Layer -> what its keys and its values go through; None leaves them in full precision."""
+
+# XLA may otherwise drop the roundings to 16 bits that are the point of the exercise.
+ROUNDING = {"xla_allow_excess_precision": False}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Static sizes: queries of a tile, most of window + block, most sinks, all in tokens."""
+
+    queries: int = 1024
+    reach: int = 1024
+    sinks: int = 64
+
+
+_TILES = Tiling()
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Rule:
+    """Which tokens are compressed when, see `CacheConfig`; numbers or arrays of them."""
+
+    window: Any
+    sinks: Any
+    block: Any
+    centred: Any
+
+    def arrays(self) -> "Rule":
+        """The same rule as arrays, on which nothing is specialised."""
+        return jax.tree.map(lambda value: jnp.asarray(int(value), jnp.int32), self)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over texts leaves.
+
+    Attributes:
+      hidden: final hidden vectors, after the last norm.
+      attention_error: |o - o*| / |o*| of each layer and text, o* attention in full precision to the
+        same queries, keys and values, those of this pass; None where it was not asked for.
+    """
+
+    hidden: Float[Array, "B T D"]
+    attention_error: Float[np.ndarray, "layers B"] | None
+
+
+@dataclass(frozen=True)
+class Forcing:
+    """A decoder cut into its layers, and how exactly to multiply."""
+
+    model: Llama
+    layers: Sequence[Layer]
+    precision: str
+    dtype: str
+    tiling: Tiling
+
+    def full(self, tokens: Int[np.ndarray, "B T"]) -> Pass:
+        """A cache in full precision, `dtype`."""
+        return self.run(tokens, Rule(0, 0, 8, False), lambda layer: (None, None))
+
+    def run(
+        self, tokens: Int[np.ndarray, "B T"], rule: Rule, trips: Trips, errors: bool = False
+    ) -> Pass:
+        """One pass over texts of the same length.
+
+        Raises:
+          ValueError: a rule beyond the reach of the tiles.
+        """
+        if rule.window + rule.block > self.tiling.reach or rule.sinks > self.tiling.sinks:
+            raise ValueError(
+                f"window + block and sinks must be at most {self.tiling.reach} and "
+                f"{self.tiling.sinks}, got {rule.window} + {rule.block} and {rule.sinks}"
+            )
+        with jax.default_matmul_precision(self.precision):
+            return self._run(jnp.asarray(tokens, jnp.int32), rule.arrays(), trips, errors)
+
+    def compare(self, tokens: Int[np.ndarray, "B T"], exact: Pass, other: Pass) -> Comparison:
+        """Predictions of tokens[:, 1:] from two passes, arrays [B, T - 1]."""
+        with jax.default_matmul_precision(self.precision):
+            made = compare(self.model, jnp.asarray(tokens, jnp.int32), exact.hidden, other.hidden)
+        shape = tokens.shape[1] - 1, tokens.shape[0]
+        return Comparison(*(x.reshape(shape).T for x in (made.nll, made.kl, made.agrees)))
+
+    def _run(self, tokens: Array, rule: Rule, trips: Trips, errors: bool) -> Pass:
+        config, found = self.model.config, []
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        angles = rotation_angles(config, positions)
+        hidden = _embed(self.model, tokens)
+        for index, layer in enumerate(self.layers):
+            q, k, v = _project(layer, hidden, angles, self.dtype)
+            key_trip, value_trip = trips(index)
+            mean = _mean(k, rule)
+            approximate_k = k if key_trip is None else _add(key_trip(_subtract(k, mean)), mean)
+            approximate_v = v if value_trip is None else value_trip(v.astype(jnp.float32))
+            out = _attend(q, k, v, approximate_k, approximate_v, rule, self.tiling)
+            if errors:
+                found.append(_error(out, _attend(q, k, v, k, v, rule, self.tiling)))
+            hidden = _finish(layer, hidden, angles, out)
+        return Pass(
+            rms_norm(hidden, self.model.norm[...], config.rms_norm_eps),
+            np.stack([np.asarray(error) for error in found]) if errors else None,
+        )
+
+
+def cut(
+    model: Llama,
+    precision: str = "highest",
+    dtype: str = "bfloat16",
+    tiling: Tiling = _TILES,
+) -> Forcing:
+    """Cut a stacked decoder into layers with arrays of their own.
+
+    Args:
+      model: the decoder.
+      precision: of float32 products, see `jax.default_matmul_precision`.
+      dtype: of what the cache holds in full precision.
+      tiling: static sizes.
+    """
+    return Forcing(model, tuple(unstack(model).layers), precision, dtype, tiling)
+
+
+@jax.jit
+def _embed(model, tokens):
+    return model.embedding[...][tokens]
+
+
+def _no_attention(state, index, q, k, v):
+    return jnp.zeros_like(q), (q, k, v)
+
+
+@partial(jax.jit, static_argnums=3, compiler_options=ROUNDING)
+def _project(layer, hidden, angles, dtype):
+    q, k, v = layer(hidden, *angles, jnp.int32(0), (), _no_attention)[1]
+    return q, k.astype(dtype), v.astype(dtype)
+
+
+@jax.jit
+def _finish(layer, hidden, angles, out):
+    def attend(state, index, q, k, v):
+        return out, state
+
+    return layer(hidden, *angles, jnp.int32(0), (), attend)[0]
+
+
+@jax.jit
+def _mean(k: Float[Array, "B T K H"], rule: Rule) -> Float[Array, "B 1 K H"]:
+    position = jnp.arange(k.shape[1], dtype=jnp.int32)
+    counts = (position >= rule.sinks) & (position < rule.sinks + rule.block) & (rule.centred > 0)
+    share = counts.astype(jnp.float32) / rule.block.astype(jnp.float32)
+    return jnp.einsum("t,btkh->bkh", share, k.astype(jnp.float32), precision="highest")[:, None]
+
+
+@jax.jit
+def _subtract(x, mean):
+    return x.astype(jnp.float32) - mean
+
+
+@jax.jit
+def _add(x, mean):
+    return x + mean
+
+
+@partial(jax.jit, static_argnums=6)
+def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
+    """Attention in tiles of queries; of the exact keys only sinks and reach can be seen."""
+    outputs = []
+    for start in range(0, q.shape[1], tiling.queries):
+        stop = min(start + tiling.queries, q.shape[1])
+        query = jnp.arange(start, stop, dtype=jnp.int32)[:, None]
+        blocks = jnp.maximum(query - rule.sinks - rule.window, 0) // rule.block
+        edge = rule.sinks + blocks * rule.block
+
+        def compressed(position, edge=edge):
+            return (position[None, :] >= rule.sinks) & (position[None, :] < edge)
+
+        low = max(0, start - tiling.reach)
+        low = low if low > tiling.sinks else 0
+        near = np.r_[0 : tiling.sinks if low else 0, low:stop].astype(np.int32)
+        exact_k, exact_v = (
+            jnp.concatenate([x[:, : tiling.sinks], x[:, low:stop]], 1) if low else x[:, :stop]
+            for x in (k, v)
+        )
+        seen = (near[None, :] <= query) & ~compressed(near)
+        held = compressed(np.arange(stop, dtype=np.int32))
+        part = q[:, start:stop]
+        approximate = approximate_k[:, :stop], approximate_v[:, :stop]
+        parts = [
+            attend_exact(part, exact_k, exact_v, seen[None], Scores()),
+            attend_exact(part, *approximate, held[None], Scores()),
+        ]
+        outputs.append(merge(parts)[0])
+    return jnp.concatenate(outputs, axis=1)
+
+
+@jax.jit
+def _error(out, exact) -> Float[Array, " B"]:
+    axes = (1, 2, 3)
+    return jnp.sqrt(jnp.sum((out - exact) ** 2, axis=axes) / jnp.sum(exact**2, axis=axes))

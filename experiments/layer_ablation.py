@@ -1,0 +1,207 @@
+"""Which layers, heads, and which of keys and values carry the loss.
+
+One layer's keys, or values, or the keys of one of its heads are compressed (trellis code, window of
+64, four sinks, centred keys), everything else stays in full precision: the KL divergence is that
+part's share. From these, under the assumption that shares add up, bits from 1 to 4 are given to
+the keys and values of every layer so that the sum is least at the bytes of a uniform cache
+(dynamic programming), and the mixed cache is judged on the test texts beside the uniform one. The
+library has no such cache; its bytes are those of the uniform one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from experiments import losses, prepared
+from experiments.allocation import Mixed, One, allocate
+from experiments.experiment import Claim, Row, Track, distinct, option, where
+from experiments.forcing import Forcing, cut
+from experiments.journal import Journal, open_journal
+from experiments.losses import Subject
+from experiments.settings import turbo
+from experiments.statistics import is_below
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    context: int = option(2048, "tokens of a calibration text")
+    rows: int = option(2, "calibration texts of each name")
+    test_context: int = option(8192, "tokens of a test text")
+    test_rows: int = option(0, "test texts of each name, 0 for all")
+    bits: tuple[int, ...] = option(
+        (2, 1, 3, 4), "bits that a part may get; shares are of the first"
+    )
+    uniform: tuple[str, ...] = option(
+        ("2 2", "3 2", "3 3"), "bits of keys and values to compare with"
+    )
+    heads: int = option(1, "whether heads are measured too, 0 or 1")
+    seeds: int = option(3, "draws of the rotations")
+    precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    seconds: float = option(0.0, "stop starting new cases after so long, 0 for never")
+
+
+SMOKE = Config("tiny", 160, 4, 160, 4, (2, 1), ("2 1",), 0, 2)
+
+
+def run(config: Config, track: Track) -> list[Row]:
+    """The parts one by one, then the mixed caches that follow, then the heads."""
+    journal = open_journal("layer_ablation", config)
+    forcing = cut(prepared.model(config.model), config.precision)
+    layers, heads = forcing.model.config.num_layers, forcing.model.config.num_kv_heads
+    calibration = _texts(config, forcing, prepared.CALIBRATION, config.context, config.rows)
+    seeds = range(config.seeds)
+
+    def share(one: One) -> list[Row]:
+        # what is only an input of the allocation is drawn once
+        shared = one.bits == config.bits[0] and one.head is None
+        made = losses.measure(calibration, one, seeds if shared else seeds[:1]).columns()
+        return [{"kind": "head" if one.head is not None else "layer", **one.columns(), **made}]
+
+    parts = [One(b, layer, part) for b in config.bits for part in "KV" for layer in range(layers)]
+    rows: list[Row] = []
+    for one in track(parts, "layer_ablation: layers"):
+        rows += journal.measure(f"{one}", partial(share, one), share=0.6)
+    rows += _mixed(config, journal, forcing, rows)
+    if config.heads:
+        some = [One(config.bits[0], x, "K", head) for x in range(layers) for head in range(heads)]
+        for one in track(some, "layer_ablation: heads"):
+            rows += journal.measure(f"{one}", partial(share, one))
+    return rows
+
+
+def _texts(config: Config, forcing: Forcing, split: str, context: int, rows: int) -> Subject:
+    if config.model == "tiny":
+        texts = {"random": prepared.random_texts(rows, context)}
+    else:
+        texts = prepared.texts(split, context, rows or None)
+    return losses.subject(forcing, texts, prepared.PASS_TOKENS)
+
+
+def _mixed(config: Config, journal: Journal, forcing: Forcing, rows: list[Row]) -> Iterator[Row]:
+    """Uniform and mixed caches of the same bytes on the test texts."""
+    model = forcing.model.config
+    shares = _shares(rows, model.num_layers)
+    if shares is None:  # the time was over before every part was measured
+        return
+    held: list[Subject] = []
+
+    def judge(cached, columns: Row) -> list[Row]:
+        if not held:
+            texts = prepared.TEST, config.test_context, config.test_rows
+            held.append(_texts(config, forcing, *texts))
+        made = losses.measure(held[0], cached, range(config.seeds)).columns()
+        return [{"kind": "mixed", **columns, "context": config.test_context, **made}]
+
+    for words in config.uniform:
+        key_bits, value_bits = map(int, words.split())
+        uniform = turbo(key_bits, value_bits, "trellis")
+        budget = model.num_layers * (key_bits + value_bits)
+        bits, total = allocate(shares, budget)
+        mixed = Mixed(bits)
+        plain = sum(shares[i][key_bits] for i in range(model.num_layers))
+        plain += sum(shares[i][value_bits] for i in range(model.num_layers, len(shares)))
+        sizes = uniform.sizes(model, config.test_context)
+        for cached, columns in (
+            (uniform, {"allocation": "uniform", "predicted": plain}),
+            (mixed, {"allocation": mixed.describe(), "predicted": total}),
+        ):
+            kind = "uniform" if cached is uniform else "mixed"
+            row: Row = {"preset": f"{kind} {uniform.preset}", **columns, **sizes}
+            yield from journal.measure(row["preset"], partial(judge, cached, row), share=0.85)
+
+
+def _shares(rows: Sequence[Row], layers: int) -> list[dict[int, float]] | None:
+    """KL by bits of the keys of every layer, then of the values; None unless all are there."""
+    shares: list[dict[int, float]] = []
+    widths = set(distinct(where(rows, kind="layer"), "bits"))
+    for part in "KV":
+        for layer in range(layers):
+            found = where(rows, kind="layer", part=part, layer=layer)
+            shares.append({row["bits"]: row["kl"] for row in found})
+    return shares if all(set(share) == widths for share in shares) else None
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Where the loss is, and whether mixed bits pay."""
+    return [*_where_the_loss_is(rows), *_mixing(rows)] or [
+        Claim("our question", "where the loss is", "one part only", "undecided")
+    ]
+
+
+def _where_the_loss_is(rows: Sequence[Row]) -> Iterator[Claim]:
+    for bits in distinct(where(rows, kind="layer"), "bits"):
+        parts = where(rows, kind="layer", bits=bits)
+        keys, values = (where(parts, part=part) for part in "KV")
+        if not keys or len(keys) != len(values):
+            continue
+        total = sum(row["kl"] for row in parts)
+        share = sum(row["kl"] for row in keys) / total
+        yield Claim(
+            "our question",
+            f"keys carry more of the loss than values at {bits} bits",
+            f"{share:.0%} of the sum over all parts, {total:.4f} nats",
+            "holds" if share > 0.5 else "does not hold",
+        )
+        layers = len(keys)
+        edge = [row for row in parts if row["layer"] in (0, 1, layers - 2, layers - 1)]
+        first = sum(row["kl"] for row in edge) / total
+        top = sorted(parts, key=lambda row: -row["kl"])[:5]
+        yield Claim(
+            "vLLM",
+            f"the first two and last two layers carry more than their share at {bits} bits",
+            f"{first:.0%} of the sum; the largest parts: "
+            + ", ".join(f"{r['part']} of layer {r['layer']} {r['kl'] / total:.0%}" for r in top),
+            "holds" if first > 4 / layers else "does not hold",
+        )
+
+
+def _mixing(rows: Sequence[Row]) -> Iterator[Claim]:
+    found = {row["preset"]: row for row in where(rows, kind="mixed")}
+    for name, mixed in found.items():
+        uniform = found.get(name.replace("mixed", "uniform"))
+        if not name.startswith("mixed") or uniform is None:
+            continue
+        error = (mixed["kl_se"] ** 2 + uniform["kl_se"] ** 2) ** 0.5
+        yield Claim(
+            "our question",
+            f"mixed bits over layers lose less than {uniform['preset']} at equal bytes, on other "
+            "texts",
+            f"KL {mixed['kl']:.4f} ± {mixed['kl_se']:.4f} and {uniform['kl']:.4f} ± "
+            f"{uniform['kl_se']:.4f} (predicted {mixed['predicted']:.4f}, "
+            f"{uniform['predicted']:.4f}); perplexity {mixed['perplexity_change']:+.2%}, "
+            f"{uniform['perplexity_change']:+.2%}",
+            is_below(mixed["kl"] - uniform["kl"], error, 0.0),
+        )
+
+
+def figure(rows: Sequence[Row]) -> "Figure":
+    """KL of every part, by layer."""
+    from experiments.plotting import label, panels
+
+    made, axes = panels(1, 2, 5.5, 3.4)
+    for part, axis in zip("KV", axes[0], strict=True):
+        for bits in sorted(distinct(where(rows, kind="layer"), "bits")):
+            found = where(rows, kind="layer", part=part, bits=bits)
+            axis.errorbar(
+                [row["layer"] for row in found],
+                [row["kl"] for row in found],
+                [row["kl_se"] for row in found],
+                fmt="o-",
+                markersize=3,
+                linewidth=0.8,
+                label=f"{bits} bits",
+            )
+        heads = where(rows, kind="head", part=part)
+        if heads:
+            x, y = ([row[c] for row in heads] for c in ("layer", "kl"))
+            axis.plot(x, y, "k.", ms=3, label=f"one head, {heads[0]['bits']} bits")
+        axis.set_yscale("log")
+        label(axis, f"only {'keys' if part == 'K' else 'values'} of one layer", "layer", "KL, nats")
+    return made

@@ -1,0 +1,200 @@
+"""Questions answered through a compressed cache.
+
+SmolLM2-135M is too weak for most scores to tell quantizers apart, so agreement with full precision
+stands beside each of them. Every answer is teacher-forced behind a prompt long enough for the cache
+to be compressed. HellaSwag (100 cases behind solved ones, 512 tokens): the ending of the least loss
+per character is chosen, and `agrees` is the share of equal choices. SQuAD (2,048 tokens) and
+HotpotQA (4,096): `score` is the share of answers that greedy decoding would give word for word,
+`agrees` that of prompts with the same most likely token at every place of the answer. HumanEval and
+GSM8K (2,048): nothing is executed; `score` is the share of the solution's tokens that are the most
+likely ones, and `agrees` that of the tokens which stay so. `nll_change` and `kl` are per token of
+the answer, in nats. Intervals are Wilson's at 95 % over cases, errors are over cases.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from experiments import answers, prepared, presets
+from experiments.answers import Answers, Asked
+from experiments.experiment import Claim, Row, Track, distinct, option, where
+from experiments.forcing import cut
+from experiments.journal import open_journal
+from experiments.prepared import Prompts
+from experiments.question_prompts import SIZES
+from experiments.statistics import is_below, wilson
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FULL = "full precision"
+_NAMES = {"hellaswag": "HellaSwag", "squad": "SQuAD", "hotpot": "HotpotQA"}
+_NAMES |= {"human_eval": "HumanEval", "gsm8k": "GSM8K"}
+_BY_TOKEN = ("human_eval", "gsm8k")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    tasks: tuple[str, ...] = option(tuple(SIZES), "which questions")
+    settings: int = option(0, "how many settings, 0 for all")
+    seed: int = option(0, "seed of the rotations")
+    precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
+
+
+SMOKE = Config("tiny", ("hellaswag",), 1)
+
+
+def run(config: Config, track: Track) -> list[Row]:
+    """Every task in full precision and with every setting."""
+    journal = open_journal("questions", config)
+    forcing = cut(prepared.model(config.model), config.precision)
+    model = forcing.model.config
+    rows: list[Row] = []
+    for task in track(config.tasks, "questions"):
+        prompts = _prompts(config, task)
+        head = {"task": task, "context": prompts.tokens.shape[1]}
+        held: list[Asked] = []
+
+        def asked(prompts=prompts, held=held) -> Asked:
+            if not held:
+                held.append(answers.ask(forcing, prompts))
+            return held[0]
+
+        def full(asked=asked, head=head) -> list[Row]:
+            return [_row(asked(), answers.full(asked()), {**head, "preset": FULL})]
+
+        rows += journal.measure(f"{task} {FULL}", full)
+        for setting in presets.asked(model.num_layers)[: config.settings or None]:
+            sizes = setting.sizes(model, prompts.tokens.shape[1])
+            columns = {**head, **setting.columns(), **sizes}
+
+            def make(setting=setting, asked=asked, columns=columns) -> list[Row]:
+                made = answers.answers(asked(), setting, config.seed)
+                return [_row(asked(), made, columns)]
+
+            rows += journal.measure(f"{task} {setting.preset}", make)
+    return rows
+
+
+def _prompts(config: Config, task: str) -> Prompts:
+    if config.model != "tiny":
+        return prepared.prompts(f"questions/{task}")
+    labels = {"case": np.repeat(np.arange(2), 2), "ending": np.tile(np.arange(2), 2)}
+    labels |= {"correct": np.array([1, 0, 0, 1]), "letters": np.full(4, 4)}
+    return prepared.random_prompts(4, 160, **labels)
+
+
+def _row(asked: Asked, made: Answers, columns: Row) -> Row:
+    exact = answers.full(asked)
+    if columns["task"] == "hellaswag":
+        chosen, wanted = choices(asked.prompts, made)
+        score, agrees = chosen == wanted, chosen == choices(asked.prompts, exact)[0]
+    elif columns["task"] in _BY_TOKEN:
+        score, agrees = made.hit[made.valid], made.same[made.valid]
+    else:
+        score, agrees = made.exact(), made.agrees()
+    low, high = wilson(int(score.sum()), len(score))
+    agree_low, agree_high = wilson(int(agrees.sum()), len(agrees))
+    change = (made.total() - exact.total()) / made.valid.sum(axis=1)
+    kl = np.where(made.valid, made.kl, 0).sum(axis=1) / made.valid.sum(axis=1)
+    cases = len(change)
+    return {
+        **columns,
+        "cases": len(score),
+        "score": float(score.mean()),
+        "score_low": low,
+        "score_high": high,
+        "agrees": float(agrees.mean()),
+        "agrees_low": agree_low,
+        "agrees_high": agree_high,
+        "nll_full": float(exact.nll[exact.valid].mean()),
+        "nll_change": float(change.mean()),
+        "nll_change_se": float(change.std(ddof=1) / np.sqrt(cases)),
+        "kl": float(kl.mean()),
+        "kl_se": float(kl.std(ddof=1) / np.sqrt(cases)),
+    }
+
+
+def choices(
+    prompts: Prompts, made: Answers
+) -> tuple[Int[np.ndarray, " cases"], Int[np.ndarray, " cases"]]:
+    """The ending of the least loss per character, and the right one, of every case."""
+    loss = made.total() / prompts.labels["letters"]
+    cases = prompts.labels["case"]
+    ending = prompts.labels["ending"]
+    correct: Bool[np.ndarray, " n"] = prompts.labels["correct"].astype(bool)
+    chosen = [ending[at][np.argmin(loss[at])] for at in (cases == c for c in np.unique(cases))]
+    return np.array(chosen), ending[correct][np.argsort(cases[correct])]
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Whether scores move, and how far answers do."""
+    made = []
+    for task in distinct(rows, "task"):
+        full = where(rows, task=task, preset=FULL)
+        for row in where(rows, task=task):
+            if row["preset"] == FULL or not full:
+                continue
+            inside = row["score_low"] <= full[0]["score"] <= row["score_high"]
+            made.append(
+                Claim(
+                    "TurboQuant, section 4.3",
+                    f"{row['preset']} scores like full precision ({_NAMES[task]}, "
+                    f"{row['context']:,} tokens, {row['cases']:,} cases)",
+                    f"{row['score']:.3f} ({row['score_low']:.3f} to {row['score_high']:.3f}), full "
+                    f"{full[0]['score']:.3f}; agreement {row['agrees']:.1%}, loss "
+                    f"{row['nll_change']:+.4f} ± {row['nll_change_se']:.4f}",
+                    "holds" if inside else "does not hold",
+                )
+            )
+            if task in ("squad", "hotpot"):
+                made.append(
+                    Claim(
+                        "our aim",
+                        f"{row['preset']} changes an answer by at most 0.01 nats a token of KL "
+                        f"({_NAMES[task]})",
+                        f"{row['kl']:.4f} ± {row['kl_se']:.4f}",
+                        is_below(row["kl"], row["kl_se"], 0.01),
+                    )
+                )
+    return made or [Claim("our question", "scores do not move", "full precision only", "undecided")]
+
+
+def figure(rows: Sequence[Row]) -> "Figure":
+    """Scores with intervals, and agreement with full precision."""
+    from experiments.plotting import COLOURS, label, panels
+
+    made, axes = panels(1, 2, 6.5, 4.0)
+    tasks = distinct(rows, "task")
+    shown = distinct(rows, "preset")
+    for axis, column, title in zip(
+        axes[0], ("score", "agrees"), ("score", "agreement with full precision"), strict=True
+    ):
+        for i, preset in enumerate(shown):
+            found = {row["task"]: row for row in where(rows, preset=preset)}
+            at = np.array([tasks.index(task) for task in found]) + 0.09 * (i - len(shown) / 2)
+            value = np.array([row[column] for row in found.values()])
+            low, high = (
+                np.array([row[f"{column}_{side}"] for row in found.values()])
+                for side in ("low", "high")
+            )
+            axis.errorbar(
+                at,
+                value,
+                np.maximum([value - low, high - value], 0),
+                fmt="o",
+                markersize=3,
+                linewidth=0.8,
+                color=COLOURS[i % len(COLOURS)],
+                label=preset,
+            )
+        axis.set_xticks(range(len(tasks)), [_NAMES[task] for task in tasks], fontsize=7)
+        label(axis, title, "", "share", legend=column == "score")
+    return made

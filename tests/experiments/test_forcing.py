@@ -1,0 +1,109 @@
+"""The engine of the experiments against the library's teacher forcing, and so the real cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import codecs, prepared, settings
+from experiments.forcing import Rule, Tiling, cut
+from experiments.settings import Setting, turbo
+from turboquant_jax import cache
+from turboquant_jax.cache.accounting import count_bytes
+from turboquant_jax.llama.evaluate import compressed_hidden, exact_hidden
+
+CONTEXT = 90
+SETTINGS = [
+    turbo(4, 1, window=0, sinks=0, block=16, centred=False, scale="norm"),
+    turbo(2, 3, "trellis", window=20, sinks=5, block=8),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return prepared.model("tiny")
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.preset)
+def test_layer_by_layer_is_the_library_s_teacher_forcing(tiny, setting):
+    tokens = prepared.random_texts(2, CONTEXT)
+    config = dataclasses.replace(setting.cache_config(tiny.config), dtype="float32")
+    state = cache.create(config, 2, CONTEXT, key=jax.random.key(5))
+    expected = compressed_hidden(tiny, jnp.asarray(tokens), config, state.codecs)
+    forcing = cut(tiny, dtype="float32", tiling=Tiling(queries=40, reach=32, sinks=6))
+    trips = setting.trips(5, tiny.config)
+    made = forcing.run(tokens, setting.rule, trips, errors=True)
+    np.testing.assert_allclose(made.hidden, expected, atol=2e-5)
+    assert np.all(made.attention_error > 0.01) and made.attention_error.shape == (2, 2)
+    exact = forcing.full(tokens)
+    np.testing.assert_allclose(exact.hidden, exact_hidden(tiny, jnp.asarray(tokens)), atol=2e-5)
+    assert np.abs(exact.hidden - expected).max() > 1e-2, "nothing was compressed"
+
+
+def test_a_rule_beyond_the_reach_of_the_tiles_is_refused(tiny):
+    forcing = cut(tiny, tiling=Tiling(queries=8, reach=16, sinks=4))
+    for rule in (Rule(9, 0, 8, False), Rule(0, 5, 8, False)):
+        with pytest.raises(ValueError, match="must be at most 16 and 4"):
+            forcing.run(prepared.random_texts(1, 16), rule, lambda layer: (None, None))
+
+
+def test_bytes_of_caches_the_library_does_not_have(tiny):
+    config = tiny.config
+    ours = turbo(3, 2, window=20, block=8)
+    library = ours.bytes_per_token(config, 200)
+    counted = count_bytes(cache.create(ours.cache_config(config), 1, 200, key=jax.random.key(0)))
+    assert library * 200 == counted.total
+    compressed = (
+        config.num_layers * config.num_kv_heads * ours.cache_config(config).compressed_tokens(200)
+    )
+    # a byte less of scale for each vector, and nothing else
+    short = turbo(3, 2, short=True, window=20, block=8).bytes_per_token(config, 200)
+    rotations = counted.codecs  # the stand-in has no rotation, 256 bytes of signs each
+    assert round((library - short) * 200) == 2 * compressed + rotations
+    full = Setting("", codecs.Exact(), codecs.Exact(), window=20, block=8)
+    fp8 = Setting("", codecs.Fp8(), codecs.Fp8(), window=20, block=8)
+    exact, half = (s.bytes_per_token(config, 200) * 200 for s in (full, fp8))
+    assert round(exact - half) == 2 * 64 * compressed
+
+
+def test_min_max_levels_are_exact_on_their_grid():
+    low, step = -1.5, 0.25
+    grid = low + step * jnp.asarray([[0, 3, 1, 2], [3, 0, 0, 3]], jnp.float32)
+    np.testing.assert_array_equal(codecs.min_max(grid, 2), grid)
+    constant = jnp.full((1, 4), 0.5)
+    np.testing.assert_array_equal(codecs.min_max(constant, 2), constant)
+
+
+@pytest.mark.parametrize(
+    ("coder", "bytes_of_64", "error"),
+    [
+        (codecs.Kivi(4, True), 40, (0.002, 0.02)),
+        (codecs.Kivi(2, False), 24, (0.05, 0.3)),
+        (codecs.PerToken(4, 64), 36, (0.002, 0.02)),
+        (codecs.VllmKey(4), 34, (0.005, 0.012)),
+        (codecs.Fp8(), 64, (1e-5, 2e-3)),
+        (codecs.Sketched(3, "orthogonal"), 28, (0.02, 0.2)),
+    ],
+)
+def test_peers_cost_what_they_say_and_err_as_they_should(coder, bytes_of_64, error):
+    assert coder.vector_bytes(64) == bytes_of_64
+    x = jax.random.normal(jax.random.key(1), (1, 40, 2, 64))
+    back = coder.trip(jax.random.key(0), 64)(x)
+    low, high = error
+    assert low < jnp.mean((back - x) ** 2) / jnp.mean(x**2) < high
+
+
+def test_kivi_s_keys_share_a_step_over_tokens_of_a_channel():
+    x = jnp.ones((1, 64, 1, 64)) * jnp.arange(64.0)[None, None, None]
+    back = codecs.Kivi(2, True).trip(jax.random.key(0), 64)(x)
+    np.testing.assert_array_equal(back, x)
+
+
+def test_names_say_what_is_unusual():
+    assert turbo(3, 2, "trellis", window=128).preset == "K3 V2 trellis w128"
+    assert turbo(None, 2, short=True, sinks=0, block=32, centred=False, rotation="haar").preset == (
+        "Kfull V2 scale8 haar w64 sinks0 block32 uncentred"
+    )
+    assert len(settings.peers(30)) == 13

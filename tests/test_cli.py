@@ -1,5 +1,6 @@
 """The command: its one real run, and one clear line for every bad input."""
 
+import csv
 import json
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 
 from turboquant_jax import cli
 from turboquant_jax.bounds import lloyd_max_distortion
+from turboquant_jax.cli import flags as cli_flags
+from turboquant_jax.llama import PRESETS, LlamaConfig
 from turboquant_jax.llama.checkpoint import packaged_smollm2
 
 
 def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "TABLE_BITS", (2,))
+    monkeypatch.setattr(cli_flags, "TABLE_BITS", (2,))
     out = tmp_path / "demo.json"
     flags = ["--bits-k", "5", "--bits-v", "4", "--tokens", "3", "--context", "200"]
     assert cli.main(["demo", *flags, "--json", str(out)]) == 0
@@ -92,3 +95,99 @@ def test_results_are_reproducible_numbers():
     first, second = (demo.theory_row(3, 64, "haar", seed=1, vectors=2000) for _ in range(2))
     assert first == second
     np.testing.assert_allclose(first["measured"], lloyd_max_distortion(3, 64), rtol=0.02)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The name of a model that is quick to compile; its weights are random."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position=256,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-5,
+        tie_embeddings=True,
+        eos_ids=(299,),
+    )
+    monkeypatch.setitem(PRESETS, "tiny", config)
+    return "random:tiny"
+
+
+def test_generate_streams_what_it_generates(tiny, tmp_path, capsys):
+    out = tmp_path / "answer.json"
+    flags = ["generate", "a question", "--model", tiny, "--tokens", "9", "--json", str(out)]
+    flags += ["--window", "0", "--chunk", "4"]
+    texts = []
+    for more in ([], ["--stream"]):
+        assert cli.main([*flags, *more]) == 0
+        (answer,) = json.loads(out.read_text())["answers"]
+        assert len(answer["tokens"]) == 9
+        assert capsys.readouterr().out.strip() == answer["text"]
+        texts.append(answer["text"])
+    assert texts[0] == texts[1]
+
+
+def test_a_prompt_of_a_file_draws_what_it_would_alone(tiny, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\n\nand another\n")
+    out = tmp_path / "answers.json"
+    flags = ["--model", tiny, "--tokens", "8", "--temperature", "1", "--bits", "16"]
+    flags += ["--json", str(out)]
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--seed", "4"]
+    assert cli.main(["generate", *prompts, *flags]) == 0
+    first, second = json.loads(out.read_text())["answers"]
+    assert capsys.readouterr().out == f"> one\n{first['text']}\n> and another\n{second['text']}\n"
+    assert cli.main(["generate", "and another", "--seed", "5", *flags]) == 0
+    (alone,) = json.loads(out.read_text())["answers"]
+    assert alone["tokens"] == second["tokens"] != first["tokens"]
+
+
+def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
+    files = [tmp_path / name for name in ("rows.csv", "rows.svg", "rows.json")]
+    flags = ["--context", "100", "--steps", "2", "--repeats", "1", "--window", "8", "--bits", "3"]
+    outputs = [f"--{n}={file}" for n, file in zip(("csv", "plot", "json"), files, strict=True)]
+    assert cli.main(["bench", "--model", tiny, "--batch", "2", *flags, *outputs]) == 0
+    assert "2 x 100" in capsys.readouterr().out
+    rows = json.loads(files[2].read_text())["rows"]
+    cases = [(row["phase"], row["bits_k"]) for row in rows]
+    assert cases == [("decode", 16), ("prefill", 16), ("decode", 3), ("prefill", 3)]
+    for row in rows:
+        tokens = 2 if row["phase"] == "decode" else 2 * 100
+        rate = tokens / (row["milliseconds"] / 1e3)
+        assert row["tokens_per_second"] == pytest.approx(rate)
+        assert (row["fraction_of_roofline"] is None) == (row["phase"] == "prefill")
+    base = rows[0]["tokens_per_second"]
+    assert rows[2]["ratio"] == pytest.approx(rows[2]["tokens_per_second"] / base)
+    # two sequences, bfloat16 keys and values of 2 heads of 16, and 9 numbers a sequence
+    assert rows[1]["cache_bytes"] == 2 * (100 * 2 * 2 * 16 * 2 + 9)
+    with files[0].open() as file:
+        assert [line["phase"] for line in csv.DictReader(file)] == [c[0] for c in cases]
+    assert files[1].read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "x", "--model", "random:nothing"], "expected one of llama-2-7b"),
+        (["generate", "x", "--tokens", "0"], "--tokens must be at least 1"),
+        (["generate", "--prompts", "nowhere.txt"], "expected a prompt a line"),
+        (["generate", "--prompts", "{}", "--stream"], "got --prompts with many"),
+        (["generate", "--prompts", "{}"], "got no prompt"),
+        (["generate", "x", "--top-p", "2"], "top_p: got 2.0"),
+        (["generate", "x", "--model", "random:tiny", "--tokens", "300"], "at most 256"),
+        (["generate", "x", "--model", "random:tiny", "--bits", "9"], "between 1 and 8, got 9"),
+        (["bench", "--steps", "0"], "steps: got 0"),
+        (["bench", "--csv", "nowhere/rows.csv"], "no such folder"),
+    ],
+)
+def test_bad_input_of_the_others_is_one_line_too(arguments, says, tiny, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    arguments = [part.format(tmp_path / "empty.txt") for part in arguments]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1

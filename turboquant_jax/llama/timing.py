@@ -1,7 +1,7 @@
 """How fast decoding and prefill are, and how fast they could be.
 
 A past is *filled*, not prefilled: random codes at full length cost no forward pass, and a step
-takes the same time whatever they say. Steps are timed inside the compiled loop of `generate.decode`.
+takes the same time whatever they say. Steps are timed inside the loop of `decode`.
 """
 
 import dataclasses

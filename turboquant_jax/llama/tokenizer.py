@@ -83,6 +83,19 @@ class Tokenizer:
         return "" if token is None else self.backend.id_to_token(token) or ""
 
 
+def byte_tokenizer(vocab_size: int, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
+    """For models without a text of their own: a byte is its token, token 300 reads "<300>"."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(bytes_):
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {len(bytes_)}")
+    tokens = [*bytes_, *(f"<{i}>" for i in range(len(bytes_), vocab_size))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, None, eos_ids, adds_bos=False, chat_template=None)
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any], eos_ids: tuple[int, ...]) -> Tokenizer:
     """The byte-level BPE in the metadata of a GGUF file.
 

@@ -30,6 +30,11 @@ class One:
     rule: Rule = field(default=RULE, repr=False)
     is_random: bool = field(default=True, repr=False)
 
+    @property
+    def first_layer(self) -> int:
+        """The layer."""
+        return self.layer
+
     def columns(self) -> Row:
         """For a row."""
         where: Row = {"part": self.part, "layer": self.layer, "bits": self.bits}
@@ -52,6 +57,7 @@ class Mixed:
 
     rule: Rule = field(default=RULE, repr=False)
     is_random: bool = field(default=True, repr=False)
+    first_layer: int = field(default=0, repr=False)
 
     def describe(self) -> str:
         """Digits of the keys, digits of the values."""

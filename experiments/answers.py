@@ -57,7 +57,7 @@ def ask(forcing: Forcing, prompts: Prompts) -> Asked:
     passes = []
     for _, batch in prompts.batches():
         made = forcing.full(batch.tokens)
-        passes.append(Pass(_picked(batch, made, _most(prompts)), None))  # only the answers' rows
+        passes.append(Pass(_picked(batch, made, _most(prompts))))  # only the answers' rows
     return Asked(forcing, prompts, tuple(passes))
 
 
@@ -72,7 +72,7 @@ def answers(asked: Asked, setting: Setting, seed: int) -> Answers:
     for number, (_, batch) in enumerate(asked.prompts.batches()):
         trips = setting.trips(seed + number, forcing.model.config)
         made = forcing.run(batch.tokens, setting.rule, trips)
-        passes.append(Pass(_picked(batch, made, _most(asked.prompts)), None))
+        passes.append(Pass(_picked(batch, made, _most(asked.prompts))))
     return _collect(asked, passes)
 
 

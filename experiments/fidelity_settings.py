@@ -15,36 +15,45 @@ STANDARD = ("K4 V4 w64", "K4 V4 w128", "K3 V3 w128", "K2 V2 w128", "K3 V2 trelli
 
 def candidates() -> list[Setting]:
     """What a preset could be, most wanted first."""
-    grid: list[tuple[int, int, Code]] = [
+    first: list[tuple[int, int, Code]] = [
         (3, 2, "trellis"),
         (2, 2, "trellis"),
-        (4, 4, "scalar"),
         (3, 3, "trellis"),
-        (4, 3, "trellis"),
+        (4, 4, "scalar"),
+    ]
+    second: list[tuple[int, int, Code]] = [
         (3, 3, "scalar"),
         (2, 2, "scalar"),
+        (4, 3, "trellis"),
+        (3, 1, "trellis"),
+    ]
+    third: list[tuple[int, int, Code]] = [
         (3, 2, "scalar"),
         (4, 2, "trellis"),
         (4, 4, "trellis"),
-        (3, 1, "trellis"),
         (4, 3, "scalar"),
     ]
-    made = [turbo(*bits, window=window) for window in (64, 128, 256) for bits in grid]
-    # a scale of 8 bits and small blocks, whose window has less slack: bytes at 8,192 tokens
+    made = [turbo(*bits, window=window) for bits in first for window in (64, 128, 256)]
+    # a scale of 8 bits and small blocks, whose window has less slack: for 8,192 tokens
+    for key_bits, value_bits, windows in (
+        (3, 2, (64, 128, 256, 352)),
+        (2, 2, (64, 128, 256, 320)),
+        (3, 3, (64, 96)),
+        (4, 2, (64,)),
+        (4, 4, (64,)),
+    ):
+        bits = key_bits, value_bits
+        made += [turbo(*bits, "trellis", True, window=window, block=16) for window in windows]
+    made += [turbo(*bits, window=window) for bits in second for window in (64, 128)]
+    made += [turbo(3, 2, "trellis", True), turbo(2, 2, "trellis", True)]
+    made += [turbo(2, 2, "trellis", window=window, block=16) for window in (128, 256)]
+    made += [turbo(3, 2, "trellis", window=256, block=16), turbo(4, 4, window=32)]
+    made += [turbo(*bits, window=64) for bits in third]
     made += [
-        turbo(k, v, "trellis", True, window=window, block=block)
-        for k, v in ((3, 2), (2, 2), (3, 3), (4, 2), (4, 4))
-        for window, block in ((64, 64), (64, 16), (128, 16))
+        turbo(5, 4),
+        turbo(2, 1, "trellis", window=256, block=16),
+        turbo(2, 3, "trellis", window=128),
     ]
-    made += [turbo(3, 2, "trellis", True, window=window, block=16) for window in (256, 352)]
-    made += [turbo(2, 2, "trellis", True, window=window, block=16) for window in (256, 320)]
-    made += [turbo(3, 3, "trellis", True, window=96, block=16)]
-    made += [
-        turbo(k, 2, "trellis", window=window, block=16) for k in (3, 2) for window in (64, 128, 256)
-    ]
-    made += [turbo(5, 4, window=window) for window in (32, 64)]
-    made += [turbo(2, 1, "trellis", window=window) for window in (128, 256)]
-    made += [turbo(2, 3, "trellis", window=128), turbo(4, 4, window=32), turbo(5, 5, window=64)]
     return unique(made)
 
 

@@ -68,10 +68,12 @@ class Pass:
       hidden: final hidden vectors, after the last norm.
       attention_error: |o - o*| / |o*| of each layer and text, o* attention in full precision to the
         same queries, keys and values, those of this pass; None where it was not asked for.
+      entering: hidden vectors before each layer, where they were kept.
     """
 
     hidden: Float[Array, "B T D"]
-    attention_error: Float[np.ndarray, "layers B"] | None
+    attention_error: Float[np.ndarray, "layers B"] | None = None
+    entering: tuple[Float[Array, "B T D"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,29 @@ class Forcing:
     dtype: str
     tiling: Tiling
 
-    def full(self, tokens: Int[np.ndarray, "B T"]) -> Pass:
-        """A cache in full precision, `dtype`."""
-        return self.run(tokens, Rule(0, 0, 8, False), lambda layer: (None, None))
+    def full(self, tokens: Int[np.ndarray, "B T"], keep: bool = False) -> Pass:
+        """A cache in full precision, `dtype`; `keep` what enters each layer."""
+        rule = Rule(0, 0, 8, False).arrays()
+        with jax.default_matmul_precision(self.precision):
+            hidden = _embed(self.model, jnp.asarray(tokens, jnp.int32))
+            return self._run(hidden, 0, rule, lambda layer: (None, None), False, keep)
 
     def run(
-        self, tokens: Int[np.ndarray, "B T"], rule: Rule, trips: Trips, errors: bool = False
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        rule: Rule,
+        trips: Trips,
+        errors: bool = False,
+        resume: tuple[int, Float[Array, "B T D"]] | None = None,
     ) -> Pass:
         """One pass over texts of the same length.
+
+        Args:
+          tokens: the texts.
+          rule: which tokens are compressed when.
+          trips: what keys and values go through.
+          errors: whether to measure attention errors.
+          resume: a layer and what enters it, where all before it is in full precision.
 
         Raises:
           ValueError: a rule beyond the reach of the tiles.
@@ -102,7 +119,10 @@ class Forcing:
                 f"{self.tiling.sinks}, got {rule.window} + {rule.block} and {rule.sinks}"
             )
         with jax.default_matmul_precision(self.precision):
-            return self._run(jnp.asarray(tokens, jnp.int32), rule.arrays(), trips, errors)
+            if resume is None:
+                resume = 0, _embed(self.model, jnp.asarray(tokens, jnp.int32))
+            first, hidden = resume
+            return self._run(hidden, first, rule.arrays(), trips, errors)
 
     def compare(self, tokens: Int[np.ndarray, "B T"], exact: Pass, other: Pass) -> Comparison:
         """Predictions of tokens[:, 1:] from two passes, arrays [B, T - 1]."""
@@ -111,12 +131,14 @@ class Forcing:
         shape = tokens.shape[1] - 1, tokens.shape[0]
         return Comparison(*(x.reshape(shape).T for x in (made.nll, made.kl, made.agrees)))
 
-    def _run(self, tokens: Array, rule: Rule, trips: Trips, errors: bool) -> Pass:
-        config, found = self.model.config, []
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    def _run(
+        self, hidden: Array, first: int, rule: Rule, trips: Trips, errors: bool, keep: bool = False
+    ) -> Pass:
+        config, found, entering = self.model.config, [], []
+        positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :]
         angles = rotation_angles(config, positions)
-        hidden = _embed(self.model, tokens)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[first:], first):
+            entering += [hidden] * keep
             q, k, v = _project(layer, hidden, angles, self.dtype)
             key_trip, value_trip = trips(index)
             mean = _mean(k, rule)
@@ -129,6 +151,7 @@ class Forcing:
         return Pass(
             rms_norm(hidden, self.model.norm[...], config.rms_norm_eps),
             np.stack([np.asarray(error) for error in found]) if errors else None,
+            tuple(entering),
         )
 
 

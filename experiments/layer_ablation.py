@@ -55,7 +55,8 @@ def run(config: Config, track: Track) -> list[Row]:
     journal = open_journal("layer_ablation", config)
     forcing = cut(prepared.model(config.model), config.precision)
     layers, heads = forcing.model.config.num_layers, forcing.model.config.num_kv_heads
-    calibration = _texts(config, forcing, prepared.CALIBRATION, config.context, config.rows)
+    texts = prepared.CALIBRATION, config.context, config.rows
+    calibration = _texts(config, forcing, *texts, keep=True)
     seeds = range(config.seeds)
 
     def share(one: One) -> list[Row]:
@@ -76,12 +77,14 @@ def run(config: Config, track: Track) -> list[Row]:
     return rows
 
 
-def _texts(config: Config, forcing: Forcing, split: str, context: int, rows: int) -> Subject:
+def _texts(
+    config: Config, forcing: Forcing, split: str, context: int, rows: int, keep: bool = False
+) -> Subject:
     if config.model == "tiny":
         texts = {"random": prepared.random_texts(rows, context)}
     else:
         texts = prepared.texts(split, context, rows or None)
-    return losses.subject(forcing, texts, prepared.PASS_TOKENS)
+    return losses.subject(forcing, texts, prepared.PASS_TOKENS, keep)
 
 
 def _mixed(config: Config, journal: Journal, forcing: Forcing, rows: list[Row]) -> Iterator[Row]:

@@ -86,14 +86,19 @@ class Subject:
     nll: Float[np.ndarray, "B T"]
 
 
-def subject(forcing: Forcing, texts: Mapping[str, np.ndarray], most_tokens: int) -> Subject:
-    """Put texts into batches of at most `most_tokens` tokens, at least one text each."""
+def subject(
+    forcing: Forcing, texts: Mapping[str, np.ndarray], most_tokens: int, keep: bool = False
+) -> Subject:
+    """Put texts into batches of at most `most_tokens` tokens, at least one text each.
+
+    `keep` what enters every layer, so that passes can begin at the first that is compressed.
+    """
     edges = np.cumsum([0, *(len(rows) for rows in texts.values())])
     slices = tuple(slice(a, b) for a, b in zip(edges[:-1].tolist(), edges[1:].tolist()))
     tokens = np.concatenate(list(texts.values()))
     size = max(1, most_tokens // tokens.shape[1])
     batches = tuple(tokens[i : i + size] for i in range(0, len(tokens), size))
-    exact = tuple(forcing.full(batch) for batch in batches)
+    exact = tuple(forcing.full(batch, keep) for batch in batches)
     nll = [forcing.compare(b, e, e).nll for b, e in zip(batches, exact, strict=True)]
     return Subject(forcing, tuple(texts), slices, batches, exact, np.concatenate(nll))
 
@@ -104,6 +109,10 @@ class Cached(Protocol):
     @property
     def rule(self) -> Rule:
         """Which tokens are compressed when."""
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that is compressed."""
 
     @property
     def is_random(self) -> bool:
@@ -123,7 +132,9 @@ def measure(
         trips = setting.trips(seed, config)
         parts = []
         for tokens, exact in zip(subject.batches, subject.exact, strict=True):
-            made = forcing.run(tokens, setting.rule, trips, errors)
+            first = setting.first_layer
+            resume = (first, exact.entering[first]) if exact.entering else None
+            made = forcing.run(tokens, setting.rule, trips, errors, resume)
             compared = forcing.compare(tokens, exact, made)
             error = None if made.attention_error is None else made.attention_error.mean(axis=0)
             parts.append((compared.nll, compared.kl, compared.agrees, error))

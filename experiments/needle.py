@@ -37,7 +37,7 @@ class Config:
     tasks: tuple[str, ...] = option(tuple(SAMPLES), "single, multi")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
-    precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 

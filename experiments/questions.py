@@ -8,7 +8,8 @@ HotpotQA (4,096): `score` is the share of answers that greedy decoding would giv
 `agrees` that of prompts with the same most likely token at every place of the answer. HumanEval and
 GSM8K (2,048): nothing is executed; `score` is the share of the solution's tokens that are the most
 likely ones, and `agrees` that of the tokens which stay so. `nll_change` and `kl` are per token of
-the answer, in nats. Intervals are Wilson's at 95 % over cases, errors are over cases.
+the answer, in nats, with errors over cases. Intervals are Wilson's at 95 %, over cases, and for the
+solutions over their tokens as if these were independent.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Config:
     tasks: tuple[str, ...] = option(tuple(SIZES), "which questions")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
-    precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 

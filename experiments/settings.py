@@ -55,6 +55,11 @@ class Setting:
         return lambda layer: (None, None) if layer in skipped else pair
 
     @property
+    def first_layer(self) -> int:
+        """The first layer that may be compressed."""
+        return 0
+
+    @property
     def is_random(self) -> bool:
         """Whether seeds make a difference."""
         return not all(isinstance(c, Exact | Fp8 | Kivi | PerToken | VllmKey) for c in self._coders)

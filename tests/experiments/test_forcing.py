@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import codecs, prepared, settings
+from experiments.allocation import One
 from experiments.forcing import Rule, Tiling, cut
 from experiments.settings import Setting, turbo
 from turboquant_jax import cache
@@ -40,6 +41,14 @@ def test_layer_by_layer_is_the_library_s_teacher_forcing(tiny, setting):
     exact = forcing.full(tokens)
     np.testing.assert_allclose(exact.hidden, exact_hidden(tiny, jnp.asarray(tokens)), atol=2e-5)
     assert np.abs(exact.hidden - expected).max() > 1e-2, "nothing was compressed"
+    later = One(1, 1, "V")
+    whole, resumed = (
+        forcing.run(tokens, setting.rule, later.trips(5, tiny.config), resume=resume)
+        for resume in (None, (1, forcing.full(tokens, keep=True).entering[1]))
+    )
+    # not bit by bit: layers in full precision add up in the order of the rule
+    np.testing.assert_allclose(whole.hidden, resumed.hidden, atol=2e-5)
+    assert np.abs(whole.hidden - exact.hidden).max() > 1e-3
 
 
 def test_a_rule_beyond_the_reach_of_the_tiles_is_refused(tiny):

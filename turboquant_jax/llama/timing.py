@@ -91,40 +91,55 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def time_decode(
-    model: Llama, make: Callable[[], Any], past: Past, *, steps: int = 64, repeats: int = 3
-) -> Timing:
-    """Time steps of greedy decoding, each repetition from the same lengths on.
+class DecodeLoop:
+    """Steps of greedy decoding in one compiled loop, each time from the same lengths on.
 
     `make()` gives the past, with room for `steps` more tokens. It is called after compilation,
     which may want memory of its own on the device.
-
-    Raises:
-      ValueError: a past without that room.
     """
-    abstract = jax.eval_shape(make)
-    batch, vocab = abstract.lengths.shape[0], model.config.vocab_size
-    logits = jax.random.normal(jax.random.key(2), (batch, vocab), jnp.float32)
-    keys = jax.random.split(jax.random.key(3), batch)
-    begin = time.perf_counter()
-    lowered = decode.lower(
-        model, logits, abstract.lengths, keys, abstract, past, max_tokens=steps + 1
-    )
-    run = lowered.compile()
-    compiled, seconds, state = time.perf_counter() - begin, [], make()
-    lengths = jax.device_get(state.lengths)
-    for repeat in range(repeats + 1):
-        state = dataclasses.replace(state, lengths=jnp.asarray(lengths))
+
+    def __init__(self, model: Llama, make: Callable[[], Any], past: Past, steps: int):
+        past_shapes = jax.eval_shape(make)
+        batch, vocab = past_shapes.lengths.shape[0], model.config.vocab_size
+        logits = jax.random.normal(jax.random.key(2), (batch, vocab), jnp.float32)
+        keys = jax.random.split(jax.random.key(3), batch)
+        begin = time.perf_counter()
+        lowered = decode.lower(
+            model, logits, past_shapes.lengths, keys, past_shapes, past, max_tokens=steps + 1
+        )
+        self._run, self.steps = lowered.compile(), steps
+        self.compile_seconds = time.perf_counter() - begin
+        self.temporary_bytes = _temporaries(self._run)
+        self._state = make()
+        self._arguments = model, logits, jax.device_get(self._state.lengths), keys
+
+    def seconds(self) -> float:
+        """Seconds of a step; those of a first call count the loading of kernels too.
+
+        Raises:
+          ValueError: a past without room for the steps.
+        """
+        model, logits, lengths, keys = self._arguments
+        state = dataclasses.replace(self._state, lengths=jnp.asarray(lengths))
         positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
         jax.block_until_ready((state, positions))
         begin = time.perf_counter()
-        made = jax.block_until_ready(run(model, logits, positions, keys, state))
-        if repeat:  # the first call loads the kernels
-            seconds.append((time.perf_counter() - begin) / steps)
-        state = made.state
-    if bool(jnp.any(state.overflow)):
-        raise ValueError(f"got a past without room for {steps} more tokens, expected it")
-    return Timing(tuple(seconds), _temporaries(run), compiled)
+        made = jax.block_until_ready(self._run(model, logits, positions, keys, state))
+        seconds = time.perf_counter() - begin
+        self._state = made.state
+        if bool(jnp.any(made.state.overflow)):
+            raise ValueError(f"got a past without room for {self.steps} more tokens, expected it")
+        return seconds / self.steps
+
+
+def time_decode(
+    model: Llama, make: Callable[[], Any], past: Past, *, steps: int = 64, repeats: int = 3
+) -> Timing:
+    """Time steps of greedy decoding; see `DecodeLoop` for arguments and errors."""
+    loop = DecodeLoop(model, make, past, steps)
+    loop.seconds()
+    seconds = tuple(loop.seconds() for _ in range(repeats))
+    return Timing(seconds, loop.temporary_bytes, loop.compile_seconds)
 
 
 def time_prefill(

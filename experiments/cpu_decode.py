@@ -2,8 +2,9 @@
 
 `python -m experiments.cpu_decode --peer PYTHON --out DIR`, where PYTHON is an interpreter that has
 torch, transformers, accelerate and gguf. All decode the same file in float32, greedily, one
-sequence, all cores, the peer with its default cache of float32. Rounds alternate between the two, and a time is the median over rounds, so that other
-load on the machine falls on both; `load_average` says how much there was.
+sequence, all cores, the peer with its default cache of float32. Rounds alternate between them, and
+a time is the median over rounds, so that other load on the machine falls on all; `load_average`
+says how much there was.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def measure(peer: str, context: int, steps: int, rounds: int) -> list[Row]:
         empty = dense.create(config, 1, sizes[2], jnp.float32)
         return dataclasses.replace(empty, lengths=jnp.full(1, context, jnp.int32))
 
-    rows = {
+    rows: dict[str, Peer | timing.DecodeLoop] = {
         "transformers": Peer(peer, context, steps),
         "float32": timing.DecodeLoop(model, exact, DENSE, steps),
         "4 bits": timing.DecodeLoop(

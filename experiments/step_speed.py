@@ -110,10 +110,11 @@ def over_layers(attend: Callable) -> Callable:
 
 def blocks(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tuple:
     """The kernel alone."""
-    groups, table, lengths, _ = fused.blocks_of(state, layer)
-    out, _ = decode_attention(
-        q[:, 0], groups, table, lengths, sm_scale=CHANNELS**-0.5, dtype=q.dtype
-    )
+    groups, table, first_page, lengths, _ = fused.blocks_of(state, layer)
+    out, *_ = decode_attention(
+        q[:, 0], groups, table, lengths, sm_scale=CHANNELS**-0.5, first_page=first_page,
+        dtype=q.dtype,
+    )  # fmt: skip
     return state, out[:, None]
 
 
@@ -124,8 +125,8 @@ def attend(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tupl
 
 def attend_and_write(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tuple:
     """A layer's attention, then its append."""
-    out = attention.attend(state, layer, q, *new, implementation="pallas")
-    return cache.write(state, layer, *new), out
+    out, state = attention.attend_and_write(state, layer, q, *new, implementation="pallas")
+    return state, out
 
 
 def model_step(state: Cache, q: jax.Array, new: jax.Array) -> tuple[Cache, jax.Array]:

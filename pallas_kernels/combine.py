@@ -9,19 +9,26 @@ from jax.typing import DTypeLike
 from pallas_kernels import triton
 from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.recent import EMPTY, LOG2E
+from pallas_kernels.rotation import Rotation, unrotate
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
 
 
 def combine_kernel(
-    inputs: dict[str, Any], outputs: dict[str, Any], *, rotated: int, heads: int, rows: int
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    *,
+    rotated: int,
+    gain: float,
+    heads: int,
+    rows: int,
 ) -> None:
     """One program of the grid (channel slice, kv head, sequence).
 
     Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
     2**peak * sums, its softmax denominator 2**peak * weight. The first `rotated` splits are
-    multiplied by the matrix `unrotation`, where there is one.
+    multiplied by the transpose of `rotation`, where there is one.
     """
     splits, columns = inputs["peak"].shape
     split, head = jnp.arange(power_of_two(splits)), jnp.arange(columns)
@@ -44,8 +51,9 @@ def combine_kernel(
     channels = outputs["out"].shape[-1]
     channel = triton.program_id(0) * rows + jnp.arange(rows)
 
-    def weighted(first: int, count: int) -> jax.Array:
-        """float32 [rows, columns], the sum of some splits."""
+    def weighted(first: int, count: int, channel: jax.Array) -> jax.Array:
+        """float32 [len(channel), columns], the sum of some splits."""
+        rows = channel.shape[0]
         result = jnp.zeros((rows, columns), jnp.float32)
         step = min(power_of_two(count), max(1, TILE // (rows * columns)))
         for start in range(first, first + count, step):
@@ -60,17 +68,12 @@ def combine_kernel(
             result = result + (sums * share[:, None, :]).sum(axis=0)
         return result
 
-    if "unrotation" in inputs:
-        inner = jnp.arange(rows)
-        within = (channel < channels)[:, None] & (inner < channels)[None, :]
-        matrix = triton.load(
-            inputs["unrotation"].at[channel[:, None], inner[None, :]], mask=within, other=0.0
-        )
-        out = triton.small_dot(matrix, weighted(0, rotated))
+    if "rotation" in inputs:
+        out = unrotate(inputs["rotation"], gain, weighted(0, rotated, channel), channels)
         if rotated < splits:
-            out = out + weighted(rotated, splits - rotated)
+            out = out + weighted(rotated, splits - rotated, channel)
     else:
-        out = weighted(0, splits)
+        out = weighted(0, splits, channel)
     exists = (channel < channels)[:, None] & (head < heads)[None, :]
     place = outputs["out"].at[head[None, :], channel[:, None]]
     triton.store(place, out.astype(outputs["out"].dtype), mask=exists)
@@ -81,7 +84,7 @@ def combine_kernel(
 def combine(
     parts: dict[str, jax.Array],
     sinks: jax.Array | None,
-    unrotation: jax.Array | None,
+    rotation: Rotation | None,
     recent: bool,
     heads: int,
     dtype: DTypeLike,
@@ -89,12 +92,12 @@ def combine(
 ) -> tuple[jax.Array, jax.Array]:
     """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
 
-    optional sink logits [K, G] and unrotation [K or 1, H, H] of all splits, but of the last one if
+    optional sink logits [K, G] and rotation of all splits, but of the last one if
     that is `recent` -> output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
     rows = max(16, power_of_two(channels))
-    if unrotation is None:  # else a slice of the output needs all channels of the sums
+    if rotation is None:
         rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
     per_split = triton.BlockSpec((None, None, splits, columns), lambda i, h, j: (j, h, 0, 0))
     sums = triton.BlockSpec(
@@ -104,15 +107,25 @@ def combine(
     if sinks is not None:
         parts = parts | {"sinks": sinks}
         in_specs["sinks"] = triton.BlockSpec((None, heads), lambda i, h, j: (h, 0))
-    if unrotation is not None:
-        parts = parts | {"unrotation": unrotation}
-        shared = unrotation.shape[0] == 1
-        in_specs["unrotation"] = triton.BlockSpec(
-            (None, channels, channels), lambda i, h, j: (0 if shared else h, 0, 0)
+    if rotation is not None:
+        parts = parts | {"rotation": rotation}
+        shared = rotation.parts.shape[1] == 1
+        in_specs["rotation"] = Rotation(
+            triton.BlockSpec(
+                (rotation.parts.shape[0], None, channels, channels),
+                lambda i, h, j: (0, 0 if shared else h, 0, 0),
+            ),
+            None if rotation.signs is None else triton.BlockSpec((channels,), lambda i, h, j: (0,)),
+            rotation.gain,
         )
     outputs = triton.call(
         lambda inputs, outputs: combine_kernel(
-            inputs, outputs, rotated=splits - recent, heads=heads, rows=rows
+            inputs,
+            outputs,
+            rotated=splits - recent,
+            heads=heads,
+            rows=rows,
+            gain=1.0 if rotation is None else rotation.gain,
         ),
         grid=(-(-channels // rows), kv_heads, batch),
         in_specs=(in_specs,),
@@ -124,7 +137,7 @@ def combine(
             "out": jax.ShapeDtypeStruct((batch, kv_heads, heads, channels), dtype),
             "lse": jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
         },
-        warps=4 if unrotation is None else 8,
+        warps=4,
         stages=1,
         name="decode_combine",
         interpret=interpret,

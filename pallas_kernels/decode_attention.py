@@ -18,9 +18,10 @@ from pallas_kernels.combine import combine
 from pallas_kernels.decode_kernel import Plan, decode_kernel
 from pallas_kernels.gather import key_decoder, value_decoders
 from pallas_kernels.recent import LOG2E, Recent, check_recent
+from pallas_kernels.rotation import Rotation
 from pallas_kernels.schedule import TILE_TOKENS, Schedule, default_schedule
 
-__all__ = ["Blocks", "Codebook", "Recent", "Schedule", "Sketch", "decode_attention"]
+__all__ = ["Blocks", "Codebook", "Recent", "Rotation", "Schedule", "Sketch", "decode_attention"]
 
 SIGNS = Codebook(bits=1, levels=(-1, 1), step=1.0)
 
@@ -37,13 +38,14 @@ def decode_attention(
     sink_logits: Float[Array, " N"] | None = None,
     score_bias: Float[Array, "B N"] | None = None,
     sketch: Sketch | None = None,
+    first_page: Int[Array, ""] | None = None,
     recent: Recent | None = None,
-    unrotation: Float[Array, "heads H H"] | None = None,
+    rotation: Rotation | None = None,
     dtype: DTypeLike = jnp.float32,
     schedule: Schedule | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
-    """One query token per sequence against its tokens: (output in `dtype`, log-sum-exp float32).
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Recent | None]:
+    """One query token per sequence against its tokens: output, log-sum-exp, `recent` as it is then.
 
     q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many; the
     channels of the `groups` follow each other in q and in the output. Sequence b has `lengths[b]`
@@ -55,9 +57,11 @@ def decode_attention(
     a sequence of no tokens, whose output is 0; parts merge by it. Queries and probabilities
     enter the products as 15-bit integers, levels are exact and sums are float32 or exact.
 
-    `recent`: further tokens, in full precision. `unrotation` [K or 1, H, H] multiplies the output
-    of the blocks of a kv head (or of all), so that it leaves the rotated space, where those of
-    `recent` never were; without it the whole output is in one space.
+    `recent`: further tokens, in full precision; returned with the newest written where it says, in
+    place if the caller gives the arrays away. `rotation`, of the values: its transpose multiplies
+    the output of the blocks, so that it leaves the rotated space, where those of `recent` never
+    were; without it everything is in one space. `first_page`
+    is added to every page id. The output has `dtype`, the log-sum-exp float32.
 
     `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not
     fit, NotImplementedError for what the kernel does not serve.
@@ -66,12 +70,12 @@ def decode_attention(
     kv_heads, tokens = check(q, groups, page_table, lengths)
     if recent is not None:
         check_recent(recent, batch, heads, kv_heads)
-    if unrotation is not None and unrotation.shape not in (
+    if rotation is not None and rotation.parts.shape[1:] not in (
         (n, channels, channels) for n in (1, kv_heads)
     ):
         raise ValueError(
-            f"got an unrotation {unrotation.shape}, expected "
-            f"{(1, channels, channels)} or {(kv_heads, channels, channels)}"
+            f"got parts of a rotation {rotation.parts.shape}, expected "
+            f"[parts, 1 or {kv_heads}, {channels}, {channels}]"
         )
     per_head = heads // kv_heads
     if schedule is None:
@@ -104,17 +108,25 @@ def decode_attention(
     }
     if recent is not None:
         inputs["recent"] = dataclasses.replace(recent, query=grouped(recent.query))
+    if first_page is not None:
+        inputs["first_page"] = jnp.asarray(first_page, jnp.int32).reshape(1)
     if starts is not None:
         inputs["starts"] = starts
     if score_bias is not None:
         bias = score_bias.astype(jnp.float32) * (1.0 if soft_cap is not None else LOG2E)
         inputs["bias"] = grouped(bias)
-    parts = run(plan, inputs, batch, kv_heads, channels)
+    parts, stored = run(plan, inputs, batch, kv_heads, channels)
     sinks = None
     if sink_logits is not None:
         sinks = sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
-    out, lse = combine(parts, sinks, unrotation, recent is not None, per_head, dtype, interpret)
-    return out.reshape(q.shape), lse.reshape(batch, heads)
+    out, lse = combine(parts, sinks, rotation, recent is not None, per_head, dtype, interpret)
+    if recent is not None and stored is not None:
+        recent = dataclasses.replace(
+            recent,
+            keys=(*stored[0], recent.keys[-1]),
+            values=(*stored[1], recent.values[-1]),
+        )
+    return out.reshape(q.shape), lse.reshape(batch, heads), recent
 
 
 def make_plan(
@@ -157,7 +169,7 @@ def make_plan(
 
 def run(
     plan: Plan, inputs: dict[str, Any], batch: int, kv_heads: int, channels: int
-) -> dict[str, jax.Array]:
+) -> tuple[dict[str, jax.Array], tuple | None]:
     """Calls the kernel on the grid (splits and recent tokens, kv heads, sequences)."""
     splits, columns = plan.splits + ("recent" in inputs), plan.columns
 
@@ -184,11 +196,23 @@ def run(
         )
 
     kinds = {"queries": of_head, "keys": paged, "values": paged, "scales": paged, "bias": of_head}
-    kinds |= {"key_tables": shared, "value_tables": shared}
+    kinds |= {"key_tables": shared, "value_tables": shared, "first_page": shared}
     in_specs = {
         name: jax.tree.map(kinds.get(name, of_sequence), value)
         for name, value in inputs.items()
         if name != "recent"
+    }
+    shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
+    out_specs: dict[str, Any] = {
+        name: triton.BlockSpec(
+            (None, None, None, *shape),
+            lambda i, h, j, shape=shape: (j, h, i) + (0,) * len(shape),
+        )
+        for name, shape in shapes.items()
+    }
+    out_shape: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((batch, kv_heads, splits, *shape), jnp.float32)
+        for name, shape in shapes.items()
     }
     if "recent" in inputs:
         recent = inputs["recent"]
@@ -196,28 +220,48 @@ def run(
             query=of_head(recent.query),
             keys=tuple(segment(x) for x in recent.keys),
             values=tuple(segment(x) for x in recent.values),
-            rows=of_sequence(recent.rows),
-            seen=of_sequence(recent.seen),
+            spans=of_sequence(recent.spans),
             key_mean=None if recent.key_mean is None else segment(recent.key_mean),
+            write=recent.write,
         )
-    shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
-    return triton.call(
+        if recent.write:
+            for name in ("keys", "values"):
+                stored = getattr(recent, name)[:-1]
+                out_specs[name] = tuple(segment(x) for x in stored)
+                out_shape[name] = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plan=plan),
         grid=(splits, kv_heads, batch),
         in_specs=(in_specs,),
-        out_specs={
-            name: triton.BlockSpec(
-                (None, None, None, *shape),
-                lambda i, h, j, shape=shape: (j, h, i) + (0,) * len(shape),
-            )
-            for name, shape in shapes.items()
-        },
-        out_shape={
-            name: jax.ShapeDtypeStruct((batch, kv_heads, splits, *shape), jnp.float32)
-            for name, shape in shapes.items()
-        },
+        out_specs=out_specs,
+        out_shape=out_shape,
+        aliases=_aliases(inputs, out_shape),
         warps=plan.warps,
         stages=plan.stages,
         name="decode_attention",
         interpret=plan.interpret,
-    )(jax.tree.map(jnp.asarray, inputs))
+    )(inputs)
+    stored = (outputs.pop("keys"), outputs.pop("values")) if "keys" in outputs else None
+    return outputs, stored
+
+
+def _aliases(inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[int, int]:
+    """Which flat input is overwritten by which flat output: the segments that are written to."""
+    if "keys" not in outputs:
+        return {}
+
+    def places(tree: Any, root: str, field: str) -> list[int]:
+        paths = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+        return [i for i, path in enumerate(paths) if path.startswith(f"{root}{field}[")]
+
+    return {
+        i: o
+        for name in ("keys", "values")
+        for i, o in zip(
+            places(inputs, "['recent']", f".{name}"), places(outputs, "", f"['{name}']"),
+            strict=False,  # but for the segment of the newest token
+        )
+    }  # fmt: skip

@@ -20,7 +20,7 @@ from pallas_kernels import triton
 from pallas_kernels.dequantize import divide, power_of_two
 from pallas_kernels.digits import PHASES, UNITS, digits, interleave, total, weighted
 from pallas_kernels.gather import Decoder
-from pallas_kernels.recent import EMPTY, attend_recent, capped, mean_score
+from pallas_kernels.recent import EMPTY, attend_recent, capped, mean_score, write_newest
 
 # The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
 BIAS = 126
@@ -242,6 +242,8 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
         channel = jnp.arange(sums.shape[0])[:, None]
         exists = jnp.broadcast_to(channel < sum(plan.value_channels), sums.shape)
         triton.store(outputs["sums"].at[channel, column[None, :]], sums, mask=exists)
+        if "keys" in outputs:
+            write_newest(inputs["recent"], outputs["keys"], outputs["values"])
 
     @triton.when(jnp.logical_not(is_recent))
     def _() -> None:
@@ -262,7 +264,10 @@ def attend_blocks(inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array) -> 
     def pages_of(i):  # beyond the last block its page stands in, unseen
         last = jnp.maximum(first + blocks - 1, 0)
         block = first + i * plan.pages
-        return [inputs["page_table"][jnp.minimum(block + j, last)] for j in range(plan.pages)]
+        found = [inputs["page_table"][jnp.minimum(block + j, last)] for j in range(plan.pages)]
+        if "first_page" not in inputs:
+            return found
+        return [jnp.maximum(page, 0) + inputs["first_page"][0] for page in found]
 
     def body(i, carry):
         # The page ids of the next tile are read a turn ahead: read in the turn that loads the

@@ -37,6 +37,7 @@ def call(
     stages: int,
     name: str,
     interpret: bool,
+    aliases: dict[int, int] | None = None,
 ) -> Callable[..., Any]:
     """`pallas_call` pinned to Triton: without compiler parameters jax 0.10 would pick Mosaic."""
     return pl.pallas_call(
@@ -46,6 +47,7 @@ def call(
         out_specs=out_specs,
         out_shape=out_shape,
         interpret=interpret,
+        input_output_aliases=aliases or {},
         name=name,
         compiler_params=backend.CompilerParams(num_warps=warps, num_stages=stages),
     )
@@ -95,14 +97,3 @@ def float_dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def small_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 [M, C] times [C, columns] for few columns, without the tensor cores' rounding."""
-    out = jnp.zeros((a.shape[0], b.shape[1]), jnp.float32)
-    for i in range(b.shape[1]):
-        own = (jnp.arange(b.shape[1]) == i)[None, :]
-        column = jnp.where(jnp.broadcast_to(own, b.shape), b, 0.0).sum(axis=1)
-        product = (a * column[None, :]).sum(axis=1)
-        out = jnp.where(jnp.broadcast_to(own, out.shape), product[:, None], out)
-    return out

@@ -60,6 +60,7 @@ def random_cache(config, rng):
         **filled_parts,
         page_table=jnp.asarray(table.reshape(state.page_table.shape)),
         lengths=jnp.asarray([0, 3, 399], jnp.int32),
+        pending=jnp.asarray([1, 1, 0], jnp.int32),
     )
 
 
@@ -88,10 +89,14 @@ def test_the_fused_kernel_equals_the_definition(name, interpret):
             want = attend(
                 state, layer, q, k, v, scores=scores, sink_logits=sinks, implementation="xla"
             )
-        return want, attend_pallas(state, layer, q, k, v, scores, sinks, interpret=interpret)
+        got, written = attend_pallas(
+            state, layer, q, k, v, scores, sinks, write=True, interpret=interpret
+        )
+        return want, got, cache.write(state, layer, k, v), written
 
-    want, got = both(state, q, k, v)
+    want, got, definition, written = both(state, q, k, v)
     assert np.isfinite(got).all()
     # queries and shares of the blocks are 15-bit integers: see tests/pallas_kernels
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # nothing but the token itself
+    jax.tree.map(np.testing.assert_array_equal, written, definition)

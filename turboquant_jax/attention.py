@@ -14,19 +14,19 @@ section 3). The centre of the keys adds <q, mean> to every score of the compress
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 from jax import tree
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax import fused
+from turboquant_jax.cache import appending
 from turboquant_jax.cache import blocks as block_layout
+from turboquant_jax.cache.appending import Implementation
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.state import Cache
 
-Implementation = Literal["xla", "pallas"]
 Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
 
@@ -81,8 +81,36 @@ def attend(
     """
     layer = jnp.asarray(layer, jnp.int32)
     check_shapes(cache.config, cache.lengths.shape[0], q, k, v)
-    attend = _implementation(implementation, cache, q.shape[1])
-    return attend(cache, layer, q, k, v, scores, sink_logits)
+    if _implementation(implementation, cache, q.shape[1]) == "xla":
+        return _attend_xla(cache, layer, q, k, v, scores, sink_logits)
+    return attend_pallas(cache, layer, q, k, v, scores, sink_logits)[0]
+
+
+def attend_and_write(
+    cache: Cache,
+    layer: Int[Array, ""] | int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    scores: Scores = Scores(),
+    sink_logits: Float[Array, " N"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N H"], Cache]:
+    """`attend`, then `cache.write` of the pending tokens, in one kernel where it is served.
+
+    Between `cache.begin` and `cache.commit`; arguments and errors are those of `attend`.
+    """
+    layer = jnp.asarray(layer, jnp.int32)
+    check_shapes(cache.config, cache.lengths.shape[0], q, k, v)
+    if _implementation(implementation, cache, q.shape[1]) == "pallas":
+        return attend_pallas(cache, layer, q, k, v, scores, sink_logits, write=True)
+    # A single token overwrites nothing that is visible. Written first, it is written in place: with
+    # the read first, XLA copies the whole window for every layer that is not part of a loop.
+    if q.shape[1] == 1:
+        cache = appending.write(cache, layer, k, v)
+    output = _attend_xla(cache, layer, q, k, v, scores, sink_logits)
+    return output, cache if q.shape[1] == 1 else appending.write(cache, layer, k, v)
 
 
 def merge(parts: list[Part]) -> Part:
@@ -147,14 +175,8 @@ def _attend_recent(cache: Cache, layer, q, k, v, scores: Scores) -> Part:
     dtype = cache.config.dtype
     keys = [cache.sinks.keys[layer], cache.window.keys[layer], k.astype(dtype)]
     values = [cache.sinks.values[layer], cache.window.values[layer], v.astype(dtype)]
-    visible = recent_visible(cache, q.shape[1])
-    return attend_exact(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
-
-
-def recent_visible(cache: Cache, count: int) -> Bool[Array, "B T S"]:
-    """Which slots of sinks, window and `count` new tokens, in this order, the new tokens see."""
     config, lengths = cache.config, cache.lengths[:, None]
-    query = lengths + jnp.arange(count)[None, :]
+    query = lengths + jnp.arange(q.shape[1])[None, :]
     sink = jnp.arange(cache.sinks.keys.shape[2])[None, :] + jnp.zeros_like(lengths)
     slot = jnp.arange(cache.window.keys.shape[2])[None, :]
     newest = lengths - 1 - config.sinks
@@ -162,7 +184,8 @@ def recent_visible(cache: Cache, count: int) -> Bool[Array, "B T S"]:
     compressed = config.sinks + config.compressed_tokens(lengths)
     position = jnp.concatenate([sink, ring, query], axis=1)
     held = jnp.concatenate([sink < lengths, (ring >= compressed) & (ring >= 0), query >= 0], axis=1)
-    return held[:, None, :] & sees(config, query, position)
+    visible = held[:, None, :] & sees(config, query, position)
+    return attend_exact(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
 
 
 def _attend_blocks(cache: Cache, layer, q, scores: Scores) -> Part:
@@ -199,23 +222,23 @@ def attend_pallas(
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
     *,
+    write: bool = False,
     interpret: bool = False,
-) -> Float[Array, "B 1 N H"]:
-    """All segments in one fused kernel, for one query per sequence."""
+) -> tuple[Float[Array, "B 1 N H"], Cache]:
+    """All segments in one fused kernel, for one query per sequence; `write` writes the token."""
     config = cache.config
-    output = fused.attend(
+    output, cache = fused.attend(
         cache,
         layer,
         q[:, 0],
-        rotate_queries(cache.codecs[0], layer, q, config.num_kv_heads)[:, 0],
         (k.astype(config.dtype), v.astype(config.dtype)),
-        recent_visible(cache, 1)[:, 0],
         scale=config.head_dim**-0.5 if scores.scale is None else scores.scale,
         softcap=scores.softcap,
         sink_logits=sink_logits,
+        write=write,
         interpret=interpret,
     )
-    return output[:, None]
+    return output[:, None], cache
 
 
 def block_positions(cache: Cache) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -256,15 +279,18 @@ def sees(
     return seen if config.sliding_window is None else seen & (distance < config.sliding_window)
 
 
-def _implementation(implementation: Implementation | None, cache: Cache, queries: int):
+def _implementation(
+    implementation: Implementation | None, cache: Cache, queries: int
+) -> Implementation:
+    """What is to run: a name is obeyed or refused, None takes the kernel where it is served."""
     if implementation not in ("xla", "pallas", None):
         raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
     if implementation == "xla":
-        return _attend_xla
+        return "xla"
     reason = fused.unserved(cache, queries)
     if implementation == "pallas" and reason is not None:
         raise NotImplementedError(f"implementation='pallas' got {reason}")
-    return _attend_xla if reason is not None else attend_pallas
+    return "pallas" if reason is None else "xla"
 
 
 def check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:

@@ -4,15 +4,18 @@ Everything is passed as it lies in the cache, the pools of all layers as one poo
 starts at the layer's first page; nothing is copied.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
 from turboquant_jax import codebook as codebooks
+from turboquant_jax.cache import operands
 from turboquant_jax.cache.codec import Codec
-from turboquant_jax.cache.state import Cache
+from turboquant_jax.cache.state import Cache, Exact
 from turboquant_jax.quantizer import Quantizer
 from turboquant_jax.rotation import Identity
 
@@ -44,62 +47,105 @@ def attend(
     cache: Cache,
     layer: Int[Array, ""],
     query: Float[Array, "B N H"],
-    rotated: Float[Array, "B N H"],
     new: tuple[Float[Array, "B 1 K H"], Float[Array, "B 1 K H"]],
-    seen: Bool[Array, "B S"],
     *,
     scale: float,
     softcap: float | None,
     sink_logits: Float[Array, " N"] | None,
+    write: bool,
     interpret: bool = False,
-) -> Float[Array, "B N H"]:
-    """Attention of one query per sequence over a layer, in the dtype of the query.
+) -> tuple[Float[Array, "B N H"], Cache]:
+    """Attention of one query per sequence over a layer and over the new token's key and value.
 
-    `rotated` is the query in the rotated space of the keys, `new` the key and value of the token
-    itself, `seen` the slots of sinks, window and new token that count.
+    The output has the dtype of the query. `write` also writes the token where it is pending.
     """
-    groups, table, lengths, starts = blocks_of(cache, layer)
-    return decode_attention(
-        rotated,
+    key_codec, value_codec = cache.codecs
+    groups, table, first_page, lengths, starts = blocks_of(cache, layer)
+    rotated = all(
+        value_codec.order is not None or not isinstance(group.rotation, Identity)
+        for group in value_codec.groups
+    )
+    output, _, recent = decode_attention(
+        _rotate(key_codec, layer, query, cache.config.num_kv_heads),
         groups,
         table,
         lengths,
         sm_scale=scale,
+        first_page=first_page,
         starts=starts,
         soft_cap=softcap,
         sink_logits=sink_logits,
-        recent=_recent(cache, layer, query, new, seen),
-        unrotation=_unrotation(cache.codecs[1], layer, cache.config.head_dim),
+        recent=_recent(cache, layer, query, new, write),
+        rotation=operands.of_codec(value_codec, layer) if rotated else None,
         dtype=query.dtype,
         interpret=interpret,
-    )[0]
+    )
+    return output, _written(cache, recent) if write else cache
 
 
-def _recent(cache: Cache, layer, query, new, seen) -> Recent:
-    batch = jnp.arange(query.shape[0], dtype=jnp.int32)
-    stored = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
-    rows = [layer * query.shape[0] + batch] * len(stored) + [batch]
+def _rotate(codec: Codec, layer, query: Float[Array, "B N H"], kv_heads: int):
+    """The queries in the rotated space of the keys, float32."""
+    grouped = query.reshape(query.shape[0], kv_heads, -1, query.shape[2])
+    if query.dtype != jnp.bfloat16:
+        return jnp.swapaxes(codec.rotate(layer, jnp.swapaxes(grouped, 1, 2)), 1, 2).reshape(
+            query.shape
+        )
+    rotation = operands.of_codec(codec, layer)
+    heads = rotation.parts.shape[1]
+    grouped = query.reshape(query.shape[0], heads, -1, query.shape[2])
+    if rotation.signs is not None:
+        grouped = grouped * rotation.signs.astype(query.dtype)[None, None, None, :]
+    turned = sum(
+        jnp.einsum("bkgi,kji->bkgj", grouped, part, preferred_element_type=jnp.float32)
+        for part in rotation.parts
+    )
+    return (turned * rotation.gain).reshape(query.shape)
+
+
+def _recent(cache: Cache, layer, query, new, write: bool) -> Recent:
+    config, lengths = cache.config, cache.lengths
+    oldest = jnp.zeros_like(lengths)
+    if config.sliding_window is not None:
+        oldest = jnp.maximum(lengths + 1 - config.sliding_window, 0)
+    row = layer * query.shape[0] + jnp.arange(query.shape[0], dtype=jnp.int32)
+    pending, spans, keys, values = cache.pending > 0, [], [], []
+    sinks, ring = (part.keys.shape[2] for part in (cache.sinks, cache.window))
+    if sinks:
+        slot = jnp.where(pending, lengths, -1)  # past the sinks: nowhere
+        spans.append((row, oldest, jnp.minimum(lengths, sinks) - oldest, slot))
+    if ring:
+        edge = jnp.maximum(config.sinks + config.compressed_tokens(lengths), oldest)
+        slot = jnp.where(pending & (lengths >= config.sinks), (lengths - config.sinks) % ring, -1)
+        spans.append((row, (edge - config.sinks) % ring, lengths - edge, slot))
+    nothing = jnp.zeros_like(row)
+    spans.append((jnp.arange(row.shape[0], dtype=jnp.int32), nothing, nothing + 1, nothing))
+    for part in (cache.sinks, cache.window):
+        if part.keys.shape[2]:
+            keys.append(_flat(part.keys))
+            values.append(_flat(part.values))
     return Recent(
         query=query,
-        keys=(*(_flat(part.keys) for part in stored), new[0]),
-        values=(*(_flat(part.values) for part in stored), new[1]),
-        rows=jnp.stack(rows, axis=1),
-        seen=seen.astype(jnp.int32),
+        keys=(*keys, new[0]),
+        values=(*values, new[1]),
+        spans=jnp.stack([x for span in spans for x in span], axis=1).reshape(len(row), -1, 4),
         key_mean=None if cache.key_mean is None else _flat(cache.key_mean),
+        write=write,
     )
 
 
-def _unrotation(codec: Codec, layer, dim: int) -> Float[Array, "heads H H"] | None:
-    """The matrix back from the rotated space: of each head where their channels are ordered."""
-    if codec.order is None and all(isinstance(g.rotation, Identity) for g in codec.groups):
-        return None
-    heads = 1 if codec.order is None else codec.order.shape[1]
-    unit = jnp.broadcast_to(jnp.eye(dim)[:, None, :], (dim, heads, dim))
-    return jnp.moveaxis(codec.unrotate(layer, unit), 0, 2)
+def _written(cache: Cache, recent: Recent) -> Cache:
+    """The cache with the segments of `recent`, which hold the new token."""
+    stored, parts = zip(recent.keys[:-1], recent.values[:-1], strict=True), {}
+    for name in ("sinks", "window"):
+        old = getattr(cache, name)
+        if old.keys.shape[2]:
+            keys, values = next(stored)
+            parts[name] = Exact(keys.reshape(old.keys.shape), values.reshape(old.values.shape))
+    return replace(cache, **parts)
 
 
 def blocks_of(cache: Cache, layer: Int[Array, ""]):
-    """Groups of pages, page table, and the tokens that count: up to `lengths`, from `starts`."""
+    """Groups of pages, page table, the layer's first page, the tokens `starts` to `lengths`."""
     config, slots = cache.config, cache.page_table.shape[1]
     pages = cache.references.shape[0]
     lengths = config.compressed_tokens(cache.lengths)
@@ -126,7 +172,7 @@ def blocks_of(cache: Cache, layer: Int[Array, ""]):
             *(codec.groups for codec in cache.codecs), strict=True,
         )
     )  # fmt: skip
-    return groups, jnp.maximum(table, 0) + layer * pages, lengths, starts
+    return groups, table, layer * pages, lengths, starts
 
 
 def _flat(x: Array) -> Array:

@@ -26,6 +26,11 @@ class Identity:
 
     dim: int = field(metadata={"static": True})
 
+    @property
+    def matrix(self) -> Float[Array, "d d"]:
+        """Pi, dense."""
+        return jnp.eye(self.dim)
+
     def apply(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """x itself."""
         return x
@@ -68,6 +73,17 @@ class Hadamard:
     def dim(self) -> int:
         """Dimension d of the vectors it rotates."""
         return self.signs.shape[-1]
+
+    @property
+    def matrix(self) -> Float[Array, "d d"]:
+        """Pi, dense."""
+        return jnp.asarray(self.pattern) * self.signs[None, :]
+
+    @property
+    def pattern(self) -> np.ndarray:
+        """H, dense float32 [d, d]: Pi without its signs."""
+        block = linalg.hadamard(self.block) / np.sqrt(self.block)
+        return np.kron(np.eye(self.dim // self.block), block).astype(np.float32)
 
     def apply(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """H (signs * x) in each block."""

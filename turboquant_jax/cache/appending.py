@@ -9,13 +9,16 @@ fit is left as it was, and `overflow` says so.
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.cache import compression, pages
+from turboquant_jax.cache import compression, encoding, pages
 from turboquant_jax.cache.state import Cache, Exact
+
+Implementation = Literal["xla", "pallas"]
 
 
 def begin(cache: Cache, counts: Int[Array, " B"], most: int) -> Cache:
@@ -48,6 +51,8 @@ def write(
     layer: Int[Array, ""] | int,
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
+    *,
+    implementation: Implementation | None = None,
 ) -> Cache:
     """Write the pending tokens of one layer.
 
@@ -55,8 +60,12 @@ def write(
     chunk (T > 1), the blocks that the window passes are compressed here, while the chunk is at
     hand; a single token (T = 1) is one row, and what it completes `commit` compresses.
 
+    `implementation` says who compresses: "xla" is the definition, "pallas" the GPU kernel, None the
+    kernel where it is served.
+
     Raises:
-      ValueError: keys or values of the wrong shape.
+      ValueError: keys or values of the wrong shape, or an unknown implementation.
+      NotImplementedError: an implementation that this device or cache is not served by.
     """
     config, layer = cache.config, jnp.asarray(layer, jnp.int32)
     expected = (cache.lengths.shape[0], k.shape[1], config.num_kv_heads, config.head_dim)
@@ -64,7 +73,7 @@ def write(
         raise ValueError(f"keys and values must be {expected}, got {k.shape} and {v.shape}")
     new = Exact(k.astype(config.dtype), v.astype(config.dtype))
     if cache.page_table.shape[1] and k.shape[1] > 1:
-        cache = compression.compress_chunk(cache, layer, new)
+        cache = compression.compress_chunk(cache, layer, new, _kernel(implementation, cache))
     token = jnp.arange(k.shape[1])[None, :]
     position = cache.lengths[:, None] + token
     valid = token < cache.pending[:, None]
@@ -79,10 +88,10 @@ def write(
     )
 
 
-def commit(cache: Cache) -> Cache:
-    """Count the pending tokens, which every layer has now written."""
+def commit(cache: Cache, *, implementation: Implementation | None = None) -> Cache:
+    """Count the pending tokens, which every layer has now written; see `write`."""
     if cache.page_table.shape[1]:
-        cache = compression.compress_single(cache)
+        cache = compression.compress_single(cache, _kernel(implementation, cache))
     given = cache.pending_pages != pages.UNASSIGNED
     return replace(
         cache,
@@ -121,6 +130,16 @@ def append(
     layers = jnp.arange(cache.config.num_layers)
     cache, _ = lax.scan(step, begin(cache, counts, most), (layers, k, v))
     return commit(cache)
+
+
+def _kernel(implementation: Implementation | None, cache: Cache) -> bool:
+    """Whether the kernel compresses: a name is obeyed or refused."""
+    if implementation not in ("xla", "pallas", None):
+        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+    reason = encoding.unserved(cache)
+    if implementation == "pallas" and reason is not None:
+        raise NotImplementedError(f"implementation='pallas' got {reason}")
+    return implementation != "xla" and reason is None
 
 
 def _put(old: Exact, layer, slot: Int[Array, "B T"], new: Exact, valid) -> Exact:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.scipy import linalg
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -44,6 +45,13 @@ class Codec:
             return x
         order = jnp.argsort(self.order[layer], axis=-1)
         return jnp.take_along_axis(x, _broadcast(order, x), axis=-1)
+
+    def matrix(self, layer: Int[Array, ""]) -> Float[Array, "heads H H"]:
+        """The whole rotation, dense: of each head if their channels are ordered, else of all."""
+        matrix = linalg.block_diag(*(group.rotation.matrix for group in self.groups))
+        if self.order is None:
+            return matrix[None]
+        return jnp.moveaxis(matrix[:, jnp.argsort(self.order[layer], axis=-1)], 0, 1)
 
     def quantize(self, layer: Int[Array, ""], x: Float[Array, "*batch K H"]) -> tuple[Group, ...]:
         """Indices and scales of each group of channels."""

@@ -1,8 +1,9 @@
 """From the window into the pool: whole blocks, once the window has passed them.
 
 A chunk is compressed layer by layer while it is at hand. A single token completes at most one
-block, which then lies whole in the window: those are compressed once for all layers, in a loop over
-the sequences that completed one, so that a step that completes none does nothing.
+block, which then lies whole in the window: those are compressed once for all layers, by one kernel
+where it is served, else in a loop over the sequences that completed one; so a step that completes
+none does next to nothing.
 """
 
 from dataclasses import replace
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from turboquant_jax.cache import blocks
+from turboquant_jax.cache import blocks, encoding
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.state import Cache, Exact
 
@@ -35,7 +36,7 @@ def new_blocks(
     return block % max(slots, 1), filled
 
 
-def compress_single(cache: Cache) -> Cache:
+def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> Cache:
     """Compress what the sequences with one pending token completed, in all layers."""
     config = cache.config
     slot, filled = new_blocks(cache, cache.pending, 1)
@@ -43,6 +44,20 @@ def compress_single(cache: Cache) -> Cache:
     rows = jnp.nonzero(complete, size=complete.shape[0], fill_value=0)[0]
     pages = jnp.take_along_axis(cache.pending_pages, slot, axis=1)[:, 0]
     first = config.num_blocks(cache.lengths)
+    if use_kernel:
+        layers = jnp.arange(config.num_layers, dtype=jnp.int32)[:, None]
+        page = pages[None, :] + layers * cache.references.shape[0]
+        page = jnp.where(complete[None, :], page, -1)
+        row = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape)
+        ring = cache.window.keys.shape[2]
+        start, opens = (
+            jnp.broadcast_to(x[None, :], page.shape)
+            for x in (first * config.block % ring, first == 0)
+        )
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache.window)
+        return encoding.encode(
+            cache, flat, _jobs(row, start, page, row, opens), interpret=interpret
+        )
     layers = jnp.arange(config.num_layers)
 
     def compress(i, carry):
@@ -67,7 +82,9 @@ def compress_single(cache: Cache) -> Cache:
     return replace(cache, pool=pool, key_mean=means)
 
 
-def compress_chunk(cache: Cache, layer: Int[Array, ""], new: Exact) -> Cache:
+def compress_chunk(
+    cache: Cache, layer: Int[Array, ""], new: Exact, use_kernel: bool, interpret: bool = False
+) -> Cache:
     """Compress what the sequences with more pending tokens completed, in one layer.
 
     `new` is the chunk [B, T, K, H], which enters the window only after this.
@@ -75,19 +92,38 @@ def compress_chunk(cache: Cache, layer: Int[Array, ""], new: Exact) -> Cache:
     slot, filled = new_blocks(cache, cache.pending, new.keys.shape[1])
     filled = filled & (cache.pending > 1)[:, None]
     page = jnp.take_along_axis(cache.pending_pages, slot, axis=1)
-    page = jnp.where(filled, page, cache.references.shape[0])  # past the end: dropped
+    pages = cache.references.shape[0]
     opens = (cache.config.num_blocks(cache.lengths) == 0) & jnp.any(filled, axis=1)
+    batch, count = slot.shape
+
+    def means_with(block: Exact, means):
+        if means is None:
+            return None
+        of_first = jax.vmap(_mean)(block.keys[:, 0])
+        mean = jnp.where(opens[:, None, None], of_first, means[layer])
+        return means.at[layer].set(mean)
+
+    if use_kernel:
+        block = _gather(cache, layer, new, count)
+        cache = replace(cache, key_mean=means_with(block, cache.key_mean))
+        source = jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[3:]), block)
+        row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], slot.shape)
+        start = jnp.broadcast_to(
+            cache.config.block * jnp.arange(count, dtype=jnp.int32)[None, :], slot.shape
+        )
+        page = jnp.where(filled, page + layer * pages, -1)
+        jobs = _jobs(row, start, page, layer * batch + row, jnp.zeros_like(filled))
+        return encoding.encode(cache, source, jobs, interpret=interpret)
+    page = jnp.where(filled, page, pages)  # past the end: dropped
 
     def compress(carry):
         pool, means = carry
-        block = _gather(cache, layer, new, slot.shape[1])
-        mean = None
-        if means is not None:
-            of_first = jax.vmap(_mean)(block.keys[:, 0])
-            mean = jnp.where(opens[:, None, None], of_first, means[layer])
-            means = means.at[layer].set(mean)
+        block = _gather(cache, layer, new, count)
+        means = means_with(block, means)
         encode = partial(_encode, cache.codecs, layer)
-        packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(block, mean)
+        packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(
+            block, None if means is None else means[layer]
+        )
         pool = jax.tree.map(
             lambda old, rows: old.at[layer, page].set(rows, mode="drop"), pool, packed
         )
@@ -97,6 +133,10 @@ def compress_chunk(cache: Cache, layer: Int[Array, ""], new: Exact) -> Cache:
         jnp.any(filled), compress, lambda carry: carry, (cache.pool, cache.key_mean)
     )
     return replace(cache, pool=pool, key_mean=means)
+
+
+def _jobs(*columns: Array) -> Int[Array, "jobs 5"]:
+    return jnp.stack([column.astype(jnp.int32).ravel() for column in columns], axis=1)
 
 
 def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, count: int) -> Exact:

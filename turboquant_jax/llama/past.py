@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax import cache
-from turboquant_jax.attention import Implementation, attend
+from turboquant_jax.attention import Implementation, attend_and_write
 from turboquant_jax.cache import Cache
 from turboquant_jax.llama.generate import Past
 
@@ -20,21 +20,16 @@ def compressed(implementation: Implementation | None = None) -> Past[Cache]:
 
     # compiled apart, so that the layers of an unstacked decoder are traced and lowered once
     @jax.jit
-    def attend_and_write(
+    def attend(
         state: Cache,
         layer: Int[Array, ""],
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
     ) -> tuple[Float[Array, "B T N H"], Cache]:
-        # A single token overwrites nothing that is visible. Written first, it is in place: with the
-        # read first, XLA copies the whole window in every layer of an unstacked decoder.
-        if q.shape[1] == 1:
-            state = cache.write(state, layer, k, v)
-        out = attend(state, layer, q, k, v, implementation=implementation)
-        return out, state if q.shape[1] == 1 else cache.write(state, layer, k, v)
+        return attend_and_write(state, layer, q, k, v, implementation=implementation)
 
-    return Past(cache.begin, attend_and_write, cache.commit)
+    return Past(cache.begin, attend, cache.commit)
 
 
 COMPRESSED = compressed()

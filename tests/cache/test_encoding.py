@@ -1,0 +1,121 @@
+"""The kernel that compresses gives the codes of the definition, but for rounding at a threshold."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.triton import DEPRECATION
+from turboquant_jax import cache
+from turboquant_jax.cache import blocks, compression
+from turboquant_jax.cache.state import Exact
+
+CODEC = cache.CodecConfig
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning"),
+]
+SMALL = dict(num_layers=2, num_kv_heads=2, block=32, window=5, sinks=2)
+SETTINGS = {
+    "hadamard": dict(head_dim=32, key=CODEC(4), value=CODEC(3)),
+    "haar": dict(
+        head_dim=16, key=CODEC(1, "haar", scale="unbiased"), value=CODEC(2, "haar", scale="norm")
+    ),
+    "groups": dict(
+        head_dim=40, key=CODEC(((32, 3), (8, 5)), scale="matched"), value=CODEC(2, "haar"),
+        center_keys=False, dtype="float32",
+    ),
+}  # fmt: skip
+COMPILED = SETTINGS | {
+    "8 and 7 bits": dict(head_dim=128, key=CODEC(8), value=CODEC(7, "haar"), block=64),
+    "5 and 6 bits": dict(head_dim=256, key=CODEC(5), value=CODEC(6), block=128),
+    "80": dict(head_dim=80, key=CODEC(4, "haar"), value=CODEC(4, "block_hadamard"), block=64),
+    "96": dict(head_dim=96, key=CODEC(3, "block_hadamard"), value=CODEC(2, "haar"), block=64),
+    "128": dict(head_dim=128, key=CODEC(4, scale="unbiased"), value=CODEC(1), block=64),
+    "float16": dict(head_dim=64, key=CODEC(4), value=CODEC(4, "haar"), dtype="float16"),
+}
+
+
+def keys_and_values(config, count, seed):
+    """Far from centred, with zeros, huge and tiny vectors, NaN and infinity."""
+    rng = np.random.default_rng(seed)
+    shape = (3, count, config.num_kv_heads, config.head_dim)
+    x = rng.normal(0, 1, (2, *shape)) + 2 * rng.normal(0, 1, (2, 1, 1, *shape[2:]))
+    x[1, 0, 5] = 0
+    x[1, 0, 6] *= 1e3 if config.dtype == "float16" else 1e30
+    x[1, 0, 7] *= 1e-4 if config.dtype == "float16" else 1e-30
+    x[1, 0, 8, 0, 3], x[1, 0, 9, 1, 2] = np.nan, np.inf
+    return Exact(*(jnp.asarray(part, config.dtype) for part in x.astype(np.float32)))
+
+
+def compressed(config, interpret):
+    """The pools after a chunk of layer 1 and after single tokens, by definition and by kernel."""
+    state = cache.create(config, 3, 320, key=jax.random.key(0))
+    state = replace(state, lengths=jnp.asarray([0, 40, 150], jnp.int32))
+    window = keys_and_values(config, state.window.keys.shape[2], 1)
+    state = replace(state, window=jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), window))
+    chunk = keys_and_values(config, 150, 2)
+    counts = jnp.asarray([150, 3, 64], jnp.int32)
+
+    @jax.jit
+    def run(state):
+        layer = jnp.int32(1)
+        begun = cache.begin(state, counts, 150)
+        chunks = [
+            compression.compress_chunk(begun, layer, chunk, kernel, interpret)
+            for kernel in (False, True)
+        ]
+        full = config.sinks + config.window + config.block - 1
+        lengths = jnp.asarray([full, full + 3 * config.block, full + 1], jnp.int32)
+        single = cache.begin(replace(state, lengths=lengths), jnp.ones(3, jnp.int32), 1)
+        singles = [
+            compression.compress_single(single, kernel, interpret) for kernel in (False, True)
+        ]
+        return chunks, singles
+
+    return run(state)
+
+
+def assert_same(config, definition, kernel):
+    """At most one code in 10^4 apart, by one level; scales within a unit of bfloat16."""
+    made = [blocks.unpack(state.codecs, state.pool) for state in (definition, kernel)]
+    for side, other in zip(*made, strict=True):
+        for (index, scale), (index_other, scale_other) in zip(side, other, strict=True):
+            index, index_other = (np.asarray(x, np.int32) for x in (index, index_other))
+            scale, scale_other = (np.asarray(x, np.float32) for x in (scale, scale_other))
+            assert np.any(scale), "nothing was compressed"
+            usable = np.isfinite(scale)
+            np.testing.assert_array_equal(usable, np.isfinite(scale_other))
+            np.testing.assert_allclose(scale[usable], scale_other[usable], rtol=2**-7)
+            apart = np.abs(index - index_other)[usable]
+            assert apart.max() <= 1
+            assert apart.mean() < 1e-4
+    if config.center_keys:
+        np.testing.assert_allclose(definition.key_mean, kernel.key_mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "interpret"),
+    [
+        *((name, True) for name in SETTINGS),
+        *(pytest.param(name, False, marks=GPU) for name in COMPILED),
+    ],
+)
+def test_the_kernel_makes_the_codes_of_the_definition(name, interpret):
+    config = cache.CacheConfig(**SMALL | COMPILED[name])
+    for definition, kernel in compressed(config, interpret):
+        assert_same(config, definition, kernel)
+
+
+def test_the_kernel_is_refused_on_the_wrong_device():
+    if jax.default_backend() == "gpu":
+        pytest.skip("it is served here")
+    config = cache.CacheConfig(**SMALL | SETTINGS["hadamard"])
+    state = jax.eval_shape(lambda: cache.create(config, 1, 70, key=jax.random.key(0)))
+    with pytest.raises(NotImplementedError, match="the backend 'cpu'"):
+        jax.eval_shape(lambda state: cache.commit(state, implementation="pallas"), state)
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        jax.eval_shape(lambda state: cache.commit(state, implementation="cuda"), state)

@@ -1,0 +1,45 @@
+"""Rotations as the kernels take them: matrices in parts that 16-bit products lose nothing of."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.rotation import Rotation as Operand
+from turboquant_jax.cache.codec import Codec
+from turboquant_jax.rotation import Hadamard, Rotation
+
+
+def of_rotation(rotation: Rotation, dtype: DTypeLike) -> Operand:
+    """One rotation for vectors of this dtype: exact in bfloat16, in float32 for all others."""
+    if isinstance(rotation, Hadamard):
+        # +-1, a constant of the program; the signs are applied to the vectors
+        pattern = np.sign(np.asarray(rotation.pattern))
+        return Operand(
+            jnp.asarray(pattern, _dtype(dtype))[None, None], rotation.signs, rotation.block**-0.5
+        )
+    return _split(rotation.matrix[None], dtype)
+
+
+def of_codec(codec: Codec, layer: Int[Array, ""]) -> Operand:
+    """The whole rotation of a layer's keys or values, in bfloat16 parts."""
+    if len(codec.groups) == 1 and codec.order is None:
+        return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
+    return _split(codec.matrix(layer), jnp.bfloat16)
+
+
+def _split(matrix: Float[Array, "heads H H"], dtype: DTypeLike) -> Operand:
+    if _dtype(dtype) == jnp.float32:
+        return Operand(matrix[None])
+    parts, rest = [], matrix
+    for _ in range(3):
+        # not by a conversion there and back, which XLA takes for nothing
+        part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    return Operand(jnp.stack(parts))
+
+
+def _dtype(dtype: DTypeLike) -> DTypeLike:
+    return jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32

@@ -27,7 +27,7 @@ from turboquant_jax.llama.model import unstack
 from turboquant_jax.llama.past import COMPRESSED
 
 PEER = """
-import sys, time, torch
+import sys, time, torch, transformers
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
 ).eval()
 tokens = torch.randint(10, 40000, (1, context), generator=torch.Generator().manual_seed(0))
-print("ready", flush=True)
+print(torch.__version__, transformers.__version__, flush=True)
 for line in sys.stdin:
     with torch.inference_mode():
         out = model(tokens, use_cache=True)
@@ -57,7 +57,8 @@ class Peer:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
-        self._answer("ready")
+        torch, transformers = self._answer().split()
+        self.versions = {"torch": torch, "transformers": transformers}
 
     def seconds(self) -> float:
         """One round."""
@@ -66,15 +67,15 @@ class Peer:
         self.process.stdin.flush()
         return float(self._answer())
 
-    def _answer(self, expected: str = "") -> str:
+    def _answer(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
-        if not line or (expected and line != expected):
-            raise ValueError(f"got {line!r} from the peer, expected {expected or 'seconds'}")
+        if not line:
+            raise ValueError("got nothing from the peer, expected an interpreter with transformers")
         return line
 
 
-def measure(peer: str, context: int, steps: int, rounds: int) -> list[Row]:
+def measure(other: Peer, context: int, steps: int, rounds: int) -> list[Row]:
     """A row for transformers and one for each cache of ours."""
     checkpoint = load()
     model, config = unstack(checkpoint.model, donate=True), checkpoint.config
@@ -87,7 +88,7 @@ def measure(peer: str, context: int, steps: int, rounds: int) -> list[Row]:
         return dataclasses.replace(empty, lengths=jnp.full(1, context, jnp.int32))
 
     rows: dict[str, Peer | timing.DecodeLoop] = {
-        "transformers": Peer(peer, context, steps),
+        "transformers": other,
         "float32": timing.DecodeLoop(model, exact, DENSE, steps),
         "4 bits": timing.DecodeLoop(
             model, lambda: timing.filled_cache(four, *sizes), COMPRESSED, steps
@@ -122,10 +123,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
     begin = time.perf_counter()
-    rows = measure(a.peer, a.context, a.steps, a.rounds)
+    peer = Peer(a.peer, a.context, a.steps)
+    rows = measure(peer, a.context, a.steps, a.rounds)
+    peer.process.kill()
     config = {"context": a.context, "steps": a.steps, "rounds": a.rounds}
     command = "python -m experiments.cpu_decode --peer PYTHON --out experiments/results/cpu_decode"
     meta = results.describe(command, config, time.perf_counter() - begin)
+    meta["versions"] |= peer.versions
     results.write(a.out, rows, meta, None)
     print(results.to_csv(rows))
 

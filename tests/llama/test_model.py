@@ -11,7 +11,7 @@ from flax import nnx
 from turboquant_jax.llama.checkpoint import packaged_smollm2
 from turboquant_jax.llama.config import parameter_count
 from turboquant_jax.llama.gguf import open_gguf
-from turboquant_jax.llama.model import Llama, rms_norm, unstack
+from turboquant_jax.llama.model import Llama, random_model, rms_norm, unstack
 from turboquant_jax.llama.presets import PRESETS
 
 PROMPT = (
@@ -138,3 +138,12 @@ def test_only_parameters_inside(tiny):
 def test_layers_one_after_another_equal_the_scan(tiny, forward):
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     np.testing.assert_allclose(forward(unstack(tiny), tokens), forward(tiny, tokens), atol=1e-5)
+
+
+def test_unstacking_can_give_up_the_stack(tiny_config, forward):
+    tokens = jnp.arange(20, dtype=jnp.int32)[None]
+    model = random_model(tiny_config, 1, jnp.float32)
+    want = forward(model, tokens)
+    unstacked = unstack(model, donate=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model.layers))
+    np.testing.assert_allclose(forward(unstacked, tokens), want, atol=1e-5)

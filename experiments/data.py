@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from turboquant_jax import llama
-from turboquant_jax.attention import Scores, attend_exact
+from turboquant_jax.segments import Scores, attend_exact
 
 
 class MissingDataError(Exception):

@@ -18,10 +18,10 @@ import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.attention import Scores, attend_exact, merge
 from turboquant_jax.llama.evaluate import Comparison, compare
 from turboquant_jax.llama.model import Layer, Llama, rms_norm, unstack
 from turboquant_jax.llama.rope import rotation_angles
+from turboquant_jax.segments import Scores, attend_exact, merge
 
 Trip = Callable[[Float[Array, "B T K H"]], Float[Array, "B T K H"]]
 """Keys (centred), or values, of a layer through compression and back, float32."""

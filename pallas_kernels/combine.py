@@ -103,21 +103,20 @@ def combine(
     sums = triton.BlockSpec(
         (None, None, splits, channels, columns), lambda i, h, j: (j, h, 0, 0, 0)
     )
-    in_specs = {"peak": per_split, "weight": per_split, "sums": sums}
+    inputs: dict[str, Any] = dict(parts)
+    in_specs: dict[str, Any] = {"peak": per_split, "weight": per_split, "sums": sums}
     if sinks is not None:
-        parts = parts | {"sinks": sinks}
+        inputs["sinks"] = sinks
         in_specs["sinks"] = triton.BlockSpec((None, heads), lambda i, h, j: (h, 0))
     if rotation is not None:
-        parts = parts | {"rotation": rotation}
+        inputs["rotation"] = rotation
         shared = rotation.parts.shape[1] == 1
-        in_specs["rotation"] = Rotation(
-            triton.BlockSpec(
-                (rotation.parts.shape[0], None, channels, channels),
-                lambda i, h, j: (0, 0 if shared else h, 0, 0),
-            ),
-            None if rotation.signs is None else triton.BlockSpec((channels,), lambda i, h, j: (0,)),
-            rotation.gain,
+        matrix = triton.BlockSpec(
+            (rotation.parts.shape[0], None, channels, channels),
+            lambda i, h, j: (0, 0 if shared else h, 0, 0),
         )
+        signs = triton.BlockSpec((channels,), lambda i, h, j: (0,))
+        in_specs["rotation"] = jax.tree.map(lambda x: matrix if x.ndim == 4 else signs, rotation)
     outputs = triton.call(
         lambda inputs, outputs: combine_kernel(
             inputs,
@@ -141,5 +140,5 @@ def combine(
         stages=1,
         name="decode_combine",
         interpret=interpret,
-    )(parts)
+    )(inputs)
     return outputs["out"], outputs["lse"]

@@ -70,9 +70,9 @@ def decode_attention(
     kv_heads, tokens = check(q, groups, page_table, lengths)
     if recent is not None:
         check_recent(recent, batch, heads, kv_heads)
-    if rotation is not None and rotation.parts.shape[1:] not in (
+    if rotation is not None and rotation.parts.shape[1:] not in [
         (n, channels, channels) for n in (1, kv_heads)
-    ):
+    ]:
         raise ValueError(
             f"got parts of a rotation {rotation.parts.shape}, expected "
             f"[parts, 1 or {kv_heads}, {channels}, {channels}]"

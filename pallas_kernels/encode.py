@@ -409,7 +409,8 @@ def _store_keys(
     eighth, rest = divide(jnp.arange(packed.shape[1]), column.padded)
     byte = eighth * (column.dim // 8) + rest
     mask = jnp.broadcast_to((rest < column.dim // 8)[None, :], packed.shape)
-    triton.store(plane.at[page, jnp.arange(tokens)[:, None], byte[None, :]], packed, mask=mask)
+    place: Any = plane.at[page, jnp.arange(tokens)[:, None], byte[None, :]]
+    triton.store(place, packed, mask=mask)
 
 
 def _store_values(
@@ -422,7 +423,8 @@ def _store_values(
     packed = (parts << shifts[None, :, None]).sum(axis=1).astype(jnp.uint8)
     byte = jnp.arange(packed.shape[1])
     mask = jnp.broadcast_to(column.exists[:, None], packed.shape)
-    triton.store(plane.at[page, column.within[:, None], byte[None, :]], packed, mask=mask)
+    place: Any = plane.at[page, column.within[:, None], byte[None, :]]
+    triton.store(place, packed, mask=mask)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ import pytest
 
 from tests.layout import CAPACITY, CODEC, QUICK, SMALL, decoded, empty_cache, random_tokens
 from turboquant_jax import cache
-from turboquant_jax.attention import Scores, attend
+from turboquant_jax.attention import attend
+from turboquant_jax.segments import Scores
 
 ALL_BITS = tuple((8, bits) for bits in range(1, 9))
 SETTINGS = {

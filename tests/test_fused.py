@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels.triton import DEPRECATION
 from turboquant_jax import cache
-from turboquant_jax.attention import Scores, attend, attend_pallas
+from turboquant_jax.attention import attend, attend_pallas
+from turboquant_jax.segments import Scores
 
 CODEC = cache.CodecConfig
 GPU = [

@@ -3,49 +3,27 @@
 A chunk of T new tokens sees the cache as it stands, and itself, causally and in full precision;
 only then is it appended. Decoding is the case T = 1, prefill any other, and the rule is one.
 
-Each segment gives its normalised output and the log-sum-exp of its scores; `merge` joins segments,
-and would join the splits of one device or the shards of many, by
-
-    lse = logaddexp(lse_i),    o = sum_i exp(lse_i - lse) o_i.
-
 Compressed blocks never leave the rotated space: <q, x~> = s <Pi q, c>, so the query is rotated once
 and the output rotated back once (TurboQuant, arXiv:2504.19874; theory in the identities of its
 section 3). The centre of the keys adds <q, mean> to every score of the compressed segment.
 """
 
-from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import tree
 from jaxtyping import Array, Bool, Float, Int
 
-from turboquant_jax import fused
+from turboquant_jax import fused, prefill
 from turboquant_jax.cache import appending
 from turboquant_jax.cache import blocks as block_layout
-from turboquant_jax.cache.appending import Implementation
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.state import Cache
+from turboquant_jax.segments import PLAIN, Part, Scores, attend_exact, merge
 
-Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How scores come from products: scale <q, k>, then soft-capped where `softcap` is given.
-
-    Attributes:
-      scale: multiplies every product; 1 / sqrt(head_dim) if None.
-      softcap: c in c tanh(score / c), as Gemma uses it.
-    """
-
-    scale: float | None = None
-    softcap: float | None = None
-
-    def of(self, products: Float[Array, "..."], head_dim: int) -> Float[Array, "..."]:
-        """Scores of float32 products."""
-        scores = products * (head_dim**-0.5 if self.scale is None else self.scale)
-        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+Implementation = Literal["xla", "pallas", "cudnn"]
 
 
 def attend(
@@ -55,7 +33,7 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    scores: Scores = Scores(),
+    scores: Scores = PLAIN,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -69,8 +47,9 @@ def attend(
       scores: scale and soft cap.
       sink_logits: one learned logit per query head that takes part in the softmax without a value
         (GPT-OSS).
-      implementation: "xla" is the definition, "pallas" the GPU kernel for the compressed blocks;
-        None takes the kernel where the device has it and T = 1.
+      implementation: "xla" is the definition; "pallas" the GPU kernel, for T = 1; "cudnn" the
+        vendor's attention over the chunk and over tiles of the past, for T > 1. None takes what
+        the device and the call are served by.
 
     Returns:
       The output in the dtype of q.
@@ -81,9 +60,11 @@ def attend(
     """
     layer = jnp.asarray(layer, jnp.int32)
     check_shapes(cache.config, cache.lengths.shape[0], q, k, v)
-    if _implementation(implementation, cache, q.shape[1]) == "xla":
-        return _attend_xla(cache, layer, q, k, v, scores, sink_logits)
-    return attend_pallas(cache, layer, q, k, v, scores, sink_logits)[0]
+    chosen = _implementation(implementation, cache, q, scores)
+    if chosen == "pallas":
+        return attend_pallas(cache, layer, q, k, v, scores, sink_logits)[0]
+    attend = _attend_xla if chosen == "xla" else prefill.attend
+    return attend(cache, layer, q, k, v, scores, sink_logits)
 
 
 def attend_and_write(
@@ -93,7 +74,7 @@ def attend_and_write(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    scores: Scores = Scores(),
+    scores: Scores = PLAIN,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
@@ -103,60 +84,17 @@ def attend_and_write(
     """
     layer = jnp.asarray(layer, jnp.int32)
     check_shapes(cache.config, cache.lengths.shape[0], q, k, v)
-    if _implementation(implementation, cache, q.shape[1]) == "pallas":
+    chosen = _implementation(implementation, cache, q, scores)
+    if chosen == "pallas":
         return attend_pallas(cache, layer, q, k, v, scores, sink_logits, write=True)
     # A single token overwrites nothing that is visible. Written first, it is written in place: with
     # the read first, XLA copies the whole window for every layer that is not part of a loop.
+    write = partial(appending.write, implementation="xla" if chosen == "xla" else None)
     if q.shape[1] == 1:
-        cache = appending.write(cache, layer, k, v)
-    output = _attend_xla(cache, layer, q, k, v, scores, sink_logits)
-    return output, cache if q.shape[1] == 1 else appending.write(cache, layer, k, v)
-
-
-def merge(parts: list[Part]) -> Part:
-    """Join the outputs of disjoint sets of tokens by their log-sum-exp (-inf for an empty set)."""
-    total = parts[0][1]
-    for _, lse in parts[1:]:
-        total = jnp.logaddexp(total, lse)
-    output = jnp.zeros_like(parts[0][0])
-    for part, lse in parts:
-        # a part without tokens must not make NaN of -inf - (-inf), nor pass on what it holds
-        weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - total))
-        output = output + weight[..., None] * jnp.where(jnp.isneginf(lse)[..., None], 0.0, part)
-    return output, total
-
-
-def attend_exact(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    visible: Bool[Array, "B T S"],
-    scores: Scores,
-    bias: Float[Array, "B T N"] | None = None,
-) -> Part:
-    """Softmax attention in float32, with the log-sum-exp; a query that sees nothing gives 0, -inf.
-
-    `bias` is added to the products of a query before they are scaled.
-    """
-    batch, count, heads, dim = q.shape
-    grouped = q.astype(jnp.float32).reshape(batch, count, k.shape[2], -1, dim)
-    products = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32))
-    if bias is not None:
-        by_group = jnp.moveaxis(bias.reshape(batch, count, k.shape[2], -1), 1, -1)
-        products = products + by_group[..., None]
-    logits = scores.of(products, dim)
-    logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
-    finite_top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weight = jnp.exp(logits - finite_top[..., None])
-    total = jnp.sum(weight, axis=-1)
-    # 0 * NaN is NaN: what nobody sees may be left over from another sequence
-    seen = jnp.any(visible, axis=1)[..., None, None]
-    output = jnp.einsum("bkgts,bskh->btkgh", weight, jnp.where(seen, v.astype(jnp.float32), 0.0))
-    nonzero = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, finite_top + jnp.log(nonzero), -jnp.inf)
-    output = output / jnp.moveaxis(nonzero, -1, 1)[..., None]
-    return output.reshape(q.shape), jnp.moveaxis(lse, -1, 1).reshape(batch, count, heads)
+        cache = write(cache, layer, k, v)
+    attend = _attend_xla if chosen == "xla" else prefill.attend
+    output = attend(cache, layer, q, k, v, scores, sink_logits)
+    return output, cache if q.shape[1] == 1 else write(cache, layer, k, v)
 
 
 def _attend_xla(cache: Cache, layer, q, k, v, scores: Scores, sink_logits):
@@ -280,17 +218,25 @@ def sees(
 
 
 def _implementation(
-    implementation: Implementation | None, cache: Cache, queries: int
+    implementation: Implementation | None, cache: Cache, q: Float[Array, "B T N H"], scores: Scores
 ) -> Implementation:
-    """What is to run: a name is obeyed or refused, None takes the kernel where it is served."""
-    if implementation not in ("xla", "pallas", None):
-        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
-    if implementation == "xla":
-        return "xla"
-    reason = fused.unserved(cache, queries)
-    if implementation == "pallas" and reason is not None:
-        raise NotImplementedError(f"implementation='pallas' got {reason}")
-    return "pallas" if reason is None else "xla"
+    """What is to run: a name is obeyed or refused, None takes what is served, fastest first."""
+    if implementation not in ("xla", "pallas", "cudnn", None):
+        raise ValueError(
+            f"implementation must be 'xla', 'pallas', 'cudnn' or None, got {implementation!r}"
+        )
+    reasons: dict[Implementation, str | None] = {
+        "pallas": fused.unserved(cache, q.shape[1]),
+        "cudnn": prefill.unserved(cache, q, scores),
+        "xla": None,
+    }
+    if implementation is None:
+        return next(name for name, reason in reasons.items() if reason is None)
+    if reasons[implementation] is not None:
+        raise NotImplementedError(
+            f"implementation={implementation!r} got {reasons[implementation]}"
+        )
+    return implementation
 
 
 def check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:

@@ -5,6 +5,7 @@ starts at the layer's first page; nothing is copied.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def attend(
         for group in value_codec.groups
     )
     output, _, recent = decode_attention(
-        _rotate(key_codec, layer, query, cache.config.num_kv_heads),
+        rotate(key_codec, layer, query, cache.config.num_kv_heads),
         groups,
         table,
         lengths,
@@ -80,25 +81,28 @@ def attend(
         dtype=query.dtype,
         interpret=interpret,
     )
-    return output, _written(cache, recent) if write else cache
+    return output, cache if recent is None or not write else _written(cache, recent)
 
 
-def _rotate(codec: Codec, layer, query: Float[Array, "B N H"], kv_heads: int):
-    """The queries in the rotated space of the keys, float32."""
-    grouped = query.reshape(query.shape[0], kv_heads, -1, query.shape[2])
+def rotate(
+    codec: Codec, layer: Int[Array, ""], query: Float[Array, "*batch N H"], kv_heads: int
+) -> Float[Array, "*batch N H"]:
+    """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
     if query.dtype != jnp.bfloat16:
-        return jnp.swapaxes(codec.rotate(layer, jnp.swapaxes(grouped, 1, 2)), 1, 2).reshape(
-            query.shape
-        )
+        grouped = query.reshape(*query.shape[:-2], kv_heads, -1, query.shape[-1])
+        turned = codec.rotate(layer, jnp.swapaxes(grouped, -3, -2))
+        return jnp.swapaxes(turned, -3, -2).reshape(query.shape)
     rotation = operands.of_codec(codec, layer)
-    heads = rotation.parts.shape[1]
-    grouped = query.reshape(query.shape[0], heads, -1, query.shape[2])
     if rotation.signs is not None:
-        grouped = grouped * rotation.signs.astype(query.dtype)[None, None, None, :]
-    turned = sum(
-        jnp.einsum("bkgi,kji->bkgj", grouped, part, preferred_element_type=jnp.float32)
-        for part in rotation.parts
-    )
+        ones = (1,) * (query.ndim - 1)
+        query = query * rotation.signs.astype(query.dtype).reshape(*ones, -1)
+    heads = rotation.parts.shape[1]
+    grouped = query.reshape(*query.shape[:-2], heads, -1, query.shape[-1])
+    turned = jnp.zeros(grouped.shape, jnp.float32)
+    for part in rotation.parts:
+        turned = turned + jnp.einsum(
+            "...kgi,kji->...kgj", grouped, part, preferred_element_type=jnp.float32
+        )
     return (turned * rotation.gain).reshape(query.shape)
 
 
@@ -135,7 +139,8 @@ def _recent(cache: Cache, layer, query, new, write: bool) -> Recent:
 
 def _written(cache: Cache, recent: Recent) -> Cache:
     """The cache with the segments of `recent`, which hold the new token."""
-    stored, parts = zip(recent.keys[:-1], recent.values[:-1], strict=True), {}
+    stored = zip(recent.keys[:-1], recent.values[:-1], strict=True)
+    parts: dict[str, Any] = {}
     for name in ("sinks", "window"):
         old = getattr(cache, name)
         if old.keys.shape[2]:

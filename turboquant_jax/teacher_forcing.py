@@ -8,9 +8,10 @@ gives the same is tested.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.attention import Scores, attend_exact, check_shapes, merge, sees
+from turboquant_jax.attention import check_shapes, sees
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.segments import Scores, attend_exact, merge
 
 _PLAIN = Scores()
 

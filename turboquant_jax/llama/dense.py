@@ -14,9 +14,9 @@ from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from turboquant_jax.attention import Scores, attend_exact
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.generate import Past
+from turboquant_jax.segments import Scores, attend_exact
 
 
 @register_dataclass

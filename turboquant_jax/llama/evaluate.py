@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.attention import Scores, attend_exact
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.llama.model import Llama
+from turboquant_jax.segments import Scores, attend_exact
 from turboquant_jax.teacher_forcing import teacher_forced
 
 

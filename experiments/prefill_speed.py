@@ -1,0 +1,167 @@
+"""What compression costs while a prompt is read, against cuDNN on bf16 alone.
+
+`python -m experiments.prefill_speed --out DIR` on a GPU: writes DIR/rows.csv and prints a table.
+One attention layer of an 8B model (32 query and 8 kv heads of 128 channels), one sequence.
+
+    whole     a prompt in one chunk: attention over itself, then compression
+    chunked   a prompt in chunks of 8,192: each attends to itself and to the compressed past
+
+The baseline is cuDNN over the same queries and keys, full-precision past included, without the
+merge of the two that a caller would need. Times are medians over repetitions of one compiled call.
+`peak_ratio`: what the compiled call needs, arguments and temporaries, over what cannot be less, the
+cache (of all 32 layers), the prompt's queries, keys and values, and a chunk's copies and outputs.
+"""
+
+import argparse
+import csv
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from turboquant_jax import cache
+from turboquant_jax.attention import attend_and_write
+
+HEADS, KV_HEADS, CHANNELS, LAYERS = 32, 8, 128, 32
+WHOLE, LONG, CHUNK = (8192, 32768), 131072, 8192
+BITS = (4, 3, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of rows.csv."""
+
+    setting: str
+    bits: int
+    tokens: int
+    milliseconds: float
+    ratio_to_cudnn: float
+    peak_ratio: float
+
+
+def random(seed: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """bf16 queries, keys and values of one sequence."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    make = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    q, k, v = (
+        make(key, (1, tokens, n, CHANNELS), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    )
+    return q, k, v
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """The vendor's attention."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+def plain(chunk: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Every chunk over itself, and over everything before it."""
+    out = jnp.zeros((), jnp.float32)
+    for start in range(0, q.shape[1], chunk):
+        here = slice(start, start + chunk)
+        own = cudnn(q[:, here], k[:, here], v[:, here], True)
+        out = out + own[0, -1, 0, 0].astype(jnp.float32)
+        if start:
+            past = cudnn(q[:, here], k[:, :start], v[:, :start], False)
+            out = out + past[0, -1, 0, 0].astype(jnp.float32)
+    return out
+
+
+def compressed(
+    state: cache.Cache, chunk: int, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[cache.Cache, jax.Array]:
+    """The same through the first layer of a cache that is empty."""
+
+    def step(state: cache.Cache, start: jax.Array) -> tuple[cache.Cache, jax.Array]:
+        here = [lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (q, k, v)]
+        state = cache.begin(state, jnp.full(1, chunk, jnp.int32), chunk)
+        out, state = attend_and_write(state, 0, *here)
+        return cache.commit(state), out[0, -1, 0, 0]
+
+    nothing = jnp.zeros(1, jnp.int32)
+    state = dataclasses.replace(state, lengths=nothing, overflow=nothing > 0)
+    state, outs = lax.scan(step, state, jnp.arange(0, q.shape[1], chunk))
+    return state, outs.astype(jnp.float32).sum()
+
+
+def median(run: Callable[[], object], repetitions: int) -> float:
+    """Seconds, after one call to compile."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def create(bits: int, layers: int, tokens: int) -> cache.Cache:
+    """An empty cache."""
+    codec = cache.CodecConfig(bits)
+    config = cache.CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec)
+    return jax.jit(lambda: cache.create(config, 1, tokens, key=jax.random.key(0)))()
+
+
+def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int) -> list[Row]:
+    """The baseline and every number of bits."""
+    qkv = random(1, tokens)
+    base = median(lambda: jax.jit(plain, static_argnums=0)(chunk, *qkv), repetitions)
+    rows = [Row(f"{setting}: cudnn", 16, tokens, base * 1e3, 1.0, float("nan"))]
+    show(rows[-1])
+    for bits in BITS:
+        state = create(bits, layers, tokens)
+        size = state.nbytes
+        run = jax.jit(compressed, static_argnums=1, donate_argnums=0)
+
+        def once(run=run) -> jax.Array:
+            nonlocal state
+            state, out = run(state, chunk, *qkv)
+            return out
+
+        took = median(once, repetitions)
+        held = size + 4 * chunk * CHANNELS * (HEADS + KV_HEADS) + sum(x.nbytes for x in qkv)
+        memory = run.lower(state, chunk, *qkv).compile().memory_analysis()
+        assert memory is not None  # it is known on a GPU
+        peak = memory.temp_size_in_bytes + size + sum(x.nbytes for x in qkv)
+        rows.append(
+            Row(f"{setting}: compressed", bits, tokens, took * 1e3, took / base, peak / held)
+        )
+        show(rows[-1])
+    return rows
+
+
+def show(row: Row) -> None:
+    """One line."""
+    print(
+        f"{row.setting:22s} {row.bits:2d} bits {row.tokens:6d} tokens {row.milliseconds:9.2f} ms "
+        f"{row.ratio_to_cudnn:6.3f}x cudnn, peak {row.peak_ratio:5.3f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repetitions", type=int, default=5)
+    arguments = parser.parse_args()
+    rows = []
+    for tokens in WHOLE:
+        rows += measure("whole", tokens, tokens, 1, 2 * arguments.repetitions)
+    rows += measure("chunked", LONG, CHUNK, LAYERS, arguments.repetitions)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out / "rows.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

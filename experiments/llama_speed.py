@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 FULL = 16
 _SHARES = (0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until a run succeeds
-_STEPS_TEMPORARY = 2**20  # bytes a sequence, roughly: what a first guess leaves for temporaries
+_TEMPORARIES = 2**20  # bytes a sequence that a first guess leaves free, roughly
+_LONG_TEMPORARIES = 640 * 2**20  # of one long sequence: XLA keeps transposed copies of W_k, W_v
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,17 @@ class Bench:
             return
 
     def _tried(self, case: str, bits: int, batch: int, context: int) -> Row | None:
-        """The row, or None where the device has too little memory."""
+        """The row, or None where the device has too little memory, or a kernel refuses the size."""
         try:
             return self._decode(case, bits, batch, context)
+        except NotImplementedError as error:
+            reason = str(error)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            reason = str(error)
+            if "RESOURCE_EXHAUSTED" not in reason:
                 raise
-            print(f"{case} at {bits} bits: {batch} x {context} does not fit", flush=True)
-            return None
+        print(f"{case} at {bits} bits, {batch} x {context}: {reason[:200]}", flush=True)
+        return None
 
     def _size(self, case: str, bits: int, share: float) -> tuple[int, int]:
         """Batch and context, by the plan where the case asks for what fits."""
@@ -152,7 +156,7 @@ class Bench:
         room = self.config.steps + 1
         cache, each = self.cache_config(4 if bits == FULL else bits), exact_bytes_per_token
         if case == "longest":
-            budget -= 2**28
+            budget -= _LONG_TEMPORARIES
             fits = budget // each(cache) if bits == FULL else tokens_that_fit(cache, 1, budget)
             return 1, fits - room
         if match := re.fullmatch(r"largest(\d+)", case):
@@ -161,7 +165,7 @@ class Bench:
             if bits != FULL:
                 two, one = (planned_bytes(cache, n, capacity).total for n in (2, 1))
                 per = two - one
-            return max(1, budget // (per + _STEPS_TEMPORARY)), int(match[1])
+            return max(1, budget // (per + _TEMPORARIES)), int(match[1])
         raise ValueError(f"got the case {case!r}, expected such as 8x4096, largest4096, longest")
 
     def _free(self) -> int:

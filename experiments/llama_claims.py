@@ -18,6 +18,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     """A claim for each aim whose rows are there."""
     return [
         *_speed(rows), *_latency(rows), *_roofline(rows), *_longest(rows), *_greedy(rows),
+        *_others(rows),
     ]  # fmt: skip
 
 
@@ -65,6 +66,18 @@ def _roofline(rows: Sequence[Row]) -> Iterator[Claim]:
             f"{share:.1%} of {row['copy_gigabytes_per_second']:.0f} GB/s",
             _met(share >= _ROOFLINE),
         )
+
+
+def _others(rows: Sequence[Row]) -> Iterator[Claim]:
+    for case in distinct(rows, "case"):
+        if case not in (*_SPEED, "1x4096", "longest") and (pair := _pair(rows, case)):
+            ours, base = (row["tokens_per_second"] for row in pair)
+            yield Claim(
+                "our question",
+                f"{case}, 4 bits: no slower than bfloat16",
+                f"{ours / base:.2f} times the tokens per second",
+                "holds" if ours >= base else "does not hold",
+            )
 
 
 def _longest(rows: Sequence[Row]) -> Iterator[Claim]:

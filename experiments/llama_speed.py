@@ -60,7 +60,7 @@ class Config:
     tokens: int = option(256, "tokens of the case greedy")
 
 
-SMOKE = Config(("2x200",), (FULL, 4), "smollm2-135m", 1, 4, 1)
+SMOKE = Config(("2x100",), (FULL, 4), "smollm2-135m", 1, 4, 1)
 
 
 def run(config: Config, track: Track) -> list[Row]:

@@ -118,37 +118,25 @@ def tiny(monkeypatch):
     return "random:tiny"
 
 
-def test_generate_streams_what_it_generates(tiny, tmp_path, capsys):
-    out = tmp_path / "answer.json"
-    flags = ["generate", "a question", "--model", tiny, "--tokens", "9", "--json", str(out)]
-    flags += ["--window", "0", "--chunk", "4"]
-    texts = []
-    for more in ([], ["--stream"]):
-        assert cli.main([*flags, *more]) == 0
-        (answer,) = json.loads(out.read_text())["answers"]
-        assert len(answer["tokens"]) == 9
-        assert capsys.readouterr().out.strip() == answer["text"]
-        texts.append(answer["text"])
-    assert texts[0] == texts[1]
-
-
 def test_a_prompt_of_a_file_draws_what_it_would_alone(tiny, tmp_path, capsys):
+    """And streaming prints what generating in one go does."""
     (tmp_path / "prompts.txt").write_text("one\n\nand another\n")
     out = tmp_path / "answers.json"
-    flags = ["--model", tiny, "--tokens", "8", "--temperature", "1", "--bits", "16"]
-    flags += ["--json", str(out)]
+    flags = ["--model", tiny, "--tokens", "8", "--temperature", "1", "--json", str(out)]
     prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--seed", "4"]
     assert cli.main(["generate", *prompts, *flags]) == 0
     first, second = json.loads(out.read_text())["answers"]
     assert capsys.readouterr().out == f"> one\n{first['text']}\n> and another\n{second['text']}\n"
-    assert cli.main(["generate", "and another", "--seed", "5", *flags]) == 0
-    (alone,) = json.loads(out.read_text())["answers"]
-    assert alone["tokens"] == second["tokens"] != first["tokens"]
+    alone = ["and another", "--stream", "--seed", "5", "--chunk", "4", "--bits", "16"]
+    assert cli.main(["generate", *alone, *flags]) == 0
+    (streamed,) = json.loads(out.read_text())["answers"]
+    assert streamed["tokens"] == second["tokens"] != first["tokens"]
+    assert capsys.readouterr().out.strip() == second["text"]
 
 
 def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
     files = [tmp_path / name for name in ("rows.csv", "rows.svg", "rows.json")]
-    flags = ["--context", "100", "--steps", "2", "--repeats", "1", "--window", "8", "--bits", "3"]
+    flags = ["--context", "100", "--steps", "2", "--repeats", "1", "--bits", "3"]
     outputs = [f"--{n}={file}" for n, file in zip(("csv", "plot", "json"), files, strict=True)]
     assert cli.main(["bench", "--model", tiny, "--batch", "2", *flags, *outputs]) == 0
     assert "2 x 100" in capsys.readouterr().out

@@ -8,8 +8,8 @@ import pytest
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.accounting import planned_bytes
 from turboquant_jax.llama import PRESETS, dense, timing
-from turboquant_jax.llama.model import random_model
-from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.llama.dense import DENSE
+from turboquant_jax.llama.model import unstack
 
 CONFIG = CacheConfig(2, 2, 16, CodecConfig(3), CodecConfig(2), block=8, window=8, sinks=3)
 
@@ -42,10 +42,8 @@ def test_filled_pasts_hold_their_tokens(tiny_config):
     assert float(jnp.std(full.keys[1].astype(jnp.float32))) > 0.5
 
 
-def test_a_past_without_room_is_refused(tiny_config):
-    model = random_model(tiny_config, 0, jnp.float32)
-    config = CacheConfig(3, 2, 12, CodecConfig(4, "haar"), CodecConfig(4, "haar"), window=64)
+def test_a_past_without_room_is_refused(tiny_config, tiny):
     with pytest.raises(ValueError, match="without room for 3 more tokens"):
         timing.time_decode(
-            model, lambda: timing.filled_cache(config, 1, 20, 22), COMPRESSED, steps=3, repeats=1
+            unstack(tiny), lambda: timing.filled_dense(tiny_config, 1, 20, 22), DENSE, steps=3
         )

@@ -47,12 +47,8 @@ def check(
     q: jax.Array, groups: tuple[Blocks, ...], page_table: jax.Array, lengths: jax.Array
 ) -> tuple[int, int]:
     """(kv heads, tokens of a page), after the shapes were seen to fit."""
-    if not groups:
-        raise ValueError("got no groups of blocks, expected at least one")
+    _, kv_heads, tokens = check_pool(groups)
     batch, heads, channels = q.shape
-    pages, kv_heads, tokens = groups[0].scales.shape
-    if tokens not in PAGE_TOKENS:
-        raise NotImplementedError(f"pages of {tokens} tokens: served are 32, 64 and 128")
     if heads % kv_heads:
         raise ValueError(f"got {heads} query heads, expected a multiple of {kv_heads} kv heads")
     if heads // kv_heads > MAX_HEADS:
@@ -63,7 +59,19 @@ def check(
         raise ValueError(
             f"got page_table {page_table.shape} and lengths {lengths.shape}, expected {batch} rows"
         )
-    total = 0
+    total = sum(group.values[0].shape[2] for group in groups)
+    if total != channels:
+        raise ValueError(f"got queries of {channels} channels, expected the groups' {total}")
+    return kv_heads, tokens
+
+
+def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:
+    """(pages, kv heads, tokens of a page), after the groups were seen to belong together."""
+    if not groups:
+        raise ValueError("got no groups of blocks, expected at least one")
+    pages, kv_heads, tokens = groups[0].scales.shape
+    if tokens not in PAGE_TOKENS:
+        raise NotImplementedError(f"pages of {tokens} tokens: served are 32, 64 and 128")
     for group in groups:
         count = group.values[0].shape[2] if group.values else 0
         check_planes("keys", group.keys, group.key_codebook, (pages, kv_heads, tokens), count)
@@ -73,10 +81,7 @@ def check(
                 f"got scales {group.scales.dtype}{list(group.scales.shape)}, "
                 f"expected uint32{[pages, kv_heads, tokens]}"
             )
-        total += count
-    if total != channels:
-        raise ValueError(f"got queries of {channels} channels, expected the groups' {total}")
-    return kv_heads, tokens
+    return pages, kv_heads, tokens
 
 
 def check_planes(

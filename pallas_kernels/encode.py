@@ -7,22 +7,26 @@ power of two, which rounds nothing.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS
 from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.dequantize import divide, power_of_two
+from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.rotation import Rotation
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
 # Levels of codes up to here are constants of the program, chosen by selects; others are looked up.
 SELECTED = 16
+# Tokens that a program has in registers at a time.
+TILE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Code:
 class Group:
     """The channels of one group: pool planes, as `blocks.Blocks` has them, and how to fill them.
 
-    The rotation is one for all heads, its parts in the dtype of the vectors where that is
-    bfloat16, else in float32.
+    The rotation is one for all heads and has no signs apart; its parts have the dtype of the
+    vectors where that is bfloat16, else float32.
     """
 
     planes: tuple[UInt8[Array, "pages K rows _"], ...]
@@ -105,6 +109,13 @@ def encode(
     constants = {
         "keys": [group.rotation for group in pool.keys],
         "values": [group.rotation for group in pool.values],
+        "keys_packing": [
+            [packing_matrix(g.rotation.parts.shape[2], w) for w in PLANE_WIDTHS[g.code.bits]]
+            for g in pool.keys
+        ],
+        "values_packing": [
+            [packing_matrix(tokens, w) for w in PLANE_WIDTHS[g.code.bits]] for g in pool.values
+        ],
         "tables": [
             jnp.array([group.code.levels, (*group.code.edges, 0.0)], jnp.float32)
             for group in (*pool.keys, *pool.values)
@@ -136,7 +147,7 @@ def encode(
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
         aliases={first + i: i for i in range(count)},
-        warps=4 if tokens * power_of_two(channels) <= 4096 else 8,
+        warps=4,
         stages=1,
         name="encode",
         interpret=interpret,
@@ -195,66 +206,75 @@ def _encode_kernel(
     """One program of the grid (job, kv head)."""
     row, slot, page, mean_row, opens = (source["jobs"][i] for i in range(5))
 
+    tile = min(TILE, tokens)
+
     @triton.when(page >= 0)
     def _() -> None:
-        place = slot + jnp.arange(tokens)
-        slots = source["source_keys"].shape[1]
-        place = jnp.where(place >= slots, place - slots, place)
-        scales: list[Any] = [None] * len(new["scales"])
+        words: dict[tuple[int, int], jax.Array] = {}
         for side, groups in (("keys", pool.keys), ("values", pool.values)):
             first = 0
             for g, group in enumerate(groups):
-                dim = group.rotation.parts.shape[2]
-                column = _Columns(dim, first)
-                mask = jnp.broadcast_to(column.exists[None, :], (tokens, column.count))
-                at = source[f"source_{side}"].at[row, place[:, None], column.channel[None, :]]
-                x = triton.load(at, mask=mask, other=0.0)
+                column = _Columns(group.rotation.parts.shape[2], first)
+
+                def vectors(start: int, side: str = side, column: _Columns = column) -> jax.Array:
+                    return _load(source[f"source_{side}"], row, slot + start, tile, column)
+
                 mean = None
                 if side == "keys" and "key_mean" in new:
-                    mean = _mean(x, old["key_mean"], new["key_mean"], mean_row, opens, column)
-                rotation = constants[side][g]
+                    means = old["key_mean"], new["key_mean"]
+                    mean = _mean(vectors, tokens, means, mean_row, opens, column)
                 table = constants["tables"][g + len(pool.keys) * (side == "values")]
-                index, scale = _quantize(x, mean, rotation, table, group.code, column)
-                planes = zip(new[side][g], PLANE_WIDTHS[group.code.bits], strict=True)
-                done = 0
-                for plane, width in planes:
-                    field = (index >> done) & (2**width - 1)
-                    if side == "keys":
-                        _store_keys(plane, page, field, width, column)
-                    else:
-                        _store_values(plane, page, field, width, column)
-                    done += width
-                bits = _bits(scale)
-                word = bits << jnp.uint32(16) if side == "values" else bits
-                scales[g] = word if scales[g] is None else scales[g] | word
-                first += dim
-        for g, word in enumerate(scales):
-            triton.store(new["scales"][g].at[page, jnp.arange(tokens)], word)
+                widths = PLANE_WIDTHS[group.code.bits]
+                packing, planes = constants[f"{side}_packing"][g], new[side][g]
+                packed: list[Any] = [0.0] * len(widths)
+                for start in range(0, tokens, tile):
+                    index, scale = _quantize(
+                        vectors(start), mean, constants[side][g], table, group.code, column,
+                        interpret,
+                    )  # fmt: skip
+                    bits = _bits(scale)
+                    bits = bits << jnp.uint32(16) if side == "values" else bits
+                    words[g, start] = bits | words.get((g, start), jnp.uint32(0))
+                    for i, width in enumerate(widths):
+                        field = (index >> sum(widths[:i])) & (2**width - 1)
+                        if side == "values":
+                            packed[i] = packed[i] + _pack(field, packing[i], start, 0)
+                        else:
+                            _store(planes[i], page, start, _pack(field, packing[i], 0, 1), tile)
+                if side == "values":
+                    for plane, whole in zip(planes, packed, strict=True):
+                        _store(plane, page, 0, whole, column.dim)
+                first += column.dim
+        for (g, start), word in words.items():
+            triton.store(new["scales"][g].at[page, start + jnp.arange(tile)], word)
+
+
+def _load(
+    source: Any, row: jax.Array, slot: jax.Array, count: int, column: "_Columns"
+) -> jax.Array:
+    """Vectors [tokens, columns] from a ring of slots."""
+    place = slot + jnp.arange(count)
+    place = jnp.where(place >= source.shape[1], place - source.shape[1], place)
+    mask = jnp.broadcast_to(column.exists[None, :], (count, column.count))
+    at = source.at[row, place[:, None], column.channel[None, :]]
+    return triton.load(at, mask=mask, other=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """Channels of a group as columns: eighths, each padded to a power of two.
-
-    A plane of width w packs channels dim * w / 8 apart into a byte: whole eighths.
-    """
+    """Channels of a group, padded to a power of two."""
 
     dim: int
     first: int
 
     @property
-    def padded(self) -> int:
-        return power_of_two(self.dim // 8)
-
-    @property
     def count(self) -> int:
-        return 8 * self.padded
+        return max(16, power_of_two(self.dim))
 
     @property
     def within(self) -> jax.Array:
         """Position in the group of each column."""
-        eighth, rest = divide(jnp.arange(self.count), self.padded)
-        return eighth * (self.dim // 8) + rest
+        return jnp.arange(self.count)
 
     @property
     def channel(self) -> jax.Array:
@@ -262,14 +282,42 @@ class _Columns:
 
     @property
     def exists(self) -> jax.Array:
-        return divide(jnp.arange(self.count), self.padded)[1] < self.dim // 8
+        return self.within < self.dim
 
 
-def _mean(x: jax.Array, old: Any, new: Any, row: jax.Array, opens: jax.Array, column: _Columns):
+def packing_matrix(length: int, width: int) -> np.ndarray:
+    """bf16 [padded length, padded bytes]: fields of `width` bits times this are the bytes.
+
+    Element i of a plane of m bytes is in byte i mod m at bit width * (i // m). Sums stay below 256,
+    which bfloat16 operands and float32 sums hold exactly.
+    """
+    count = length * width // 8
+    shape = (max(16, power_of_two(length)), max(16, power_of_two(count)))
+    matrix = np.zeros(shape, np.float32)
+    place, byte = np.divmod(np.arange(length), count)
+    matrix[np.arange(length), byte] = 2.0 ** (width * place)
+    return matrix.astype(jnp.bfloat16)
+
+
+def _mean(
+    vectors: Callable[[int], jax.Array],
+    tokens: int,
+    means: tuple[Any, Any],
+    row: jax.Array,
+    opens: jax.Array,
+    column: _Columns,
+) -> jax.Array:
     """float32 [columns]: the mean key to take off, written where a block opens it."""
+    old, new = means
     held = triton.load(old.at[row, column.channel], mask=column.exists, other=0.0)
-    of_block = x.astype(jnp.float32).sum(axis=0) / x.shape[0]
-    mean = jnp.where(opens != 0, of_block, held)
+
+    def of_block() -> jax.Array:
+        tiles = [
+            vectors(i).astype(jnp.float32).sum(axis=0) for i in range(0, tokens, min(TILE, tokens))
+        ]
+        return sum(tiles[1:], tiles[0]) / tokens
+
+    mean = lax.cond(opens != 0, of_block, lambda: held)
     triton.store(new.at[row, column.channel], mean, mask=column.exists & (opens != 0))
     return mean
 
@@ -281,59 +329,55 @@ def _quantize(
     table: Any,
     code: Code,
     column: _Columns,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Indices int32 [tokens, columns] and scales float32 [tokens]; `turboquant_jax.quantizer`."""
     wide = x.astype(jnp.float32)
     centred = wide if mean is None else wide - mean[None, :]
-    # the largest of the bits is the largest magnitude, and NaN is larger than all
-    bits = lax.bitcast_convert_type(centred, jnp.int32) & 0x7FFFFFFF
-    largest = bits.max(axis=1)
-    bad = largest >= 0x7F800000
-    usable = jnp.logical_not(bad) & (largest > 0)
-    exponent = jnp.minimum(jnp.maximum(largest >> 23, 1), 253)
+    # NaN may be passed over here, but not by the sum of squares
+    exponent = lax.bitcast_convert_type(jnp.abs(centred).max(axis=1), jnp.int32) >> 23
+    exponent = jnp.minimum(jnp.maximum(exponent, 1), 253)
     grow = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
-    grow = jnp.where(usable, grow, 0.0)
     shrink = lax.bitcast_convert_type(exponent << 23, jnp.float32)
-    square = jnp.where(bad[:, None], 0.0, centred * grow[:, None])
-    square = (square * square).sum(axis=1) / column.dim
+    centred = centred * grow[:, None]
+    square = (centred * centred).sum(axis=1) / column.dim
+    usable = (square > 0) & (square < jnp.inf)
     root = jnp.sqrt(jnp.where(usable, square, 1.0))
-    near_one = jnp.where(bad[:, None], 0.0, wide * grow[:, None])
+    # of a vector that is not finite only its own row is spoilt
+    parts = _parts(rotation, column)
+    z = _rotate(wide * grow[:, None], parts)
     factor = rotation.gain / root
-    z = _rotate(near_one, rotation, column) * factor[:, None]
+    z = z * factor[:, None]
     if mean is not None:
-        turned = _rotate_one(mean, rotation, column)
-        z = z - turned[None, :] * (grow * factor)[:, None]
+        z = triton.fma(_rotate_one(mean, parts)[None, :], -(grow * factor)[:, None], z, interpret)
     index, level = _nearest(z, table, code)
-    if column.padded * 8 != column.dim:
+    if column.count != column.dim:
         level = jnp.where(jnp.broadcast_to(column.exists[None, :], z.shape), level, 0.0)
-    norm = jnp.where(bad, jnp.nan, jnp.where(usable, root * shrink, 0.0))
+    norm = jnp.where(square == 0, 0.0, jnp.where(usable, root * shrink, jnp.nan))
     return index, norm * _correction(z, level, code, column)
 
 
-def _rotate(x: jax.Array, rotation: Rotation, column: _Columns) -> jax.Array:
-    """Pi x / gain of float32 [tokens, columns]."""
-    x = (x * _signs(rotation, column)[None, :]).astype(rotation.parts.dtype)
-    parts = [triton.float_dot(x, part, 1, 1) for part in _parts(rotation, column)]
-    return sum(parts[1:], parts[0])
+def _rotate(x: jax.Array, parts: list[jax.Array]) -> jax.Array:
+    """Pi x / gain of float32 [tokens, columns] that the parts' dtype holds exactly."""
+    products = [triton.float_dot(x.astype(part.dtype), part, 1, 1) for part in parts]
+    return sum(products[1:], products[0])
 
 
-def _rotate_one(x: jax.Array, rotation: Rotation, column: _Columns) -> jax.Array:
-    """Pi x / gain of float32 [columns], with sums in float32."""
-    x = x * _signs(rotation, column)
-    parts = [(p.astype(jnp.float32) * x[None, :]).sum(axis=1) for p in _parts(rotation, column)]
-    return sum(parts[1:], parts[0])
-
-
-def _signs(rotation: Rotation, column: _Columns) -> jax.Array:
-    if rotation.signs is None:
-        return jnp.ones((column.count,), jnp.float32)
-    return triton.load(rotation.signs.at[column.within], mask=column.exists, other=0.0)
+def _rotate_one(x: jax.Array, parts: list[jax.Array]) -> jax.Array:
+    """Pi x / gain of any float32 [columns]: a few rows, that sum to x, of a product."""
+    row = jnp.arange(16)[:, None]
+    rows, rest = jnp.zeros((16, x.shape[0]), jnp.float32), x
+    for i in range(1 if parts[0].dtype == jnp.float32 else 3):
+        rounded = rest.astype(parts[0].dtype).astype(jnp.float32)
+        rows = jnp.where(row == i, rounded[None, :], rows)
+        rest = rest - rounded
+    return _rotate(rows, parts).sum(axis=0)
 
 
 def _parts(rotation: Rotation, column: _Columns) -> list[jax.Array]:
     at, exists = column.within, column.exists
     mask = exists[:, None] & exists[None, :]
-    matrix = rotation.parts
+    matrix: Any = rotation.parts  # inside the kernel, a reference
     return [
         triton.load(matrix.at[i, 0, at[:, None], at[None, :]], mask=mask, other=0.0)
         for i in range(matrix.shape[0])
@@ -354,7 +398,8 @@ def _nearest(z: jax.Array, table: Any, code: Code) -> tuple[jax.Array, jax.Array
     half = len(code.levels) // 2
     index, level = _search(jnp.abs(z), code.levels[half:], code.edges[half:])
     above = z > 0
-    return jnp.where(above, index + half, half - 1 - index), jnp.where(above, level, -level)
+    index = jnp.where(above, index + half, half - 1 - index)
+    return index, jnp.where(above, level, -level)
 
 
 def _search(
@@ -398,33 +443,19 @@ def _correction(z: jax.Array, level: jax.Array, code: Code, column: _Columns) ->
     return jnp.where(overlap > 0, column.dim / jnp.where(overlap > 0, overlap, 1.0), 1.0)
 
 
-def _store_keys(
-    plane: Any, page: jax.Array, field: jax.Array, width: int, column: _Columns
-) -> None:
-    """Channels of a token that lie apart, in one byte."""
-    tokens, per_byte = field.shape[0], 8 // width
-    parts = field.reshape(tokens, per_byte, column.count // per_byte)
-    shifts = width * jnp.arange(per_byte)
-    packed = (parts << shifts[None, :, None]).sum(axis=1).astype(jnp.uint8)
-    eighth, rest = divide(jnp.arange(packed.shape[1]), column.padded)
-    byte = eighth * (column.dim // 8) + rest
-    mask = jnp.broadcast_to((rest < column.dim // 8)[None, :], packed.shape)
-    place: Any = plane.at[page, jnp.arange(tokens)[:, None], byte[None, :]]
-    triton.store(place, packed, mask=mask)
+def _pack(field: jax.Array, matrix: Any, start: int, axis: int) -> jax.Array:
+    """Bytes as float32: fields [tokens, columns] packed along an axis, elements from `start` on."""
+    element, byte = start + jnp.arange(field.shape[axis]), jnp.arange(matrix.shape[1])
+    weights = triton.load(matrix.at[element[:, None], byte[None, :]])
+    return triton.float_dot(field.astype(jnp.bfloat16), weights, axis, 0)
 
 
-def _store_values(
-    plane: Any, page: jax.Array, field: jax.Array, width: int, column: _Columns
-) -> None:
-    """Tokens of a channel that lie apart, in one byte."""
-    tokens, per_byte = field.shape[0], 8 // width
-    parts = field.T.reshape(column.count, per_byte, tokens // per_byte)
-    shifts = width * jnp.arange(per_byte)
-    packed = (parts << shifts[None, :, None]).sum(axis=1).astype(jnp.uint8)
-    byte = jnp.arange(packed.shape[1])
-    mask = jnp.broadcast_to(column.exists[:, None], packed.shape)
-    place: Any = plane.at[page, column.within[:, None], byte[None, :]]
-    triton.store(place, packed, mask=mask)
+def _store(plane: Any, page: jax.Array, start: int, packed: jax.Array, rows: int) -> None:
+    """Bytes [rows, bytes] into the rows of a page from `start` on."""
+    row, byte = jnp.arange(packed.shape[0]), jnp.arange(packed.shape[1])
+    mask = (row < rows)[:, None] & (byte < plane.shape[-1])[None, :]
+    at = cast(Any, plane.at[page, start + row[:, None], byte[None, :]])
+    triton.store(at, packed.astype(jnp.int32).astype(jnp.uint8), mask=mask)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

@@ -60,9 +60,6 @@ def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int) -> None:
                 f"got a segment of keys {k.dtype}{list(k.shape)} and values "
                 f"{v.dtype}{list(v.shape)}, expected both [rows, slots, {kv_heads}, {channels}]"
             )
-        # Triton's offsets are signed 32-bit numbers
-        if k.size > 2**31:
-            raise NotImplementedError(f"a segment of {k.size} elements: served are up to 2**31")
     if recent.spans.shape != (batch, segments, 4):
         raise ValueError(f"got spans {recent.spans.shape}, expected {(batch, segments, 4)}")
     if recent.write and recent.keys[-1].shape[1] != 1:

@@ -1,6 +1,7 @@
 """The fused kernel over all segments of a cache equals the definition on the same cache."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.triton import DEPRECATION
-from turboquant_jax import cache
+from turboquant_jax import cache, fused
 from turboquant_jax.attention import attend, attend_pallas
+from turboquant_jax.cache import blocks
 from turboquant_jax.segments import Scores
 
 CODEC = cache.CodecConfig
@@ -101,3 +103,24 @@ def test_the_fused_kernel_equals_the_definition(name, interpret):
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # nothing but the token itself
     jax.tree.map(np.testing.assert_array_equal, written, definition)
+
+
+@pytest.mark.parametrize(
+    ("name", "interpret"),
+    [
+        ("outliers in a sliding window", True),
+        *(pytest.param(n, False, marks=GPU) for n in COMPILED),
+    ],
+)
+def test_decoded_pages_are_those_of_the_definition(name, interpret):
+    config = cache.CacheConfig(**SHAPE | COMPILED[name])
+    state = random_cache(config, np.random.default_rng(5))
+    pages = jnp.asarray([[1, 0], [2, 2]], jnp.int32)
+    found = jax.jit(partial(fused.decode, interpret=interpret))(state, jnp.int32(1), pages)
+    groups = blocks.unpack(state.codecs, jax.tree.map(lambda x: x[1], state.pool))
+    for got, codec, group in zip(found, state.codecs, groups, strict=True):
+        want = codec.dequantize(group)[pages]  # [B, pages, K, T, H]
+        want = jnp.moveaxis(want, 2, 3).reshape(got.shape)
+        # the kernel multiplies scale * (step * level), the definition scale * level
+        step = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 2**-22}[config.dtype]
+        np.testing.assert_allclose(got.astype(np.float32), want, rtol=step, atol=1e-7)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.codebook import Codebook
+from pallas_kernels.decode import decode as decode_pages
 from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
 from turboquant_jax import codebook as codebooks
 from turboquant_jax.cache import operands
@@ -25,10 +26,15 @@ def unserved(cache: Cache, queries: int) -> str | None:
     """Why the kernel does not serve this call on this device, or None if it does."""
     if queries != 1:
         return f"{queries} query tokens per sequence, served is 1"
-    if not cache.page_table.shape[1]:
-        return "a cache without blocks"
     if jnp.dtype(cache.config.dtype).itemsize not in (2, 4):
         return f"a full precision of {cache.config.dtype}, served are 16 and 32 bits"
+    return unserved_blocks(cache)
+
+
+def unserved_blocks(cache: Cache) -> str | None:
+    """Why the kernels do not read the blocks of this cache on this device, or None if they do."""
+    if not cache.page_table.shape[1]:
+        return "a cache without blocks"
     if jax.default_backend() != "gpu":
         return f"the backend {jax.default_backend()!r}, served is 'gpu'"
     key, value = cache.codecs
@@ -152,7 +158,6 @@ def _written(cache: Cache, recent: Recent) -> Cache:
 def blocks_of(cache: Cache, layer: Int[Array, ""]):
     """Groups of pages, page table, the layer's first page, the tokens `starts` to `lengths`."""
     config, slots = cache.config, cache.page_table.shape[1]
-    pages = cache.references.shape[0]
     lengths = config.compressed_tokens(cache.lengths)
     starts, table = None, cache.page_table
     if config.sliding_window is not None:
@@ -164,7 +169,23 @@ def blocks_of(cache: Cache, layer: Int[Array, ""]):
         lengths = lengths - first * config.block
         oldest_seen = cache.lengths - config.sliding_window + 1
         starts = jnp.maximum(oldest_seen - config.sinks - first * config.block, 0)
-    groups = tuple(
+    return _groups(cache), table, layer * cache.references.shape[0], lengths, starts
+
+
+def decode(
+    cache: Cache, layer: Int[Array, ""], pages: Int[Array, "B pages"], *, interpret: bool = False
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Keys and values of some pages of a layer in the rotated space, in the cache's dtype."""
+    first = layer * cache.references.shape[0]
+    found = decode_pages(
+        _groups(cache), pages.ravel() + first, dtype=cache.config.dtype, interpret=interpret
+    )
+    shape = (pages.shape[0], -1, *found[0].shape[2:])
+    return found[0].reshape(shape), found[1].reshape(shape)
+
+
+def _groups(cache: Cache) -> tuple[Blocks, ...]:
+    return tuple(
         Blocks(
             jax.tree.map(_flat, keys),
             jax.tree.map(_flat, values),
@@ -177,7 +198,6 @@ def blocks_of(cache: Cache, layer: Int[Array, ""]):
             *(codec.groups for codec in cache.codecs), strict=True,
         )
     )  # fmt: skip
-    return groups, table, layer * pages, lengths, starts
 
 
 def _flat(x: Array) -> Array:

@@ -115,13 +115,14 @@ def _recent(cache: Cache, layer):
 def _over_blocks(cache: Cache, layer, rotated, over, tile: int) -> Part:
     """The compressed blocks in the rotated space, tile by tile."""
     config, slots = cache.config, cache.page_table.shape[1]
+    decode = _decode if fused.unserved_blocks(cache) else fused.decode
     pages = min(slots, max(1, tile // config.block))
     tokens = config.compressed_tokens(cache.lengths)
     table = jnp.pad(jnp.maximum(cache.page_table, 0), ((0, 0), (0, -slots % pages)))
 
     def step(i, part: Part) -> Part:
         page = lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
-        keys, values = _decode(cache, layer, page)
+        keys, values = decode(cache, layer, page)
         count = jnp.clip(tokens - i * pages * config.block, 0, pages * config.block)
         return merge([part, over(rotated, keys, values, count)])
 

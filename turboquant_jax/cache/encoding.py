@@ -68,7 +68,7 @@ def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel
     return tuple(
         kernel.Group(
             tuple(_flat(plane) for plane in own),
-            operands.of_rotation(group.rotation, dtype),
+            operands.with_signs(operands.of_rotation(group.rotation, dtype)),
             kernel.Code(group.levels, group.scale),
         )
         for group, own in zip(groups, planes, strict=True)

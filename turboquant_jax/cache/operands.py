@@ -1,5 +1,7 @@
 """Rotations as the kernels take them: matrices in parts that 16-bit products lose nothing of."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -27,6 +29,14 @@ def of_codec(codec: Codec, layer: Int[Array, ""]) -> Operand:
     if len(codec.groups) == 1 and codec.order is None:
         return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
     return _split(codec.matrix(layer), jnp.bfloat16)
+
+
+def with_signs(operand: Operand) -> Operand:
+    """The same with the signs in the matrix."""
+    if operand.signs is None:
+        return operand
+    signs = operand.signs.astype(operand.parts.dtype)[None, None, None, :]
+    return replace(operand, parts=operand.parts * signs, signs=None)
 
 
 def _split(matrix: Float[Array, "heads H H"], dtype: DTypeLike) -> Operand:

@@ -1,6 +1,7 @@
 """The compressed cache as the past of a generation."""
 
 import functools
+from typing import Literal
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -29,7 +30,8 @@ def compressed(implementation: Implementation | None = None) -> Past[Cache]:
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         return attend_and_write(state, layer, q, k, v, implementation=implementation)
 
-    return Past(cache.begin, attend, cache.commit)
+    compress: Literal["xla"] | None = "xla" if implementation == "xla" else None
+    return Past(cache.begin, attend, functools.partial(cache.commit, implementation=compress))
 
 
 COMPRESSED = compressed()

@@ -6,6 +6,7 @@ takes the same time whatever they say. Steps are timed inside the loop of `decod
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ _ONES = 0x3F803F80  # a scale word: 1.0 for the key and for the value
 def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -> Cache:
     """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
     state = cache.create(config, batch, capacity, key=jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
+    keys = map(jax.random.key, itertools.count(1))
 
     def codes(pool: Array) -> Array:
         pages = jnp.arange(pool.shape[1])[None, :]

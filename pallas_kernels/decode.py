@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import triton
 from pallas_kernels.blocks import Blocks, check_pool
 from pallas_kernels.codebook import Codebook
-from pallas_kernels.decode_kernel import key_scale, value_scale
 from pallas_kernels.dequantize import divide, power_of_two
+from pallas_kernels.scores import key_scale, value_scale
 
 
 def decode(

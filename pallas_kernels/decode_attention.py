@@ -15,11 +15,12 @@ from pallas_kernels import triton
 from pallas_kernels.blocks import Blocks, Sketch, check
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.combine import combine
-from pallas_kernels.decode_kernel import Plan, decode_kernel
+from pallas_kernels.decode_kernel import decode_kernel
 from pallas_kernels.gather import key_decoder, value_decoders
 from pallas_kernels.recent import LOG2E, Recent, check_recent
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.schedule import TILE_TOKENS, Schedule, default_schedule
+from pallas_kernels.scores import Plan
 
 __all__ = ["Blocks", "Codebook", "Recent", "Rotation", "Schedule", "Sketch", "decode_attention"]
 

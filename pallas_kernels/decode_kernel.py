@@ -8,7 +8,6 @@ digit, so that up to four heads fill the narrowest product without a loss. All s
 are exact.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,120 +16,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import triton
-from pallas_kernels.dequantize import divide, power_of_two
-from pallas_kernels.digits import PHASES, UNITS, digits, interleave, total, weighted
-from pallas_kernels.gather import Decoder
-from pallas_kernels.recent import EMPTY, attend_recent, capped, mean_score, write_newest
-
-# The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
-BIAS = 126
-# Smaller value scales are as good as 0 (2**-60); keeps exp2(score - peak) finite.
-MIN_EXPONENT = BIAS - 60
-Refs = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static facts. A key part is (decoder, query input, first channel, multiplier).
-
-    `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped.
-    """
-
-    tokens: int
-    pages: int
-    heads: int
-    key_parts: tuple[tuple[Decoder, int, int, float], ...]
-    value_decoders: tuple[Decoder, ...]
-    value_channels: tuple[int, ...]
-    scale: float
-    soft_cap: float | None
-    splits: int
-    warps: int
-    stages: int
-    interpret: bool
-
-    @property
-    def columns(self) -> int:
-        """Query heads of a group, padded: twice as many columns fill a product of 8."""
-        return max(4, power_of_two(self.heads))
-
-
-def _query_rows(plan: Plan, ref: Any, decoder: Decoder, first: int, head: jax.Array) -> jax.Array:
-    """float32 [len(head), columns] of the channels that the columns stand for, 0 where none."""
-    _, channel, exists = decoder.elements(jnp.arange(decoder.columns))
-    mask = (head < plan.heads)[:, None] & exists[None, :]
-    rows = ref.at[head[:, None], (first + channel)[None, :]]
-    return triton.load(rows, mask=mask, other=0.0).astype(jnp.float32)
-
-
-def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier: float) -> tuple:
-    """(int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32 [heads])."""
-    row = jnp.arange(2 * plan.columns)
-    x = _query_rows(plan, ref, decoder, first, divide(row, 2)[0])
-    largest = jnp.maximum(jnp.abs(x).max(axis=1), 1e-30)
-    high, low = digits(x * (0.999999 / largest)[:, None], plan.interpret)
-    digit = jnp.where((row & 1 == 0)[:, None], high, low)
-    centre = digit.astype(jnp.int32).sum(axis=1) * -decoder.centre
-    largest, _ = jnp.unstack(largest.reshape(plan.columns, 2), axis=-1)
-    return digit, centre, largest * (multiplier / (0.999999 * UNITS))
-
-
-def key_scale(word: jax.Array) -> jax.Array:
-    """The key's scale: the low half of the token's word, or a scale of its own (the sketch)."""
-    if word.dtype == jnp.uint32:
-        return lax.bitcast_convert_type(word << 16, jnp.float32)
-    return word.astype(jnp.float32)
-
-
-def value_scale(word: jax.Array) -> jax.Array:
-    """The value's scale, the high half of the token's word."""
-    return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
-
-
-def value_exponent(words: list[jax.Array]) -> jax.Array:
-    """int32 e with |scale| < 2**(e - BIAS) for the value scales of all groups."""
-    found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
-    for word in words:
-        found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))
-    return found
-
-
-def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array, token: jax.Array):
-    """float32 [tokens, heads]: level times query, summed over the channels of one part."""
-    decoder = plan.key_parts[part][0]
-    query, centre, _ = state["queries"][part]
-    planes = refs["keys"][part]
-
-    def fetch(plane, _, byte, mask):
-        rows = planes[plane].at[page[:, None], token[:, None], byte[None, :]]
-        if mask is None:
-            return triton.load(rows)
-        mask = jnp.broadcast_to(mask[None, :], (page.shape[0], byte.shape[0]))
-        return triton.load(rows, mask=mask, other=0)
-
-    start = jnp.broadcast_to(centre[None, :], (page.shape[0], centre.shape[0]))
-    operands = decoder.operands(decoder.load(fetch), state["key_tables"][part], plan.interpret)
-    return weighted(start, operands, query, b_axis=1)
-
-
-def scores(
-    plan: Plan, refs: Refs, state: Refs, page: jax.Array, token: jax.Array, words: list[jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y, z) of x * y + z."""
-    terms = []
-    for part in range(len(plan.key_parts)):
-        product = key_products(plan, refs, state, part, page, token)
-        scaled = product * key_scale(words[part])[:, None]
-        unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
-        terms.append((scaled, unit))
-    zero = jnp.zeros_like(terms[0][0])
-    if len(terms) == 1 and "bias" not in state and plan.soft_cap is None:
-        return (*terms[0], zero)
-    total = zero if "bias" not in state else zero + state["bias"][None, :]
-    for scaled, unit in terms:
-        total = triton.fma(scaled, unit, total, plan.interpret)
-    total = capped(total, plan.soft_cap, plan.interpret)
-    return total, jnp.ones_like(total), zero
+from pallas_kernels.dequantize import power_of_two
+from pallas_kernels.digits import PHASES, UNITS, interleave, total, weighted
+from pallas_kernels.recent import EMPTY, attend_recent, mean_score, write_newest
+from pallas_kernels.scores import (
+    BIAS,
+    Plan,
+    Refs,
+    prepare_query,
+    scores,
+    value_exponent,
+    value_scale,
+)
 
 
 def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:

@@ -7,6 +7,11 @@ import pytest
 from experiments.decode_speed import BITS, SHAPES, attend, schedule_of
 from pallas_kernels.codebook import PLANE_WIDTHS
 from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
+from turboquant_jax import cache, fused
+from turboquant_jax.attention import attend_pallas
+from turboquant_jax.cache import compression
+from turboquant_jax.cache.state import Exact
+from turboquant_jax.segments import PLAIN
 
 
 def lower(function, *arguments):
@@ -66,3 +71,34 @@ def test_options_lower(bits, channels, tokens):
         )  # fmt: skip
 
     assert "decode_attention" in lower(call, q, blocks, table, lengths, sketch, bias, sinks)
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "rotation", "dtype"),
+    [
+        (4, 128, "hadamard", "bfloat16"),
+        (2, 96, "block_hadamard", "float32"),
+        (8, 80, "haar", "bfloat16"),
+    ],
+)
+def test_a_step_and_a_chunk_of_a_cache_lower(bits, head_dim, rotation, dtype):
+    """A decoding step over all segments, compression of its block and of a chunk's, decoding."""
+    codec = cache.CodecConfig(bits, rotation)
+    config = cache.CacheConfig(2, 2, head_dim, codec, codec, window=64, dtype=dtype)
+    state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
+
+    def new(count, heads):
+        return jax.ShapeDtypeStruct((3, count, heads, head_dim), jnp.dtype(dtype))
+
+    def step(state, q, k, v):
+        out, state = attend_pallas(state, jnp.int32(1), q, k, v, PLAIN, None, write=True)
+        return out, compression.compress_single(state, use_kernel=True)
+
+    def chunk(state, k, v):
+        compressed = compression.compress_chunk(state, jnp.int32(1), Exact(k, v), use_kernel=True)
+        return fused.decode(compressed, jnp.int32(1), compressed.page_table)
+
+    text = lower(step, state, new(1, 8), new(1, 2), new(1, 2))
+    assert all(name in text for name in ("decode_attention", "decode_combine", "encode"))
+    text = lower(chunk, state, new(200, 2), new(200, 2))
+    assert "encode" in text and "decode" in text

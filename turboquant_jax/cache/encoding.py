@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import encode as kernel
+from pallas_kernels.quantize import Code
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.state import Cache, Exact
@@ -69,7 +70,7 @@ def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel
         kernel.Group(
             tuple(_flat(plane) for plane in own),
             operands.with_signs(operands.of_rotation(group.rotation, dtype)),
-            kernel.Code(group.levels, group.scale),
+            Code(group.levels, group.scale),
         )
         for group, own in zip(groups, planes, strict=True)
     )

@@ -51,9 +51,10 @@ class One:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Bits of the keys of every layer, then of the values."""
+    """Bits of the keys of every layer, then of the values; `short_scale` as of `Turbo`."""
 
     bits: tuple[int, ...]
+    short_scale: bool = False
 
     rule: Rule = field(default=RULE, repr=False)
     is_random: bool = field(default=True, repr=False)
@@ -66,15 +67,17 @@ class Mixed:
 
     def trips(self, seed: int, model: LlamaConfig) -> Trips:
         """The same rotation for every layer."""
-        keys, values = _trips(seed, model)
+        keys, values = _trips(seed, model, self.short_scale)
         return lambda layer: (keys[self.bits[layer]], values[self.bits[model.num_layers + layer]])
 
 
-def _trips(seed: int, model: LlamaConfig) -> tuple[dict[int, Trip], dict[int, Trip]]:
+def _trips(
+    seed: int, model: LlamaConfig, short: bool = False
+) -> tuple[dict[int, Trip], dict[int, Trip]]:
     """Of the keys and of the values, by bits."""
     made = []
     for key in jax.random.split(jax.random.key(seed)):
-        coders = {bits: Turbo(CodecConfig(bits, code="trellis")) for bits in (1, 2, 3, 4)}
+        coders = {b: Turbo(CodecConfig(b, code="trellis"), short) for b in (1, 2, 3, 4)}
         made.append({bits: coder.trip(key, model.head_dim) for bits, coder in coders.items()})
     return made[0], made[1]
 

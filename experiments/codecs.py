@@ -173,7 +173,23 @@ class Exact:
         return None
 
 
-Coder = Turbo | Sketched | Kivi | PerToken | VllmKey | Fp8 | Exact
+@dataclass(frozen=True)
+class Mean:
+    """What vectors of different bits take on average, with scales in 8 bits; codes nothing."""
+
+    bits: float
+    name: str = "trellis, scale in 8 bits, bits of every layer's own"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector: codes and a scale."""
+        return dim * self.bits / 8 + 1
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Only for accounting."""
+        raise NotImplementedError
+
+
+Coder = Turbo | Sketched | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
 
 
 @partial(_compiled, static_argnames="short")

@@ -38,15 +38,17 @@ class Config:
     context: int = option(8192, "tokens of the texts that settings are chosen and judged by")
     screen: int = option(2048, "tokens of the texts of the curves")
     others: tuple[int, ...] = option((512, 2048), "other lengths for a few settings")
+    parts: tuple[str, ...] = option(
+        ("chosen", "peer", "candidate", "noise", "curve", "context"), "what is measured, in order"
+    )
     rows: int = option(0, "texts of each name, 0 for all")
     settings: int = option(0, "settings of each part, 0 for all")
     seeds: int = option(3, "draws of the rotations")
-    noise: int = option(1, "whether other arithmetic is measured too, 0 or 1")
     precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", 160, 160, (), 4, 1, 2, noise=0)
+SMOKE = Config("tiny", 160, 160, (), ("chosen", "candidate"), 4, 1, 2)
 
 
 def run(config: Config, track: Track) -> list[Row]:
@@ -56,35 +58,35 @@ def run(config: Config, track: Track) -> list[Row]:
     layers = forcing.model.config.num_layers
     seeds = list(range(config.seeds))
 
-    def part(
-        split: str, context: int, settings: Sequence[Setting], kind: str, share: float = 1.0
-    ) -> list[Row]:
-        if config.settings:
-            settings = settings[: config.settings]
+    def measure(part: str, split: str, context: int, settings: Sequence[Setting]) -> list[Row]:
         found: list[Row] = []
         held = Lazy(forcing, config, split, context)
-        for setting in track(unique(settings), f"fidelity: {kind}"):
-            errors = kind == "curve"
-            case = f"{kind} {split} {context} {setting.preset}"
+        for setting in track(unique(settings)[: config.settings or None], f"fidelity: {part}"):
+            case = f"{part} {split} {context} {setting.preset}"
 
-            def make(setting=setting, errors=errors) -> list[Row]:
-                made = losses.measure(held.subject, setting, seeds, errors)
-                return list(_rows(forcing, held.subject, setting, made, kind, split))
+            def make(setting=setting) -> list[Row]:
+                made = losses.measure(held.subject, setting, seeds, errors=part == "curve")
+                return list(_rows(forcing, held.subject, setting, made, part, split))
 
-            found += journal.measure(case, make, share=share)
+            found += journal.measure(case, make)
         return found
 
-    candidates = fidelity_settings.candidates()
-    calibrated = part(CALIBRATION, config.context, candidates, "candidate", 0.4)
-    names = fidelity_settings.front(calibrated)
-    chosen = [s for s in candidates if s.preset in names]
-    tested = part(TEST, config.context, chosen, "chosen", 0.6)
-    tested += part(TEST, config.context, peers(layers), "peer", 0.7)
-    curves = part(CALIBRATION, config.screen, fidelity_settings.curves(), "curve")
-    for context in config.others:
-        curves += part(TEST, context, fidelity_settings.few(), "context")
-    noise = _noise(config, journal, forcing) if config.noise else []
-    return calibrated + tested + curves + noise
+    long, short = config.context, config.screen
+    made = {
+        "chosen": lambda: measure("chosen", TEST, long, fidelity_settings.judged()),
+        "peer": lambda: measure("peer", TEST, long, peers(layers)),
+        "candidate": lambda: measure(
+            "candidate", CALIBRATION, long, fidelity_settings.candidates()
+        ),
+        "noise": lambda: _noise(config, journal, forcing),
+        "curve": lambda: measure("curve", CALIBRATION, short, fidelity_settings.curves()),
+        "context": lambda: [
+            row
+            for length in config.others
+            for row in measure("context", TEST, length, fidelity_settings.few())
+        ],
+    }
+    return [row for part in config.parts for row in made[part]()]
 
 
 class Lazy:

@@ -37,43 +37,46 @@ def describe(row: Row) -> str:
 
 
 def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
-    """For each target the setting that the calibration texts choose, judged on the test texts."""
+    """For each target the setting that the calibration texts choose, judged on the test texts.
+
+    Where these were not reached, what is missed on the texts that chose is missed; nothing holds.
+    """
     calibrated = where(rows, kind="candidate", text="all")
     tested = {row["preset"]: row for row in where(rows, kind="chosen", text="all")}
     for ratio, when in LENGTHS.items():
         for target, column, limit, words in TARGETS:
             choice = best(calibrated, ratio, target)[:1]
-            row = tested.get(choice[0]["preset"]) if choice else None
-            if row is None:
+            if not choice:
                 continue
+            row = tested.get(choice[0]["preset"], choice[0])
             verdict = is_below(row[column], row[f"{column}_se"], limit)
+            on = "test texts"
+            if row is choice[0]:
+                on = "only calibration texts were measured"
+                verdict = "undecided" if verdict == "holds" else verdict
             yield Claim(
                 "our aim",
-                f"at {target:g}x and more, true bytes {when}: {words}",
+                f"at {target:g}x and more, true bytes {when}: {words} ({on})",
                 describe(row),
                 "missed" if verdict == "does not hold" else verdict,
             )
 
 
 def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
-    """The setting of ours that calibration chooses among those no larger than the peer."""
-    calibrated = where(rows, kind="candidate", text="all")
-    tested = {row["preset"]: row for row in where(rows, kind="chosen", text="all")}
+    """Of our remedied settings the largest that is no larger than the peer at 65,536 tokens."""
+    ours = where(rows, kind="chosen", text="all", centred=1)
     for peer in where(rows, kind="peer", text="all"):
-        choice = [
-            row for row in best(calibrated, "ratio", peer["ratio"]) if row["preset"] in tested
-        ]
-        if not choice:
+        smaller = [row for row in ours if row["bytes_per_token_64k"] <= peer["bytes_per_token_64k"]]
+        if not smaller:
             continue
-        row = tested[choice[0]["preset"]]
+        row = max(smaller, key=lambda row: row["bytes_per_token_64k"])
         error = (row["kl_se"] ** 2 + peer["kl_se"] ** 2) ** 0.5
         yield Claim(
             "our aim",
-            f"less KL than {peer['preset']} at no more bytes ({peer['bytes_per_token']:,.0f} a "
-            "token)",
-            f"{row['preset']} ({row['bytes_per_token']:,.0f}): {row['kl']:.4f}, the peer "
-            f"{peer['kl']:.4f}; perplexity {row['perplexity_change']:+.2%} and "
-            f"{peer['perplexity_change']:+.2%}",
+            f"less KL than {peer['preset']} at no more bytes ({peer['ratio_64k']:.2f}x at 64K)",
+            f"{row['preset']} ({row['ratio_64k']:.2f}x): {row['kl']:.4f} ± {row['kl_se']:.4f}, the "
+            f"peer {peer['kl']:.4f} ± {peer['kl_se']:.4f}; perplexity "
+            f"{row['perplexity_change']:+.2%} and {peer['perplexity_change']:+.2%}",
             is_below(row["kl"] - peer["kl"], error, 0.0),
         )
 

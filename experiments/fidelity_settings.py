@@ -2,77 +2,51 @@
 
 from collections.abc import Sequence
 
-from experiments.experiment import Row, where
+from experiments.experiment import Row
 from experiments.settings import Setting, turbo, unique
 from turboquant_jax.quantizer import Code
 
 TARGETS = (3.5, 4.8, 5.7, 7.0)
 """Ratios to full precision, true bytes, that have a target of quality."""
 
-STANDARD = ("K4 V4 w64", "K4 V4 w128", "K3 V3 w128", "K2 V2 w128", "K3 V2 trellis w64")
-"""Judged on the test texts whatever the calibration says: for comparison with other tables."""
-
 
 def candidates() -> list[Setting]:
-    """What a preset could be, most wanted first."""
-    first: list[tuple[int, int, Code]] = [
+    """What a preset could be, and what else could be had for its bytes."""
+    bits: list[tuple[int, int, Code]] = [
         (3, 2, "trellis"),
         (2, 2, "trellis"),
         (3, 3, "trellis"),
         (4, 4, "scalar"),
     ]
-    second: list[tuple[int, int, Code]] = [
-        (3, 3, "scalar"),
-        (2, 2, "scalar"),
-        (4, 3, "trellis"),
-        (3, 1, "trellis"),
-    ]
-    third: list[tuple[int, int, Code]] = [
-        (3, 2, "scalar"),
-        (4, 2, "trellis"),
-        (4, 4, "trellis"),
-        (4, 3, "scalar"),
-    ]
-    made = [turbo(*bits, window=window) for bits in first for window in (64, 128, 256)]
+    made = [turbo(*each, window=window) for each in bits for window in (64, 128, 256)]
     # a scale of 8 bits and small blocks, whose window has less slack: for 8,192 tokens
     for key_bits, value_bits, windows in (
+        (4, 4, (256,)),
+        (3, 3, (96,)),
         (3, 2, (64, 128, 256, 352)),
-        (2, 2, (64, 128, 256, 320)),
-        (3, 3, (64, 96)),
-        (4, 2, (64,)),
-        (4, 4, (64,)),
+        (2, 2, (64, 128)),
     ):
-        bits = key_bits, value_bits
-        made += [turbo(*bits, "trellis", True, window=window, block=16) for window in windows]
-    made += [turbo(*bits, window=window) for bits in second for window in (64, 128)]
-    made += [turbo(3, 2, "trellis", True), turbo(2, 2, "trellis", True)]
-    made += [turbo(2, 2, "trellis", window=window, block=16) for window in (128, 256)]
-    made += [turbo(3, 2, "trellis", window=256, block=16), turbo(4, 4, window=32)]
-    made += [turbo(*bits, window=64) for bits in third]
+        both = key_bits, value_bits
+        made += [turbo(*both, "trellis", True, window=window, block=16) for window in windows]
+    return [*made, turbo(4, 4, "trellis", window=128), turbo(3, 3, window=128)]
+
+
+def judged() -> list[Setting]:
+    """What the test texts judge: what the candidates' rows choose, and what it is compared with."""
+    bits = (4, 4), (3, 3), (3, 2), (2, 2)
+    presets = [turbo(k, v, "trellis", window=128) for k, v in bits]
+    made = [*presets, turbo(4, 4, window=0, sinks=0, centred=False), turbo(4, 4, window=128)]
+    # the best of its bytes at 8,192 tokens
+    made += [turbo(k, v, "trellis", True, window=64, block=16) for k, v in ((3, 2), (2, 2))]
     made += [
-        turbo(5, 4),
-        turbo(2, 1, "trellis", window=256, block=16),
-        turbo(2, 3, "trellis", window=128),
+        turbo(4, 4, "trellis", True, window=256, block=16),
+        turbo(3, 3, "trellis", True, window=96, block=16),
+        turbo(3, 2, "trellis", window=256),
+        # at 65,536 tokens
+        turbo(3, 3, "trellis", window=256),
+        turbo(3, 2, "trellis", True, window=352, block=16),
     ]
     return unique(made)
-
-
-def front(rows: Sequence[Row], per_target: int = 3) -> set[str]:
-    """Presets worth testing: nothing at most as large has less KL, and the best of each target.
-
-    Bytes are those at the context and those at 65,536 tokens; KL that of the calibration texts.
-    """
-    found = [row for row in where(rows, text="all") if row["kind"] == "candidate"]
-    names = {row["preset"] for row in found if row["preset"] in STANDARD}
-    for ratio in ("ratio", "ratio_64k"):
-        names |= {
-            row["preset"]
-            for row in found
-            if not any(other[ratio] >= row[ratio] and other["kl"] < row["kl"] for other in found)
-        }
-        for target in TARGETS:
-            names |= {row["preset"] for row in best(found, ratio, target)[:per_target]}
-    return names
 
 
 def best(rows: Sequence[Row], ratio: str, target: float) -> list[Row]:

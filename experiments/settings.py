@@ -188,17 +188,19 @@ def peers(layers: int) -> list[Setting]:
     none: dict[str, Any] = dict(window=0, sinks=0, block=8, centred=False)
     edge = (0, 1, layers - 2, layers - 1)
     vllm = {bits: (VllmKey(bits), PerToken(bits, 64)) for bits in (4, 3)}
-    made = [Setting("fp8", Fp8(), Fp8(), **none)]
-    for bits in (4, 2):
+    made = []
+    for bits, nc in ((2, 3), (4, 4)):
         kivi = Kivi(bits, True), Kivi(bits, False)
         made.append(Setting(f"KIVI int{bits}", *kivi, 128, 0, 32, False))
+        made.append(Setting(f"vLLM {nc}bit_nc", *vllm[nc], **none, exact_layers=edge))
+    for bits in (4, 2):
         per_token = PerToken(bits), PerToken(bits)
         made.append(Setting(f"per-token int{bits}", *per_token, **none))
         made.append(Setting(f"per-token int{bits} w128 sinks4", *per_token, 128, 4, 64, False))
     for bits in (4, 3):
-        made.append(Setting(f"vLLM {bits}bit_nc", *vllm[bits], **none, exact_layers=edge))
         made.append(Setting(f"vLLM {bits}bit_nc, every layer", *vllm[bits], **none))
         made.append(Setting(f"vLLM {bits}bit_nc w128 sinks4", *vllm[bits], 128, 4, 64, False))
+    made.append(Setting("fp8", Fp8(), Fp8(), **none))
     return made
 
 

@@ -96,34 +96,36 @@ def compress_chunk(
     opens = (cache.config.num_blocks(cache.lengths) == 0) & jnp.any(filled, axis=1)
     batch, count = slot.shape
 
-    def means_with(block: Exact, means):
-        if means is None:
-            return None
-        of_first = jax.vmap(_mean)(block.keys[:, 0])
-        mean = jnp.where(opens[:, None, None], of_first, means[layer])
-        return means.at[layer].set(mean)
-
     if use_kernel:
         block = _gather(cache, layer, new, count)
-        cache = replace(cache, key_mean=means_with(block, cache.key_mean))
         source = jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[3:]), block)
         row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], slot.shape)
         start = jnp.broadcast_to(
             cache.config.block * jnp.arange(count, dtype=jnp.int32)[None, :], slot.shape
         )
         page = jnp.where(filled, page + layer * pages, -1)
-        jobs = _jobs(row, start, page, layer * batch + row, jnp.zeros_like(filled))
+        columns = row, start, page, layer * batch + row
+        first, rest = (
+            [column[:, part] for column in columns] for part in (slice(1), slice(1, None))
+        )
+        # a sequence's first block alone: the kernel takes its mean, which the next ones need
+        cache = encoding.encode(cache, source, _jobs(*first, opens), interpret=interpret)
+        if count == 1:
+            return cache
+        jobs = _jobs(*rest, jnp.zeros_like(rest[0]))
         return encoding.encode(cache, source, jobs, interpret=interpret)
     page = jnp.where(filled, page, pages)  # past the end: dropped
 
     def compress(carry):
         pool, means = carry
         block = _gather(cache, layer, new, count)
-        means = means_with(block, means)
+        mean = None
+        if means is not None:
+            of_first = jax.vmap(_mean)(block.keys[:, 0])
+            mean = jnp.where(opens[:, None, None], of_first, means[layer])
+            means = means.at[layer].set(mean)
         encode = partial(_encode, cache.codecs, layer)
-        packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(
-            block, None if means is None else means[layer]
-        )
+        packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(block, mean)
         pool = jax.tree.map(
             lambda old, rows: old.at[layer, page].set(rows, mode="drop"), pool, packed
         )

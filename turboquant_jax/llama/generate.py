@@ -19,6 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from turboquant_jax.llama.model import Attend, Llama, State
 from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
 
+CHUNK = 8192
+"""Tokens of a pass over a prompt: so many queries pay for decoding the past that they share."""
+
 NO_TOKEN = -1
 """What stands where a row has no token: it had stopped before."""
 
@@ -71,16 +74,17 @@ def prefill(
     past: Past[State],
     *,
     start: Int[Array, "B"] | None = None,
-    chunk: int | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B V"], State]:
     """Pass prompts through the decoder; float32 logits after the last token of each row.
 
     Row b is `tokens[b, :lengths[b]]`, at least one token, at positions from `start[b]` (default 0)
-    on. A forward pass takes `chunk` tokens at a time (default all T), which bounds the memory.
+    on. A forward pass takes `chunk` tokens at a time, which bounds the memory; the past that
+    a chunk attends to is compressed already.
     The state is donated: use the one returned.
     """
     batch, length = tokens.shape
-    chunk = length if chunk is None else chunk
+    chunk = min(length, chunk)
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk} tokens, expected at least 1")
     start = jnp.zeros_like(lengths) if start is None else start
@@ -164,7 +168,7 @@ def generate(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     eos_ids: tuple[int, ...] = (),
-    chunk: int | None = None,
+    chunk: int = CHUNK,
 ) -> Generation[State]:
     """`prefill`, then `decode`: the continuation of each prompt, from an empty state, donated."""
     logits, state = prefill(model, tokens, lengths, state, past, chunk=chunk)

@@ -4,7 +4,7 @@ Importing this package touches no device and no global configuration.
 """
 
 from turboquant_jax.attention import attend
-from turboquant_jax.cache import Cache, CacheConfig, CodecConfig, append
+from turboquant_jax.cache import Cache, CacheConfig, CodecConfig, append, preset
 from turboquant_jax.cache import create as create_cache
 from turboquant_jax.quantizer import Codes, Quantizer, decode, encode, straight_through
 from turboquant_jax.quantizer import create as create_quantizer
@@ -24,5 +24,6 @@ __all__ = [
     "decode",
     "encode",
     "merge",
+    "preset",
     "straight_through",
 ]

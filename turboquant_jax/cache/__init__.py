@@ -6,6 +6,8 @@ from turboquant_jax.cache.appending import commit as commit
 from turboquant_jax.cache.appending import write as write
 from turboquant_jax.cache.config import CacheConfig as CacheConfig
 from turboquant_jax.cache.config import CodecConfig as CodecConfig
+from turboquant_jax.cache.presets import Preset as Preset
+from turboquant_jax.cache.presets import preset as preset
 from turboquant_jax.cache.sharing import fork as fork
 from turboquant_jax.cache.sharing import free as free
 from turboquant_jax.cache.sharing import free_pages as free_pages

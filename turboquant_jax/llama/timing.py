@@ -29,26 +29,29 @@ _PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past 
 _ONES = 0x3F803F80  # a scale word: 1.0 for the key and for the value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -> Cache:
     """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
-    state = cache.create(config, batch, capacity, key=jax.random.key(0))
+    make = jax.jit(cache.create, static_argnums=(0, 1, 2))
+    state = make(config, batch, capacity, key=jax.random.key(0))
     keys = map(jax.random.key, itertools.count(1))
 
     def codes(pool: Array) -> Array:
-        pages = jnp.arange(pool.shape[1])[None, :]
-        pages = (pages + 7 * jnp.arange(pool.shape[0])[:, None]) % _PATTERN
-        return jax.random.bits(next(keys), (_PATTERN, *pool.shape[2:]), pool.dtype)[pages]
+        # layer by layer in place: all at once, XLA wants room for a second pool
+        pattern = jax.random.bits(next(keys), (_PATTERN, *pool.shape[2:]), pool.dtype)
+        for layer in range(pool.shape[0]):
+            pool = _repeat(pool, pattern, layer)
+        return pool
 
     def exact(segment: Array) -> Array:
-        tokens = jax.random.normal(next(keys), (1, 1, *segment.shape[2:]), segment.dtype)
-        return jnp.broadcast_to(tokens, segment.shape)
+        token = jax.random.normal(next(keys), segment.shape[3:], segment.dtype)
+        return _spread(segment, token)
 
+    ones = functools.partial(_spread, value=jnp.uint32(_ONES))
     pool = dataclasses.replace(
         state.pool,
         keys=jax.tree.map(codes, state.pool.keys),
         values=jax.tree.map(codes, state.pool.values),
-        scales=jax.tree.map(lambda x: jnp.full_like(x, _ONES), state.pool.scales),
+        scales=jax.tree.map(ones, state.pool.scales),
     )
     return dataclasses.replace(
         state,
@@ -56,6 +59,21 @@ def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -
         sinks=jax.tree.map(exact, state.sinks),
         window=jax.tree.map(exact, state.window),
         lengths=jnp.full(batch, context, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _repeat(pool: Array, pattern: Array, layer: Array | int) -> Array:
+    """The pool with a layer of pages that repeat, in another order than the layer before."""
+    pages = (jnp.arange(pool.shape[1]) + 7 * layer) % _PATTERN
+    return pool.at[layer].set(pattern[pages])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _spread(array: Array, value: Array) -> Array:
+    """The same in every place of an array."""
+    return jnp.broadcast_to(
+        value.reshape((1,) * (array.ndim - value.ndim) + value.shape), array.shape
     )
 
 

@@ -73,7 +73,8 @@ def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
         error = (row["kl_se"] ** 2 + peer["kl_se"] ** 2) ** 0.5
         yield Claim(
             "our aim",
-            f"less KL than {peer['preset']} at no more bytes ({peer['ratio_64k']:.2f}x at 64K)",
+            f"less KL than {peer['preset']} at no more bytes ({peer['ratio_64k']:.2f}x at 64K), "
+            f"texts of {row['context']:,} tokens",
             f"{row['preset']} ({row['ratio_64k']:.2f}x): {row['kl']:.4f} ± {row['kl_se']:.4f}, the "
             f"peer {peer['kl']:.4f} ± {peer['kl_se']:.4f}; perplexity "
             f"{row['perplexity_change']:+.2%} and {peer['perplexity_change']:+.2%}",
@@ -81,8 +82,29 @@ def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
-# source, statement, better preset, worse preset: less KL on the curves
+_NEUTRAL = {
+    "K4 V4 w0 sinks0 uncentred": "4 bits are quality neutral, without window, sinks and centring",
+    "K4 V4 w64": "4 bits are quality neutral, with a window of 64, sinks and centring",
+    "K3 V3 trellis w128": "3 bits are quality neutral, trellis, with a window of 128",
+    "K3 V2 trellis w128": "2.5 bits lose little, trellis, with a window of 128",
+    "K2 V2 trellis w128": "2 bits lose little, trellis, with a window of 128",
+}
+
+# source, statement, better preset, worse preset: less KL on the same texts
 _PAIRS = (
+    ("our question", "a longer window pays", "K2 V2 trellis w256", "K2 V2 trellis w64"),
+    (
+        "our question",
+        "a longer window pays at 3 and 2 bits",
+        "K3 V2 trellis w256",
+        "K3 V2 trellis w64",
+    ),
+    (
+        "our question",
+        "at 5.7x at this length, a bit more of keys is worth more than a window of 256",
+        "K3 V2 trellis scale8 w64 block16",
+        "K2 V2 trellis w256",
+    ),
     ("our question", "a recent window pays", "K3 V3 w64", "K3 V3 w0"),
     ("our question", "sinks pay", "K3 V3 w64", "K3 V3 w64 sinks0"),
     ("our question", "centred keys pay", "K3 V3 w64", "K3 V3 w64 uncentred"),
@@ -98,18 +120,21 @@ _PAIRS = (
 
 
 def _pairs(rows: Sequence[Row]) -> Iterator[Claim]:
-    curve = {row["preset"]: row for row in where(rows, kind="curve", text="all")}
-    if plain := curve.get("K4 V4 w0 sinks0 uncentred"):
-        yield Claim(
-            "TurboQuant, section 4.3",
-            "4 bits are quality neutral, without window, sinks and centring (within 1 %)",
-            describe(plain),
-            is_below(plain["perplexity_change"], plain["perplexity_change_se"], 0.01),
-        )
-    for source, statement, better, worse in _PAIRS:
-        if better in curve and worse in curve:
-            yield _less(source, statement, curve[better], curve[worse])
-    yield from _same(curve)
+    """What lies within 1 %, then pairs of settings, from texts of the same kind."""
+    for kind in ("curve", "candidate", "chosen"):
+        found = {row["preset"]: row for row in where(rows, kind=kind, text="all")}
+        for name, words in _NEUTRAL.items():
+            if row := found.get(name):
+                yield Claim(
+                    "TurboQuant, section 4.3",
+                    f"{words} (perplexity within 1 %, {row['context']:,} tokens)",
+                    describe(row),
+                    is_below(row["perplexity_change"], row["perplexity_change_se"], 0.01),
+                )
+        for source, statement, better, worse in _PAIRS:
+            if better in found and worse in found:
+                yield _less(source, statement, found[better], found[worse])
+        yield from _same(found)
 
 
 def _less(source: str, statement: str, better: Row, worse: Row) -> Claim:
@@ -149,26 +174,34 @@ def _noise(rows: Sequence[Row]) -> Iterator[Claim]:
 
 
 def figure(rows: Sequence[Row]) -> "Figure":
-    """Loss against true bytes at two lengths; bits, windows and lengths."""
+    """Loss against true bytes; over bits, windows and lengths where these were measured."""
     from experiments.plotting import panels
 
-    made, axes = panels(2, 3, 4.8, 3.6)
+    curves = [_bits, _windows] * any(where(rows, kind="curve"))
+    curves += [_contexts] * any(where(rows, kind="context"))
+    made, axes = panels(1 + bool(curves), 3, 4.8, 3.6)
     _pareto(axes[0, 0], rows, "bytes_per_token", "kl", "KL, nats a token")
     _pareto(axes[0, 1], rows, "bytes_per_token_64k", "kl", "KL, nats a token")
     _pareto(axes[0, 2], rows, "bytes_per_token", "perplexity_change", "change of perplexity")
-    _bits(axes[1, 0], rows)
-    _windows(axes[1, 1], rows)
-    _contexts(axes[1, 2], rows)
+    for axis, draw in zip(axes[1:].ravel(), curves, strict=False):
+        draw(axis, rows)
     return made
+
+
+_KINDS = {
+    "candidate": "ours, calibration texts",
+    "chosen": "ours, test texts",
+    "peer": "peers, test texts",
+}
 
 
 def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
     from experiments.plotting import label
 
-    for kind, words in (("chosen", "ours"), ("peer", "peers")):
-        points = where(rows, kind=kind, text="all") or (
-            where(rows, kind="candidate", text="all") if kind == "chosen" else []
-        )
+    for kind, words in _KINDS.items():
+        points = where(rows, kind=kind, text="all")
+        if not points:
+            continue
         axis.errorbar(
             [row[size] for row in points],
             [row[loss] for row in points],
@@ -178,13 +211,12 @@ def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
             linewidth=0.7,
             label=words,
         )
-        if kind == "peer":
-            for row in points:
-                axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
+        for row in points:
+            axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
     axis.set_xscale("log")
     axis.set_yscale("log" if loss == "kl" else "symlog", **({} if loss == "kl" else SYMLOG))
     when = "65,536 tokens" if size.endswith("64k") else "the texts' length"
-    label(axis, f"test texts, bytes at {when}", "bytes a token, everything counted", y)
+    label(axis, f"bytes at {when}", "bytes a token, everything counted", y)
 
 
 SYMLOG = {"linthresh": 0.01}

@@ -98,7 +98,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _judge(found: dict[str, Row], cache: str, bits: int) -> Iterator[Claim]:
-    where_ = f"{bits} bits, {cache} cache"
+    tokens = next(iter(found.values()))["context"]
+    where_ = f"{bits} bits, {cache} cache, {tokens:,} tokens"
     without = [found[mode] for mode in MODES if mode in found]
     for sketch in SKETCHES:
         if sketch not in found or not without:

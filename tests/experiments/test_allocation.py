@@ -5,7 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
+from experiments import fidelity_judgement
 from experiments.allocation import allocate
+from experiments.codecs import Mean
+from experiments.prepared import TINY
+from experiments.settings import Setting, turbo
 
 
 def test_the_allocation_is_the_best_of_all():
@@ -22,3 +26,22 @@ def test_the_allocation_is_the_best_of_all():
 def test_a_budget_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="4 bits is too small for 5 parts"):
         allocate([{1: 0.5, 2: 0.1}] * 5, 4)
+
+
+def test_bytes_of_mixed_bits_are_those_of_uniform_bits():
+    mixed = Setting("", Mean(2.5), Mean(2.5), 192, 4, 16)
+    uniform = turbo(3, 2, "trellis", short=True, window=192, block=16)
+    assert mixed.sizes(TINY, 8192) == uniform.sizes(TINY, 8192)
+
+
+@pytest.mark.parametrize(
+    ("loss", "on_calibration", "on_test"),
+    [(0.001, "undecided", "holds"), (0.003, "undecided", "undecided"), (0.01, "missed", "missed")],
+)
+def test_nothing_holds_on_the_texts_that_chose(loss, on_calibration, on_test):
+    sizes = {"ratio": 3.6, "ratio_64k": 3.7, "bytes_per_token_64k": 6000.0, "context": 8192}
+    losses = {"kl": loss, "kl_se": 1e-4, "perplexity_change": 0.0, "perplexity_change_se": 1e-3}
+    row = {"text": "all", "preset": "a", "centred": 1, **sizes, **losses}
+    calibrated, tested = {**row, "kind": "candidate"}, {**row, "kind": "chosen"}
+    for rows, verdict in (([calibrated], on_calibration), ([calibrated, tested], on_test)):
+        assert [claim.verdict for claim in fidelity_judgement.claims(rows)] == [verdict] * 2

@@ -8,7 +8,6 @@ are those of the packed cache (codes and scales).
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import itertools
@@ -32,6 +31,7 @@ from experiments.decode_blocks import (
     definition,
     random_blocks,
 )
+from experiments.results import write_table
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
 
@@ -142,6 +142,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.start = time.monotonic()
         self.cudnn: dict[Pair, float] = {}
         self.copy = copy_bandwidth()
         device = jax.devices()[0].device_kind
@@ -220,12 +221,8 @@ class Bench:
             self.add(name, bits, shape, label, nbytes, took)
 
     def write(self, out: Path) -> None:
-        """DIR/rows.csv."""
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "rows.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(Row)])
-            writer.writerows(dataclasses.astuple(row) for row in self.rows)
+        """DIR/rows.csv and DIR/meta.json."""
+        write_table(out, self.rows, time.monotonic() - self.start)
 
 
 def schedule_of(bits: Pair, shape: Pair) -> Schedule:

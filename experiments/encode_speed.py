@@ -8,7 +8,6 @@ differ from the definition's, by rounding at a threshold.
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import time
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from experiments.decode_speed import copy_bandwidth
+from experiments.results import write_table
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, encoding
 from turboquant_jax.cache.state import Exact
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
     arguments = parser.parse_args()
-    rows, copy = [], copy_bandwidth()
+    rows, copy, start = [], copy_bandwidth(), time.monotonic()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {copy / 1e9:.0f} GB/s")
     for tokens in TOKENS:
         source = jax.jit(vectors, static_argnums=0)(tokens)
@@ -151,17 +151,13 @@ def main() -> None:
                         rate / copy, different,
                     )
                 )  # fmt: skip
+                write_table(arguments.out, rows, time.monotonic() - start)
                 print(
                     f"{name:6s} {bits} bits {rotation:8s} {scale:13s} centred {centred!s:5} "
                     f"{tokens:6d} tokens {took * 1e6:8.1f} us {rate / 1e9:6.0f} GB/s "
                     f"{rate / copy:5.2f} of copy, apart {different:.1e}",
                     flush=True,
                 )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "rows.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
 def blocks_bytes(state: cache.Cache) -> int:

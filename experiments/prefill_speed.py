@@ -13,17 +13,17 @@ cache (of all 32 layers), the prompt's queries, keys and values, and a chunk's c
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from experiments.results import write_table
 from turboquant_jax import cache
 from turboquant_jax.attention import attend_and_write
 
@@ -109,12 +109,11 @@ def create(bits: int, layers: int, tokens: int) -> cache.Cache:
     return jax.jit(lambda: cache.create(config, 1, tokens, key=jax.random.key(0)))()
 
 
-def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int) -> list[Row]:
+def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int) -> Iterator[Row]:
     """The baseline and every number of bits."""
     qkv = random(1, tokens)
     base = median(lambda: jax.jit(plain, static_argnums=0)(chunk, *qkv), repetitions)
-    rows = [Row(f"{setting}: cudnn", 16, tokens, base * 1e3, 1.0, float("nan"))]
-    show(rows[-1])
+    yield show(Row(f"{setting}: cudnn", 16, tokens, base * 1e3, 1.0, float("nan")))
     for bits in BITS:
         state = create(bits, layers, tokens)
         size = state.nbytes
@@ -130,20 +129,19 @@ def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int
         memory = run.lower(state, chunk, *qkv).compile().memory_analysis()
         assert memory is not None  # it is known on a GPU
         peak = memory.temp_size_in_bytes + size + sum(x.nbytes for x in qkv)
-        rows.append(
+        yield show(
             Row(f"{setting}: compressed", bits, tokens, took * 1e3, took / base, peak / held)
         )
-        show(rows[-1])
-    return rows
 
 
-def show(row: Row) -> None:
-    """One line."""
+def show(row: Row) -> Row:
+    """One line, and the row."""
     print(
         f"{row.setting:22s} {row.bits:2d} bits {row.tokens:6d} tokens {row.milliseconds:9.2f} ms "
         f"{row.ratio_to_cudnn:6.3f}x cudnn, peak {row.peak_ratio:5.3f}",
         flush=True,
     )
+    return row
 
 
 def main() -> None:
@@ -152,15 +150,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
-    rows = []
-    for tokens in WHOLE:
-        rows += measure("whole", tokens, tokens, 1, 2 * arguments.repetitions)
-    rows += measure("chunked", LONG, CHUNK, LAYERS, arguments.repetitions)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "rows.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+    rows, start = [], time.monotonic()
+    cases = [("whole", tokens, tokens, 1, 2 * arguments.repetitions) for tokens in WHOLE]
+    for case in [*cases, ("chunked", LONG, CHUNK, LAYERS, arguments.repetitions)]:
+        for row in measure(*case):
+            rows.append(row)
+            write_table(arguments.out, rows, time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,6 +174,12 @@ def write(folder: Path, rows: Sequence[Row], meta: dict[str, Any], figure: "Figu
             if stale.exists() and not folder.exists():
                 stale.rename(folder)
             raise
+
+
+def write_table(folder: Path, rows: Sequence[Any], seconds: float) -> None:
+    """Rows that are instances of a dataclass, described by the command line of this process."""
+    command = " ".join(["python -m experiments." + Path(sys.argv[0]).stem, *sys.argv[1:]])
+    write(folder, [dataclasses.asdict(row) for row in rows], describe(command, {}, seconds), None)
 
 
 def save_figure(path: Path, figure: "Figure") -> None:

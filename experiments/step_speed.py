@@ -15,7 +15,6 @@ sequences are of different lengths, so that one in 64 completes a block in a ste
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import statistics
@@ -27,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from experiments.results import write_table
 from pallas_kernels.decode_attention import decode_attention
 from turboquant_jax import attention, cache, fused
 from turboquant_jax.cache import Cache, CacheConfig, CodecConfig
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="*", default=BITS)
     arguments = parser.parse_args()
-    rows = []
+    rows, start = [], time.monotonic()
     for bits in arguments.bits:
         error = check(bits)
         print(f"check {bits} bits: relative error {error:.1e}", flush=True)
@@ -191,16 +191,12 @@ def main() -> None:
                 took, state = seconds(part, state, q, new, tokens)
                 base = took if base is None else base
                 rows.append(Row(name, bits, batch, tokens, took * 1e3, took / base))
+                write_table(arguments.out, rows, time.monotonic() - start)
                 print(
                     f"{name:9s} {bits} bits {batch:3d} x {tokens:<6d} {took * 1e6:8.1f} us"
                     f" {took / base:5.2f}x the kernel",
                     flush=True,
                 )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "rows.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -199,3 +199,17 @@ def test_meta_is_json_with_a_digest(experiment, tmp_path):
     folder = tmp_path / "results/planted"
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["rows_sha256"] == results.digest((folder / "rows.csv").read_bytes())
+
+
+def test_a_table_is_described_by_its_command_line(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Measured:
+        name: str
+        milliseconds: float
+
+    monkeypatch.setattr("sys.argv", ["experiments/step_speed.py", "--bits", "4"])
+    results.write_table(tmp_path / "table", [Measured("step", 1.5)], 2.0)
+    found = results.read(tmp_path / "table")
+    assert found.rows == [{"name": "step", "milliseconds": 1.5}]
+    assert found.meta["command"] == "python -m experiments.step_speed --bits 4"
+    assert found.intact

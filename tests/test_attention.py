@@ -204,5 +204,5 @@ def test_shapes_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ValueError, match=says):
             call(q, k)
-    with pytest.raises(ValueError, match="'xla', 'pallas' or None, got 'cuda'"):
+    with pytest.raises(ValueError, match="'xla', 'pallas', 'cudnn' or None, got 'cuda'"):
         call((2, 1, 4, 16), (2, 1, 2, 16), implementation="cuda")

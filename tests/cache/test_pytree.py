@@ -87,7 +87,7 @@ def test_appending_in_a_loop_is_in_place_too(loop):
     shapes = jax.eval_shape(make)
     k = jax.ShapeDtypeStruct((2, BATCH, 50, 1, 8), jnp.float32)
     compiled = jax.jit(decode, donate_argnums=0).lower(shapes, k, k).compile()
-    assert fresh_bytes(compiled) < 8 * shapes.page_table.size * 4
+    assert fresh_bytes(compiled) < 10 * shapes.page_table.size * 4
     assert not [
         line
         for line in compiled.as_text().splitlines()

@@ -13,6 +13,7 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.cache import blocks, encoding
@@ -72,7 +73,9 @@ def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> 
             means = lax.dynamic_update_index_in_dim(means, mean, row, axis=1)
         packed = jax.vmap(partial(_encode, cache.codecs))(layers, block, mean)
         pool = jax.tree.map(
-            lambda old, new: lax.dynamic_update_index_in_dim(old, new, pages[row], axis=1),
+            lambda old, new: lax.dynamic_update_index_in_dim(
+                old, _in_order(new), pages[row], axis=1
+            ),
             pool,
             packed,
         )
@@ -157,6 +160,15 @@ def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, count: int) -> Exac
         return rows.reshape(rows.shape[0], count, config.block, *rows.shape[2:])
 
     return jax.tree.map(take, cache.window, new)
+
+
+def _in_order(x: Array) -> Array:
+    """The array, laid out as it is written down.
+
+    Left to choose, XLA on a GPU turns the whole pool around to the layout that the values of a
+    block come in, and back behind the loop.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _mean(keys: Float[Array, "T K H"]) -> Float[Array, "K H"]:

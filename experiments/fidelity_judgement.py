@@ -74,7 +74,7 @@ def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
         yield Claim(
             "our aim",
             f"less KL than {peer['preset']} at no more bytes ({peer['ratio_64k']:.2f}x at 64K), "
-            f"texts of {row['context']:,} tokens",
+            f"{row['tokens']:,} tokens in texts of {row['context']:,}",
             f"{row['preset']} ({row['ratio_64k']:.2f}x): {row['kl']:.4f} ± {row['kl_se']:.4f}, the "
             f"peer {peer['kl']:.4f} ± {peer['kl_se']:.4f}; perplexity "
             f"{row['perplexity_change']:+.2%} and {peer['perplexity_change']:+.2%}",
@@ -127,7 +127,8 @@ def _pairs(rows: Sequence[Row]) -> Iterator[Claim]:
             if row := found.get(name):
                 yield Claim(
                     "TurboQuant, section 4.3",
-                    f"{words} (perplexity within 1 %, {row['context']:,} tokens)",
+                    f"{words} (perplexity within 1 %; {row['tokens']:,} tokens in texts of "
+                    f"{row['context']:,})",
                     describe(row),
                     is_below(row["perplexity_change"], row["perplexity_change_se"], 0.01),
                 )

@@ -4,8 +4,10 @@ Keys at equal bits: TurboQuant-mse with each scale mode, and TurboQuant-prod wit
 Gaussian and with an orthogonal sketch (one bit less of codes, one sign a coordinate, and a second
 scalar, two bytes a vector, in its favour). Values stay in full precision, so that what is seen is
 the softmax. `remedied` is a cache with a window of 64, four sinks and centred keys; `bare` has
-none of them, as the paper has it. Calibration texts of 2,048 tokens on SmolLM2-135M; the error of
-attention outputs compares with full precision on the same queries, keys and values.
+none of them, as the paper has it. Calibration texts on SmolLM2-135M, of 2,048 tokens unless the
+command says otherwise; errors are over chunks of 1,024 tokens, and where these are few the error is
+itself uncertain. The error of attention outputs compares with full precision on the same queries,
+keys and values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,8 +100,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _judge(found: dict[str, Row], cache: str, bits: int) -> Iterator[Claim]:
-    tokens = next(iter(found.values()))["context"]
-    where_ = f"{bits} bits, {cache} cache, {tokens:,} tokens"
+    one = next(iter(found.values()))
+    size = f"{one['tokens']:,} tokens in texts of {one['context']:,}"
+    where_ = f"{bits} bits, {cache} cache, {size}"
     without = [found[mode] for mode in MODES if mode in found]
     for sketch in SKETCHES:
         if sketch not in found or not without:

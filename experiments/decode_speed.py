@@ -34,6 +34,7 @@ from experiments.decode_blocks import (
 from experiments.results import write_table
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
+from turboquant_jax.llama.timing import copy_bandwidth
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
@@ -115,21 +116,6 @@ def seconds(step: Callable[..., jax.Array], q: jax.Array, caches: list[tuple], c
         x.block_until_ready()
         times.append((time.perf_counter() - begin) / (8 * calls))
     return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by x + 1 on 1 GiB."""
-    x = jnp.zeros((2**28,), jnp.int32)
-    step = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = step(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(20):
-            x = step(x)
-        x.block_until_ready()
-        times.append((time.perf_counter() - begin) / 20)
-    return 2 * x.nbytes / statistics.median(times)
 
 
 def chain_length(nbytes: float) -> int:

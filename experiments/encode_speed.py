@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments.decode_speed import copy_bandwidth
 from experiments.results import write_table
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, encoding
 from turboquant_jax.cache.state import Exact
+from turboquant_jax.llama.timing import copy_bandwidth
 
 KV_HEADS, CHANNELS, BLOCK = 8, 128, 64
 CASES = (

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments import answers, prepared, presets
+from experiments import answers, prepared
 from experiments.answers import Answers, Asked
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.forcing import cut
 from experiments.journal import open_journal
 from experiments.needle_prompts import LENGTHS, SAMPLES
+from experiments.settings import for_prompts
 from experiments.statistics import wilson
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(config: Config, track: Track) -> list[Row]:
     journal = open_journal("needle", config)
     forcing = cut(prepared.model(config.model), config.precision)
     model = forcing.model.config
-    settings = presets.asked(model.num_layers)[: config.settings or None]
+    settings = for_prompts(model.num_layers)[: config.settings or None]
     rows: list[Row] = []
     for length in track(config.lengths, "needle"):
         for task in config.tasks:

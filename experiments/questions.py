@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int
 
-from experiments import answers, prepared, presets
+from experiments import answers, prepared
 from experiments.answers import Answers, Asked
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.forcing import cut
 from experiments.journal import open_journal
 from experiments.prepared import Prompts
 from experiments.question_prompts import SIZES
+from experiments.settings import for_prompts
 from experiments.statistics import is_below, wilson
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run(config: Config, track: Track) -> list[Row]:
             return [_row(asked(), answers.full(asked()), {**head, "preset": FULL})]
 
         rows += journal.measure(f"{task} {FULL}", full)
-        for setting in presets.asked(model.num_layers)[: config.settings or None]:
+        for setting in for_prompts(model.num_layers)[: config.settings or None]:
             sizes = setting.sizes(model, prompts.tokens.shape[1])
             columns = {**head, **setting.columns(), **sizes}
 

@@ -74,8 +74,12 @@ def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:
         raise NotImplementedError(f"pages of {tokens} tokens: served are 32, 64 and 128")
     for group in groups:
         count = group.values[0].shape[2] if group.values else 0
-        check_planes("keys", group.keys, group.key_codebook, (pages, kv_heads, tokens), count)
-        check_planes("values", group.values, group.value_codebook, (pages, kv_heads, count), tokens)
+        check_planes(
+            "keys", group.keys, group.key_codebook.widths, (pages, kv_heads, tokens), count
+        )
+        check_planes(
+            "values", group.values, group.value_codebook.widths, (pages, kv_heads, count), tokens
+        )
         if group.scales.shape != (pages, kv_heads, tokens) or group.scales.dtype != jnp.uint32:
             raise ValueError(
                 f"got scales {group.scales.dtype}{list(group.scales.shape)}, "
@@ -87,12 +91,12 @@ def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:
 def check_planes(
     name: str,
     planes: tuple[jax.Array, ...],
-    codebook: Codebook,
+    widths: tuple[int, ...],
     rows: tuple[int, ...],
     length: int,
 ) -> None:
     """Raises where planes do not hold codes of `length` elements in `rows`."""
-    expected = [(*rows, length * width // 8) for width in codebook.widths]
+    expected = [(*rows, length * width // 8) for width in widths]
     got = [plane.shape for plane in planes]
     if got != expected or length % 8:
         raise ValueError(f"got {name} planes {got} for {length} elements, expected {expected}")

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import triton
-from pallas_kernels.blocks import PAGE_TOKENS
+from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
 from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.quantize import Code, Columns, quantize
@@ -117,8 +117,7 @@ def encode(
     count = len(jax.tree.leaves(targets))
     written = triton.call(
         lambda source, constants, old, new: _encode_kernel(
-            source, constants, old, new, pool=pool, tokens=tokens, channels=channels,
-            interpret=interpret,
+            source, constants, old, new, pool=pool, tokens=tokens, interpret=interpret,
         ),
         grid=(jobs.shape[0], heads),
         in_specs=specs,
@@ -162,24 +161,17 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
             raise ValueError(f"got {side} of {keys.shape[3]} channels, expected {total}")
         for group in groups:
             dim = group.rotation.parts.shape[2]
+            if dim % 8:
+                raise ValueError(f"got a group of {dim} channels, expected a multiple of 8")
             rows, length = (tokens, dim) if side == "keys" else (dim, tokens)
-            expected = [
-                (pages, heads, rows, length * w // 8) for w in PLANE_WIDTHS[group.code.bits]
-            ]
-            if dim % 8 or [plane.shape for plane in group.planes] != expected:
-                raise ValueError(
-                    f"got {side} planes {[p.shape for p in group.planes]}, expected {expected}"
-                )
-            if any(2**31 < plane.size <= 2**32 for plane in group.planes):
-                raise NotImplementedError(
-                    "a plane of more than 2**31 bytes: served are up to 2**31 and more than 2**32"
-                )
+            widths = PLANE_WIDTHS[group.code.bits]
+            check_planes(side, group.planes, widths, (pages, heads, rows), length)
     return tokens
 
 
 def _encode_kernel(
     source: dict[str, Any], constants: dict[str, Any], old: dict[str, Any], new: dict[str, Any],
-    *, pool: Pool, tokens: int, channels: int, interpret: bool,
+    *, pool: Pool, tokens: int, interpret: bool,
 ) -> None:  # fmt: skip
     """One program of the grid (job, kv head)."""
     row, slot, page, mean_row, opens = (source["jobs"][i] for i in range(5))

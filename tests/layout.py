@@ -18,6 +18,21 @@ def empty_cache(config, batch, **options):
     return jax.jit(make, compiler_options=QUICK)()
 
 
+def random_parts(state, rng):
+    """Any bytes in every segment of a cache, with scales that are plausible."""
+
+    def filled(leaf):
+        if leaf.dtype == jnp.uint32:  # two bfloat16 scales between 0.5 and 2
+            scales = rng.uniform(0.5, 2, (2, *leaf.shape)).astype(jnp.bfloat16).view(np.uint16)
+            return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
+        if leaf.dtype == jnp.uint8:
+            return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
+        return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
+
+    names = ("pool", "sinks", "window", "key_mean")
+    return {name: jax.tree.map(filled, getattr(state, name)) for name in names}
+
+
 def unpack(planes, bits, count):
     """Element i of a plane of width w over m bytes sits in byte i mod m at bit w (i // m)."""
     i, value, shift = np.arange(count), 0, 0

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.layout import CAPACITY, CODEC, QUICK, SMALL, decoded, empty_cache, random_tokens
+from tests.layout import (
+    CAPACITY,
+    CODEC,
+    QUICK,
+    SMALL,
+    decoded,
+    empty_cache,
+    random_parts,
+    random_tokens,
+)
 from turboquant_jax import cache
 from turboquant_jax.attention import attend
 from turboquant_jax.segments import Scores
@@ -55,22 +64,11 @@ def random_cache(config, rng):
     options = dict(key_order=orders[0], value_order=orders[1]) if mixed else {}
     state = empty_cache(config, BATCH, **options)
 
-    def filled(leaf):
-        if leaf.dtype == jnp.uint32:  # two bfloat16 scales between 0.5 and 2
-            scales = rng.uniform(0.5, 2, (2, *leaf.shape)).astype(jnp.bfloat16).view(np.uint16)
-            return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
-        if leaf.dtype == jnp.uint8:
-            return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
-        return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
-
     table = rng.permutation(state.page_table.size).astype(np.int32)
     lengths = np.array([0, 1, CAPACITY - 3, rng.integers(20, CAPACITY - 3)], np.int32)
     return replace(
         state,
-        **{
-            name: jax.tree.map(filled, getattr(state, name))
-            for name in ("pool", "sinks", "window", "key_mean")
-        },
+        **random_parts(state, rng),
         page_table=jnp.asarray(table.reshape(state.page_table.shape)),
         lengths=jnp.asarray(lengths),
     )

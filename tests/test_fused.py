@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.triton import DEPRECATION
+from tests.layout import random_parts
+from tests.marks import GPU
 from turboquant_jax import cache, fused
 from turboquant_jax.attention import attend, attend_pallas
 from turboquant_jax.cache import blocks
 from turboquant_jax.segments import Scores
 
 CODEC = cache.CodecConfig
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
-    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning"),
-]
 SHAPE = dict(num_layers=2, num_kv_heads=2, block=32, window=5, sinks=2)
 SETTINGS = {
     "centred": dict(head_dim=32, key=CODEC(2), value=CODEC(2, "haar")),
@@ -45,22 +41,10 @@ def random_cache(config, rng):
     options = dict(key_order=orders[0], value_order=orders[1]) if mixed else {}
     state = cache.create(config, 3, 400, key=jax.random.key(0), **options)
 
-    def filled(leaf):
-        if leaf.dtype == jnp.uint32:  # two bfloat16 scales between 0.5 and 2
-            scales = rng.uniform(0.5, 2, (2, *leaf.shape)).astype(jnp.bfloat16).view(np.uint16)
-            return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
-        if leaf.dtype == jnp.uint8:
-            return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
-        return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
-
     table = rng.permutation(state.page_table.size).astype(np.int32)
-    filled_parts = {
-        name: jax.tree.map(filled, getattr(state, name))
-        for name in ("pool", "sinks", "window", "key_mean")
-    }
     return replace(
         state,
-        **filled_parts,
+        **random_parts(state, rng),
         page_table=jnp.asarray(table.reshape(state.page_table.shape)),
         lengths=jnp.asarray([0, 3, 399], jnp.int32),
         pending=jnp.asarray([1, 1, 0], jnp.int32),

@@ -5,18 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.triton import DEPRECATION
+from tests.marks import GPU
 from tests.test_fused import SHAPE, random_cache
 from turboquant_jax import cache, prefill
 from turboquant_jax.attention import attend, attend_and_write
 from turboquant_jax.segments import Scores
 
 CODEC = cache.CodecConfig
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
-    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning"),
-]
 SETTINGS = {
     "centred": dict(head_dim=32, key=CODEC(4), value=CODEC(2, "haar")),
     "groups": dict(

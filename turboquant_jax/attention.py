@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from jax import tree
 from jaxtyping import Array, Bool, Float, Int
 
-from turboquant_jax import fused, prefill
+from turboquant_jax import fused, prefill, rotated
 from turboquant_jax.cache import appending
 from turboquant_jax.cache import blocks as block_layout
-from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.state import Cache
-from turboquant_jax.segments import PLAIN, Part, Scores, attend_exact, merge
+from turboquant_jax.segments import PLAIN, Part, Scores, attend_exact, merge, sink_part
 
 Implementation = Literal["xla", "pallas", "cudnn"]
 
@@ -103,8 +102,7 @@ def _attend_xla(cache: Cache, layer, q, k, v, scores: Scores, sink_logits):
     if cache.page_table.shape[1]:
         parts.append(_attend_blocks(cache, layer, q, scores))
     if sink_logits is not None:
-        lse = jnp.broadcast_to(sink_logits.astype(jnp.float32), q.shape[:-1])
-        parts.append((jnp.zeros(q.shape, jnp.float32), lse))
+        parts.append(sink_part(sink_logits, q.shape))
     return merge(parts)[0].astype(q.dtype)
 
 
@@ -141,14 +139,14 @@ def _attend_blocks(cache: Cache, layer, q, scores: Scores) -> Part:
     position, held = block_positions(cache)
     query = cache.lengths[:, None] + jnp.arange(q.shape[1])[None, :]
     output, lse = attend_exact(
-        rotate_queries(key_codec, layer, q, config.num_kv_heads),
+        rotated.rotate_queries(key_codec, layer, q, config.num_kv_heads),
         by_token(key_codec.dequantize(keys)),
         by_token(value_codec.dequantize(values)),
         held[:, None, :] & sees(config, query, position),
         scores,
-        mean_products(cache, layer, q),
+        rotated.mean_products(cache, layer, q),
     )
-    return unrotate_outputs(value_codec, layer, output, config.num_kv_heads), lse
+    return rotated.unrotate_outputs(value_codec, layer, output, config.num_kv_heads), lse
 
 
 def attend_pallas(
@@ -170,7 +168,7 @@ def attend_pallas(
         layer,
         q[:, 0],
         (k.astype(config.dtype), v.astype(config.dtype)),
-        scale=config.head_dim**-0.5 if scores.scale is None else scores.scale,
+        scale=scores.factor(config.head_dim),
         softcap=scores.softcap,
         sink_logits=sink_logits,
         write=write,
@@ -188,24 +186,6 @@ def block_positions(cache: Cache) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]
     position = config.sinks + block[..., None] * config.block + token
     held = jnp.broadcast_to((block >= 0)[..., None], position.shape)
     return position.reshape(block.shape[0], -1), held.reshape(block.shape[0], -1)
-
-
-def mean_products(cache: Cache, layer, q: Float[Array, "B T N H"]) -> Float[Array, "B T N"] | None:
-    """<q, mean key>, which centring took from every compressed key; None without centring."""
-    if cache.key_mean is None:
-        return None
-    grouped = _group(q.astype(jnp.float32), cache.config.num_kv_heads)
-    return jnp.einsum("btkgh,bkh->btkg", grouped, cache.key_mean[layer]).reshape(q.shape[:-1])
-
-
-def rotate_queries(codec: Codec, layer, q: Float[Array, "B T N H"], kv_heads: int):
-    """Queries in the rotated space of the keys, float32."""
-    return _ungroup(codec.rotate(layer, _heads_last(_group(q, kv_heads))), q)
-
-
-def unrotate_outputs(codec: Codec, layer, output: Float[Array, "B T N H"], kv_heads: int):
-    """Outputs back from the rotated space of the values."""
-    return _ungroup(codec.unrotate(layer, _heads_last(_group(output, kv_heads))), output)
 
 
 def sees(
@@ -249,15 +229,3 @@ def check_shapes(config: CacheConfig, batch: int, q, k, v) -> None:
             f"queries must be ({batch}, T, N, {config.head_dim}) with N a multiple of "
             f"{config.num_kv_heads}, got {q.shape}"
         )
-
-
-def _group(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B T K G H"]:
-    return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3])
-
-
-def _heads_last(x: Float[Array, "B T K G H"]) -> Float[Array, "B T G K H"]:
-    return jnp.swapaxes(x, 2, 3)
-
-
-def _ungroup(x: Float[Array, "B T G K H"], like: Float[Array, "B T N H"]):
-    return jnp.swapaxes(x, 2, 3).reshape(like.shape)

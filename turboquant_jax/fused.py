@@ -17,8 +17,10 @@ from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
 from turboquant_jax import codebook as codebooks
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.operands import flat
 from turboquant_jax.cache.state import Cache, Exact
 from turboquant_jax.quantizer import Quantizer
+from turboquant_jax.rotated import rotate_queries
 from turboquant_jax.rotation import Identity
 
 
@@ -73,7 +75,7 @@ def attend(
         for group in value_codec.groups
     )
     output, _, recent = decode_attention(
-        rotate(key_codec, layer, query, cache.config.num_kv_heads),
+        rotate(key_codec, layer, query[:, None], cache.config.num_kv_heads)[:, 0],
         groups,
         table,
         lengths,
@@ -91,23 +93,20 @@ def attend(
 
 
 def rotate(
-    codec: Codec, layer: Int[Array, ""], query: Float[Array, "*batch N H"], kv_heads: int
-) -> Float[Array, "*batch N H"]:
+    codec: Codec, layer: Int[Array, ""], query: Float[Array, "B T N H"], kv_heads: int
+) -> Float[Array, "B T N H"]:
     """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
     if query.dtype != jnp.bfloat16:
-        grouped = query.reshape(*query.shape[:-2], kv_heads, -1, query.shape[-1])
-        turned = codec.rotate(layer, jnp.swapaxes(grouped, -3, -2))
-        return jnp.swapaxes(turned, -3, -2).reshape(query.shape)
+        return rotate_queries(codec, layer, query, kv_heads)
     rotation = operands.of_codec(codec, layer)
     if rotation.signs is not None:
-        ones = (1,) * (query.ndim - 1)
-        query = query * rotation.signs.astype(query.dtype).reshape(*ones, -1)
+        query = query * rotation.signs.astype(query.dtype)[None, None, None, :]
     heads = rotation.parts.shape[1]
-    grouped = query.reshape(*query.shape[:-2], heads, -1, query.shape[-1])
+    grouped = query.reshape(*query.shape[:2], heads, -1, query.shape[3])
     turned = jnp.zeros(grouped.shape, jnp.float32)
     for part in rotation.parts:
         turned = turned + jnp.einsum(
-            "...kgi,kji->...kgj", grouped, part, preferred_element_type=jnp.float32
+            "btkgi,kji->btkgj", grouped, part, preferred_element_type=jnp.float32
         )
     return (turned * rotation.gain).reshape(query.shape)
 
@@ -131,14 +130,14 @@ def _recent(cache: Cache, layer, query, new, write: bool) -> Recent:
     spans.append((jnp.arange(row.shape[0], dtype=jnp.int32), nothing, nothing + 1, nothing))
     for part in (cache.sinks, cache.window):
         if part.keys.shape[2]:
-            keys.append(_flat(part.keys))
-            values.append(_flat(part.values))
+            keys.append(flat(part.keys))
+            values.append(flat(part.values))
     return Recent(
         query=query,
         keys=(*keys, new[0]),
         values=(*values, new[1]),
         spans=jnp.stack([x for span in spans for x in span], axis=1).reshape(len(row), -1, 4),
-        key_mean=None if cache.key_mean is None else _flat(cache.key_mean),
+        key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         write=write,
     )
 
@@ -187,9 +186,9 @@ def decode(
 def _groups(cache: Cache) -> tuple[Blocks, ...]:
     return tuple(
         Blocks(
-            jax.tree.map(_flat, keys),
-            jax.tree.map(_flat, values),
-            _flat(scales),
+            jax.tree.map(flat, keys),
+            jax.tree.map(flat, values),
+            flat(scales),
             _table(key),
             _table(value),
         )
@@ -198,11 +197,6 @@ def _groups(cache: Cache) -> tuple[Blocks, ...]:
             *(codec.groups for codec in cache.codecs), strict=True,
         )
     )  # fmt: skip
-
-
-def _flat(x: Array) -> Array:
-    """The layers as more of what a layer has."""
-    return x.reshape(-1, *x.shape[2:])
 
 
 def _table(group: Quantizer) -> Codebook:

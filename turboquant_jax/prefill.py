@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax import fused
+from turboquant_jax import fused, rotated
 from turboquant_jax.cache import blocks
-from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.state import Cache
-from turboquant_jax.segments import Part, Scores, merge
+from turboquant_jax.segments import Part, Scores, merge, sink_part
 
 # Tokens of the past that are decoded at a time: enough queries share them to pay for the decoding,
 # and merging with what came before, which costs a pass over the output, is rare.
@@ -32,6 +31,7 @@ def unserved(cache: Cache, q: Float[Array, "B T N H"], scores: Scores) -> str | 
         return f"the backend {jax.default_backend()!r}, served is 'gpu'"
     if jnp.dtype(cache.config.dtype).itemsize != 2:
         return f"a full precision of {cache.config.dtype}, served are 16 bits"
+    # what cuDNN serves on every GPU that the kernels run on
     if cache.config.head_dim % 8 or cache.config.head_dim > 128:
         return f"a head dim of {cache.config.head_dim}, served are multiples of 8 up to 128"
     if scores.softcap is not None:
@@ -55,7 +55,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """What `attention.attend` says, with operands in the cache's 16 bits; no cap, no window."""
     config = cache.config
-    scale = config.head_dim**-0.5 if scores.scale is None else scores.scale
+    scale = scores.factor(config.head_dim)
     queries, keys, values = (x.astype(config.dtype) for x in (q, k, v))
 
     def segment(q, k, v, **mask) -> Part:
@@ -75,21 +75,19 @@ def attend(
         recent = over(queries, *_recent(cache, layer))
         if not cache.page_table.shape[1]:
             return merge([chunk, recent])
-        rotated = fused.rotate(cache.codecs[0], layer, queries, config.num_kv_heads)
-        past = _over_blocks(cache, layer, rotated.astype(config.dtype), over, tile)
-        if cache.key_mean is not None:
-            grouped = queries.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)
-            mean = cache.key_mean[layer].astype(jnp.float32)
-            product = jnp.einsum("btkgh,bkh->btkg", grouped.astype(jnp.float32), mean)
-            past = past[0], past[1] + scale * product.reshape(q.shape[:3])
-        return merge([chunk, recent, (_unrotate(cache.codecs[1], layer, past[0]), past[1])])
+        turned = fused.rotate(cache.codecs[0], layer, queries, config.num_kv_heads)
+        past = _over_blocks(cache, layer, turned.astype(config.dtype), over, tile)
+        product = rotated.mean_products(cache, layer, queries)
+        if product is not None:
+            past = past[0], past[1] + scale * product
+        back = rotated.unrotate_outputs(cache.codecs[1], layer, past[0], config.num_kv_heads)
+        return merge([chunk, recent, (back, past[1])])
 
     output, lse = lax.cond(
         jnp.any(cache.lengths > 0), with_past, lambda: (chunk[0].astype(jnp.float32), chunk[1])
     )
     if sink_logits is not None:
-        sinks = jnp.broadcast_to(sink_logits.astype(jnp.float32), q.shape[:-1])
-        output, _ = merge([(output, lse), (jnp.zeros_like(output), sinks)])
+        output, _ = merge([(output, lse), sink_part(sink_logits, q.shape)])
     return output.astype(q.dtype)
 
 
@@ -112,7 +110,7 @@ def _recent(cache: Cache, layer):
     return keys, values, sinks + jnp.maximum(lengths - edge, 0)
 
 
-def _over_blocks(cache: Cache, layer, rotated, over, tile: int) -> Part:
+def _over_blocks(cache: Cache, layer, turned, over, tile: int) -> Part:
     """The compressed blocks in the rotated space, tile by tile."""
     config, slots = cache.config, cache.page_table.shape[1]
     decode = _decode if fused.unserved_blocks(cache) else fused.decode
@@ -124,9 +122,9 @@ def _over_blocks(cache: Cache, layer, rotated, over, tile: int) -> Part:
         page = lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
         keys, values = decode(cache, layer, page)
         count = jnp.clip(tokens - i * pages * config.block, 0, pages * config.block)
-        return merge([part, over(rotated, keys, values, count)])
+        return merge([part, over(turned, keys, values, count)])
 
-    nothing = jnp.zeros(rotated.shape, jnp.float32), jnp.full(rotated.shape[:3], -jnp.inf)
+    nothing = jnp.zeros(turned.shape, jnp.float32), jnp.full(turned.shape[:3], -jnp.inf)
     tiles = -(-jnp.max(tokens) // (pages * config.block))
     return lax.fori_loop(0, tiles, step, nothing)
 
@@ -142,10 +140,3 @@ def _decode(cache: Cache, layer, page: Int[Array, "B pages"]):
 
     key_codec, value_codec = cache.codecs
     return by_token(key_codec.dequantize(keys)), by_token(value_codec.dequantize(values))
-
-
-def _unrotate(codec: Codec, layer, output: Float[Array, "B T N H"]):
-    heads = 1 if codec.order is None else codec.order.shape[1]
-    grouped = output.reshape(*output.shape[:2], heads, -1, output.shape[3])
-    back = codec.unrotate(layer, jnp.swapaxes(grouped, 2, 3))
-    return jnp.swapaxes(back, 2, 3).reshape(output.shape)

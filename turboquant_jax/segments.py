@@ -26,9 +26,13 @@ class Scores:
     scale: float | None = None
     softcap: float | None = None
 
+    def factor(self, head_dim: int) -> float:
+        """What multiplies the products."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
     def of(self, products: Float[Array, "..."], head_dim: int) -> Float[Array, "..."]:
         """Scores of float32 products."""
-        scores = products * (head_dim**-0.5 if self.scale is None else self.scale)
+        scores = products * self.factor(head_dim)
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
@@ -80,3 +84,9 @@ def attend_exact(
     lse = jnp.where(total > 0, finite_top + jnp.log(nonzero), -jnp.inf)
     output = output / jnp.moveaxis(nonzero, -1, 1)[..., None]
     return output.reshape(q.shape), jnp.moveaxis(lse, -1, 1).reshape(batch, count, heads)
+
+
+def sink_part(sink_logits: Float[Array, " N"], shape: tuple[int, ...]) -> Part:
+    """Sinks as a part of an output of this shape [B, T, N, H]: a score for each head, no value."""
+    lse = jnp.broadcast_to(sink_logits.astype(jnp.float32), shape[:-1])
+    return jnp.zeros(shape, jnp.float32), lse

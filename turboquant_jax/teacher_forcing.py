@@ -11,9 +11,7 @@ from jaxtyping import Array, Float, Int
 from turboquant_jax.attention import check_shapes, sees
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
-from turboquant_jax.segments import Scores, attend_exact, merge
-
-_PLAIN = Scores()
+from turboquant_jax.segments import PLAIN, Scores, attend_exact, merge
 
 
 def teacher_forced(
@@ -24,7 +22,7 @@ def teacher_forced(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    scores: Scores = _PLAIN,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B T N H"]:
     """What T steps of decoding from an empty cache would give, in one pass.
 

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.triton import DEPRECATION
+from tests.marks import GPU
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, compression
 from turboquant_jax.cache.state import Exact
 
 CODEC = cache.CodecConfig
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
-    pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning"),
-]
 SMALL = dict(num_layers=2, num_kv_heads=2, block=32, window=5, sinks=2)
 SETTINGS = {
     "hadamard": dict(head_dim=32, key=CODEC(4), value=CODEC(3)),

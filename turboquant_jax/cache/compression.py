@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.cache import blocks, encoding
 from turboquant_jax.cache.blocks import Blocks
+from turboquant_jax.cache.operands import flat
 from turboquant_jax.cache.state import Cache, Exact
 
 
@@ -55,9 +56,9 @@ def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> 
             jnp.broadcast_to(x[None, :], page.shape)
             for x in (first * config.block % ring, first == 0)
         )
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache.window)
+        window = jax.tree.map(flat, cache.window)
         return encoding.encode(
-            cache, flat, _jobs(row, start, page, row, opens), interpret=interpret
+            cache, window, _jobs(row, start, page, row, opens), interpret=interpret
         )
     layers = jnp.arange(config.num_layers)
 

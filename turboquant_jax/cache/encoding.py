@@ -10,6 +10,7 @@ from pallas_kernels import encode as kernel
 from pallas_kernels.quantize import Code
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.blocks import Blocks
+from turboquant_jax.cache.operands import flat
 from turboquant_jax.cache.state import Cache, Exact
 from turboquant_jax.quantizer import Quantizer
 
@@ -48,11 +49,11 @@ def encode(
     pool = kernel.Pool(
         keys=_groups(cache.codecs[0].groups, cache.pool.keys, dtype),
         values=_groups(cache.codecs[1].groups, cache.pool.values, dtype),
-        scales=tuple(_flat(x) for x in cache.pool.scales),
-        key_mean=None if cache.key_mean is None else _flat(cache.key_mean),
+        scales=tuple(flat(x) for x in cache.pool.scales),
+        key_mean=None if cache.key_mean is None else flat(cache.key_mean),
     )
     made = kernel.encode(source.keys, source.values, jobs, pool, interpret=interpret)
-    flat = Blocks(
+    found = Blocks(
         tuple(group.planes for group in made.keys),
         tuple(group.planes for group in made.values),
         made.scales,
@@ -60,7 +61,7 @@ def encode(
     back = lambda new, old: new.reshape(old.shape)  # noqa: E731
     return replace(
         cache,
-        pool=jax.tree.map(back, flat, cache.pool),
+        pool=jax.tree.map(back, found, cache.pool),
         key_mean=None if cache.key_mean is None else back(made.key_mean, cache.key_mean),
     )
 
@@ -68,14 +69,9 @@ def encode(
 def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel.Group, ...]:
     return tuple(
         kernel.Group(
-            tuple(_flat(plane) for plane in own),
+            tuple(flat(plane) for plane in own),
             operands.with_signs(operands.of_rotation(group.rotation, dtype)),
             Code(group.levels, group.scale),
         )
         for group, own in zip(groups, planes, strict=True)
     )
-
-
-def _flat(x: Array) -> Array:
-    """The layers as more of what a layer has."""
-    return x.reshape(-1, *x.shape[2:])

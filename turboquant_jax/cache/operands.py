@@ -1,4 +1,7 @@
-"""Rotations as the kernels take them: matrices in parts that 16-bit products lose nothing of."""
+"""Arrays as the kernels take them: all layers as one, rotations in parts of 16 bits.
+
+A rotation is a matrix in parts that 16-bit products lose nothing of.
+"""
 
 from dataclasses import replace
 
@@ -11,6 +14,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.rotation import Rotation as Operand
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.rotation import Hadamard, Rotation
+
+
+def flat(x: Array) -> Array:
+    """The layers as more of what a layer has."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def of_rotation(rotation: Rotation, dtype: DTypeLike) -> Operand:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.generate import Past
-from turboquant_jax.segments import Scores, attend_exact
+from turboquant_jax.segments import PLAIN, attend_exact
 
 
 @register_dataclass
@@ -117,7 +117,7 @@ def _attention(
     slot = jnp.arange(keys.shape[1], dtype=jnp.int32)
     seen = slot[None, None, :] <= position[:, :, None]
     if jax.default_backend() != "gpu":
-        return attend_exact(q, keys, values, seen, Scores())[0]
+        return attend_exact(q, keys, values, seen, PLAIN)[0]
     cudnn = functools.partial(
         jax.nn.dot_product_attention, q.astype(keys.dtype), keys, values, implementation="cudnn"
     )

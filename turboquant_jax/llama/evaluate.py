@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.llama.model import Llama
-from turboquant_jax.segments import Scores, attend_exact
+from turboquant_jax.segments import PLAIN, attend_exact
 from turboquant_jax.teacher_forcing import teacher_forced
 
 
@@ -46,7 +46,7 @@ def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D
     visible = jnp.broadcast_to(seen[None, :, :], (tokens.shape[0], *seen.shape))
 
     def attend(state, _, q, k, v):
-        return attend_exact(q, k, v, visible, Scores())[0], state
+        return attend_exact(q, k, v, visible, PLAIN)[0], state
 
     return model(tokens, _positions(tokens), (), attend)[0]
 

@@ -23,7 +23,6 @@ from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.llama import dense, load, timing
 from turboquant_jax.llama.checkpoint import packaged_smollm2
 from turboquant_jax.llama.dense import DENSE
-from turboquant_jax.llama.model import unstack
 from turboquant_jax.llama.past import COMPRESSED
 
 PEER = """
@@ -77,8 +76,8 @@ class Peer:
 
 def measure(other: Peer, context: int, steps: int, rounds: int) -> list[Row]:
     """A row for transformers and one for each cache of ours."""
-    checkpoint = load()
-    model, config = unstack(checkpoint.model, donate=True), checkpoint.config
+    checkpoint = load(stacked=False)
+    model, config = checkpoint.model, checkpoint.config
     codec = CodecConfig(4)
     four = CacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, codec, codec)
     sizes = 1, context, context + steps + 1

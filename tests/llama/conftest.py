@@ -14,6 +14,7 @@ from turboquant_jax.llama.checkpoint import Checkpoint, load
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.generate import Past
 from turboquant_jax.llama.model import Llama
+from turboquant_jax.llama.weights import GGUF_NAMES, HUGGINGFACE_NAMES, unpermute
 
 TINY = LlamaConfig(
     vocab_size=97,
@@ -189,20 +190,20 @@ def gguf_tensors():
 
 
 def _gguf_tensors(model):
-    config, layers = model.config, model.layers
+    config, layers, qkv = model.config, model.layers, model.layers.qkv[...]
     tensors = {"token_embd.weight": model.embedding, "output_norm.weight": model.norm}
     if model.head is not None:
         tensors["output.weight"] = model.head
     for i in range(config.num_layers):
         for name, p, inputs in (
             ("attn_norm", layers.attention_norm, 0),
-            ("attn_q", layers.q, 1),
-            ("attn_k", layers.k, 1),
-            ("attn_v", layers.v, 1),
+            ("attn_q", qkv[..., :-2, :], 1),
+            ("attn_k", qkv[..., -2, :], 1),
+            ("attn_v", qkv[..., -1, :], 1),
             ("attn_output", layers.o, 2),
             ("ffn_norm", layers.ffn_norm, 0),
-            ("ffn_gate", layers.gate, 1),
-            ("ffn_up", layers.up, 1),
+            ("ffn_gate", layers.gate_up[:, :, 0], 1),
+            ("ffn_up", layers.gate_up[:, :, 1], 1),
             ("ffn_down", layers.down, 1),
         ):
             w = np.asarray(p[i])
@@ -213,6 +214,24 @@ def _gguf_tensors(model):
                 w = w.reshape(-1, 2, half, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
             tensors[f"blk.{i}.{name}.weight"] = w
     return {k: np.ascontiguousarray(np.asarray(w[...], np.float32)) for k, w in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def huggingface_tensors():
+    """`huggingface_tensors(model)`: the weights under the names and in the row order of there."""
+    return _huggingface_tensors
+
+
+def _huggingface_tensors(model):
+    config, found, tensors = model.config, _gguf_tensors(model), {}
+    for matrix, name in GGUF_NAMES.items():
+        heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}.get(matrix)
+        for i in range(config.num_layers if "{}" in name else 1):
+            if name.format(i) in found:
+                w = found[name.format(i)]
+                w = unpermute(w, heads) if heads else w
+                tensors[HUGGINGFACE_NAMES[matrix].format(i)] = np.ascontiguousarray(w)
+    return tensors
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from turboquant_jax.llama import checkpoint
 from turboquant_jax.llama.checkpoint import load, packaged_smollm2
 from turboquant_jax.llama.config import parameter_count
 from turboquant_jax.llama.gguf import open_gguf
-from turboquant_jax.llama.weights import HUGGINGFACE_NAMES
 
 
 def test_the_packaged_model(smollm2):
@@ -31,7 +30,7 @@ def test_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf, forward):
     assert got.name == "small"
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     np.testing.assert_array_equal(forward(got.model, tokens), forward(tiny, tokens))
-    assert load(str(path), jnp.bfloat16).model.layers.q[...].dtype == jnp.bfloat16
+    assert load(str(path), jnp.bfloat16).model.layers.qkv[...].dtype == jnp.bfloat16
 
 
 CONFIG = {
@@ -53,22 +52,11 @@ CONFIG = {
 
 
 @pytest.fixture
-def folder(tmp_path, tiny, gguf_tensors, write_gguf):
+def folder(tmp_path, tiny, huggingface_tensors):
     """The tiny model as a Hugging Face folder."""
     folder = tmp_path / "tiny-llama"
     folder.mkdir()
-    tensors = {}
-    for parameter, name in HUGGINGFACE_NAMES.items():
-        weights = tiny
-        for part in parameter.split("."):
-            weights = getattr(weights, part)
-        stacked = parameter.startswith("layers.")
-        for i in range(3 if stacked else 1):
-            w = np.asarray(weights[i] if stacked else weights[...])
-            if stacked and w.ndim > 1:
-                w = w.reshape(48 if parameter in ("layers.o", "layers.down") else 32, -1).T
-            tensors[name.format(i)] = np.ascontiguousarray(w)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(huggingface_tensors(tiny), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?")).save(str(folder / "tokenizer.json"))
     return folder
@@ -161,7 +149,7 @@ def test_keys_have_the_channel_order_of_the_original(smollm2):
     """Row j of a head is row 2j, or 2(j - 32) + 1, of the file: per head, for K with 3 heads."""
     source = open_gguf(packaged_smollm2())
     rows = source.read("blk.3.attn_k.weight").reshape(3, 64, 576)
-    got = np.asarray(smollm2.model.layers.k[3])  # [D, K, H]
+    got = np.asarray(smollm2.model.layers.qkv[3][:, :, -2])  # [D, K, H]
     for j in (0, 5, 31, 32, 50, 63):
         of_file = 2 * j if j < 32 else 2 * (j - 32) + 1
         np.testing.assert_array_equal(got[:, :, j], rows[:, of_file].T)

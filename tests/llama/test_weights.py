@@ -8,27 +8,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from turboquant_jax.llama.gguf import open_gguf
+from turboquant_jax.llama.model import unstack
 from turboquant_jax.llama.safetensors import open_safetensors
 from turboquant_jax.llama.weights import (
-    GGUF_NAMES,
-    HUGGINGFACE_NAMES,
     read_gguf,
     read_huggingface,
     unpermute,
 )
-
-
-def huggingface_tensors(gguf_tensors, model):
-    """The same weights under the names, and in the row order, of Hugging Face."""
-    config, tensors = model.config, {}
-    for parameter, name in GGUF_NAMES.items():
-        heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}.get(parameter)
-        for i in range(config.num_layers if "{}" in name else 1):
-            if name.format(i) in gguf_tensors:
-                w = gguf_tensors[name.format(i)]
-                w = unpermute(w, heads) if heads else w
-                tensors[HUGGINGFACE_NAMES[parameter].format(i)] = np.ascontiguousarray(w)
-    return tensors
 
 
 def assert_same(got, expected):
@@ -47,21 +33,24 @@ def test_unpermute_by_hand():
 def test_gguf(tmp_path, tiny, tiny_tied, gguf_tensors, write_gguf, tied):
     model = tiny_tied if tied else tiny
     path = write_gguf(tmp_path / "m.gguf", model.config, gguf_tensors(model))
-    assert_same(read_gguf(model.config, open_gguf(path), jnp.float32), model)
+    for stacked, expected in ((True, model), (False, unstack(model))):
+        assert_same(read_gguf(model.config, open_gguf(path), jnp.float32, stacked), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_huggingface(tmp_path, tiny, tiny_tied, gguf_tensors, tied):
+def test_huggingface(tmp_path, tiny, tiny_tied, huggingface_tensors, tied):
     model = tiny_tied if tied else tiny
-    tensors = huggingface_tensors(gguf_tensors(model), model)
+    tensors = huggingface_tensors(model)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    got = read_huggingface(model.config, open_safetensors(tmp_path), jnp.float32)
-    assert_same(got, model)
+    source = open_safetensors(tmp_path)
+    for stacked, expected in ((True, model), (False, unstack(model))):
+        got = read_huggingface(model.config, source, jnp.float32, stacked)
+        assert_same(got, expected)
 
 
-def test_dtypes_of_file_and_model_may_differ(tmp_path, tiny, gguf_tensors):
-    tensors = huggingface_tensors(gguf_tensors(tiny), tiny)
+def test_dtypes_of_file_and_model_may_differ(tmp_path, tiny, huggingface_tensors):
+    tensors = huggingface_tensors(tiny)
     tensors = {name: w.astype(ml_dtypes.bfloat16) for name, w in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
@@ -100,7 +89,9 @@ def test_missing_unexpected_and_wrongly_shaped(
     assert str(path) in str(caught.value)
 
 
-def test_an_untied_matrix_in_a_tied_checkpoint_is_refused(tmp_path, tiny, tiny_tied, gguf_tensors):
-    save_file(huggingface_tensors(gguf_tensors(tiny), tiny), tmp_path / "model.safetensors")
+def test_an_untied_matrix_in_a_tied_checkpoint_is_refused(
+    tmp_path, tiny, tiny_tied, huggingface_tensors
+):
+    save_file(huggingface_tensors(tiny), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"unexpected tensor lm_head\.weight"):
         read_huggingface(tiny_tied.config, open_safetensors(tmp_path), jnp.float32)

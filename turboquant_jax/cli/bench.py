@@ -44,7 +44,6 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
 
     from turboquant_jax import bench
     from turboquant_jax.llama import load, timing
-    from turboquant_jax.llama.model import unstack
 
     for path in (arguments.csv, arguments.plot):
         if path is not None and not path.resolve().parent.is_dir():
@@ -63,11 +62,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         def progress(what: str) -> None:
             bars.update(task, description=what)
 
-        checkpoint = load(arguments.model, flags.dtype(arguments.dtype))
-        model = unstack(checkpoint.model, donate=True)
+        checkpoint = load(arguments.model, flags.dtype(arguments.dtype), stacked=False)
         bandwidth = timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**27)
         rows = []
-        for row in bench.measure(model, grid, bandwidth, progress):
+        for row in bench.measure(checkpoint.model, grid, bandwidth, progress):
             rows.append(row)
             bars.update(task, advance=1)
     device = jax.devices()[0].device_kind

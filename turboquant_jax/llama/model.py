@@ -50,20 +50,22 @@ def project(equation: str, x: Array, weight: Array) -> Array:
 
 
 class Layer(nnx.Module):
-    """One decoder layer. `Llama` holds a single one whose parameters carry a leading layer axis."""
+    """One decoder layer. `Llama` holds a list, or a single one with a leading layer axis.
+
+    Matrices that read the same vectors are one, because a step of decoding, which only reads
+    weights, reads a large one faster. Of `qkv` a kv head has G queries, then its key and its value.
+    """
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         dim, ffn, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones((dim,), dtype))
-        self.q = nnx.Param(_normal(rngs, (dim, heads, head_dim), dim, dtype))
-        self.k = nnx.Param(_normal(rngs, (dim, kv_heads, head_dim), dim, dtype))
-        self.v = nnx.Param(_normal(rngs, (dim, kv_heads, head_dim), dim, dtype))
+        group = heads // kv_heads + 2
+        self.qkv = nnx.Param(_normal(rngs, (dim, kv_heads, group, head_dim), dim, dtype))
         self.o = nnx.Param(_normal(rngs, (heads, head_dim, dim), heads * head_dim, dtype))
         self.ffn_norm = nnx.Param(jnp.ones((dim,), dtype))
-        self.gate = nnx.Param(_normal(rngs, (dim, ffn), dim, dtype))
-        self.up = nnx.Param(_normal(rngs, (dim, ffn), dim, dtype))
+        self.gate_up = nnx.Param(_normal(rngs, (dim, 2, ffn), dim, dtype))
         self.down = nnx.Param(_normal(rngs, (ffn, dim), ffn, dtype))
 
     def __call__(
@@ -78,35 +80,45 @@ class Layer(nnx.Module):
         """Attention and the gated feed-forward network, each added to the residual stream."""
         epsilon = self.config.rms_norm_eps
         x = rms_norm(hidden, self.attention_norm[...], epsilon)
-        q = apply_rope(project("BTD,DNH->BTNH", x, self.q[...]), cos, sin)
-        k = apply_rope(project("BTD,DKH->BTKH", x, self.k[...]), cos, sin)
-        v = project("BTD,DKH->BTKH", x, self.v[...])
-        out, state = attend(state, index, q, k, v)
+        qkv = project("BTD,DKGH->BTKGH", x, self.qkv[...])
+        q = qkv[..., :-2, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        q, k = apply_rope(q, cos, sin), apply_rope(qkv[..., -2, :], cos, sin)
+        out, state = attend(state, index, q, k, qkv[..., -1, :])
         hidden = hidden + project("BTNH,NHD->BTD", out.astype(hidden.dtype), self.o[...])
         x = rms_norm(hidden, self.ffn_norm[...], epsilon)
-        gate = jax.nn.silu(project("BTD,DF->BTF", x, self.gate[...]))
-        inner = gate * project("BTD,DF->BTF", x, self.up[...])
+        gate_up = project("BTD,DCF->BTCF", x, self.gate_up[...])
+        inner = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         return hidden + project("BTF,FD->BTD", inner, self.down[...]), state
 
 
 class Llama(nnx.Module):
-    """The decoder: embedding, layers stacked on a leading axis, final norm, vocabulary matrix.
+    """The decoder: embedding, layers, final norm, vocabulary matrix.
 
     Being a pytree of its parameters, it is passed to `jax.jit` as an argument like any array.
     `Llama(config, rngs, dtype)` draws random weights, of variance 1 / fan-in so that activations
     stay of order one; `nnx.eval_shape` and `jax.jit` serve the constructor at any size.
     The dtype of the parameters is the dtype of the computation; sums accumulate in float32.
+
+    The layers are `stacked` on a leading axis and scanned, which compiles quickly, or a list and
+    traced one after another, which decodes quickly: a step of `lax.scan` copies its layer out of
+    the stack before it reads it, three times the traffic where reading the weights is all there
+    is to do.
     """
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        stacked: bool = True,
+    ):
         dim, vocab = config.hidden_size, config.vocab_size
         self.config = config
         self.embedding = nnx.Param(_normal(rngs, (vocab, dim), dim, dtype))
         # one after another: the random bits of a layer take four times its weights
-        self.layers = lax.map(
-            lambda key: Layer(config, nnx.Rngs(key), dtype),
-            jax.random.split(rngs.params(), config.num_layers),
-        )
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        draw = jax.jit(lambda key: Layer(config, nnx.Rngs(key), dtype))
+        self.layers = lax.map(draw, keys) if stacked else nnx.List(map(draw, keys))
         self.norm = nnx.Param(jnp.ones((dim,), dtype))
         tied = config.tie_embeddings
         self.head = None if tied else nnx.Param(_normal(rngs, (vocab, dim), dim, dtype))
@@ -146,35 +158,22 @@ class Llama(nnx.Module):
         return jnp.einsum("BTD,VD->BTV", hidden, matrix[...], preferred_element_type=jnp.float32)
 
 
-def unstack(model: Llama, *, donate: bool = False) -> Llama:
-    """The same decoder with an array per layer, traced one after another instead of scanned.
-
-    For decoding: a step of `lax.scan` copies its layer out of the stack before it reads it, which
-    is three times the traffic where reading the weights is all there is to do. The price is
-    compilation in proportion to the layers. `donate` gives up the stacked arrays one by one, so
-    that beside the weights never more than one of them is in memory; `model` is useless then.
-    """
-    leaves, structure = jax.tree.flatten(model.layers)
-    by_layer = []
-    for leaf in leaves:
-        by_layer.append(jax.block_until_ready(_rows(leaf)))
-        if donate:
-            leaf.delete()
-    layers = [jax.tree.unflatten(structure, arrays) for arrays in zip(*by_layer, strict=True)]
+def unstack(model: Llama) -> Llama:
+    """The same decoder with an array per layer, copied out of the stack."""
+    layers = [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(model.config.num_layers)]
     unstacked = jax.tree.map(lambda x: x, model)
     unstacked.layers = nnx.List(layers)
     return unstacked
 
 
-@jax.jit
-def _rows(stack: Array) -> tuple[Array, ...]:
-    return tuple(stack)
-
-
-def random_model(config: LlamaConfig, seed: int, dtype: DTypeLike = jnp.bfloat16) -> Llama:
-    """A stacked decoder of random weights, drawn on the device in little more than their memory."""
-    make = jax.jit(lambda key: Llama(config, nnx.Rngs(key), dtype))
-    return make(jax.random.key(seed))
+def random_model(
+    config: LlamaConfig, seed: int, dtype: DTypeLike = jnp.bfloat16, *, stacked: bool = True
+) -> Llama:
+    """A decoder of random weights, drawn on the device in little more than their memory."""
+    key = jax.random.key(seed)
+    if not stacked:  # layer by layer: all in one program would take long to compile
+        return Llama(config, nnx.Rngs(key), dtype, stacked=False)
+    return jax.jit(lambda key: Llama(config, nnx.Rngs(key), dtype))(key)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:

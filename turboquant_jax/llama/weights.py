@@ -1,7 +1,7 @@
 """The decoder from a file of tensors, of whatever format, one tensor in memory at a time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -43,7 +43,7 @@ HUGGINGFACE_NAMES = {
     "layers.up": "model.layers.{}.mlp.up_proj.weight",
     "layers.down": "model.layers.{}.mlp.down_proj.weight",
 }
-"""Parameter of `Llama` -> tensor of a Hugging Face checkpoint; {} is the index of the layer."""
+"""Matrix of a decoder -> tensor of a Hugging Face checkpoint; {} is the index of the layer."""
 
 GGUF_NAMES = {
     "embedding": "token_embd.weight",
@@ -59,20 +59,27 @@ GGUF_NAMES = {
     "layers.up": "blk.{}.ffn_up.weight",
     "layers.down": "blk.{}.ffn_down.weight",
 }
-"""Parameter of `Llama` -> tensor of a GGUF file."""
+"""Matrix of a decoder -> tensor of a GGUF file."""
+
+JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+"""Parameter of `Layer` -> the matrices that it consists of."""
 
 
-def read_huggingface(config: LlamaConfig, source: TensorFile, dtype: DTypeLike) -> Llama:
-    """The decoder with the weights of a Hugging Face checkpoint, in `dtype`.
+def read_huggingface(
+    config: LlamaConfig, source: TensorFile, dtype: DTypeLike, stacked: bool = True
+) -> Llama:
+    """The decoder with the weights of a Hugging Face checkpoint, in `dtype`; see `Llama`.
 
     Raises ValueError for a missing, unexpected or wrongly shaped tensor.
     """
     # Old checkpoints store RoPE's frequencies too; `rope` computes them.
     ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
-    return _read(config, source, HUGGINGFACE_NAMES, ignored, lambda parameter, w: w, dtype)
+    return _read(config, source, HUGGINGFACE_NAMES, ignored, lambda matrix, w: w, dtype, stacked)
 
 
-def read_gguf(config: LlamaConfig, source: TensorFile, dtype: DTypeLike) -> Llama:
+def read_gguf(
+    config: LlamaConfig, source: TensorFile, dtype: DTypeLike, stacked: bool = True
+) -> Llama:
     """The decoder with the weights of a GGUF file of architecture `llama`, in `dtype`.
 
     The file interleaves the rows of Q and K per head, for a RoPE of adjacent pairs; they are put
@@ -81,10 +88,10 @@ def read_gguf(config: LlamaConfig, source: TensorFile, dtype: DTypeLike) -> Llam
     """
     heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}
 
-    def transform(parameter: str, matrix: np.ndarray) -> np.ndarray:
-        return unpermute(matrix, heads[parameter]) if parameter in heads else matrix
+    def transform(matrix: str, tensor: np.ndarray) -> np.ndarray:
+        return unpermute(tensor, heads[matrix]) if matrix in heads else tensor
 
-    return _read(config, source, GGUF_NAMES, {"rope_freqs.weight"}, transform, dtype)
+    return _read(config, source, GGUF_NAMES, {"rope_freqs.weight"}, transform, dtype, stacked)
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
@@ -100,44 +107,63 @@ def _read(
     ignored: set[str],
     transform: Callable[[str, np.ndarray], np.ndarray],
     dtype: DTypeLike,
+    stacked: bool,
 ) -> Llama:
-    abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype))
+    abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype, stacked))
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     # the last key of a path is the value inside its `nnx.Param`
-    parameters = {
-        jax.tree_util.keystr(path[:-1], simple=True, separator="."): leaf for path, leaf in leaves
+    places = [
+        jax.tree_util.keystr(path[:-1], simple=True, separator=".").split(".") for path, _ in leaves
+    ]
+    shapes = [leaf.shape for _, leaf in leaves]
+    layers = range(config.num_layers)
+    wanted = {
+        names[matrix].format(layer): _file_shape(matrix, part)
+        for place, shape in zip(places, shapes, strict=True)
+        for layer, slot in _layers(place, np.broadcast_to(np.int8(0), shape), layers)
+        for matrix, part in _matrices(place, slot)
     }
-    wanted: dict[str, tuple[int, ...]] = {}
-    for parameter, leaf in parameters.items():
-        for i in range(config.num_layers if _is_stacked(parameter) else 1):
-            wanted[names[parameter].format(i)] = _file_shape(parameter, leaf.shape)
     _require_shapes(source, wanted, ignored)
 
-    def fill(parameter: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(place: list[str], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         filled = np.empty(leaf.shape, leaf.dtype)
-        for i, slot in enumerate(filled if _is_stacked(parameter) else filled[None]):
-            tensor = transform(parameter, source.read(names[parameter].format(i)))
-            if _is_stacked(parameter):  # (out, in) to (in, out); the vocabulary matrices stay
-                tensor = tensor.T
-            slot[...] = tensor.reshape(slot.shape)
+        for layer, slot in _layers(place, filled, layers):
+            for matrix, part in _matrices(place, slot):
+                tensor = transform(matrix, source.read(names[matrix].format(layer)))
+                # (out, in) to (in, out); the vocabulary matrices stay
+                part[...] = (tensor.T if len(place) > 1 else tensor).reshape(part.shape)
         return jax.device_put(filled)
 
-    return jax.tree.unflatten(structure, [fill(*item) for item in parameters.items()])
+    filled = [fill(place, leaf) for place, (_, leaf) in zip(places, leaves, strict=True)]
+    return jax.tree.unflatten(structure, filled)
 
 
-def _is_stacked(parameter: str) -> bool:
-    return parameter.startswith("layers.")
+def _layers(
+    place: list[str], parameter: np.ndarray, layers: range
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Index of a layer and what it has of a parameter, a view."""
+    if len(place) == 2:  # layers.qkv: stacked
+        yield from zip(layers, parameter, strict=True)
+    else:  # layers.3.qkv, or norm
+        yield int(place[1]) if len(place) > 1 else 0, parameter
 
 
-def _file_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the file of one layer's share of a parameter of `Llama`."""
-    if not _is_stacked(parameter):
-        return shape
-    shape = shape[1:]
-    if len(shape) == 1:
-        return shape
-    inputs = 2 if parameter == "layers.o" else 1  # leading axes that are summed over
-    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+def _matrices(place: list[str], slot: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The matrices of a layer's parameter, by name, and their places in it, views."""
+    name, parts = place[-1], (slot,)
+    if name == "qkv":
+        parts = slot[:, :, :-2], slot[:, :, -2], slot[:, :, -1]
+    elif name == "gate_up":
+        parts = slot[:, 0], slot[:, 1]
+    for matrix, part in zip(JOINED.get(name, (name,)), parts, strict=True):
+        yield matrix if len(place) == 1 else f"layers.{matrix}", part
+
+
+def _file_shape(matrix: str, part: np.ndarray) -> tuple[int, ...]:
+    if part.ndim == 1 or not matrix.startswith("layers."):
+        return part.shape
+    inputs = 2 if matrix == "layers.o" else 1  # leading axes that are summed over
+    return math.prod(part.shape[inputs:]), math.prod(part.shape[:inputs])
 
 
 def _require_shapes(

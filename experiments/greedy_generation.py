@@ -17,24 +17,27 @@ from turboquant_jax.llama.past import compressed
 _PROMPT = 512  # tokens: blocks are compressed before the first step
 
 
-def compare(path: str, count: int, bits: int = 4) -> Row:
-    """Generate `count` tokens twice; where they differ first, the logits of both there.
+def compare(path: str, count: int, dtype: str, bits: int = 4) -> Row:
+    """Generate `count` tokens twice in `dtype`; where they differ first, the logits of both.
 
     `gap` is how far the best token lies before the second in the logits of each, `logit_difference`
     how far the two implementations are apart at most: a gap of that order is a near-tie.
     """
-    checkpoint = load(Path(path) if path else None, jnp.bfloat16)
+    checkpoint = load(Path(path) if path else None, dtype)
     kernel = "pallas" if jax.default_backend() == "gpu" else None
-    texts = [_generate(checkpoint, name, count, bits) for name in ("xla", kernel)]
-    row: Row = {"bits_k": bits, "bits_v": bits, "context": _PROMPT, "tokens": count}
+    # float32 is to mean float32: a GPU would multiply with ten bits of mantissa
+    with jax.default_matmul_precision("highest"):
+        texts = [_generate(checkpoint, name, count, bits) for name in ("xla", kernel)]
+    row: Row = {"dtype": dtype, "bits_k": bits, "bits_v": bits}
+    row |= {"context": _PROMPT, "tokens": count}
     differs = np.flatnonzero(texts[0] != texts[1])
     if not differs.size:
         return row | {"tokens_equal": count}
     first = int(differs[0])
     row |= {"tokens_equal": first}
-    logits = [
-        _logits(checkpoint, name, texts[0][:first], bits) for name in ("xla", kernel)
-    ]  # what both saw before they parted
+    seen = texts[0][:first]  # by both, before they parted
+    with jax.default_matmul_precision("highest"):
+        logits = [_logits(checkpoint, name, seen, bits) for name in ("xla", kernel)]
     for name, values in zip(("xla", "pallas"), logits, strict=True):
         second, best = np.sort(values)[-2:]
         row[f"gap_{name}"] = float(best - second)

@@ -1,10 +1,10 @@
 """A whole decoder at full size: tokens per second, and tokens that fit.
 
-Random weights of Llama-3-8B in bfloat16, values rotated by the weights, greedy decoding in one
-compiled loop. The baseline is the same decoder with a dense bfloat16 past and cuDNN's attention, in
-the same run. Pasts are filled with random codes at full length. `largest` is the largest batch at
-its context that fits the memory of the process, `longest` the longest single sequence; both are
-really allocated and decoded. A step of the roofline reads the weights and the past once, as fast as
+Random weights of Llama-3-8B in bfloat16, as good as weights with the rotation of the values inside
+(`folding`), greedy decoding in one compiled loop. The baseline is the same decoder with a dense
+bfloat16 past and cuDNN's attention, in the same run. Pasts are filled with random codes at full
+length. `largest` is the largest batch at its context that fits the memory of the process, `longest`
+the longest single sequence; both are really allocated and decoded. A step of the roofline reads the weights and the past once, as fast as
 a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per second.
 """
 
@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gc
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,12 @@ import jax
 
 from experiments import greedy_generation, llama_claims, results
 from experiments.experiment import Claim, Row, Track, option, where
-from turboquant_jax import rotation
 from turboquant_jax.cache import CacheConfig, CodecConfig, create
 from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
 from turboquant_jax.llama import PRESETS, Llama, LlamaConfig, timing
 from turboquant_jax.llama.dense import DENSE
-from turboquant_jax.llama.folding import fold_value_rotation
 from turboquant_jax.llama.generate import Past
-from turboquant_jax.llama.model import random_model, unstack
+from turboquant_jax.llama.model import random_model
 from turboquant_jax.llama.past import COMPRESSED
 from turboquant_jax.plan import tokens_that_fit
 
@@ -38,9 +37,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FULL = 16
-_SHARES = (0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until a run succeeds
-_TEMPORARIES = 2**20  # bytes a sequence that a first guess leaves free, roughly
-_LONG_TEMPORARIES = 640 * 2**20  # of one long sequence: XLA keeps transposed copies of W_k, W_v
+_SIZED = (FULL, 4, 2)  # bits of the cases that fill the memory, of which one loop is timed
+_SHARES = (0.99, 0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until one fits
+_TEMPORARIES = 2**21  # bytes that a sequence takes beside its past: logits, and what makes them
+_LONG_TEMPORARIES = (
+    2**28
+)  # of one long sequence: partial sums, the layer that a past is filled with
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,19 @@ def _jobs(config: Config) -> Iterator[tuple[str, int]]:
     """(case, bits): baselines first, those on a stacked decoder last."""
     cases = sorted(config.cases, key=lambda case: case.startswith("scan"))
     for case in cases:
+        bits = sorted(config.bits, key=lambda b: b != FULL)
         if case == "greedy":
-            yield case, 4
-        else:  # the dense past has an array per layer
-            bits = (b for b in config.bits if b != FULL or not case.startswith("scan"))
-            yield from ((case, b) for b in sorted(bits, key=lambda b: b != FULL))
+            bits = [4]
+        elif case.startswith("scan"):  # the dense past has an array per layer
+            bits = [b for b in bits if b != FULL]
+        elif _sized(case):
+            bits = [b for b in bits if b in _SIZED]
+        yield from ((case, b) for b in bits)
+
+
+def _sized(case: str) -> bool:
+    """Whether the memory says how large it is."""
+    return case.startswith(("largest", "longest"))
 
 
 class Bench:
@@ -104,11 +114,8 @@ class Bench:
         if self.held is None or self.held[0] != stacked:
             self.held = None
             gc.collect()
-            made = random_model(self.llama, 0)
-            made = made if stacked else unstack(made, donate=True)
-            kind: rotation.Kind = "hadamard"
-            pi = rotation.create(kind, jax.random.key(0), self.llama.head_dim)
-            self.held = stacked, jax.block_until_ready(fold_value_rotation(made, pi))
+            made = random_model(self.llama, 0, stacked=stacked)
+            self.held = stacked, jax.block_until_ready(made)
         return self.held[1]
 
     def cache_config(self, bits: int) -> CacheConfig:
@@ -120,11 +127,11 @@ class Bench:
     def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
         """The row of a case; none where it does not fit the device."""
         if case == "greedy":
-            yield {"case": case} | greedy_generation.compare(
-                self.config.checkpoint, self.config.tokens
-            )
+            for dtype in ("float32", "bfloat16"):
+                arguments = self.config.checkpoint, self.config.tokens, dtype
+                yield {"case": case} | greedy_generation.compare(*arguments)
             return
-        for share in _SHARES if case.startswith("l") else (1.0,):
+        for share in _SHARES if _sized(case) else (1.0,):
             row = self._tried(case, bits, *self._size(case, bits, share))
             if row is None:
                 gc.collect()
@@ -138,6 +145,9 @@ class Bench:
     def _tried(self, case: str, bits: int, batch: int, context: int) -> Row | None:
         """The row, or None where the device has too little memory, or a kernel refuses the size."""
         try:
+            if _sized(case):  # a past that does not fit is no reason to compile
+                jax.block_until_ready(self._past(bits, batch, context)[0]())
+                gc.collect()
             return self._decode(case, bits, batch, context)
         except NotImplementedError as error:
             reason = str(error)
@@ -175,21 +185,23 @@ class Bench:
             raise ValueError("got a device that does not report its memory, expected a GPU")
         return stats["bytes_limit"] - stats["bytes_in_use"]
 
+    def _past(self, bits: int, batch: int, context: int) -> tuple[Callable[[], Any], Past[Any]]:
+        """What makes a filled past, and how it is used."""
+        capacity = context + self.config.steps + 1
+        if bits == FULL:
+            sizes = batch, context, capacity
+            return functools.partial(timing.filled_dense, self.llama, *sizes), DENSE
+        cache = self.cache_config(bits)
+        sizes = batch, context, _served(cache, batch, capacity)
+        return functools.partial(timing.filled_cache, cache, *sizes), COMPRESSED
+
     def _decode(self, case: str, bits: int, batch: int, context: int) -> Row:
         scan = case.startswith("scan")
-        model, capacity = self.model(stacked=scan), context + self.config.steps + 1
-        cache = self.cache_config(4 if bits == FULL else bits)
-        sizes = batch, context, capacity
-        make: Callable[[], Any]
-        past: Past[Any]
-        if bits == FULL:
-            make, past = functools.partial(timing.filled_dense, self.llama, *sizes), DENSE
-        else:
-            sizes = batch, context, _served(cache, batch, capacity)
-            make, past = functools.partial(timing.filled_cache, cache, *sizes), COMPRESSED
+        model, cache = self.model(stacked=scan), self.cache_config(4 if bits == FULL else bits)
+        make, past = self._past(bits, batch, context)
         shapes = jax.tree.leaves(jax.eval_shape(make))
         nbytes = sum(x.size * x.dtype.itemsize for x in shapes)
-        options = dict(steps=self.config.steps, repeats=self.config.repeats)
+        options = dict(steps=self.config.steps, repeats=1 if _sized(case) else self.config.repeats)
         timed = timing.time_decode(model, make, past, **options)
         middle = context + self.config.steps / 2
         read = batch * timing.past_bytes(cache, middle, bits != FULL)
@@ -239,10 +251,14 @@ def figure(rows: Sequence[Row]) -> "Figure":
 
 
 def main() -> None:
-    """Rows are written as they come; a second call goes on where the first ended."""
+    """Rows are written as they come; a further call adds what is not there yet."""
     out, limit, config = _arguments()
     start, bench = time.monotonic(), Bench(config)
-    rows = results.read(out).rows if (out / "rows.csv").exists() else []
+    command, rows, before = " ".join(["python -m experiments.llama_speed", *sys.argv[1:]]), [], 0.0
+    if (out / "rows.csv").exists():
+        held = results.read(out)
+        rows, before = held.rows, held.meta["seconds"]
+        command = " && ".join([held.meta["command"], command])
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     for case, bits in _jobs(config):
         here = [row for row in rows if row.get("memory_limit", memory) == memory]
@@ -254,8 +270,8 @@ def main() -> None:
         fresh = list(bench.measure(case, bits, here))
         rows += fresh
         took = time.monotonic() - start
-        command, settings = "python -m experiments.llama_speed", results.config_of(config)
-        results.write(out, rows, results.describe(command, settings, took), None)
+        meta = results.describe(command, results.config_of(config), before + took)
+        results.write(out, rows, meta, None)
         for row in fresh:
             cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             print(f"[{took:.0f} s]", ", ".join(cells), flush=True)

@@ -160,7 +160,9 @@ class Llama(nnx.Module):
 
 def unstack(model: Llama) -> Llama:
     """The same decoder with an array per layer, copied out of the stack."""
-    layers = [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(model.config.num_layers)]
+    layers = [
+        jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(model.config.num_layers)
+    ]
     unstacked = jax.tree.map(lambda x: x, model)
     unstacked.layers = nnx.List(layers)
     return unstacked

@@ -71,10 +71,8 @@ def _repeat(pool: Array, pattern: Array, layer: Array | int) -> Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _spread(array: Array, value: Array) -> Array:
-    """The same in every place of an array."""
-    return jnp.broadcast_to(
-        value.reshape((1,) * (array.ndim - value.ndim) + value.shape), array.shape
-    )
+    """The same in every place of an array, which is used, or else its memory could not be."""
+    return array.at[...].set(value.reshape((1,) * (array.ndim - value.ndim) + value.shape))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

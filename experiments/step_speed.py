@@ -110,10 +110,9 @@ def over_layers(attend: Callable) -> Callable:
 
 def blocks(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tuple:
     """The kernel alone."""
-    groups, table, first_page, lengths, _ = fused.blocks_of(state, layer)
     out, *_ = decode_attention(
-        q[:, 0], groups, table, lengths, sm_scale=CHANNELS**-0.5, first_page=first_page,
-        dtype=q.dtype,
+        q[:, 0], fused.groups_of(state), state.page_table, state.lengths, sm_scale=CHANNELS**-0.5,
+        layer=layer, layers=LAYERS, dtype=q.dtype,
     )  # fmt: skip
     return state, out[:, None]
 

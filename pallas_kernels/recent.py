@@ -21,8 +21,9 @@ from pallas_kernels.rotation import merge, split
 LOG2E = math.log2(math.e)
 # Stands for a score of -inf: exp2 of any difference to it is 0, never NaN.
 EMPTY = -1e30
-# Tokens of a tile: its keys and values together fill half of the registers of a warp.
-TILE = 32
+# Tokens of a tile: the shortest product, and no more bytes than a tile of blocks has, whose shared
+# memory it uses.
+TILE = 16
 
 
 class Places(NamedTuple):
@@ -120,8 +121,7 @@ def attend_recent(
     query = jnp.where(jnp.broadcast_to(odd[:, None], query.shape), rest, rounded)
     exists = (channel < _dim(refs))[None, :]
 
-    def tile(segment: int, slot: jax.Array, carry: tuple) -> tuple:
-        peak, weight, sums = carry
+    def load(segment: int, slot: jax.Array) -> tuple:
         keys, values = refs.keys[segment], refs.values[segment]
         slots = keys.shape[1]
         first, count, _ = places.segments[segment]
@@ -131,6 +131,11 @@ def attend_recent(
         mask = seen[:, None] & exists
         k = triton.load(keys.at[place], mask=mask, other=0.0)
         v = triton.load(values.at[place], mask=mask, other=0.0)
+        return seen, k, v
+
+    def attend(tile: tuple, carry: tuple) -> tuple:
+        seen, k, v = tile
+        peak, weight, sums = carry
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
         scores = capped(scores, soft_cap, interpret)
         scores = jnp.where(seen[:, None], scores, EMPTY)
@@ -145,13 +150,19 @@ def attend_recent(
         jnp.zeros((columns,), jnp.float32),
         jnp.zeros((channel.shape[0], columns), jnp.float32),
     )
-    for segment, keys in enumerate(refs.keys):
-        size = min(TILE, max(16, power_of_two(keys.shape[1])))
-        carry = loop(
-            -(-keys.shape[1] // size),
-            lambda i, carry, s=segment, n=size: tile(s, i * n + jnp.arange(n), carry),
-            carry,
-        )
+    # While the blocks saturate the memory a load takes as long as two tiles of them: few waits.
+    slots = [keys.shape[1] for keys in refs.keys]
+    short = [load(i, jnp.arange(TILE)) for i, n in enumerate(slots) if n <= TILE]
+    for tile in short:
+        carry = attend(tile, carry)
+    for segment, n in enumerate(slots):
+        if n > TILE:
+            carry = lax.fori_loop(
+                0,
+                -(-n // TILE),
+                lambda i, carry, s=segment: attend(load(s, i * TILE + jnp.arange(TILE)), carry),
+                carry,
+            )
     return carry
 
 
@@ -168,21 +179,6 @@ def write_newest(
             inside = (slot >= 0) & (slot < target.shape[1])
             place = target.at[rows[segment], slot, channel]
             triton.store(place, token, mask=exists & inside)
-
-
-def loop(count: int, body: Any, carry: tuple) -> tuple:
-    """fori_loop downwards: Triton would pipeline a counted loop, in shared memory that the loop
-
-    over the blocks needs.
-    """
-    if count <= 1:
-        return body(jnp.int32(0), carry) if count else carry
-
-    def step(state: tuple) -> tuple:
-        left, carry = state
-        return left - 1, body(left - 1, carry)
-
-    return lax.while_loop(lambda state: state[0] > 0, step, (jnp.int32(count), carry))[1]
 
 
 def _dim(refs: Any) -> int:

@@ -11,8 +11,10 @@ MIN_TILES = 4
 TILE_TOKENS = 64
 
 
-# Slots in full precision that a program attends to in the time of a tile of blocks.
-RECENT_SLOTS = 48
+# Bits of a channel in full precision, whose bytes take as long as those of the blocks.
+RECENT_BITS = 16
+# Tiles in whose time the tokens in full precision are begun, and the blocks after them.
+RECENT_START = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,5 +57,5 @@ def default_schedule(
         pages=pages,
         warps=1 if small else 2,
         stages=3,
-        recent_tiles=recent // RECENT_SLOTS,
+        recent_tiles=recent * RECENT_BITS // (bits * TILE_TOKENS) + RECENT_START if recent else 0,
     )

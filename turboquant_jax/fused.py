@@ -101,7 +101,7 @@ def _rotate_one(
     """One query per sequence in the rotated space of the keys, float32."""
     if query.dtype != jnp.bfloat16:
         return rotate_queries(codec, layer, query[:, None], kv_heads)[:, 0]
-    return rotate_in_kernel(query, operands.of_codec(codec, layer), kv_heads, interpret)
+    return rotate_in_kernel(query, operands.of_codec(codec, layer), interpret)
 
 
 def rotate(
@@ -139,11 +139,12 @@ def _recent(cache: Cache, query, new, write: bool) -> Recent:
 
 def _places(config: CacheConfig, sinks: int, ring: int, length: Any, pending: Any) -> Places:
     """Where the tokens of a sequence lie; `sinks` and `ring` are the slots of the segments."""
-    end, oldest, start = config.compressed_tokens(length), jnp.int32(0), 0
+    end, oldest = config.compressed_tokens(length), jnp.int32(0)
+    start: Any = 0
     if config.sliding_window is not None:
         oldest = jnp.maximum(length + 1 - config.sliding_window, 0)
         start = jnp.maximum(oldest - config.sinks, 0)
-    segments = []
+    segments: list[tuple[Any, Any, Any]] = []
     if sinks:
         slot = jnp.where(pending > 0, length, -1)  # past the sinks: nowhere
         segments.append((oldest, jnp.minimum(length, sinks) - oldest, slot))

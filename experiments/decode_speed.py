@@ -31,11 +31,10 @@ from experiments.decode_blocks import (
     definition,
     random_blocks,
 )
-from experiments.device_time import DeviceTime, device_time
+from experiments.device_time import DeviceTime, copy_bandwidth, device_time
 from experiments.results import write_table
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
-from turboquant_jax.llama.timing import copy_bandwidth
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 # Seconds of rest between two calls; a gap of half of it separates them in the trace.
@@ -48,6 +49,19 @@ def device_time(run: Callable[[], object], repetitions: int = 7) -> DeviceTime:
     if len(times) != repetitions:
         raise ValueError(f"got {len(times)} calls in the trace, expected {repetitions}")
     return DeviceTime(*(statistics.median(getattr(t, name) for t in times) for name in _NAMES))
+
+
+def copy_bandwidth(nbytes: int = 2**30) -> float:
+    """Bytes read and written per second by x + 1 on the default device."""
+    x = jnp.zeros((nbytes // 4,), jnp.int32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def once() -> jax.Array:
+        nonlocal x
+        x = add(x)
+        return x
+
+    return 2 * nbytes / device_time(once).busy
 
 
 def times_of_calls(data: ProfileData) -> list[DeviceTime]:

@@ -10,9 +10,8 @@ from experiments.speed_claims import decode, encode, prefill, step
 
 def decode_row(implementation, shape, speedup, milliseconds=1.0):
     sizes = dict(bits_k=4, bits_v=4, batch=shape[0], tokens=shape[1])
-    return dict(
-        implementation=implementation, milliseconds=milliseconds, speedup_over_cudnn=speedup, **sizes
-    )  # fmt: skip
+    sizes |= dict(milliseconds=milliseconds, speedup_over_cudnn=speedup)
+    return dict(implementation=implementation) | sizes
 
 
 @pytest.mark.parametrize(("speedup", "verdicts"), [(3.5, "hm"), (3.7, "hh"), (3.1, "mm")])

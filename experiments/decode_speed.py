@@ -2,16 +2,16 @@
 
 `python -m experiments.decode_speed --out DIR` on a GPU: writes DIR/rows.csv and prints a table.
 One new token per sequence, 32 query and 8 kv heads of 128 channels. A call's output is the next
-call's query, so that a chain of calls runs on the device without the host; the calls of a chain
-read different caches, which together are larger than L2; a time is the median over chains. Bytes
-are those of the packed cache (codes and scales).
+call's query; the calls of a chain read different caches, which together are larger than L2. Times
+are those of the device by the profiler, medians over chains: `milliseconds` the sum of all kernels
+of a call, `span_milliseconds` with the gaps between them, which a chain of kernels that are shorter
+than their launches has. Bytes are those of the packed cache (codes and scales).
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,10 +31,10 @@ from experiments.decode_blocks import (
     definition,
     random_blocks,
 )
+from experiments.device_time import DeviceTime, copy_bandwidth, device_time
 from experiments.results import write_table
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
-from turboquant_jax.llama.timing import copy_bandwidth
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
@@ -53,6 +53,7 @@ class Row:
     tokens: int
     schedule: str
     milliseconds: float
+    span_milliseconds: float
     gigabytes_per_second: float
     fraction_of_copy_bandwidth: float
     speedup_over_cudnn: float
@@ -96,8 +97,10 @@ def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax
     return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
 
 
-def seconds(step: Callable[..., jax.Array], q: jax.Array, caches: list[tuple], calls: int) -> float:
-    """Median time of one call in chains of `calls`, several chains queued before the host waits."""
+def measure(
+    step: Callable[..., jax.Array], q: jax.Array, caches: list[tuple], calls: int
+) -> DeviceTime:
+    """Of one call in a chain."""
     step = jax.jit(step)
 
     @jax.jit
@@ -106,16 +109,8 @@ def seconds(step: Callable[..., jax.Array], q: jax.Array, caches: list[tuple], c
             q = step(q, *cache)
         return q
 
-    for _ in range(2):
-        chain(q, caches).block_until_ready()
-    times = []
-    for _ in range(7):
-        begin, x = time.perf_counter(), q
-        for _ in range(8):
-            x = chain(x, caches)
-        x.block_until_ready()
-        times.append((time.perf_counter() - begin) / (8 * calls))
-    return statistics.median(times)
+    took = device_time(lambda: chain(q, caches))
+    return DeviceTime(took.busy / calls, took.span / calls)
 
 
 def chain_length(nbytes: float) -> int:
@@ -135,18 +130,20 @@ class Bench:
         print(f"{device}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s")
 
     def add(
-        self, name: str, bits: Pair, shape: Pair, schedule: str, nbytes: float, took: float
+        self, name: str, bits: Pair, shape: Pair, schedule: str, nbytes: float, time: DeviceTime
     ) -> None:
         """Keeps and prints one measurement."""
+        took = time.busy
         rate, base = nbytes / took, self.cudnn.get(shape, float("nan"))
         row = Row(
-            name, *bits, *shape, schedule, took * 1e3, rate / 1e9, rate / self.copy, base / took
-        )
+            name, *bits, *shape, schedule, took * 1e3, time.span * 1e3, rate / 1e9,
+            rate / self.copy, base / took,
+        )  # fmt: skip
         self.rows.append(row)
         print(
             f"{name:12s} {bits[0]}/{bits[1]:<2d} {shape[0]:3d} x {shape[1]:<6d} {schedule:16s} "
-            f"{took * 1e6:8.1f} us {rate / 1e9:6.0f} GB/s {rate / self.copy:5.2f} of copy "
-            f"{base / took:5.2f}x",
+            f"{took * 1e6:8.1f} us (span {time.span * 1e6:.1f}) {rate / 1e9:6.0f} GB/s "
+            f"{rate / self.copy:5.2f} of copy {base / took:5.2f}x",
             flush=True,
         )
 
@@ -162,8 +159,8 @@ class Bench:
             tuple(normal(jax.random.key(2 * i + j), size, jnp.bfloat16) for j in range(2))
             for i in range(count)
         ]
-        took = seconds(cudnn, q, caches, max(count, chain_length(nbytes)))
-        self.cudnn[shape] = took
+        took = measure(cudnn, q, caches, max(count, chain_length(nbytes)))
+        self.cudnn[shape] = took.busy
         self.add("cudnn", (16, 16), shape, "", nbytes, took)
         size = (batch, KV_HEADS, tokens, CHANNELS)
         scales = jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32)
@@ -171,7 +168,7 @@ class Bench:
         caches8 = [
             (*(narrow(jax.random.key(2 * i + j)) for j in range(2)), scales) for i in range(count)
         ]
-        took = seconds(int8_xla, q, caches8, max(count, chain_length(nbytes / 2)))
+        took = measure(int8_xla, q, caches8, max(count, chain_length(nbytes / 2)))
         self.add("int8-xla", (8, 8), shape, "", nbytes / 2 + scales.nbytes, took)
 
     def kernel(
@@ -200,7 +197,7 @@ class Bench:
             step = functools.partial(attend, schedule=s)
             label = f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}"
             try:
-                took = seconds(step, q, caches, max(count, chain_length(nbytes)))
+                took = measure(step, q, caches, max(count, chain_length(nbytes)))
             except Exception as error:  # a schedule may not fit the device: the others go on
                 print(f"{name} {bits} {shape} {label} failed: {str(error)[:200]}", flush=True)
                 continue

@@ -5,6 +5,7 @@ The first line of its docstring is its title in the report, the rest introduces 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def option(default: Any, description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
-def name_of(experiment: Experiment) -> str:
+def name_of(experiment: Experiment | ModuleType) -> str:
     """The name of an experiment is that of its module."""
     return experiment.__name__.rpartition(".")[2]
 

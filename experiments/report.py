@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import results
-from experiments.catalogue import EXPERIMENTS
+from experiments.catalogue import EXPERIMENTS, SPEED
 from experiments.experiment import Claim, Experiment, Row, name_of
 from experiments.results import Results
 
@@ -75,7 +75,12 @@ def compose(out: Path, base: Path) -> str:
     for experiment, result in _all(out):
         claims = experiment.claims(result.rows)
         verdicts.update(claim.verdict for claim in claims)
-        sections.append(_section(experiment, result, claims, base))
+        sections.append(_section(experiment.__doc__, result, claims, base))
+    for module, judge in SPEED:
+        for result in results.find(out, name_of(module)):
+            claims = judge(result.rows)
+            verdicts.update(claim.verdict for claim in claims)
+            sections.append(_section(module.__doc__, result, claims, base, rows=True))
     total = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     return "\n".join(
         [_HEAD, f"In all: {total or 'no results yet'}.\n", *sections, *_others(out, base)]
@@ -85,25 +90,35 @@ def compose(out: Path, base: Path) -> str:
 def _others(out: Path, base: Path) -> list[str]:
     """Results of scripts that judge nothing: their rows as they are."""
     known = {result.folder for _, result in _all(out)}
+    known |= {result.folder for module, _ in SPEED for result in results.find(out, name_of(module))}
     found = [results.read(path.parent) for path in sorted(out.glob("*/rows.csv"))]
     return [_table(result, base) for result in found if result.folder not in known]
 
 
 def _table(result: Results, base: Path) -> str:
-    columns = list(dict.fromkeys(column for row in result.rows for column in row))
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(str(row.get(column, "")) for column in columns) for row in result.rows]
     figure = [f"![{result.folder.name}]({_link(result, base)}/figure.svg)", ""]
     return "\n".join(
         [
             f"## `{result.folder.name}`",
             "",
-            *(f"| {line} |" for line in lines),
+            *_lines(result),
             "",
             *(figure if (result.folder / "figure.svg").exists() else []),
             _origin(result, base),
         ]
     )
+
+
+def _lines(result: Results) -> list[str]:
+    """All rows as a table."""
+    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(_cell(row.get(column, "")) for column in columns) for row in result.rows]
+    return [f"| {line} |" for line in lines]
+
+
+def _cell(cell: str | int | float) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def _link(result: Results, base: Path) -> str:
@@ -127,9 +142,13 @@ def _all(out: Path) -> list[tuple[Experiment, Results]]:
     return [(e, result) for e in EXPERIMENTS for result in results.find(out, name_of(e))]
 
 
-def _section(experiment: Experiment, result: Results, claims: list[Claim], base: Path) -> str:
-    title, _, text = (experiment.__doc__ or "").partition("\n")
+def _section(
+    text: str | None, result: Results, claims: list[Claim], base: Path, rows: bool = False
+) -> str:
+    """Title and text of a docstring, the claims, and a figure or the rows."""
+    title, _, text = (text or "").partition("\n")
     label = result.folder.name.partition(".")[2]
+    figure = [f"![{title}]({_link(result, base)}/figure.svg)"]
     lines = [
         f"## {title.rstrip('.')}{f' ({label})' if label else ''}",
         "",
@@ -142,7 +161,7 @@ def _section(experiment: Experiment, result: Results, claims: list[Claim], base:
             for claim in claims
         ),
         "",
-        f"![{title}]({_link(result, base)}/figure.svg)",
+        *(_lines(result) if rows else figure),
         "",
         _origin(result, base),
     ]

@@ -9,23 +9,27 @@ sequence; times are per layer:
     layer       attention, and the token's key and value written
     step        all layers, with `begin` and `commit`: allocation and compression included
 
-Each is a loop on the device in which an output is the next query, so that the host takes no part;
-a time is the median over loops. Every layer has a cache of its own, so that L2 holds none; the
-sequences are of different lengths, so that one in 64 completes a block in a step.
+Each is a loop on the device in which an output is the next query and the layers stand one after
+another, as in a decoder that is not scanned. A time is the span of the loop on
+the device, gaps included, by the profiler, and the median over loops. Every layer has a cache of
+its own, so that L2 holds none; the sequences are of different lengths, so that one in 64 completes
+a block in a step.
 """
 
 import argparse
 import dataclasses
 import itertools
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from experiments.device_time import device_time
 from experiments.results import write_table
 from pallas_kernels.decode_attention import decode_attention
 from turboquant_jax import attention, cache, fused
@@ -57,9 +61,7 @@ def filled(bits: int, batch: int, tokens: int, layers: int = LAYERS) -> Cache:
 
     @jax.jit
     def make() -> Cache:
-        # the kernel refuses planes between 2**31 and 2**32 bytes, which these sizes would hit
-        spare = 256 if bits == 4 and tokens > 2**14 else 96
-        state = cache.create(config, batch, tokens + spare, key=jax.random.key(0))
+        state = cache.create(config, batch, tokens + STEPS, key=jax.random.key(0))
         codes = jax.tree.map(
             lambda x: jax.random.bits(next(keys), x.shape, x.dtype),
             (state.pool.keys, state.pool.values),
@@ -98,76 +100,82 @@ def check(bits: int) -> float:
 
 def over_layers(attend: Callable) -> Callable:
     """A step that calls `attend(state, layer, q, new) -> (state, q)` for every layer."""
+    attend = jax.jit(attend)  # traced once
 
-    def step(state: Cache, q: jax.Array, new: jax.Array) -> tuple[Cache, jax.Array]:
-        layers = jnp.arange(LAYERS, dtype=jnp.int32)
-        return lax.scan(
-            lambda carry, i: (attend(carry[0], i, carry[1], new), None), (state, q), layers
-        )[0]
+    def step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array]:
+        for layer in range(LAYERS):
+            state, q = attend(state, np.int32(layer), q, new)
+        return state, q
 
     return step
 
 
-def blocks(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tuple:
+def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array]:
     """The kernel alone."""
-    groups, table, first_page, lengths, _ = fused.blocks_of(state, layer)
-    out, *_ = decode_attention(
-        q[:, 0], groups, table, lengths, sm_scale=CHANNELS**-0.5, first_page=first_page,
-        dtype=q.dtype,
-    )  # fmt: skip
-    return state, out[:, None]
+    tokens = state.config.compressed_tokens(state.lengths)
+
+    def blocks(state: Cache, layer: jax.Array, q: jax.Array, new: tuple) -> tuple:
+        del new
+        out, *_ = decode_attention(
+            q[:, 0], fused.groups_of(state), state.page_table, tokens, sm_scale=CHANNELS**-0.5,
+            layer=layer, layers=LAYERS, dtype=q.dtype,
+        )  # fmt: skip
+        return state, out[:, None]
+
+    return over_layers(blocks)(state, q, new)
 
 
-def attend(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tuple:
+def attend(state: Cache, layer: jax.Array, q: jax.Array, new: tuple) -> tuple:
     """A layer's attention."""
     return state, attention.attend(state, layer, q, *new, implementation="pallas")
 
 
-def attend_and_write(state: Cache, layer: jax.Array, q: jax.Array, new: jax.Array) -> tuple:
+def attend_and_write(state: Cache, layer: jax.Array, q: jax.Array, new: tuple) -> tuple:
     """A layer's attention, then its append."""
     out, state = attention.attend_and_write(state, layer, q, *new, implementation="pallas")
     return state, out
 
 
-def model_step(state: Cache, q: jax.Array, new: jax.Array) -> tuple[Cache, jax.Array]:
+def model_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array]:
     """What a model does for one token of each sequence, but for its weights."""
     state = cache.begin(state, jnp.ones_like(state.lengths), 1)
     state, q = over_layers(attend_and_write)(state, q, new)
     return cache.commit(state), q
 
 
-def layer_step(state: Cache, q: jax.Array, new: jax.Array) -> tuple[Cache, jax.Array]:
+def layer_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array]:
     """All layers of one token; the tokens are pending, and never counted."""
     state = dataclasses.replace(state, pending=jnp.ones_like(state.lengths))
     return over_layers(attend_and_write)(state, q, new)
 
 
 PARTS = {
-    "blocks": over_layers(blocks),
+    "blocks": blocks_step,
     "attention": over_layers(attend),
     "layer": layer_step,
     "step": model_step,
 }
 
 
+def loop(step: Callable, tokens: int, state: Cache, q: jax.Array, new: tuple) -> tuple:
+    """STEPS steps from the same lengths on."""
+    lengths = lengths_of(q.shape[0], tokens)
+    state = dataclasses.replace(state, lengths=lengths, pending=jnp.zeros_like(lengths))
+    return lax.fori_loop(0, STEPS, lambda _, carry: step(*carry, new), (state, q))
+
+
 def seconds(
-    step: Callable, state: Cache, q: jax.Array, new: jax.Array, tokens: int
+    step: Callable, state: Cache, q: jax.Array, new: tuple, tokens: int
 ) -> tuple[float, Cache]:
-    """Median time of one layer in loops of STEPS steps; the cache is donated from loop to loop."""
+    """Median time of one layer; the cache is donated from loop to loop."""
+    run = jax.jit(partial(loop, step, tokens), donate_argnums=0)
 
-    def loop(state: Cache, q: jax.Array) -> tuple[Cache, jax.Array]:
-        lengths = lengths_of(q.shape[0], tokens)
-        state = dataclasses.replace(state, lengths=lengths, pending=jnp.zeros_like(lengths))
-        return lax.fori_loop(0, STEPS, lambda _, carry: step(*carry, new), (state, q))
+    def once() -> jax.Array:
+        nonlocal state
+        state, out = run(state, q, new)
+        return out
 
-    run = jax.jit(loop, donate_argnums=0)
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        state, out = run(state, q)
-        out.block_until_ready()
-        times.append((time.perf_counter() - begin) / STEPS / LAYERS)
-    return statistics.median(times[1:]), state
+    return device_time(once).span / STEPS / LAYERS, state
 
 
 def main() -> None:
@@ -184,7 +192,8 @@ def main() -> None:
             raise ValueError(f"got relative error {error} at {bits} bits, expected below 5e-3")
     for batch, tokens in SHAPES:
         q = jax.random.normal(jax.random.key(4), (batch, 1, HEADS, CHANNELS), jnp.bfloat16)
-        new = jax.random.normal(jax.random.key(5), (2, batch, 1, KV_HEADS, CHANNELS), jnp.bfloat16)
+        size = (batch, 1, KV_HEADS, CHANNELS)
+        new = tuple(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (5, 6))
         for bits in arguments.bits:
             state, base = filled(bits, batch, tokens), None
             for name, part in PARTS.items():

@@ -103,9 +103,3 @@ def check_planes(
     for plane in planes:
         if plane.dtype != jnp.uint8:
             raise ValueError(f"got {name} of {plane.dtype}, expected uint8")
-        # Triton's offsets are signed 32-bit numbers up to 2**32 bytes, 64-bit ones from there on.
-        if 2**31 < plane.size <= 2**32:
-            raise NotImplementedError(
-                f"a {name} plane of {plane.size} bytes: served are up to 2**31 bytes and more than "
-                "2**32; split the pool"
-            )

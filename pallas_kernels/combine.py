@@ -9,17 +9,19 @@ from jax.typing import DTypeLike
 from pallas_kernels import triton
 from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.recent import EMPTY, LOG2E
-from pallas_kernels.rotation import Rotation, unrotate
+from pallas_kernels.rotation import Rotation
+from pallas_kernels.turning import load_parts, unrotate
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
+# Channels of the output of one program, where a rotation mixes all of them.
+ROWS = 32
 
 
 def combine_kernel(
     inputs: dict[str, Any],
     outputs: dict[str, Any],
     *,
-    rotated: int,
     gain: float,
     heads: int,
     rows: int,
@@ -27,54 +29,67 @@ def combine_kernel(
     """One program of the grid (channel slice, kv head, sequence).
 
     Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
-    2**peak * sums, its softmax denominator 2**peak * weight. The first `rotated` splits are
-    multiplied by the transpose of `rotation`, where there is one.
+    2**peak * sums, its softmax denominator 2**peak * weight. The splits are multiplied by the
+    transpose of `rotation`, where there is one; `recent`, a part like a split, is not. Everything
+    is loaded before the first use, so that there is one wait for memory.
     """
     splits, columns = inputs["peak"].shape
+    channels = outputs["out"].shape[-1]
     split, head = jnp.arange(power_of_two(splits)), jnp.arange(columns)
+    channel = triton.program_id(0) * rows + jnp.arange(rows)
+    inside = channel < channels
+    # a rotation mixes all channels
+    source = jnp.arange(max(16, power_of_two(channels))) if "rotation" in inputs else channel
+    count = source.shape[0]
 
     def load(name: str, at: jax.Array, other: float) -> jax.Array:
         valid = jnp.broadcast_to((at < splits)[:, None], (at.shape[0], columns))
         return triton.load(inputs[name].at[at[:, None], head[None, :]], mask=valid, other=other)
 
-    peak = load("peak", split, EMPTY)
+    def load_sums(at: jax.Array) -> jax.Array:
+        place = inputs["sums"].at[at[:, None, None], source[None, :, None], head[None, None, :]]
+        exists = (at < splits)[:, None, None] & (source < channels)[None, :, None]
+        return triton.load(
+            place, mask=jnp.broadcast_to(exists, (at.shape[0], count, columns)), other=0.0
+        )
+
+    step = min(power_of_two(splits), max(1, TILE // (count * columns)))
+    sums = load_sums(jnp.arange(step))
+    matrices = []
+    if "rotation" in inputs:
+        matrices = load_parts(inputs["rotation"], source, channel, channels)
+    peak, weight = load("peak", split, EMPTY), load("weight", split, 0.0)
     top = peak.max(axis=0)
+    if "recent" in inputs:
+        recent = {name: triton.load(inputs["recent"][name].at[head]) for name in ("peak", "weight")}
+        recent["sums"] = triton.load(
+            inputs["recent"]["sums"].at[channel[:, None], head[None, :]],
+            mask=jnp.broadcast_to(inside[:, None], (rows, columns)),
+            other=0.0,
+        )
+        top = jnp.maximum(top, recent["peak"])
     if "sinks" in inputs:
         sink = triton.load(inputs["sinks"].at[head], mask=head < heads, other=0.0) * LOG2E
         top = jnp.maximum(top, sink)
-    total = (load("weight", split, 0.0) * jnp.exp2(peak - top[None, :])).sum(axis=0)
+    total = (weight * jnp.exp2(peak - top[None, :])).sum(axis=0)
+    if "recent" in inputs:
+        total = total + recent["weight"] * jnp.exp2(recent["peak"] - top)
     if "sinks" in inputs:
         total = total + jnp.exp2(sink - top)
     empty = total <= 0.0
     inverse = 1.0 / jnp.where(empty, 1.0, total)
 
-    channels = outputs["out"].shape[-1]
-    channel = triton.program_id(0) * rows + jnp.arange(rows)
-
-    def weighted(first: int, count: int, channel: jax.Array) -> jax.Array:
-        """float32 [len(channel), columns], the sum of some splits."""
-        rows = channel.shape[0]
-        result = jnp.zeros((rows, columns), jnp.float32)
-        step = min(power_of_two(count), max(1, TILE // (rows * columns)))
-        for start in range(first, first + count, step):
-            at = start + jnp.arange(step)
-            share = jnp.exp2(load("peak", at, EMPTY) - top[None, :]) * inverse[None, :]
-            place = inputs["sums"].at[
-                at[:, None, None], channel[None, :, None], head[None, None, :]
-            ]
-            exists = (at < first + count)[:, None, None] & (channel < channels)[None, :, None]
-            exists = jnp.broadcast_to(exists, (step, rows, columns))
-            sums = triton.load(place, mask=exists, other=0.0)
-            result = result + (sums * share[:, None, :]).sum(axis=0)
-        return result
-
+    out = jnp.zeros((count, columns), jnp.float32)
+    for start in range(0, splits, step):
+        at = start + jnp.arange(step)
+        tile = sums if start == 0 else load_sums(at)
+        share = jnp.exp2(load("peak", at, EMPTY) - top[None, :]) * inverse[None, :]
+        out = out + (tile * share[:, None, :]).sum(axis=0)
     if "rotation" in inputs:
-        out = unrotate(inputs["rotation"], gain, weighted(0, rotated, channel), channels)
-        if rotated < splits:
-            out = out + weighted(rotated, splits - rotated, channel)
-    else:
-        out = weighted(0, splits, channel)
-    exists = (channel < channels)[:, None] & (head < heads)[None, :]
+        out = unrotate(inputs["rotation"], matrices, gain, out, channel, channels)
+    if "recent" in inputs:
+        out = out + recent["sums"] * (jnp.exp2(recent["peak"] - top) * inverse)[None, :]
+    exists = inside[:, None] & (head < heads)[None, :]
     place = outputs["out"].at[head[None, :], channel[:, None]]
     triton.store(place, out.astype(outputs["out"].dtype), mask=exists)
     log = jnp.where(empty, -jnp.inf, (top + jnp.log2(jnp.where(empty, 1.0, total))) / LOG2E)
@@ -82,29 +97,28 @@ def combine_kernel(
 
 
 def combine(
-    parts: dict[str, jax.Array],
+    parts: dict[str, Any],
     sinks: jax.Array | None,
     rotation: Rotation | None,
-    recent: bool,
     heads: int,
     dtype: DTypeLike,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
 
-    optional sink logits [K, G] and rotation of all splits, but of the last one if
-    that is `recent` -> output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
+    `recent` without the axis of splits, optional sink logits [K, G] and rotation of the splits ->
+    output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
-    rows = max(16, power_of_two(channels))
-    if rotation is None:
-        rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
-    per_split = triton.BlockSpec((None, None, splits, columns), lambda i, h, j: (j, h, 0, 0))
-    sums = triton.BlockSpec(
-        (None, None, splits, channels, columns), lambda i, h, j: (j, h, 0, 0, 0)
-    )
-    inputs: dict[str, Any] = dict(parts)
-    in_specs: dict[str, Any] = {"peak": per_split, "weight": per_split, "sums": sums}
+    rows = ROWS if rotation is not None else max(16, TILE // (power_of_two(splits) * columns))
+    rows = min(rows, max(16, power_of_two(channels)))
+
+    def of_head(x: Any) -> Any:
+        return triton.BlockSpec(
+            (None, None, *x.shape[2:]), lambda i, h, j: (j, h) + (0,) * (x.ndim - 2)
+        )
+
+    inputs, in_specs = dict(parts), jax.tree.map(of_head, dict(parts))
     if sinks is not None:
         inputs["sinks"] = sinks
         in_specs["sinks"] = triton.BlockSpec((None, heads), lambda i, h, j: (h, 0))
@@ -121,7 +135,6 @@ def combine(
         lambda inputs, outputs: combine_kernel(
             inputs,
             outputs,
-            rotated=splits - recent,
             heads=heads,
             rows=rows,
             gain=1.0 if rotation is None else rotation.gain,

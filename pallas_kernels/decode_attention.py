@@ -39,7 +39,8 @@ def decode_attention(
     sink_logits: Float[Array, " N"] | None = None,
     score_bias: Float[Array, "B N"] | None = None,
     sketch: Sketch | None = None,
-    first_page: Int[Array, ""] | None = None,
+    layer: Int[Array, ""] | None = None,
+    layers: int = 1,
     recent: Recent | None = None,
     rotation: Rotation | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -50,8 +51,8 @@ def decode_attention(
 
     q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many; the
     channels of the `groups` follow each other in q and in the output. Sequence b has `lengths[b]`
-    tokens in the pages `page_table[b]`; those before `starts[b]` are not seen (sliding window).
-    Table entries past the last page are never used.
+    tokens in blocks; block j lies in the page that `page_table[b]` has in slot j modulo its slots.
+    Those before `starts[b]` are not seen (sliding window). Slots of unseen blocks are never used.
 
     score = sm_scale * q.k + score_bias, then soft_cap * tanh(score / soft_cap) if given.
     `sink_logits` add exp(sink) to the softmax denominator. The log-sum-exp is in nats, -inf for
@@ -59,10 +60,12 @@ def decode_attention(
     enter the products as 15-bit integers, levels are exact and sums are float32 or exact.
 
     `recent`: further tokens, in full precision; returned with the newest written where it says, in
-    place if the caller gives the arrays away. `rotation`, of the values: its transpose multiplies
-    the output of the blocks, so that it leaves the rotated space, where those of `recent` never
-    were; without it everything is in one space. `first_page`
-    is added to every page id. The output has `dtype`, the log-sum-exp float32.
+    place if the caller gives the arrays away. Then `recent.places` says which tokens of the blocks
+    are seen, and `lengths` are whatever it takes. `rotation`, of the values: its transpose
+    multiplies the output of the blocks, so that it leaves the rotated space, where those of
+    `recent` never were; without it everything is in one space. `layer`: the pool, and the rows of
+    `recent`, are those of so many `layers` one after another. The output has `dtype`, the
+    log-sum-exp float32.
 
     `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not
     fit, NotImplementedError for what the kernel does not serve.
@@ -70,7 +73,9 @@ def decode_attention(
     batch, heads, channels = q.shape
     kv_heads, tokens = check(q, groups, page_table, lengths)
     if recent is not None:
-        check_recent(recent, batch, heads, kv_heads)
+        check_recent(recent, batch, heads, kv_heads, layers)
+        if starts is not None:
+            raise ValueError("got starts beside recent tokens, whose places say what is seen")
     if rotation is not None and rotation.parts.shape[1:] not in [
         (n, channels, channels) for n in (1, kv_heads)
     ]:
@@ -88,14 +93,17 @@ def decode_attention(
             bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
             tokens=tokens,
             max_pages=page_table.shape[1],
-            recent=recent is not None,
+            recent=0 if recent is None else sum(x.shape[1] for x in recent.keys),
         )
     if schedule.pages * tokens < TILE_TOKENS:
         raise ValueError(
             f"got tiles of {schedule.pages} pages of {tokens} tokens, "
             f"expected at least {TILE_TOKENS} tokens"
         )
-    plan = make_plan(groups, sketch, per_head, tokens, sm_scale, soft_cap, schedule, interpret)
+    plan = make_plan(
+        groups, sketch, per_head, tokens, sm_scale, soft_cap, schedule, interpret,
+        batch=batch, layers=layers, recent=recent is not None,
+    )  # fmt: skip
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
     inputs: dict[str, Any] = {
         "queries": [grouped(q)] + ([grouped(sketch.query)] if sketch else []),
@@ -109,18 +117,18 @@ def decode_attention(
     }
     if recent is not None:
         inputs["recent"] = dataclasses.replace(recent, query=grouped(recent.query))
-    if first_page is not None:
-        inputs["first_page"] = jnp.asarray(first_page, jnp.int32).reshape(1)
+    if layer is not None:
+        inputs["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
     if starts is not None:
         inputs["starts"] = starts
     if score_bias is not None:
         bias = score_bias.astype(jnp.float32) * (1.0 if soft_cap is not None else LOG2E)
         inputs["bias"] = grouped(bias)
-    parts, stored = run(plan, inputs, batch, kv_heads, channels)
+    parts, stored = run(plan, inputs, kv_heads, channels)
     sinks = None
     if sink_logits is not None:
         sinks = sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
-    out, lse = combine(parts, sinks, rotation, recent is not None, per_head, dtype, interpret)
+    out, lse = combine(parts, sinks, rotation, per_head, dtype, interpret)
     if recent is not None and stored is not None:
         recent = dataclasses.replace(
             recent,
@@ -139,6 +147,10 @@ def make_plan(
     soft_cap: float | None,
     schedule: Schedule,
     interpret: bool,
+    *,
+    batch: int,
+    layers: int,
+    recent: bool,
 ) -> Plan:
     """The static half of a call."""
     base = 1.0 if soft_cap is not None else LOG2E
@@ -161,6 +173,9 @@ def make_plan(
         value_channels=tuple(group.values[0].shape[2] for group in groups),
         scale=sm_scale * base,
         soft_cap=soft_cap,
+        batch=batch,
+        layer_pages=groups[0].scales.shape[0] // layers,
+        recent_tiles=schedule.recent_tiles if recent else 0,
         splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
@@ -169,10 +184,10 @@ def make_plan(
 
 
 def run(
-    plan: Plan, inputs: dict[str, Any], batch: int, kv_heads: int, channels: int
-) -> tuple[dict[str, jax.Array], tuple | None]:
-    """Calls the kernel on the grid (splits and recent tokens, kv heads, sequences)."""
-    splits, columns = plan.splits + ("recent" in inputs), plan.columns
+    plan: Plan, inputs: dict[str, Any], kv_heads: int, channels: int
+) -> tuple[dict[str, Any], tuple | None]:
+    """Calls the kernel on the grid (splits, kv heads, sequences)."""
+    batch, splits, columns = plan.batch, plan.splits, plan.columns
 
     def paged(x):  # the whole pool of one kv head
         return triton.BlockSpec(
@@ -197,22 +212,23 @@ def run(
         )
 
     kinds = {"queries": of_head, "keys": paged, "values": paged, "scales": paged, "bias": of_head}
-    kinds |= {"key_tables": shared, "value_tables": shared, "first_page": shared}
+    kinds |= {"key_tables": shared, "value_tables": shared, "layer": shared}
     in_specs = {
         name: jax.tree.map(kinds.get(name, of_sequence), value)
         for name, value in inputs.items()
         if name != "recent"
     }
     shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
+
+    def of_part(shape, *lead):  # of a split, or of the recent tokens
+        return jax.ShapeDtypeStruct((batch, kv_heads, *lead, *shape), jnp.float32)
+
+    out_shape: dict[str, Any] = {name: of_part(shape, splits) for name, shape in shapes.items()}
     out_specs: dict[str, Any] = {
         name: triton.BlockSpec(
             (None, None, None, *shape),
             lambda i, h, j, shape=shape: (j, h, i) + (0,) * len(shape),
         )
-        for name, shape in shapes.items()
-    }
-    out_shape: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((batch, kv_heads, splits, *shape), jnp.float32)
         for name, shape in shapes.items()
     }
     if "recent" in inputs:
@@ -221,10 +237,13 @@ def run(
             query=of_head(recent.query),
             keys=tuple(segment(x) for x in recent.keys),
             values=tuple(segment(x) for x in recent.values),
-            spans=of_sequence(recent.spans),
+            pending=of_sequence(recent.pending),
+            places=recent.places,
             key_mean=None if recent.key_mean is None else segment(recent.key_mean),
             write=recent.write,
         )
+        out_shape["recent"] = {name: of_part(shape) for name, shape in shapes.items()}
+        out_specs["recent"] = jax.tree.map(of_head, out_shape["recent"])
         if recent.write:
             for name in ("keys", "values"):
                 stored = getattr(recent, name)[:-1]

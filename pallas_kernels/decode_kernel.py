@@ -120,51 +120,66 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
     """One program of the grid (split, kv head, sequence); writes the sums of its split.
 
-    With tokens in full precision there is one split more, theirs.
+    The last one also attends to the tokens in full precision, and has fewer blocks for it.
     """
-    split = triton.program_id(0)
+    split, sequence, length = triton.program_id(0), triton.program_id(2), inputs["lengths"][0]
+    row = sequence
+    if "layer" in inputs:
+        row = sequence + inputs["layer"][0] * plan.batch
     if "recent" not in inputs:
-        attend_blocks(inputs, outputs, plan, split)
+        start = inputs["starts"][0] if "starts" in inputs else 0
+        attend_blocks(inputs, outputs, plan, split, row, (start, length))
         return
-    is_recent = split == plan.splits
+    recent = inputs["recent"]
+    places = recent.places(length, recent.pending[0])
 
-    @triton.when(is_recent)
+    @triton.when(split == plan.splits - 1)
     def _() -> None:
+        rows = [row] * (len(recent.keys) - 1) + [sequence]
         peak, weight, sums = attend_recent(
-            inputs["recent"], plan.columns, plan.heads, plan.scale, plan.soft_cap, plan.interpret
-        )
-        column = jnp.arange(plan.columns)
-        triton.store(outputs["peak"].at[column], peak)
-        triton.store(outputs["weight"].at[column], weight)
+            recent, places, rows, plan.columns, plan.heads, plan.scale, plan.soft_cap,
+            plan.interpret,
+        )  # fmt: skip
+        store_part(outputs["recent"], plan, peak, weight)
         channel = jnp.arange(sums.shape[0])[:, None]
         exists = jnp.broadcast_to(channel < sum(plan.value_channels), sums.shape)
-        triton.store(outputs["sums"].at[channel, column[None, :]], sums, mask=exists)
+        column = jnp.arange(plan.columns)[None, :]
+        triton.store(outputs["recent"]["sums"].at[channel, column], sums, mask=exists)
         if "keys" in outputs:
-            write_newest(inputs["recent"], outputs["keys"], outputs["values"])
+            write_newest(recent, places, rows, outputs["keys"], outputs["values"])
 
-    @triton.when(jnp.logical_not(is_recent))
-    def _() -> None:
-        attend_blocks(inputs, outputs, plan, split)
+    attend_blocks(inputs, outputs, plan, split, row, places.blocks)
 
 
-def attend_blocks(inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array) -> None:
-    """The program of a split of the blocks."""
-    length = inputs["lengths"][0]
-    start = inputs["starts"][0] if "starts" in inputs else jnp.int32(0)
-    first = lax.div(start, plan.tokens)
+def store_part(refs: Refs, plan: Plan, peak: jax.Array, weight: jax.Array) -> None:
+    """What a split leaves, but for its sums."""
+    column = jnp.arange(plan.columns)
+    triton.store(refs["peak"].at[column], peak)
+    triton.store(refs["weight"].at[column], weight)
+
+
+def attend_blocks(
+    inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array, row: jax.Array, seen: tuple
+) -> None:
+    """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen."""
+    start, length = seen
+    every = isinstance(start, int) and start == 0
+    first = jnp.int32(0) if every else lax.div(start, plan.tokens)
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
-    each = jnp.maximum(lax.div(tiles + plan.splits - 1, plan.splits), 1)
-    begin = split * each
-    end = jnp.minimum(begin + each, tiles)
+    work = tiles + plan.recent_tiles
+    begin = jnp.minimum(lax.div(split * work, plan.splits), tiles)
+    end = jnp.minimum(lax.div((split + 1) * work, plan.splits), tiles)
+    slots = inputs["page_table"].shape[0]
 
     def pages_of(i):  # beyond the last block its page stands in, unseen
         last = jnp.maximum(first + blocks - 1, 0)
-        block = first + i * plan.pages
-        found = [inputs["page_table"][jnp.minimum(block + j, last)] for j in range(plan.pages)]
-        if "first_page" not in inputs:
+        block = [jnp.minimum(first + i * plan.pages + j, last) for j in range(plan.pages)]
+        found = [inputs["page_table"][lax.rem(x, slots)] for x in block]
+        if "layer" not in inputs:
             return found
-        return [jnp.maximum(page, 0) + inputs["first_page"][0] for page in found]
+        first_page = inputs["layer"][0] * plan.layer_pages
+        return [jnp.maximum(page, 0) + first_page for page in found]
 
     def body(i, carry):
         # The page ids of the next tile are read a turn ahead: read in the turn that loads the
@@ -174,7 +189,7 @@ def attend_blocks(inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array) -> 
         return attend(plan, inputs, state, first + i * plan.pages, pages, sums), ahead
 
     pages = pages_of(begin)
-    state: Refs = {"length": length} | ({"start": start} if "starts" in inputs else {})
+    state: Refs = {"length": length} | ({} if every else {"start": start})
     state["queries"] = [
         prepare_query(plan, inputs["queries"][source], decoder, channel, multiplier)
         for decoder, source, channel, multiplier in plan.key_parts
@@ -191,7 +206,7 @@ def attend_blocks(inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array) -> 
         head = jnp.arange(plan.columns)
         state["bias"] = triton.load(inputs["bias"].at[head], mask=head < plan.heads, other=0.0)
     if "recent" in inputs and inputs["recent"].key_mean is not None:
-        mean = mean_score(inputs["recent"], plan.columns, plan.heads, plan.scale)
+        mean = mean_score(inputs["recent"], row, plan.columns, plan.heads, plan.scale)
         state["bias"] = state["bias"] + mean if "bias" in state else mean
 
     columns = plan.columns
@@ -206,8 +221,7 @@ def attend_blocks(inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array) -> 
         accumulators,
     )
     (peak, weight, mass, sums), _ = lax.fori_loop(begin, end, body, (carry, pages))
-    triton.store(outputs["peak"].at[jnp.arange(columns)], peak - BIAS)
-    triton.store(outputs["weight"].at[jnp.arange(columns)], weight.sum(axis=0))
+    store_part(outputs, plan, peak - BIAS, weight.sum(axis=0))
     write_output(plan, outputs["sums"], mass, sums)
 
 

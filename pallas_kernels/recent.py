@@ -1,13 +1,13 @@
-"""Tokens in full precision beside the blocks: one more program for each sequence and kv head.
+"""Tokens in full precision beside the blocks: the first work of one program of the decode kernel.
 
-It runs in the grid of the decode kernel, so that the few full-precision tokens cost no launch and
-are read while the other programs read the blocks, and it leaves what a split leaves: peak, weight
-and sums, to be merged by `combine`.
+So the few full-precision tokens cost no launch and are read while the other programs read blocks.
+They leave what a split leaves: peak, weight and sums, to be merged by `combine`.
 """
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,21 @@ from pallas_kernels.rotation import merge, split
 LOG2E = math.log2(math.e)
 # Stands for a score of -inf: exp2 of any difference to it is 0, never NaN.
 EMPTY = -1e30
-# Tokens of a tile: its keys and values together fill half of the registers of a warp.
-TILE = 32
+# Tokens of a tile: the shortest product, and no more bytes than a tile of blocks has, whose shared
+# memory it uses.
+TILE = 16
+
+
+class Places(NamedTuple):
+    """Where the tokens of one sequence lie, in int32 scalars.
+
+    blocks: (first, end) of the compressed tokens that are seen. segments: (first, count, slot) of
+    each segment: `count` of its slots are seen, as a ring, from slot `first` on; the newest token
+    is to be written into `slot`, if there is such a slot.
+    """
+
+    blocks: tuple[Any, Any]
+    segments: tuple[tuple[Any, Any, Any], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -31,41 +44,40 @@ class Recent:
     """What a query sees in full precision: segments of tokens, not rotated; the last is the newest.
 
     query [B, N, H]: the queries as they were before their rotation. keys, values: an array
-    [rows, slots, K, H] per segment. spans [B, segments, 4]: (row, first, count, slot) says that
-    sequence b has that row of the segment, and sees `count` of its slots as a ring, from slot
-    `first` on; what lies in the others may be anything. With `write`, the newest token, of a last
-    segment of one slot, is written into that `slot` of the others once it was attended to, or
-    nowhere if there is no such slot. key_mean [rows, K, H]: was taken off the keys of the blocks,
-    in the rows of the first segment; its product with the query is added to their scores.
+    [layers * B, slots, K, H] per segment, of the newest [B, 1, K, H]; what lies in slots that are
+    not seen may be anything. key_mean [layers * B, K, H]: was taken off the keys of the blocks; its
+    product with the query is added to their scores. `places` says where the tokens of a sequence
+    lie, from its length and its number of `pending` tokens; it runs inside the kernel, since a
+    kernel of its own would take longer than the arithmetic. With `write` the newest token is
+    written where it says, once it was attended to.
     """
 
     query: Float[Array, "B N H"]
     keys: tuple[Float[Array, "rows slots K H"], ...]
     values: tuple[Float[Array, "rows slots K H"], ...]
-    spans: Int[Array, "B segments 4"]
+    pending: Int[Array, " B"]
+    places: Callable[[Any, Any], Places] = dataclasses.field(metadata=dict(static=True))
     key_mean: Float[Array, "rows K H"] | None = None
     write: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
-def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int) -> None:
+def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int, layers: int) -> None:
     """Raises where the shapes of the segments do not fit each other."""
-    channels, segments = recent.query.shape[-1], len(recent.keys)
+    channels = recent.query.shape[-1]
     if recent.query.shape != (batch, heads, channels):
         raise ValueError(
             f"got unrotated queries {recent.query.shape}, expected {(batch, heads, channels)}"
         )
-    for k, v in zip(recent.keys, recent.values, strict=True):
-        if k.shape != v.shape or k.dtype != v.dtype or k.shape[2:] != (kv_heads, channels):
+    rows = [layers * batch] * (len(recent.keys) - 1) + [batch]
+    for k, v, count in zip(recent.keys, recent.values, rows, strict=True):
+        expected = (count, k.shape[1], kv_heads, channels)
+        if k.shape != expected or v.shape != expected or k.dtype != v.dtype:
             raise ValueError(
                 f"got a segment of keys {k.dtype}{list(k.shape)} and values "
-                f"{v.dtype}{list(v.shape)}, expected both [rows, slots, {kv_heads}, {channels}]"
+                f"{v.dtype}{list(v.shape)}, expected both [{count}, slots, {kv_heads}, {channels}]"
             )
-    if recent.spans.shape != (batch, segments, 4):
-        raise ValueError(f"got spans {recent.spans.shape}, expected {(batch, segments, 4)}")
-    if recent.write and recent.keys[-1].shape[1] != 1:
-        raise ValueError(
-            f"got a last segment of {recent.keys[-1].shape[1]} tokens to write, expected 1"
-        )
+    if recent.keys[-1].shape[1] != 1:
+        raise ValueError(f"got {recent.keys[-1].shape[1]} newest tokens, expected 1")
 
 
 def capped(logits: jax.Array, soft_cap: float | None, interpret: bool) -> jax.Array:
@@ -77,18 +89,27 @@ def capped(logits: jax.Array, soft_cap: float | None, interpret: bool) -> jax.Ar
     return soft_cap * LOG2E * (1.0 - 2.0 / (1.0 + grown))
 
 
-def mean_score(refs: Any, columns: int, heads: int, scale: float) -> jax.Array:
-    """float32 [columns]: the query's product with the mean key, scaled."""
+def mean_score(refs: Any, row: jax.Array, columns: int, heads: int, scale: float) -> jax.Array:
+    """float32 [columns]: the query's product with the mean key of this row, scaled."""
     query, channel = _query(refs, jnp.arange(columns), heads)
-    row = refs.spans[0, 0]
     mean = triton.load(refs.key_mean.at[row, channel], mask=channel < _dim(refs), other=0.0)
     return (query * mean.astype(jnp.float32)[None, :]).sum(axis=1) * scale
 
 
 def attend_recent(
-    refs: Any, columns: int, heads: int, scale: float, soft_cap: float | None, interpret: bool
+    refs: Any,
+    places: Places,
+    rows: list[jax.Array],
+    columns: int,
+    heads: int,
+    scale: float,
+    soft_cap: float | None,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(peak, weight [columns], sums [channels, columns]) over all segments, scores in base 2."""
+    """(peak, weight [columns], sums [channels, columns]) over all segments, scores in base 2.
+
+    `rows`: of the sequence in each segment.
+    """
     dtype = refs.keys[0].dtype
     # A 16-bit operand is exact in two parts, which lie in neighbouring columns.
     parts = 1 if dtype == jnp.float32 else 2
@@ -100,17 +121,21 @@ def attend_recent(
     query = jnp.where(jnp.broadcast_to(odd[:, None], query.shape), rest, rounded)
     exists = (channel < _dim(refs))[None, :]
 
-    def tile(segment: int, slot: jax.Array, carry: tuple) -> tuple:
-        peak, weight, sums = carry
+    def load(segment: int, slot: jax.Array) -> tuple:
         keys, values = refs.keys[segment], refs.values[segment]
         slots = keys.shape[1]
-        row, first, count = (refs.spans[segment, i] for i in range(3))
+        first, count, _ = places.segments[segment]
         age = jnp.where(slot >= first, slot - first, slot - first + slots)
         seen = (slot < slots) & (age < count)
-        place = (row, slot[:, None], channel[None, :])
+        place = (rows[segment], slot[:, None], channel[None, :])
         mask = seen[:, None] & exists
         k = triton.load(keys.at[place], mask=mask, other=0.0)
         v = triton.load(values.at[place], mask=mask, other=0.0)
+        return seen, k, v
+
+    def attend(tile: tuple, carry: tuple) -> tuple:
+        seen, k, v = tile
+        peak, weight, sums = carry
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
         scores = capped(scores, soft_cap, interpret)
         scores = jnp.where(seen[:, None], scores, EMPTY)
@@ -125,43 +150,35 @@ def attend_recent(
         jnp.zeros((columns,), jnp.float32),
         jnp.zeros((channel.shape[0], columns), jnp.float32),
     )
-    for segment, keys in enumerate(refs.keys):
-        size = min(TILE, max(16, power_of_two(keys.shape[1])))
-        carry = loop(
-            -(-keys.shape[1] // size),
-            lambda i, carry, s=segment, n=size: tile(s, i * n + jnp.arange(n), carry),
-            carry,
-        )
+    # While the blocks saturate the memory a load takes as long as two tiles of them: few waits.
+    slots = [keys.shape[1] for keys in refs.keys]
+    short = [load(i, jnp.arange(TILE)) for i, n in enumerate(slots) if n <= TILE]
+    for tile in short:
+        carry = attend(tile, carry)
+    for segment, n in enumerate(slots):
+        if n > TILE:
+            carry = lax.fori_loop(
+                0,
+                -(-n // TILE),
+                lambda i, carry, s=segment: attend(load(s, i * TILE + jnp.arange(TILE)), carry),
+                carry,
+            )
     return carry
 
 
-def write_newest(refs: Any, keys: tuple, values: tuple) -> None:
+def write_newest(
+    refs: Any, places: Places, rows: list[jax.Array], keys: tuple, values: tuple
+) -> None:
     """Copies the newest token into the segments `keys`, `values` that it is to be kept in."""
     channel = jnp.arange(power_of_two(_dim(refs)))
     exists = channel < _dim(refs)
     for new, stored in ((refs.keys[-1], keys), (refs.values[-1], values)):
-        row = refs.spans[len(stored), 0]
-        token = triton.load(new.at[row, 0, channel], mask=exists, other=0.0)
+        token = triton.load(new.at[rows[-1], 0, channel], mask=exists, other=0.0)
         for segment, target in enumerate(stored):
-            slot = refs.spans[segment, 3]
+            slot = places.segments[segment][2]
             inside = (slot >= 0) & (slot < target.shape[1])
-            place = target.at[refs.spans[segment, 0], slot, channel]
+            place = target.at[rows[segment], slot, channel]
             triton.store(place, token, mask=exists & inside)
-
-
-def loop(count: int, body: Any, carry: tuple) -> tuple:
-    """fori_loop downwards: Triton would pipeline a counted loop, in shared memory that the loop
-
-    over the blocks needs.
-    """
-    if count <= 1:
-        return body(jnp.int32(0), carry) if count else carry
-
-    def step(state: tuple) -> tuple:
-        left, carry = state
-        return left - 1, body(left - 1, carry)
-
-    return lax.while_loop(lambda state: state[0] > 0, step, (jnp.int32(count), carry))[1]
 
 
 def _dim(refs: Any) -> int:

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import triton
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +38,3 @@ def split(x: jax.Array, dtype: Any, parts: int) -> jax.Array:
     high = x.astype(dtype)
     low = (x - high.astype(jnp.float32)).astype(dtype)
     return jnp.stack([high, low], axis=-1).reshape(x.shape[0], 2 * x.shape[1])
-
-
-def unrotate(refs: Any, gain: float, y: jax.Array, channels: int) -> jax.Array:
-    """Pi^T y of float32 [H, columns], by the parts [parts, H, H] of one kv head."""
-    row = jnp.arange(y.shape[0])
-    mask = (row < channels)[:, None] & (row < channels)[None, :]
-    dtype = refs.parts.dtype
-    columns = 1 if dtype == jnp.float32 else 2
-    operand = split(y, dtype, columns)
-    out = jnp.zeros(y.shape, jnp.float32)
-    for part in range(refs.parts.shape[0]):
-        matrix = triton.load(refs.parts.at[part, row[:, None], row[None, :]], mask=mask, other=0.0)
-        out = out + merge(triton.float_dot(matrix, operand, 0, 0), columns)
-    if refs.signs is None:
-        return out * gain
-    signs = triton.load(refs.signs.at[row], mask=row < channels, other=0.0)
-    return out * (signs * gain)[:, None]

@@ -11,14 +11,24 @@ MIN_TILES = 4
 TILE_TOKENS = 64
 
 
+# Bits of a channel in full precision, whose bytes take as long as those of the blocks.
+RECENT_BITS = 16
+# Tiles in whose time the tokens in full precision are begun, and the blocks after them.
+RECENT_START = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Splits of a sequence; pages of a tile (at least 64 tokens); warps and stages of a program."""
+    """Splits of a sequence; pages of a tile (at least 64 tokens); warps and stages of a program.
+
+    `recent_tiles`: as many tiles fewer has the split that attends to tokens in full precision too.
+    """
 
     splits: int
     pages: int
     warps: int
     stages: int
+    recent_tiles: int = 0
 
 
 def default_schedule(
@@ -30,16 +40,22 @@ def default_schedule(
     bits: int,
     tokens: int,
     max_pages: int,
-    recent: bool = False,
+    recent: int = 0,
 ) -> Schedule:
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
     `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
-    code; `recent`: a program more for each sequence and kv head has tokens in full precision. One
-    warp needs no barrier, and suffices where its sums fit in the registers.
+    code; `recent`: slots of tokens in full precision beside the blocks. One warp needs no barrier,
+    and suffices where its sums fit in the registers.
     """
     pages = max(1, TILE_TOKENS // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)
-    splits = min(PROGRAMS // (batch * kv_heads) - recent, tiles // MIN_TILES)
-    return Schedule(splits=max(1, splits), pages=pages, warps=1 if small else 2, stages=3)
+    splits = min(PROGRAMS // (batch * kv_heads), tiles // MIN_TILES)
+    return Schedule(
+        splits=max(1, splits),
+        pages=pages,
+        warps=1 if small else 2,
+        stages=3,
+        recent_tiles=recent * RECENT_BITS // (bits * TILE_TOKENS) + RECENT_START if recent else 0,
+    )

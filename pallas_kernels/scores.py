@@ -24,7 +24,9 @@ Refs = dict[str, Any]
 class Plan:
     """The static facts. A key part is (decoder, query input, first channel, multiplier).
 
-    `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped.
+    `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `layer_pages`:
+    pages of a layer in the pool. `recent_tiles`: as many tiles as the tokens in full precision
+    count for.
     """
 
     tokens: int
@@ -35,6 +37,9 @@ class Plan:
     value_channels: tuple[int, ...]
     scale: float
     soft_cap: float | None
+    batch: int
+    layer_pages: int
+    recent_tiles: int
     splits: int
     warps: int
     stages: int

@@ -8,6 +8,7 @@ that can silence it is the filter of the program, and the test configuration nam
 Everything here takes `interpret`: inline assembly has no rule on a CPU, its stand-in does.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,18 +40,83 @@ def call(
     interpret: bool,
     aliases: dict[int, int] | None = None,
 ) -> Callable[..., Any]:
-    """`pallas_call` pinned to Triton: without compiler parameters jax 0.10 would pick Mosaic."""
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=out_shape,
-        interpret=interpret,
-        input_output_aliases=aliases or {},
-        name=name,
-        compiler_params=backend.CompilerParams(num_warps=warps, num_stages=stages),
-    )
+    """`pallas_call` pinned to Triton: without compiler parameters jax 0.10 would pick Mosaic.
+
+    `aliases`: which flat input is overwritten by which flat output. Raises NotImplementedError for
+    an output of 2**31 to 2**32 bytes that overwrites nothing.
+    """
+    aliases = aliases or {}
+
+    def run(*operands: Any) -> Any:
+        leaves, specs = jax.tree.leaves(operands), jax.tree.leaves(in_specs)
+        wide = [] if interpret else [i for i, x in enumerate(leaves) if _needs_64_bits(x)]
+        for i in wide:
+            specs[i] = _Wide(specs[i].block_shape, specs[i].index_map)
+        overwritten = {aliases[i]: i for i in wide if i in aliases}
+        for o, x in enumerate(jax.tree.leaves(out_shape)):
+            if not interpret and _needs_64_bits(x) and o not in overwritten:
+                raise NotImplementedError(f"{name}: a new array {x.shape} of 2**31 to 2**32 bytes")
+        result = pl.pallas_call(
+            _through_inputs(kernel, len(operands), overwritten) if overwritten else kernel,
+            grid=grid,
+            in_specs=jax.tree.unflatten(jax.tree.structure(in_specs), specs),
+            out_specs=out_specs,
+            out_shape=out_shape,
+            interpret=interpret,
+            input_output_aliases=aliases,
+            name=name,
+            compiler_params=backend.CompilerParams(num_warps=warps, num_stages=stages),
+        )(*operands)
+        if not all(specs[i].asked for i in wide):
+            raise NotImplementedError(f"{name}: jax {jax.__version__} asks for no block mapping")
+        return result
+
+    return run
+
+
+def _needs_64_bits(x: Any) -> bool:
+    """Whether its last elements are beyond the offsets that the backend would compute.
+
+    Those are signed 32-bit numbers of elements in arrays of up to 2**32 bytes, and 64-bit numbers
+    in larger ones.
+    """
+    return x.size > 2**31 and x.size * x.dtype.itemsize <= 2**32
+
+
+@dataclasses.dataclass
+class _Wide(pl.BlockSpec):
+    """Makes the backend take an array for one of more than 2**32 bytes.
+
+    Only the length of the first axis is made up, which enters no offset. `asked` holds something
+    once that was asked for, in copies of the block specification too.
+    """
+
+    asked: list[bool] = dataclasses.field(default_factory=list, kw_only=True)
+
+    def to_block_mapping(self, origin: Any, array_aval: Any, **context: Any) -> Any:
+        """That of the block in an array twice as long."""
+        self.asked.append(True)
+        mapping = super().to_block_mapping(origin, array_aval, **context)
+        longer = (2 * array_aval.shape[0], *array_aval.shape[1:])
+        return mapping.replace(array_aval=array_aval.update(shape=longer))
+
+
+def _through_inputs(
+    kernel: Callable[..., None], count: int, overwritten: dict[int, int]
+) -> Callable[..., None]:
+    """The kernel with inputs for the outputs that overwrite them: they are the same memory, and the
+
+    length of an output cannot be made up.
+    """
+
+    def run(*refs: Any) -> None:
+        inputs = jax.tree.leaves(refs[:count])
+        outputs, structure = jax.tree.flatten(refs[count:])
+        for o, i in overwritten.items():
+            outputs[o] = inputs[i]
+        kernel(*refs[:count], *jax.tree.unflatten(structure, outputs))
+
+    return run
 
 
 def assembly(

@@ -11,7 +11,7 @@ import pytest
 from tests.layout import random_parts
 from tests.marks import GPU
 from turboquant_jax import cache, fused
-from turboquant_jax.attention import attend, attend_pallas
+from turboquant_jax.attention import attend, attend_and_write, attend_pallas
 from turboquant_jax.cache import blocks
 from turboquant_jax.segments import Scores
 
@@ -108,3 +108,42 @@ def test_decoded_pages_are_those_of_the_definition(name, interpret):
         # the kernel multiplies scale * (step * level), the definition scale * level
         step = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 2**-22}[config.dtype]
         np.testing.assert_allclose(got.astype(np.float32), want, rtol=step, atol=1e-7)
+
+
+@pytest.mark.parametrize("pages", [pytest.param(33_000, marks=GPU)])
+def test_a_step_in_planes_that_signed_32_bit_offsets_do_not_span(pages):
+    config = cache.CacheConfig(2, 8, 128, CODEC(4), CODEC(4), window=64)
+    small = cache.create(config, 1, 1024, key=jax.random.key(0))
+    small = replace(small, **random_parts(small, np.random.default_rng(5)))
+    small = replace(small, lengths=jnp.asarray([899], jnp.int32))  # one more completes a block
+    held = small.references.shape[0]
+
+    @jax.jit
+    def at_the_end(state):
+        def longer(x):
+            return jnp.zeros((x.shape[0], pages, *x.shape[2:]), x.dtype).at[:, -held:].set(x)
+
+        return replace(
+            state,
+            pool=jax.tree.map(longer, state.pool),
+            page_table=state.page_table + (pages - held),
+            references=longer(state.references[None])[0],
+        )
+
+    large = at_the_end(small)
+    assert 2**31 < large.pool.keys[0][0].size < 2**32
+    q = jax.random.normal(jax.random.key(1), (1, 1, 32, 128), jnp.bfloat16)
+    k, v = jax.random.normal(jax.random.key(2), (2, 1, 1, 8, 128), jnp.bfloat16)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state):
+        state, outs = cache.begin(state, jnp.ones(1, jnp.int32), 1), []
+        for layer in range(2):
+            out, state = attend_and_write(state, layer, q, k, v, implementation="pallas")
+            outs.append(out)
+        state = cache.commit(state, implementation="pallas")
+        return outs, jax.tree.map(lambda x: x[:, -held:], state.pool), state
+
+    *want, _ = step(small)
+    *got, _ = step(large)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

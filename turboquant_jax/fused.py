@@ -1,10 +1,11 @@
 """The GPU kernel's view of a cache: one step of decoding over all of its segments.
 
-Everything is passed as it lies in the cache, the pools of all layers as one pool whose page table
-starts at the layer's first page; nothing is copied.
+Everything is passed as it lies in the cache, the pools of all layers as one; nothing is copied.
+What depends on the lengths is computed inside the kernel: kernels beside it would take longer.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.decode import decode as decode_pages
 from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
+from pallas_kernels.recent import Places
+from pallas_kernels.turning import rotate as rotate_in_kernel
 from turboquant_jax import codebook as codebooks
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.operands import flat
 from turboquant_jax.cache.state import Cache, Exact
 from turboquant_jax.quantizer import Quantizer
@@ -69,27 +73,35 @@ def attend(
     The output has the dtype of the query. `write` also writes the token where it is pending.
     """
     key_codec, value_codec = cache.codecs
-    groups, table, first_page, lengths, starts = blocks_of(cache, layer)
     rotated = all(
         value_codec.order is not None or not isinstance(group.rotation, Identity)
         for group in value_codec.groups
     )
     output, _, recent = decode_attention(
-        rotate(key_codec, layer, query[:, None], cache.config.num_kv_heads)[:, 0],
-        groups,
-        table,
-        lengths,
+        _rotate_one(key_codec, layer, query, cache.config.num_kv_heads, interpret),
+        groups_of(cache),
+        cache.page_table,
+        cache.lengths,
         sm_scale=scale,
-        first_page=first_page,
-        starts=starts,
+        layer=layer,
+        layers=cache.config.num_layers,
         soft_cap=softcap,
         sink_logits=sink_logits,
-        recent=_recent(cache, layer, query, new, write),
+        recent=_recent(cache, query, new, write),
         rotation=operands.of_codec(value_codec, layer) if rotated else None,
         dtype=query.dtype,
         interpret=interpret,
     )
     return output, cache if recent is None or not write else _written(cache, recent)
+
+
+def _rotate_one(
+    codec: Codec, layer: Int[Array, ""], query: Float[Array, "B N H"], kv_heads: int, interpret
+) -> Float[Array, "B N H"]:
+    """One query per sequence in the rotated space of the keys, float32."""
+    if query.dtype != jnp.bfloat16:
+        return rotate_queries(codec, layer, query[:, None], kv_heads)[:, 0]
+    return rotate_in_kernel(query, operands.of_codec(codec, layer), interpret)
 
 
 def rotate(
@@ -111,35 +123,38 @@ def rotate(
     return (turned * rotation.gain).reshape(query.shape)
 
 
-def _recent(cache: Cache, layer, query, new, write: bool) -> Recent:
-    config, lengths = cache.config, cache.lengths
-    oldest = jnp.zeros_like(lengths)
-    if config.sliding_window is not None:
-        oldest = jnp.maximum(lengths + 1 - config.sliding_window, 0)
-    row = layer * query.shape[0] + jnp.arange(query.shape[0], dtype=jnp.int32)
-    pending, spans, keys, values = cache.pending > 0, [], [], []
-    sinks, ring = (part.keys.shape[2] for part in (cache.sinks, cache.window))
-    if sinks:
-        slot = jnp.where(pending, lengths, -1)  # past the sinks: nowhere
-        spans.append((row, oldest, jnp.minimum(lengths, sinks) - oldest, slot))
-    if ring:
-        edge = jnp.maximum(config.sinks + config.compressed_tokens(lengths), oldest)
-        slot = jnp.where(pending & (lengths >= config.sinks), (lengths - config.sinks) % ring, -1)
-        spans.append((row, (edge - config.sinks) % ring, lengths - edge, slot))
-    nothing = jnp.zeros_like(row)
-    spans.append((jnp.arange(row.shape[0], dtype=jnp.int32), nothing, nothing + 1, nothing))
-    for part in (cache.sinks, cache.window):
-        if part.keys.shape[2]:
-            keys.append(flat(part.keys))
-            values.append(flat(part.values))
+def _recent(cache: Cache, query, new, write: bool) -> Recent:
+    config = cache.config
+    held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
     return Recent(
         query=query,
-        keys=(*keys, new[0]),
-        values=(*values, new[1]),
-        spans=jnp.stack([x for span in spans for x in span], axis=1).reshape(len(row), -1, 4),
+        keys=(*(flat(part.keys) for part in held), new[0]),
+        values=(*(flat(part.values) for part in held), new[1]),
+        pending=cache.pending,
+        places=partial(_places, config, cache.sinks.keys.shape[2], cache.window.keys.shape[2]),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         write=write,
     )
+
+
+def _places(config: CacheConfig, sinks: int, ring: int, length: Any, pending: Any) -> Places:
+    """Where the tokens of a sequence lie; `sinks` and `ring` are the slots of the segments."""
+    end, oldest = config.compressed_tokens(length), jnp.int32(0)
+    start: Any = 0
+    if config.sliding_window is not None:
+        oldest = jnp.maximum(length + 1 - config.sliding_window, 0)
+        start = jnp.maximum(oldest - config.sinks, 0)
+    segments: list[tuple[Any, Any, Any]] = []
+    if sinks:
+        slot = jnp.where(pending > 0, length, -1)  # past the sinks: nowhere
+        segments.append((oldest, jnp.minimum(length, sinks) - oldest, slot))
+    if ring:
+        edge = jnp.maximum(config.sinks + end, oldest)
+        newest = length - config.sinks
+        slot = jnp.where((pending > 0) & (newest >= 0), newest % ring, -1)
+        segments.append(((edge - config.sinks) % ring, length - edge, slot))
+    segments.append((0, 1, 0))
+    return Places((start, end), tuple(segments))
 
 
 def _written(cache: Cache, recent: Recent) -> Cache:
@@ -154,36 +169,20 @@ def _written(cache: Cache, recent: Recent) -> Cache:
     return replace(cache, **parts)
 
 
-def blocks_of(cache: Cache, layer: Int[Array, ""]):
-    """Groups of pages, page table, the layer's first page, the tokens `starts` to `lengths`."""
-    config, slots = cache.config, cache.page_table.shape[1]
-    lengths = config.compressed_tokens(cache.lengths)
-    starts, table = None, cache.page_table
-    if config.sliding_window is not None:
-        # the ring of blocks, oldest first; then positions count from its first block
-        last = lengths // config.block
-        first = jnp.maximum(last - slots, 0)
-        order = (first[:, None] + jnp.arange(slots, dtype=jnp.int32)[None, :]) % slots
-        table = jnp.take_along_axis(table, order, axis=1)
-        lengths = lengths - first * config.block
-        oldest_seen = cache.lengths - config.sliding_window + 1
-        starts = jnp.maximum(oldest_seen - config.sinks - first * config.block, 0)
-    return _groups(cache), table, layer * cache.references.shape[0], lengths, starts
-
-
 def decode(
     cache: Cache, layer: Int[Array, ""], pages: Int[Array, "B pages"], *, interpret: bool = False
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Keys and values of some pages of a layer in the rotated space, in the cache's dtype."""
     first = layer * cache.references.shape[0]
     found = decode_pages(
-        _groups(cache), pages.ravel() + first, dtype=cache.config.dtype, interpret=interpret
+        groups_of(cache), pages.ravel() + first, dtype=cache.config.dtype, interpret=interpret
     )
     shape = (pages.shape[0], -1, *found[0].shape[2:])
     return found[0].reshape(shape), found[1].reshape(shape)
 
 
-def _groups(cache: Cache) -> tuple[Blocks, ...]:
+def groups_of(cache: Cache) -> tuple[Blocks, ...]:
+    """The pools of all layers, one after another, as the kernels read them."""
     return tuple(
         Blocks(
             jax.tree.map(flat, keys),

@@ -3,10 +3,9 @@
 Random weights of Llama-3-8B in bfloat16, as good as weights with the rotation of the values inside
 (`folding`), greedy decoding in one compiled loop. The baseline is the same decoder with a dense
 bfloat16 past and cuDNN's attention, in the same run. Pasts are filled with random codes at full
-length. `largest` is the largest batch at its context that fits the memory of the process, `longest`
-the longest single sequence; both are really allocated and decoded. A step of the roofline reads the
-weights and the past once, as fast as a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per
-second.
+length. `largest` is the largest batch at its context that fits the memory, `longest` the longest
+single sequence; both are really allocated and decoded. A step of the roofline reads the weights and
+the past once, as fast as a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per second.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The same greedy generation by the kernel and by its definition, and where they part, why."""
 
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from experiments.experiment import Row
 from turboquant_jax import cache
+from turboquant_jax.attention import Implementation
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.demo import default_text
 from turboquant_jax.llama import Checkpoint, load
@@ -23,11 +25,8 @@ def compare(path: str, count: int, dtype: str, bits: int = 4) -> Row:
     `gap` is how far the best token lies before the second in the logits of each, `logit_difference`
     how far the two implementations are apart at most: a gap of that order is a near-tie.
     """
-    checkpoint = load(Path(path) if path else None, dtype)
-    kernel = "pallas" if jax.default_backend() == "gpu" else None
-    # float32 is to mean float32: a GPU would multiply with ten bits of mantissa
-    with jax.default_matmul_precision("highest"):
-        texts = [_generate(checkpoint, name, count, bits) for name in ("xla", kernel)]
+    checkpoint = load(path or None, dtype)
+    texts = _of_both(lambda name: _generate(checkpoint, name, count, bits))
     row: Row = {"dtype": dtype, "bits_k": bits, "bits_v": bits}
     row |= {"context": _PROMPT, "tokens": count}
     differs = np.flatnonzero(texts[0] != texts[1])
@@ -36,12 +35,24 @@ def compare(path: str, count: int, dtype: str, bits: int = 4) -> Row:
     first = int(differs[0])
     row |= {"tokens_equal": first}
     seen = texts[0][:first]  # by both, before they parted
-    with jax.default_matmul_precision("highest"):
-        logits = [_logits(checkpoint, name, seen, bits) for name in ("xla", kernel)]
+    logits = _of_both(lambda name: _logits(checkpoint, name, seen, bits))
     for name, values in zip(("xla", "pallas"), logits, strict=True):
         second, best = np.sort(values)[-2:]
         row[f"gap_{name}"] = float(best - second)
     return row | {"logit_difference": float(np.abs(logits[0] - logits[1]).max())}
+
+
+def _of_both(call: Callable[[Implementation | None], np.ndarray]) -> list[np.ndarray]:
+    """What the definition says and what the kernel says, both compiled at a time."""
+
+    def run(implementation: Implementation | None) -> np.ndarray:
+        # float32 is to mean float32: a GPU would multiply with ten bits of mantissa
+        with jax.default_matmul_precision("highest"):
+            return call(implementation)
+
+    kernel: Implementation | None = "pallas" if jax.default_backend() == "gpu" else None
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, ("xla", kernel)))
 
 
 def _prefilled(checkpoint: Checkpoint, implementation, capacity: int, bits: int):

@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import jax
 
 from experiments import greedy_generation, llama_claims, results
 from experiments.experiment import Claim, Row, Track, option, where
-from turboquant_jax.cache import CacheConfig, CodecConfig, create
+from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
 from turboquant_jax.llama import PRESETS, Llama, LlamaConfig, timing
 from turboquant_jax.llama.dense import DENSE
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 FULL = 16
 _SIZED = (FULL, 4, 2)  # bits of the cases that fill the memory, of which one loop is timed
 _SHARES = (0.99, 0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until one fits
+_COMPILERS = 6
 _TEMPORARIES = 2**21  # bytes that a sequence takes beside its past: logits, and what makes them
 _LONG_TEMPORARIES = (
     2**28
@@ -69,6 +71,7 @@ def run(config: Config, track: Track) -> list[Row]:
     """Measure every case."""
     jobs = list(_jobs(config))
     bench = Bench(config)
+    bench.compile(jobs)
     rows: list[Row] = []
     for case, bits in track(jobs, "llama_speed"):
         rows += bench.measure(case, bits, rows)
@@ -103,6 +106,7 @@ class Bench:
         layers = config.layers or preset.num_layers
         self.llama: LlamaConfig = dataclasses.replace(preset, num_layers=layers)
         self.held: tuple[bool, Llama] | None = None
+        self.compiled: dict[tuple[int, int, int], timing.CompiledDecode] = {}
 
     @functools.cached_property
     def copy(self) -> float:
@@ -123,6 +127,24 @@ class Bench:
         codecs = CodecConfig(bits), CodecConfig(bits, rotation="identity")
         sizes = self.llama.num_layers, self.llama.num_kv_heads, self.llama.head_dim
         return CacheConfig(*sizes, *codecs)
+
+    def compile(self, jobs: Sequence[tuple[str, int]]) -> None:
+        """Compile ahead, several at a time, but the first of every batch alone.
+
+        For XLA times its matrix products while it compiles, once for each shape.
+        """
+        jobs = [job for job in jobs if job[0] != "greedy" and not job[0].startswith("scan")]
+        keys = [(bits, *self._size(case, bits, _SHARES[0])) for case, bits in jobs]
+        first = {key[1]: key for key in reversed(keys)}.values()
+
+        def one(key: tuple[int, int, int]) -> None:
+            call = (self.model(stacked=False), *self._past(*key), self.config.steps)
+            self.compiled[key] = timing.compile_decode(*call)
+
+        for key in first:
+            one(key)
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            list(pool.map(one, [key for key in keys if key not in first]))
 
     def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
         """The row of a case; none where it does not fit the device."""
@@ -162,7 +184,7 @@ class Bench:
         """Batch and context, by the plan where the case asks for what fits."""
         if match := re.fullmatch(r"(?:scan)?(\d+)x(\d+)", case):
             return int(match[1]), int(match[2])
-        budget = int(share * self._free())
+        budget = int(share * self.free)
         room = self.config.steps + 1
         cache, each = self.cache_config(4 if bits == FULL else bits), exact_bytes_per_token
         if case == "longest":
@@ -178,7 +200,9 @@ class Bench:
             return max(1, budget // (per + _TEMPORARIES)), int(match[1])
         raise ValueError(f"got the case {case!r}, expected such as 8x4096, largest4096, longest")
 
-    def _free(self) -> int:
+    @functools.cached_property
+    def free(self) -> int:
+        """Bytes beside the decoder."""
         self.model(stacked=False)
         stats = jax.devices()[0].memory_stats()
         if stats is None:
@@ -188,11 +212,10 @@ class Bench:
     def _past(self, bits: int, batch: int, context: int) -> tuple[Callable[[], Any], Past[Any]]:
         """What makes a filled past, and how it is used."""
         capacity = context + self.config.steps + 1
+        sizes = batch, context, capacity
         if bits == FULL:
-            sizes = batch, context, capacity
             return functools.partial(timing.filled_dense, self.llama, *sizes), DENSE
         cache = self.cache_config(bits)
-        sizes = batch, context, _served(cache, batch, capacity)
         return functools.partial(timing.filled_cache, cache, *sizes), COMPRESSED
 
     def _decode(self, case: str, bits: int, batch: int, context: int) -> Row:
@@ -201,8 +224,12 @@ class Bench:
         make, past = self._past(bits, batch, context)
         shapes = jax.tree.leaves(jax.eval_shape(make))
         nbytes = sum(x.size * x.dtype.itemsize for x in shapes)
-        options = dict(steps=self.config.steps, repeats=1 if _sized(case) else self.config.repeats)
-        timed = timing.time_decode(model, make, past, **options)
+        timed = timing.time_decode(
+            model, make, past,
+            steps=self.config.steps,
+            repeats=1 if _sized(case) else self.config.repeats,
+            compiled=None if scan else self.compiled.get((bits, batch, context)),
+        )  # fmt: skip
         middle = context + self.config.steps / 2
         read = batch * timing.past_bytes(cache, middle, bits != FULL)
         fastest = (timing.weight_bytes(model) + read) / self.copy
@@ -230,16 +257,6 @@ class Bench:
         }
 
 
-def _served(config: CacheConfig, batch: int, capacity: int) -> int:
-    """The capacity, or up to 2 % more: the kernels refuse planes of 2**31 to 2**32 bytes."""
-    for more in range(capacity, capacity + capacity // 50, config.block):
-        make = functools.partial(create, config, batch, more, key=jax.random.key(0))
-        pool = jax.eval_shape(make).pool
-        if not any(2**31 < x.size <= 2**32 for x in jax.tree.leaves((pool.keys, pool.values))):
-            return more
-    return capacity
-
-
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Our aims of speed and of memory."""
     return llama_claims.claims(rows)
@@ -260,10 +277,12 @@ def main() -> None:
         rows, before = held.rows, held.meta["seconds"]
         command = " && ".join([held.meta["command"], command])
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    for case, bits in _jobs(config):
+    here = [row for row in rows if row.get("memory_limit", memory) == memory]
+    jobs = [job for job in _jobs(config) if not where(here, case=job[0], bits_k=job[1])]
+    bench.compile(jobs)
+    print(f"[{time.monotonic() - start:.0f} s] compiled", flush=True)
+    for case, bits in jobs:
         here = [row for row in rows if row.get("memory_limit", memory) == memory]
-        if where(here, case=case, bits_k=bits):
-            continue
         if time.monotonic() - start > limit:
             print(f"not run for lack of time: {case} at {bits} bits", flush=True)
             continue

@@ -108,26 +108,50 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledDecode:
+    """`decode` for a past of certain shapes, and the seconds that compiling it took."""
+
+    run: Any
+    seconds: float
+
+
+def compile_decode(model: Llama, make: Callable[[], Any], past: Past, steps: int) -> CompiledDecode:
+    """Compile what a `DecodeLoop` with these arguments runs; nothing is allocated."""
+    past_shapes = jax.eval_shape(make)
+    batch, vocab = past_shapes.lengths.shape[0], model.config.vocab_size
+    logits = jax.ShapeDtypeStruct((batch, vocab), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    begin = time.perf_counter()
+    lowered = decode.lower(
+        model, logits, past_shapes.lengths, keys, past_shapes, past, max_tokens=steps + 1
+    )
+    return CompiledDecode(lowered.compile(), time.perf_counter() - begin)
+
+
 class DecodeLoop:
     """Steps of greedy decoding in one compiled loop, each time from the same lengths on.
 
     `make()` gives the past, with room for `steps` more tokens. It is called after compilation,
-    which may want memory of its own on the device.
+    which may want memory of its own on the device; `compiled` is what was compiled before.
     """
 
-    def __init__(self, model: Llama, make: Callable[[], Any], past: Past, steps: int):
-        past_shapes = jax.eval_shape(make)
-        batch, vocab = past_shapes.lengths.shape[0], model.config.vocab_size
-        logits = jax.random.normal(jax.random.key(2), (batch, vocab), jnp.float32)
-        keys = jax.random.split(jax.random.key(3), batch)
-        begin = time.perf_counter()
-        lowered = decode.lower(
-            model, logits, past_shapes.lengths, keys, past_shapes, past, max_tokens=steps + 1
-        )
-        self._run, self.steps = lowered.compile(), steps
-        self.compile_seconds = time.perf_counter() - begin
+    def __init__(
+        self,
+        model: Llama,
+        make: Callable[[], Any],
+        past: Past,
+        steps: int,
+        compiled: CompiledDecode | None = None,
+    ):
+        compiled = compiled or compile_decode(model, make, past, steps)
+        self._run, self.steps = compiled.run, steps
+        self.compile_seconds = compiled.seconds
         self.temporary_bytes = _temporaries(self._run)
         self._state = make()
+        shape = self._state.lengths.shape[0], model.config.vocab_size
+        logits = jax.random.normal(jax.random.key(2), shape, jnp.float32)
+        keys = jax.random.split(jax.random.key(3), shape[0])
         self._arguments = model, logits, jax.device_get(self._state.lengths), keys
 
     def seconds(self) -> float:
@@ -150,10 +174,16 @@ class DecodeLoop:
 
 
 def time_decode(
-    model: Llama, make: Callable[[], Any], past: Past, *, steps: int = 64, repeats: int = 3
+    model: Llama,
+    make: Callable[[], Any],
+    past: Past,
+    *,
+    steps: int = 64,
+    repeats: int = 3,
+    compiled: CompiledDecode | None = None,
 ) -> Timing:
     """Time steps of greedy decoding; see `DecodeLoop` for arguments and errors."""
-    loop = DecodeLoop(model, make, past, steps)
+    loop = DecodeLoop(model, make, past, steps, compiled)
     loop.seconds()
     seconds = tuple(loop.seconds() for _ in range(repeats))
     return Timing(seconds, loop.temporary_bytes, loop.compile_seconds)

@@ -1,5 +1,6 @@
 """Merges the splits of a sequence by their log-sum-exp, in one kernel where XLA makes four."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,8 +15,6 @@ from pallas_kernels.turning import load_parts, unrotate
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
-# Channels of the output of one program, where a rotation mixes all of them.
-ROWS = 32
 
 
 def combine_kernel(
@@ -25,75 +24,77 @@ def combine_kernel(
     gain: float,
     heads: int,
     rows: int,
+    interpret: bool,
 ) -> None:
     """One program of the grid (channel slice, kv head, sequence).
 
     Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
     2**peak * sums, its softmax denominator 2**peak * weight. The splits are multiplied by the
-    transpose of `rotation`, where there is one; `recent`, a part like a split, is not. Everything
-    is loaded before the first use, so that there is one wait for memory.
+    transpose of `rotation`, where there is one; `recent`, a part like a split, is not.
+
+    Everything is loaded before the first use, so that there is one wait for memory, and in the
+    layout of the sums, each row of channels with peaks and weights of its own: they are read again
+    rather than sent from thread to thread.
     """
     splits, columns = inputs["peak"].shape
     channels = outputs["out"].shape[-1]
-    split, head = jnp.arange(power_of_two(splits)), jnp.arange(columns)
+    head = jnp.arange(columns)
     channel = triton.program_id(0) * rows + jnp.arange(rows)
     inside = channel < channels
-    # a rotation mixes all channels
-    source = jnp.arange(max(16, power_of_two(channels))) if "rotation" in inputs else channel
-    count = source.shape[0]
 
     def load(name: str, at: jax.Array, other: float) -> jax.Array:
-        valid = jnp.broadcast_to((at < splits)[:, None], (at.shape[0], columns))
-        return triton.load(inputs[name].at[at[:, None], head[None, :]], mask=valid, other=other)
+        """[len(at), rows, columns]."""
+        row = (channel,) if name == "sums" else ()
+        place = (at[:, None, None], *(x[None, :, None] for x in row), head[None, None, :])
+        exists = jnp.broadcast_to((at < splits)[:, None, None], (at.shape[0], rows, columns))
+        exists = exists & inside[None, :, None] if row else exists
+        place = tuple(jnp.broadcast_to(x, exists.shape) for x in place)
+        return triton.load(inputs[name].at[place], mask=exists, other=other)
 
-    def load_sums(at: jax.Array) -> jax.Array:
-        place = inputs["sums"].at[at[:, None, None], source[None, :, None], head[None, None, :]]
-        exists = (at < splits)[:, None, None] & (source < channels)[None, :, None]
-        return triton.load(
-            place, mask=jnp.broadcast_to(exists, (at.shape[0], count, columns)), other=0.0
-        )
+    def load_recent(name: str) -> jax.Array:
+        row = (channel[:, None],) if name == "sums" else ()
+        place = tuple(jnp.broadcast_to(x, (rows, columns)) for x in (*row, head[None, :]))
+        exists = jnp.broadcast_to(inside[:, None], (rows, columns))
+        return triton.load(inputs["recent"][name].at[place], mask=exists, other=0.0)
 
-    step = min(power_of_two(splits), max(1, TILE // (count * columns)))
-    sums = load_sums(jnp.arange(step))
+    step = min(power_of_two(splits), max(1, TILE // (rows * columns)))
+    tiles = [start + jnp.arange(step) for start in range(0, splits, step)]
+    peaks = [load("peak", at, EMPTY) for at in tiles]
+    sums = load("sums", tiles[0], 0.0)
+    weights = load("weight", tiles[0], 0.0)
     matrices = []
     if "rotation" in inputs:
-        matrices = load_parts(inputs["rotation"], source, channel, channels)
-    peak, weight = load("peak", split, EMPTY), load("weight", split, 0.0)
-    top = peak.max(axis=0)
+        matrices = load_parts(inputs["rotation"], channel, channel, channels)
+    top = functools.reduce(jnp.maximum, [peak.max(axis=0) for peak in peaks])
     if "recent" in inputs:
-        recent = {name: triton.load(inputs["recent"][name].at[head]) for name in ("peak", "weight")}
-        recent["sums"] = triton.load(
-            inputs["recent"]["sums"].at[channel[:, None], head[None, :]],
-            mask=jnp.broadcast_to(inside[:, None], (rows, columns)),
-            other=0.0,
-        )
+        recent = {name: load_recent(name) for name in ("peak", "weight", "sums")}
         top = jnp.maximum(top, recent["peak"])
     if "sinks" in inputs:
-        sink = triton.load(inputs["sinks"].at[head], mask=head < heads, other=0.0) * LOG2E
+        mask = jnp.broadcast_to((head < heads)[None, :], (rows, columns))
+        place = jnp.broadcast_to(head[None, :], (rows, columns))
+        sink = triton.load(inputs["sinks"].at[place], mask=mask, other=0.0) * LOG2E
         top = jnp.maximum(top, sink)
-    total = (weight * jnp.exp2(peak - top[None, :])).sum(axis=0)
-    if "recent" in inputs:
-        total = total + recent["weight"] * jnp.exp2(recent["peak"] - top)
-    if "sinks" in inputs:
-        total = total + jnp.exp2(sink - top)
-    empty = total <= 0.0
-    inverse = 1.0 / jnp.where(empty, 1.0, total)
 
-    out = jnp.zeros((count, columns), jnp.float32)
-    for start in range(0, splits, step):
-        at = start + jnp.arange(step)
-        tile = sums if start == 0 else load_sums(at)
-        share = jnp.exp2(load("peak", at, EMPTY) - top[None, :]) * inverse[None, :]
-        out = out + (tile * share[:, None, :]).sum(axis=0)
+    out, total = jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32)
+    for i, at in enumerate(tiles):
+        share = triton.exp2(peaks[i] - top[None], interpret)
+        total = total + ((weights if i == 0 else load("weight", at, 0.0)) * share).sum(axis=0)
+        out = out + ((sums if i == 0 else load("sums", at, 0.0)) * share).sum(axis=0)
     if "rotation" in inputs:
         out = unrotate(inputs["rotation"], matrices, gain, out, channel, channels)
     if "recent" in inputs:
-        out = out + recent["sums"] * (jnp.exp2(recent["peak"] - top) * inverse)[None, :]
+        share = triton.exp2(recent["peak"] - top, interpret)
+        total, out = total + recent["weight"] * share, out + recent["sums"] * share
+    if "sinks" in inputs:
+        total = total + triton.exp2(sink - top, interpret)
+    empty = total <= 0.0
+    out = out / jnp.where(empty, 1.0, total)
     exists = inside[:, None] & (head < heads)[None, :]
     place = outputs["out"].at[head[None, :], channel[:, None]]
     triton.store(place, out.astype(outputs["out"].dtype), mask=exists)
     log = jnp.where(empty, -jnp.inf, (top + jnp.log2(jnp.where(empty, 1.0, total))) / LOG2E)
-    triton.store(outputs["lse"].at[head], log, mask=head < heads)
+    same = jnp.broadcast_to(head[None, :], (rows, columns))  # in all rows
+    triton.store(outputs["lse"].at[same], log, mask=same < heads)
 
 
 def combine(
@@ -110,8 +111,9 @@ def combine(
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
-    rows = ROWS if rotation is not None else max(16, TILE // (power_of_two(splits) * columns))
-    rows = min(rows, max(16, power_of_two(channels)))
+    rows = max(16, power_of_two(channels))  # all of them: a rotation mixes them
+    if rotation is None:
+        rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
 
     def of_head(x: Any) -> Any:
         return triton.BlockSpec(
@@ -137,6 +139,7 @@ def combine(
             outputs,
             heads=heads,
             rows=rows,
+            interpret=interpret,
             gain=1.0 if rotation is None else rotation.gain,
         ),
         grid=(-(-channels // rows), kv_heads, batch),

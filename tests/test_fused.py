@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import schedule
 from tests.layout import random_parts
 from tests.marks import GPU
 from turboquant_jax import cache, fused
@@ -58,7 +59,8 @@ def random_cache(config, rng):
         *(pytest.param(name, False, marks=GPU) for name in COMPILED),
     ],
 )
-def test_the_fused_kernel_equals_the_definition(name, interpret):
+def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
+    monkeypatch.setattr(schedule, "MIN_TILES", 2)  # several splits, the last one with less
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
     rng = np.random.default_rng(5)
     state = random_cache(config, rng)

@@ -32,8 +32,8 @@ def _so(good: bool) -> Verdict:
 
 
 def _pair(rows: Sequence[Row], case: str, bits: int = 4) -> tuple[Row, Row] | None:
-    """The row of a case and its baseline, on an unstacked decoder."""
-    found = [where(rows, case=case, bits_k=b, layers="unstacked") for b in (bits, FULL)]
+    """The row of a case and its baseline."""
+    found = [where(rows, case=case, bits_k=b) for b in (bits, FULL)]
     return (found[0][0], found[1][0]) if all(found) else None
 
 
@@ -129,7 +129,7 @@ def figure(rows: Sequence[Row]) -> "Figure":
     from experiments.plotting import bar_groups, label, panels
 
     figure, axes = panels(1, 2)
-    timed = [r for r in where(rows, layers="unstacked") if r["case"] != "longest"]
+    timed = [r for r in rows if r["case"] not in ("longest", "greedy")]
     cases, caches = distinct(timed, "case"), distinct(timed, "cache")
     speed = {
         cache: [

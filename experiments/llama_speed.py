@@ -9,10 +9,10 @@ the past once, as fast as a copy of a gibibyte runs; `ratio_to_baseline` is of t
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from experiments import greedy_generation, llama_claims, results
+from experiments import greedy_generation, llama_claims, llama_sizes, results
 from experiments.experiment import Claim, Row, Track, option, where
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
 from turboquant_jax.llama import PRESETS, Llama, LlamaConfig, timing
 from turboquant_jax.llama.dense import DENSE
 from turboquant_jax.llama.generate import Past
 from turboquant_jax.llama.model import random_model
 from turboquant_jax.llama.past import COMPRESSED
-from turboquant_jax.plan import tokens_that_fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,11 +38,8 @@ if TYPE_CHECKING:
 FULL = 16
 _SIZED = (FULL, 4, 2)  # bits of the cases that fill the memory, of which one loop is timed
 _SHARES = (0.99, 0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until one fits
-_COMPILERS = 6
-_TEMPORARIES = 2**21  # bytes that a sequence takes beside its past: logits, and what makes them
-_LONG_TEMPORARIES = (
-    2**28
-)  # of one long sequence: partial sums, the layer that a past is filled with
+_COMPILERS = 8
+_REFUSED = NotImplementedError, jax.errors.JaxRuntimeError  # by a kernel, or for lack of memory
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Config:
 
     cases: tuple[str, ...] = option(
         ("32x4096", "8x32768", "1x4096", "largest4096", "longest"),
-        "batch x context, largest<context>, longest, scan<batch>x<context>, greedy",
+        "batch x context, largest<context>, longest, greedy",
     )
     bits: tuple[int, ...] = option((FULL, 4, 2, 3), "bits of keys and values; 16: the baseline")
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
@@ -69,43 +64,39 @@ SMOKE = Config(("2x100",), (FULL, 4), "smollm2-135m", 1, 4, 1)
 
 def run(config: Config, track: Track) -> list[Row]:
     """Measure every case."""
-    jobs = list(_jobs(config))
-    bench = Bench(config)
-    bench.compile(jobs)
-    rows: list[Row] = []
-    for case, bits in track(jobs, "llama_speed"):
-        rows += bench.measure(case, bits, rows)
+    bench, rows = Bench(config), list[Row]()
+    for jobs in _rounds(config):
+        bench.compile(jobs)
+        for case, bits in track(jobs, "llama_speed"):
+            rows += bench.measure(case, bits, rows)
     return rows
 
 
-def _jobs(config: Config) -> Iterator[tuple[str, int]]:
-    """(case, bits): baselines first, those on a stacked decoder last."""
-    cases = sorted(config.cases, key=lambda case: case.startswith("scan"))
-    for case in cases:
-        bits = sorted(config.bits, key=lambda b: b != FULL)
-        if case == "greedy":
-            bits = [4]
-        elif case.startswith("scan"):  # the dense past has an array per layer
-            bits = [b for b in bits if b != FULL]
-        elif _sized(case):
-            bits = [b for b in bits if b in _SIZED]
-        yield from ((case, b) for b in bits)
+def _rounds(config: Config) -> list[list[tuple[str, int]]]:
+    """(case, bits) in two rounds: 4 bits beside the baseline, then all others."""
 
+    def asked(case: str, bits: int) -> bool:
+        return bits == 4 if case == "greedy" else bits in _SIZED or not llama_sizes.fills(case)
 
-def _sized(case: str) -> bool:
-    """Whether the memory says how large it is."""
-    return case.startswith(("largest", "longest"))
+    return [
+        [
+            (case, bits)
+            for case in config.cases
+            for bits in sorted(config.bits, key=lambda b: b != FULL)
+            if (bits in (FULL, 4)) == first and asked(case, bits)
+        ]
+        for first in (True, False)
+    ]
 
 
 class Bench:
-    """Holds the decoder on the device, stacked or not, and measures one case at a time."""
+    """Holds the decoder on the device, and measures one case at a time."""
 
     def __init__(self, config: Config):
         self.config = config
         preset = PRESETS[config.model]
         layers = config.layers or preset.num_layers
         self.llama: LlamaConfig = dataclasses.replace(preset, num_layers=layers)
-        self.held: tuple[bool, Llama] | None = None
         self.compiled: dict[tuple[int, int, int], timing.CompiledDecode] = {}
 
     @functools.cached_property
@@ -113,14 +104,10 @@ class Bench:
         """Bytes per second of a copy on this device."""
         return timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**26)
 
-    def model(self, stacked: bool) -> Llama:
-        """The decoder in one form; only one is in memory."""
-        if self.held is None or self.held[0] != stacked:
-            self.held = None
-            gc.collect()
-            made = random_model(self.llama, 0, stacked=stacked)
-            self.held = stacked, jax.block_until_ready(made)
-        return self.held[1]
+    @functools.cached_property
+    def model(self) -> Llama:
+        """The decoder."""
+        return jax.block_until_ready(random_model(self.llama, 0, stacked=False))
 
     def cache_config(self, bits: int) -> CacheConfig:
         """The default cache, values rotated already."""
@@ -129,36 +116,40 @@ class Bench:
         return CacheConfig(*sizes, *codecs)
 
     def compile(self, jobs: Sequence[tuple[str, int]]) -> None:
-        """Compile ahead, several at a time, but the first of every batch alone.
+        """Compile ahead, several at a time, but the first baseline of every batch alone.
 
         For XLA times its matrix products while it compiles, once for each shape.
         """
-        jobs = [job for job in jobs if job[0] != "greedy" and not job[0].startswith("scan")]
-        keys = [(bits, *self._size(case, bits, _SHARES[0])) for case, bits in jobs]
-        first = {key[1]: key for key in reversed(keys)}.values()
+        keys = [
+            (bits, *self._size(case, bits, _SHARES[0])) for case, bits in jobs if case != "greedy"
+        ]
+        alone = list({key[1]: key for key in keys[::-1] if key[0] == FULL}.values())[::-1]
 
         def one(key: tuple[int, int, int]) -> None:
-            call = (self.model(stacked=False), *self._past(*key), self.config.steps)
-            self.compiled[key] = timing.compile_decode(*call)
+            call = self.model, *self._past(*key), self.config.steps
+            with contextlib.suppress(*_REFUSED):  # and said when it is measured
+                self.compiled[key] = timing.compile_decode(*call)
 
-        for key in first:
+        for key in alone:
             one(key)
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            list(pool.map(one, [key for key in keys if key not in first]))
+            list(pool.map(one, [key for key in keys if key not in alone]))
 
     def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
         """The row of a case; none where it does not fit the device."""
         if case == "greedy":
-            for dtype in ("float32", "bfloat16"):
-                arguments = self.config.checkpoint, self.config.tokens, dtype
-                yield {"case": case} | greedy_generation.compare(*arguments)
+            compare = functools.partial(
+                greedy_generation.compare, self.config.checkpoint, self.config.tokens
+            )
+            with ThreadPoolExecutor() as pool:
+                yield from ({"case": case} | r for r in pool.map(compare, ("float32", "bfloat16")))
             return
-        for share in _SHARES if _sized(case) else (1.0,):
+        for share in _SHARES if llama_sizes.fills(case) else (1.0,):
             row = self._tried(case, bits, *self._size(case, bits, share))
             if row is None:
                 gc.collect()
                 continue
-            base = where(rows, case=case.removeprefix("scan"), bits_k=FULL)
+            base = where(rows, case=case, bits_k=FULL)
             if base and case != "longest":
                 row["ratio_to_baseline"] = row["tokens_per_second"] / base[0]["tokens_per_second"]
             yield row
@@ -167,7 +158,8 @@ class Bench:
     def _tried(self, case: str, bits: int, batch: int, context: int) -> Row | None:
         """The row, or None where the device has too little memory, or a kernel refuses the size."""
         try:
-            if _sized(case):  # a past that does not fit is no reason to compile
+            # a past that does not fit is no reason to compile
+            if llama_sizes.fills(case) and (bits, batch, context) not in self.compiled:
                 jax.block_until_ready(self._past(bits, batch, context)[0]())
                 gc.collect()
             return self._decode(case, bits, batch, context)
@@ -181,29 +173,14 @@ class Bench:
         return None
 
     def _size(self, case: str, bits: int, share: float) -> tuple[int, int]:
-        """Batch and context, by the plan where the case asks for what fits."""
-        if match := re.fullmatch(r"(?:scan)?(\d+)x(\d+)", case):
-            return int(match[1]), int(match[2])
-        budget = int(share * self.free)
-        room = self.config.steps + 1
-        cache, each = self.cache_config(4 if bits == FULL else bits), exact_bytes_per_token
-        if case == "longest":
-            budget -= _LONG_TEMPORARIES
-            fits = budget // each(cache) if bits == FULL else tokens_that_fit(cache, 1, budget)
-            return 1, fits - room
-        if match := re.fullmatch(r"largest(\d+)", case):
-            capacity = int(match[1]) + room
-            per = each(cache) * capacity
-            if bits != FULL:
-                two, one = (planned_bytes(cache, n, capacity).total for n in (2, 1))
-                per = two - one
-            return max(1, budget // (per + _TEMPORARIES)), int(match[1])
-        raise ValueError(f"got the case {case!r}, expected such as 8x4096, largest4096, longest")
+        cache = None if bits == FULL else self.cache_config(bits)
+        free = int(share * self.free) if llama_sizes.fills(case) else 0
+        return llama_sizes.size(case, self.cache_config(4), cache, self.config.steps + 1, free)
 
     @functools.cached_property
     def free(self) -> int:
         """Bytes beside the decoder."""
-        self.model(stacked=False)
+        jax.block_until_ready(self.model)
         stats = jax.devices()[0].memory_stats()
         if stats is None:
             raise ValueError("got a device that does not report its memory, expected a GPU")
@@ -219,16 +196,15 @@ class Bench:
         return functools.partial(timing.filled_cache, cache, *sizes), COMPRESSED
 
     def _decode(self, case: str, bits: int, batch: int, context: int) -> Row:
-        scan = case.startswith("scan")
-        model, cache = self.model(stacked=scan), self.cache_config(4 if bits == FULL else bits)
+        model, cache = self.model, self.cache_config(4 if bits == FULL else bits)
         make, past = self._past(bits, batch, context)
         shapes = jax.tree.leaves(jax.eval_shape(make))
         nbytes = sum(x.size * x.dtype.itemsize for x in shapes)
         timed = timing.time_decode(
             model, make, past,
             steps=self.config.steps,
-            repeats=1 if _sized(case) else self.config.repeats,
-            compiled=None if scan else self.compiled.get((bits, batch, context)),
+            repeats=1 if llama_sizes.fills(case) else self.config.repeats,
+            compiled=self.compiled.get((bits, batch, context)),
         )  # fmt: skip
         middle = context + self.config.steps / 2
         read = batch * timing.past_bytes(cache, middle, bits != FULL)
@@ -239,7 +215,6 @@ class Bench:
             "cache": "bf16" if bits == FULL else f"{bits} bits",
             "bits_k": bits,
             "bits_v": bits,
-            "layers": "scan" if scan else "unstacked",
             "batch": batch,
             "context": context,
             "milliseconds_per_step": timed.median * 1e3,
@@ -277,23 +252,26 @@ def main() -> None:
         rows, before = held.rows, held.meta["seconds"]
         command = " && ".join([held.meta["command"], command])
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    here = [row for row in rows if row.get("memory_limit", memory) == memory]
-    jobs = [job for job in _jobs(config) if not where(here, case=job[0], bits_k=job[1])]
-    bench.compile(jobs)
-    print(f"[{time.monotonic() - start:.0f} s] compiled", flush=True)
-    for case, bits in jobs:
-        here = [row for row in rows if row.get("memory_limit", memory) == memory]
-        if time.monotonic() - start > limit:
-            print(f"not run for lack of time: {case} at {bits} bits", flush=True)
+
+    def here() -> list[Row]:
+        return [row for row in rows if row.get("memory_limit", memory) == memory]
+
+    for jobs in _rounds(config):
+        jobs = [job for job in jobs if not where(here(), case=job[0], bits_k=job[1])]
+        if not jobs or time.monotonic() - start > limit:
+            print(f"not run: {jobs}", flush=True)
             continue
-        fresh = list(bench.measure(case, bits, here))
-        rows += fresh
-        took = time.monotonic() - start
-        meta = results.describe(command, results.config_of(config), before + took)
-        results.write(out, rows, meta, None)
-        for row in fresh:
-            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print(f"[{took:.0f} s]", ", ".join(cells), flush=True)
+        bench.compile(jobs)
+        print(f"[{time.monotonic() - start:.0f} s] compiled", flush=True)
+        for case, bits in jobs:
+            fresh = list(bench.measure(case, bits, here()))
+            rows += fresh
+            took = time.monotonic() - start
+            meta = results.describe(command, results.config_of(config), before + took)
+            results.write(out, rows, meta, None)
+            for row in fresh:
+                cells = (f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in row.items())
+                print(f"[{took:.0f} s]", ", ".join(cells), flush=True)
     for claim in claims(rows):
         print(f"{claim.verdict:15} {claim.statement} -> {claim.measured}")
 
@@ -301,7 +279,7 @@ def main() -> None:
 def _arguments() -> tuple[Path, float, Config]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no round after this")
     for field in dataclasses.fields(Config):
         default: Any = field.default
         several = isinstance(default, tuple)

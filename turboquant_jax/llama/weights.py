@@ -150,7 +150,8 @@ def _layers(
 
 def _matrices(place: list[str], slot: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The matrices of a layer's parameter, by name, and their places in it, views."""
-    name, parts = place[-1], (slot,)
+    name = place[-1]
+    parts: tuple[np.ndarray, ...] = (slot,)
     if name == "qkv":
         parts = slot[:, :, :-2], slot[:, :, -2], slot[:, :, -1]
     elif name == "gate_up":

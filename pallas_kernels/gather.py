@@ -22,7 +22,7 @@ from pallas_kernels.dequantize import (
     divide,
     power_of_two,
 )
-from pallas_kernels.trellis import TrellisDecoder, level_number
+from pallas_kernels.trellis import TrellisDecoder, code_number
 
 DIGIT = 128
 
@@ -90,16 +90,9 @@ class GatherDecoder:
             found = (tile >> (width * place)[None, :]) & (2**width - 1)
             return jnp.where(there[None, :], found, 0) if back else found
 
-        planes = len(self.codebook.widths)
-        if self.codebook.code == "trellis":
-            number = level_number(planes, field)
-        else:
-            number, done = field(0, 0), self.codebook.widths[0]
-            for plane in range(1, planes):
-                number = number | field(plane, 0) << done
-                done += self.codebook.widths[plane]
+        number = code_number(self.codebook, field)
         level = triton.load(prepared["levels"].at[number])
-        if max(map(abs, self.codebook.levels)) < DIGIT:
+        if -DIGIT <= min(self.codebook.levels) and max(self.codebook.levels) < DIGIT:
             return [(1, level.astype(jnp.int8))]
         high = (level + DIGIT // 2) >> 7
         low = level - high * DIGIT

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import triton
+from pallas_kernels.codebook import Codebook
 from pallas_kernels.dequantize import (
     Fetch,
     PackedDecoder,
@@ -40,17 +41,21 @@ LOWER_HALVES = 0x33333333
 SELECT = 0xCA
 
 
-def level_number(planes: int, field: Callable[[int, int], jax.Array]) -> jax.Array:
-    """4 w + 2 c1 + c0 (int32) of the fields of the planes; the last plane is the path's.
+def code_number(codebook: Codebook, field: Callable[[int, int], jax.Array]) -> jax.Array:
+    """Which of the codebook's levels (int32) codes stand for, from the fields of their planes.
 
-    `field(plane, back)`: int32 fields of elements `back` steps earlier, 0 before the start; the
-    planes of the level bits are 2 bits wide, but for the last of them.
+    `field(plane, back)`: int32 fields of the elements `back` steps earlier on a path, 0 before its
+    start; a scalar code asks for 0 steps only.
     """
-    path = planes - 1
-    u0, u1, u2, u3 = (field(path, back) for back in range(4))
-    number = 2 * (u0 ^ u1 ^ u3) + u2
-    for plane in range(path):
-        number = number | field(plane, 0) << (2 + 2 * plane)
+    if codebook.code == "scalar":
+        number, done, planes = jnp.int32(0), 0, len(codebook.widths)
+    else:
+        planes = len(codebook.widths) - 1
+        u0, u1, u2, u3 = (field(planes, back) for back in range(4))
+        number, done = 2 * (u0 ^ u1 ^ u3) + u2, 2
+    for plane in range(planes):
+        number = number | field(plane, 0) << done
+        done += codebook.widths[plane]
     return number
 
 

@@ -15,6 +15,7 @@ from pallas_kernels.codebook import Codebook
 from pallas_kernels.decode import decode as decode_pages
 from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
 from turboquant_jax import codebook as codebooks
+from turboquant_jax import trellis
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.operands import flat
@@ -45,9 +46,7 @@ def unserved_blocks(cache: Cache) -> str | None:
     ):
         return "keys and values with different groups of channels"
     for group in (*key.groups, *value.groups):
-        if group.code != "scalar":
-            return f"a {group.code} code, served are scalar codes"
-        if codebooks.grid_integers(group.levels) is None:
+        if _integers(group) is None:
             return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
     return None
 
@@ -200,8 +199,13 @@ def _groups(cache: Cache) -> tuple[Blocks, ...]:
 
 
 def _table(group: Quantizer) -> Codebook:
-    integers = codebooks.grid_integers(group.levels)
+    integers = _integers(group)
     if integers is None:
         raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
     levels, step = integers
-    return Codebook(group.bits, levels, step)
+    return Codebook(group.bits, levels, step, group.code)
+
+
+def _integers(group: Quantizer) -> tuple[tuple[int, ...], float] | None:
+    limit = trellis.grid_limit(group.bits) if group.code == "trellis" else None
+    return codebooks.grid_integers(group.levels, limit)

@@ -32,12 +32,15 @@ from experiments.decode_blocks import (
     random_blocks,
 )
 from experiments.results import write_table
+from pallas_kernels.codebook import Code
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
 from turboquant_jax.llama.timing import copy_bandwidth
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
+# Of trellis codes: the presets'.
+TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
 # More than the 50 MB of an H100's L2 many times over.
 BYTES_IN_TURN = 400e6
 
@@ -58,9 +61,9 @@ class Row:
     speedup_over_cudnn: float
 
 
-def check(bits: Pair, schedule: Schedule | None = None) -> float:
+def check(bits: Pair, schedule: Schedule | None = None, code: Code = "scalar") -> float:
     """Relative error of the output norm, random pages and lengths that end inside a block."""
-    blocks = random_blocks(jax.random.key(7), bits, 64)
+    blocks = random_blocks(jax.random.key(7), bits, 64, code=code)
     table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
     lengths = jnp.array([1024, 777, 65], jnp.int32)
     q = 2.0 * jax.random.normal(jax.random.key(9), (3, QUERY_HEADS, CHANNELS))
@@ -181,13 +184,14 @@ class Bench:
         schedules: Sequence[Schedule],
         name: str = "pallas",
         paged: bool = True,
+        code: Code = "scalar",
     ) -> None:
         """The fused kernel, once per schedule; `paged` shuffles the pages."""
         batch, tokens = shape
         pages = batch * tokens // PAGE
         nbytes = batch * tokens * KV_HEADS * (CHANNELS * sum(bits) / 8 + 4)
         count = max(2, int(np.ceil(BYTES_IN_TURN / nbytes)))
-        make = jax.jit(random_blocks, static_argnums=(1, 2))
+        make = jax.jit(functools.partial(random_blocks, code=code), static_argnums=(1, 2))
         lengths = jnp.full((batch,), tokens, jnp.int32)
         caches: list[Any] = []
         for i in range(count):
@@ -239,9 +243,11 @@ def sweep_schedules(shape: Pair, choices: str) -> list[Schedule]:
 
 def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence[str]) -> None:
     """Correctness first, then baselines, then the kernel."""
-    for pair in (*bits, (1, 1), (8, 5)):
-        error = check(pair)
-        print(f"check {pair}: relative error {error:.1e}", flush=True)
+    cases: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
+    cases += [(pair, "trellis") for pair in TRELLIS_BITS]
+    for pair, code in cases:
+        error = check(pair, code=code)
+        print(f"check {pair} {code}: relative error {error:.1e}", flush=True)
         if not error < 5e-3:
             raise ValueError(f"got relative error {error} at {pair} bits, expected less than 5e-3")
     bench = Bench()
@@ -254,6 +260,9 @@ def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence
             bench.kernel(pair, shape, list(dict.fromkeys(schedules)))
             bench.write(out)
         if not sweep:
+            for pair in TRELLIS_BITS:
+                schedules = [schedule_of(pair, shape)]
+                bench.kernel(pair, shape, schedules, name="pallas-trellis", code="trellis")
             bench.kernel(
                 bits[0], shape, [schedule_of(bits[0], shape)], name="pallas-dense", paged=False
             )

@@ -27,9 +27,9 @@ def level_limits(bits: int, code: Code = "scalar") -> tuple[int, int]:
     """Smallest and largest level that the kernel can hold at this code width.
 
     A byte look-up answers up to 8 levels: any signed byte. Of 16 levels two half tables have 8
-    each: at 4 scalar bits they are merged by the sign bit of their bytes, which leaves 7 bits; those
-    of a 3-bit trellis are told apart by it, and are added up, which takes one off. All others are
-    two digits in base 128.
+    each: at 4 scalar bits they are merged by the sign bit of their bytes, which leaves 7 bits;
+    those of a 3-bit trellis are told apart by it, and are added up, which takes one off. All others
+    are two digits in base 128.
     """
     levels = 2 ** (bits + (code == "trellis"))
     if levels <= 8:

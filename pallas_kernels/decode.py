@@ -1,5 +1,6 @@
 """From packed blocks back to vectors, in the rotated space: for what reads them more than once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,23 +84,35 @@ def _decode_kernel(
         word = triton.load(pool["scales"][g].at[page, token])
         books = {"keys": group.key_codebook, "values": group.value_codebook}
         for side, scale in (("keys", key_scale(word)), ("values", value_scale(word))):
-
-            def field(plane: int, back: int, side=side, widths=books[side].widths) -> jax.Array:
-                """Fields of a plane, of the channels `back` before each, 0 before the first."""
-                width, own = widths[plane], jnp.maximum(channel - back, 0)
-                if side == "keys":
-                    place, byte = divide(own, dim * width // 8)
-                    index, shift = (token[:, None], byte[None, :]), (width * place)[None, :]
-                else:
-                    place, byte = divide(token, tokens * width // 8)
-                    index, shift = (own[None, :], byte[:, None]), (width * place)[:, None]
-                there = exists if not back else exists & (channel >= back)[None, :]
-                at = pool[side][g][plane].at[page, *index]
-                found = triton.load(at, mask=there, other=0).astype(jnp.int32) >> shift
-                return found & (2**width - 1)
-
+            field = _fields(pool[side][g], books[side], (page,), tokens, dim, side == "keys")
             code = code_number(books[side], field)
             vector = triton.load(tables[side][g].at[code]) * scale[:, None]
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)
         first += dim
+
+
+def _fields(
+    planes: Any, book: Codebook, place: tuple, tokens: int, dim: int, keys: bool
+) -> Callable[[int, int], jax.Array]:
+    """(plane, back) -> int32 fields [tokens, channels] of the channels `back` before each of them,
+
+    0 before the first; of the page `place`, whose keys, or values, they are.
+    """
+    token, channel = jnp.arange(tokens), jnp.arange(power_of_two(dim))
+
+    def field(plane: int, back: int) -> jax.Array:
+        width, own = book.widths[plane], jnp.maximum(channel - back, 0)
+        if keys:
+            part, byte = divide(own, dim * width // 8)
+            index, shift = (token[:, None], byte[None, :]), (width * part)[None, :]
+        else:
+            part, byte = divide(token, tokens * width // 8)
+            index, shift = (own[None, :], byte[:, None]), (width * part)[:, None]
+        there = jnp.broadcast_to(
+            ((channel >= back) & (channel < dim))[None, :], (tokens, channel.shape[0])
+        )
+        found = triton.load(planes[plane].at[*place, *index], mask=there, other=0)
+        return (found.astype(jnp.int32) >> shift) & (2**width - 1)
+
+    return field

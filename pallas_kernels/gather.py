@@ -1,9 +1,9 @@
 """Codes of any width, in any order -> int8 operands by a gather: right everywhere, fast nowhere.
 
 Serves 5 to 8 bits, a trellis of 4 bits, lengths that the packed look-up cannot cut into words, and
-a group of value channels whose code order differs from that of the first group. Every element is fetched as a byte
-of its own from each plane, and its level is read from a table in memory. A level is two digits in
-base 128 where one signed byte cannot hold it.
+a group of value channels whose code order differs from that of the first group. Every element is
+fetched as a byte of its own from each plane, and its level is read from a table in memory. A level
+is two digits in base 128 where one signed byte cannot hold it.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class GatherDecoder:
 
         number = code_number(self.codebook, field)
         level = triton.load(prepared["levels"].at[number])
-        if -DIGIT <= min(self.codebook.levels) and max(self.codebook.levels) < DIGIT:
+        if min(self.codebook.levels) >= -DIGIT and max(self.codebook.levels) < DIGIT:
             return [(1, level.astype(jnp.int8))]
         high = (level + DIGIT // 2) >> 7
         low = level - high * DIGIT

@@ -112,9 +112,10 @@ def half_table_assembly(group: int, half: int, upper: int) -> str:
 class TrellisDecoder(PackedDecoder):
     """`PackedDecoder` of a trellis; `rows`: the path runs along the rows, else the columns.
 
-    `unit` is 1, the width of the path's plane, or 2, where it has a multiple of 4 bytes: each of them
-    then fills two columns, and makes other subsets in each. At 3 bits level = the sum of two operands:
-    each has half of the levels, so that a look-up of eight bytes does, and -1 or 0 for the others.
+    `unit` is 1, the width of the path's plane, or 2, where that has a multiple of 4 bytes: each of
+    them then fills two columns, and makes other subsets in each. At 3 bits level = the sum of two
+    operands: each has half of the levels, so that a look-up of eight bytes does, and -1 or 0 for
+    the others.
     """
 
     rows: bool
@@ -134,7 +135,7 @@ class TrellisDecoder(PackedDecoder):
         levels = np.array(self.codebook.levels)
         if self.codebook.bits == 3:
             levels[8:] += 1  # what the other half answers comes off
-        found = {"table": levels.astype(np.int8).view(np.int32)}
+        found: dict[str, np.ndarray] = {"table": levels.astype(np.int8).view(np.int32)}
         part, byte = np.divmod(np.arange(self.cells), self.length // 8)
         if not self.rows:
             found["first"] = np.where(np.repeat(byte[::4] == 0, 4), 255, 0).astype(np.uint8)
@@ -147,7 +148,8 @@ class TrellisDecoder(PackedDecoder):
     def prepare(self, refs: Any) -> dict[str, Any]:
         """Loads tables, masks and shifts into registers."""
         words = range(len(self.codebook.levels) // 4)
-        found = {"table": [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]}
+        found: dict[str, Any] = {}
+        found["table"] = [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]
         for name in set(refs) - {"table"}:
             found[name] = triton.load(refs[name].at[jnp.arange(self.cells)[None, :]])
         return found
@@ -172,18 +174,11 @@ class TrellisDecoder(PackedDecoder):
         parts = range(self.parts)
         return tiles, [fetch(0, page, byte + part * self.bytes, mask) for part in parts]
 
-    def operands(
-        self,
-        tiles: tuple[list[jax.Array], list[jax.Array]],
-        prepared: dict[str, Any],
-        interpret: bool,
-    ) -> list[tuple[int, jax.Array]]:
+    def operands(self, tiles: Any, table: Any, interpret: bool) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
         shape = tiles[0][0].shape
-        wide = {
-            name: jnp.broadcast_to(x, shape) for name, x in prepared.items() if name != "table"
-        }
-        table = [jnp.broadcast_to(word, shape) for word in prepared["table"]]
+        wide = {name: jnp.broadcast_to(x, shape) for name, x in table.items() if name != "table"}
+        words = [jnp.broadcast_to(word, shape) for word in table["table"]]
         subsets = [self._subsets(tiles[0], wide, part, interpret) for part in range(self.parts)]
         level_bits = tiles[1]
         if self.codebook.bits == 2 and self.unit == 2:
@@ -191,7 +186,7 @@ class TrellisDecoder(PackedDecoder):
         halves = 2 if self.codebook.bits == 3 else 1
         return [
             (1, beside([
-                self._level(subsets, level_bits, variant, table, upper, interpret)
+                self._level(subsets, level_bits, variant, words, upper, interpret)
                 for variant in range(self.variants)
             ]))
             for upper in range(halves)
@@ -203,7 +198,7 @@ class TrellisDecoder(PackedDecoder):
         """Bytes [rows, cells]: 2 c1 + c0 as a plane of 2 bits, its bytes of this part."""
         if interpret:
             if not self.rows:
-                path = [path[0], *_earlier(*path, wide["first"])]
+                path = [path[0], *_earlier(path[0], path[1], wide["first"])]
             c0, c1 = path[2], path[0] ^ path[1] ^ path[3]
             low = jnp.uint8(LOWER_BITS & 255)
             move = jnp.uint8(part)
@@ -247,7 +242,7 @@ class TrellisDecoder(PackedDecoder):
         rows, columns = tiles[0].shape
         words = [as_words(tile) for tile in tiles]
         if self.codebook.bits == 3:
-            codes = half_table_codes(*words, group, half)
+            codes = half_table_codes(words[0], words[1], group, half)
             entry = jnp.stack(codes, axis=-1).reshape(rows, columns)
             level = jnp.zeros(entry.shape, jnp.int32)
             for i, value in enumerate(self.tables()["table"].view(np.int8).tolist()):

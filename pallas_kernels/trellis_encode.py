@@ -104,9 +104,7 @@ def _step(costs: list[jax.Array], subsets: list[jax.Array]) -> tuple[list[jax.Ar
     found, byte = [], jnp.zeros(subsets[0].shape, jnp.int32)
     for state in range(STATES):
         u, u1, u2 = state & 1, state >> 1 & 1, state >> 2
-        zero, one = (
-            costs[u1 + 2 * u2 + 4 * u3] + subsets[2 * (u ^ u1 ^ u3) + u2] for u3 in (0, 1)
-        )
+        zero, one = (costs[u1 + 2 * u2 + 4 * u3] + subsets[2 * (u ^ u1 ^ u3) + u2] for u3 in (0, 1))
         byte = byte | jnp.where(one < zero, 1 << state, 0)
         found.append(jnp.minimum(zero, one))
     return found, byte
@@ -121,6 +119,7 @@ def _index(
     w = jnp.zeros(y.shape, jnp.int32)
     for i in range(0, len(levels) - 4, 4):
         bars = [(levels[i + j] + levels[i + 4 + j]) / 2 for j in range(4)]
-        bar = jnp.where(upper, *(jnp.where(odd, bars[j + 1], bars[j]) for j in (2, 0)))
+        lower_bar, upper_bar = (jnp.where(odd, bars[j + 1], bars[j]) for j in (0, 2))
+        bar = jnp.where(upper, upper_bar, lower_bar)
         w = w + (y > bar).astype(jnp.int32)
     return w | u << (len(levels) // 4).bit_length() - 1

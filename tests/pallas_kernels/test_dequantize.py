@@ -183,7 +183,9 @@ def test_half_tables_by_assembly(group, half, upper):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-@pytest.mark.parametrize(("length", "rows"), [(128, False), (80, False), (64, True), (128, True), (64, False)])
+@pytest.mark.parametrize(
+    ("length", "rows"), [(128, False), (80, False), (64, True), (128, True), (64, False)]
+)
 def test_trellis_decoders_follow_the_path(bits, length, rows):
     """Along the columns of a key, and along the rows of values."""
     rng = np.random.default_rng(length + bits)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codebook import PLANE_WIDTHS, Codebook, level_limits
+from pallas_kernels.codebook import Code, Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
 
 QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
@@ -15,22 +15,24 @@ Pair = tuple[int, int]
 STEP = 0.04
 
 
-def codebook(bits: int) -> Codebook:
+def codebook(bits: int, code: Code = "scalar") -> Codebook:
     """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
-    low, high = level_limits(bits)
-    position = np.linspace(-1.0, 1.0, 2**bits)
+    low, high = level_limits(bits, code)
+    position = np.linspace(-1.0, 1.0, 2 ** (bits + (code == "trellis")))
     levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
-    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=STEP)
+    return Codebook(bits, tuple(int(x) for x in levels), STEP, code)
 
 
-def random_blocks(key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE) -> Blocks:
+def random_blocks(
+    key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE, code: Code = "scalar"
+) -> Blocks:
     """Random codes and scales near 1: any byte is valid."""
-    keys = jax.random.split(key, 8)
+    keys, books = jax.random.split(key, 8), [codebook(b, code) for b in bits]
     rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
     planes = [
         tuple(
             jax.random.bits(keys[4 * side + i], (pages, KV_HEADS, r, n * w // 8), jnp.uint8)
-            for i, w in enumerate(PLANE_WIDTHS[bits[side]])
+            for i, w in enumerate(books[side].widths)
         )
         for side, (r, n) in enumerate(rows)
     ]
@@ -40,26 +42,36 @@ def random_blocks(key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE) ->
         keys=planes[0],
         values=planes[1],
         scales=words[0] << 16 | words[1],
-        key_codebook=codebook(bits[0]),
-        value_codebook=codebook(bits[1]),
+        key_codebook=books[0],
+        value_codebook=books[1],
     )
 
 
-def unpack(planes: Sequence[jax.Array], book: Codebook) -> jax.Array:
-    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]."""
+def unpack(planes: Sequence[jax.Array], book: Codebook, path: int) -> jax.Array:
+    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]; a trellis has its path
+
+    along the axis `path`, that of the channels.
+    """
     code, done = jnp.int32(0), 0
     for plane, width in zip(planes, book.widths, strict=True):
         fields = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
         code = code | jnp.concatenate(fields, axis=-1).astype(jnp.int32) << done
         done += width
+    if book.code == "trellis":
+        u = jnp.moveaxis(code >> (book.bits - 1), path, -1)
+        start = jnp.zeros((*u.shape[:-1], 3), jnp.int32)
+        count, before = u.shape[-1], jnp.concatenate([start, u], axis=-1)
+        u1, u2, u3 = (before[..., 3 - k : 3 - k + count] for k in (1, 2, 3))
+        subset = jnp.moveaxis(2 * (u ^ u1 ^ u3) + u2, -1, path)
+        code = 4 * (code & (2 ** (book.bits - 1) - 1)) + subset
     return jnp.array(book.levels, jnp.float32)[code] * book.step
 
 
 def definition(q: jax.Array, blocks: Blocks, table: jax.Array, lengths: jax.Array) -> jax.Array:
     """The same attention in plain float32."""
     to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
-    k = unpack(blocks.keys, blocks.key_codebook) * to_float(blocks.scales << 16)[..., None]
-    v = unpack(blocks.values, blocks.value_codebook).swapaxes(2, 3)
+    k = unpack(blocks.keys, blocks.key_codebook, -1) * to_float(blocks.scales << 16)[..., None]
+    v = unpack(blocks.values, blocks.value_codebook, -2).swapaxes(2, 3)
     v = v * to_float((blocks.scales >> 16) << 16)[..., None]
     k, v = (x[table].swapaxes(1, 2).reshape(table.shape[0], KV_HEADS, -1, CHANNELS) for x in (k, v))
     split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)

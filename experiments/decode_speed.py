@@ -14,6 +14,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,18 @@ from experiments.decode_blocks import (
     definition,
     random_blocks,
 )
-from experiments.device_time import DeviceTime, copy_bandwidth, device_time
+from experiments.device_time import copy_bandwidth, device_time
 from experiments.results import write_table
+from pallas_kernels.codebook import Code
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
 from pallas_kernels.schedule import default_schedule
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
-# More than the 50 MB of an H100's L2 several times over.
-BYTES_IN_TURN = 200e6
-CALLS = 8
+# Of trellis codes: the presets'.
+TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
+# More than the 50 MB of an H100's L2 several times over; calls of a chain at least.
+BYTES_IN_TURN, CALLS = 200e6, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Row:
     speedup_over_cudnn: float
 
 
-def check(bits: Pair, schedule: Schedule | None = None) -> float:
+def check(bits: Pair, schedule: Schedule | None = None, code: Code = "scalar") -> float:
     """Relative error of the output norm, random pages and lengths that end inside a block."""
-    blocks = random_blocks(jax.random.key(7), bits, 64)
+    blocks = random_blocks(jax.random.key(7), bits, 64, code=code)
     table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
     lengths = jnp.array([1024, 777, 65], jnp.int32)
     q = 2.0 * jax.random.normal(jax.random.key(9), (3, QUERY_HEADS, CHANNELS))
@@ -98,20 +101,76 @@ def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax
     return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
 
 
-def measure(
-    step: Callable[..., jax.Array], q: jax.Array, caches: list[tuple], calls: int
-) -> DeviceTime:
-    """Of one call in a chain."""
-    step = jax.jit(step)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A line to be measured; `code` and `schedule` are those of the kernel."""
 
-    @jax.jit
-    def chain(q: jax.Array, caches: list[tuple]) -> jax.Array:
-        for cache in itertools.islice(itertools.cycle(caches), calls):
-            q = step(q, *cache)
+    name: str
+    bits: Pair
+    shape: Pair
+    schedule: Schedule | None = None
+    code: Code = "scalar"
+    paged: bool = True
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of keys and values, with scales where there are any."""
+        batch, tokens = self.shape
+        scales = {"cudnn": 0, "int8-xla": 8}.get(self.name, 4)
+        return batch * tokens * KV_HEADS * (CHANNELS * sum(self.bits) / 8 + scales)
+
+    @property
+    def calls(self) -> int:
+        """Of a chain: all caches in turn, and a few."""
+        return max(CALLS, int(np.ceil(BYTES_IN_TURN / self.nbytes)))
+
+    def step(self, q: jax.Array, *cache: Any) -> jax.Array:
+        """A call."""
+        if self.name == "cudnn":
+            return cudnn(q, *cache)
+        if self.name == "int8-xla":
+            return int8_xla(q, *cache)
+        return attend(q, *cache, self.schedule)
+
+    def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:
+        """Calls one after another, each with another cache."""
+        for cache in itertools.islice(itertools.cycle(caches), self.calls):
+            q = self.step(q, *cache)
         return q
 
-    took = device_time(lambda: chain(q, caches))
-    return DeviceTime(took.busy / calls, took.span / calls)
+    def make(self) -> tuple[jax.Array, list[tuple]]:
+        """The first query, and caches that together are more than L2 holds."""
+        count = max(2, int(np.ceil(BYTES_IN_TURN / self.nbytes)))
+        dtype = jnp.float32 if self.schedule else jnp.bfloat16
+        q = jax.random.normal(jax.random.key(0), (self.shape[0], QUERY_HEADS, CHANNELS), dtype)
+        return q, [_cache(self, jax.random.key(i)) for i in range(count)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cache(case: Case, key: jax.Array) -> tuple:
+    """Random keys and values; in pages that are shuffled if `paged`."""
+    batch, tokens = case.shape
+    keys = jax.random.split(key)
+    if case.name == "cudnn":
+        size = (batch, tokens, KV_HEADS, CHANNELS)
+        return tuple(jax.random.normal(k, size, jnp.bfloat16) for k in keys)
+    if case.name == "int8-xla":
+        size = (batch, KV_HEADS, tokens, CHANNELS)
+        codes = (jax.random.bits(k, size, jnp.uint8).astype(jnp.int8) for k in keys)
+        return (*codes, jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32))
+    pages = batch * tokens // PAGE
+    order = jnp.arange(pages, dtype=jnp.int32)
+    order = jax.random.permutation(keys[0], order) if case.paged else order
+    blocks = random_blocks(keys[1], case.bits, pages, code=case.code)
+    return blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
+
+
+def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
+    """The chain of a case, or why there is none: a schedule may not fit the device."""
+    try:
+        return jax.jit(case.chain).lower(*jax.eval_shape(case.make)).compile()
+    except Exception as error:
+        return error
 
 
 class Bench:
@@ -125,83 +184,30 @@ class Bench:
         device = jax.devices()[0].device_kind
         print(f"{device}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s")
 
-    def add(
-        self, name: str, bits: Pair, shape: Pair, schedule: str, nbytes: float, time: DeviceTime
-    ) -> None:
+    def measure(self, case: Case, chain: Callable[..., jax.Array] | Exception) -> None:
         """Keeps and prints one measurement."""
-        took = time.busy
-        rate, base = nbytes / took, self.cudnn.get(shape, float("nan"))
+        s = case.schedule
+        label = f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}" if s else ""
+        if isinstance(chain, Exception):
+            print(f"{case.name} {case.bits} {case.shape} {label} failed: {str(chain)[:200]}")
+            return
+        q, caches = case.make()
+        time = device_time(lambda: chain(q, caches))
+        took, span = time.busy / case.calls, time.span / case.calls
+        if case.name == "cudnn":
+            self.cudnn[case.shape] = took
+        rate, base = case.nbytes / took, self.cudnn.get(case.shape, float("nan"))
         row = Row(
-            name, *bits, *shape, schedule, took * 1e3, time.span * 1e3, rate / 1e9,
+            case.name, *case.bits, *case.shape, label, took * 1e3, span * 1e3, rate / 1e9,
             rate / self.copy, base / took,
         )  # fmt: skip
         self.rows.append(row)
         print(
-            f"{name:12s} {bits[0]}/{bits[1]:<2d} {shape[0]:3d} x {shape[1]:<6d} {schedule:16s} "
-            f"{took * 1e6:8.1f} us (span {time.span * 1e6:.1f}) {rate / 1e9:6.0f} GB/s "
-            f"{rate / self.copy:5.2f} of copy {base / took:5.2f}x",
+            f"{case.name:14s} {case.bits[0]}/{case.bits[1]:<2d} {case.shape[0]:3d} x "
+            f"{case.shape[1]:<6d} {label:16s} {took * 1e6:8.1f} us (span {span * 1e6:.1f}) "
+            f"{rate / 1e9:6.0f} GB/s {rate / self.copy:5.2f} of copy {base / took:5.2f}x",
             flush=True,
         )
-
-    def baselines(self, shape: Pair) -> None:
-        """cuDNN in bf16 and an int8 cache through XLA."""
-        batch, tokens = shape
-        q = jax.random.normal(jax.random.key(0), (batch, QUERY_HEADS, CHANNELS), jnp.bfloat16)
-        nbytes = batch * tokens * KV_HEADS * CHANNELS * 4
-        count = max(2, int(np.ceil(BYTES_IN_TURN / nbytes)))
-        normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-        size = (batch, tokens, KV_HEADS, CHANNELS)
-        caches = [
-            tuple(normal(jax.random.key(2 * i + j), size, jnp.bfloat16) for j in range(2))
-            for i in range(count)
-        ]
-        took = measure(cudnn, q, caches, max(count, CALLS))
-        self.cudnn[shape] = took.busy
-        self.add("cudnn", (16, 16), shape, "", nbytes, took)
-        size = (batch, KV_HEADS, tokens, CHANNELS)
-        scales = jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32)
-        narrow = jax.jit(lambda key: jax.random.bits(key, size, jnp.uint8).astype(jnp.int8))
-        caches8 = [
-            (*(narrow(jax.random.key(2 * i + j)) for j in range(2)), scales) for i in range(count)
-        ]
-        took = measure(int8_xla, q, caches8, max(count, CALLS))
-        self.add("int8-xla", (8, 8), shape, "", nbytes / 2 + scales.nbytes, took)
-
-    def kernel(
-        self,
-        bits: Pair,
-        shape: Pair,
-        schedules: Sequence[Schedule],
-        name: str = "pallas",
-        paged: bool = True,
-    ) -> None:
-        """The fused kernel, once per schedule; `paged` shuffles the pages."""
-        batch, tokens = shape
-        pages = batch * tokens // PAGE
-        nbytes = batch * tokens * KV_HEADS * (CHANNELS * sum(bits) / 8 + 4)
-        count = max(2, int(np.ceil(BYTES_IN_TURN / nbytes)))
-        make = jax.jit(random_blocks, static_argnums=(1, 2))
-        lengths = jnp.full((batch,), tokens, jnp.int32)
-        caches: list[Any] = []
-        for i in range(count):
-            order = jnp.arange(pages)
-            order = jax.random.permutation(jax.random.key(i), pages) if paged else order
-            table = order.reshape(batch, -1).astype(jnp.int32)
-            caches.append((make(jax.random.key(i), bits, pages), table, lengths))
-        q = jax.random.normal(jax.random.key(0), (batch, QUERY_HEADS, CHANNELS), jnp.float32)
-        for s in schedules:
-            step = functools.partial(attend, schedule=s)
-            label = f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}"
-            try:
-                took = measure(step, q, caches, max(count, CALLS))
-            except Exception as error:  # a schedule may not fit the device: the others go on
-                print(f"{name} {bits} {shape} {label} failed: {str(error)[:200]}", flush=True)
-                continue
-            self.add(name, bits, shape, label, nbytes, took)
-
-    def write(self, out: Path) -> None:
-        """DIR/rows.csv and DIR/meta.json."""
-        write_table(out, self.rows, time.monotonic() - self.start)
 
 
 def schedule_of(bits: Pair, shape: Pair) -> Schedule:
@@ -230,27 +236,40 @@ def sweep_schedules(shape: Pair, choices: str) -> list[Schedule]:
     return list(dict.fromkeys(found))
 
 
+def cases_of(shape: Pair, bits: Sequence[Pair], sweep: Sequence[str]) -> list[Case]:
+    """Baselines, then the kernel."""
+    cases = [Case("cudnn", (16, 16), shape), Case("int8-xla", (8, 8), shape)]
+    for pair in bits:
+        schedules = [schedule_of(pair, shape)]
+        for choices in sweep:
+            schedules += sweep_schedules(shape, choices)
+        cases += [Case("pallas", pair, shape, s) for s in dict.fromkeys(schedules)]
+    if not sweep:
+        schedule = schedule_of(bits[0], shape)
+        cases.append(Case("pallas-dense", bits[0], shape, schedule, paged=False))
+        for pair in TRELLIS_BITS:
+            schedule = schedule_of(pair, shape)
+            cases.append(Case("pallas-trellis", pair, shape, schedule, "trellis"))
+    return cases
+
+
 def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence[str]) -> None:
-    """Correctness first, then baselines, then the kernel."""
-    for pair in (*bits, (1, 1), (8, 5)):
-        error = check(pair)
-        print(f"check {pair}: relative error {error:.1e}", flush=True)
-        if not error < 5e-3:
-            raise ValueError(f"got relative error {error} at {pair} bits, expected less than 5e-3")
+    """Correctness first; what is measured is compiled ahead, several cases at a time."""
+    checks: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
+    checks += [(pair, "trellis") for pair in TRELLIS_BITS]
+    cases = [case for shape in shapes for case in cases_of(shape, bits, sweep)]
+    with ThreadPoolExecutor() as pool:
+        errors = pool.map(lambda job: check(job[0], code=job[1]), checks)
+        chains = pool.map(compiled, cases)
+        for (pair, code), error in zip(checks, errors, strict=True):
+            print(f"check {pair} {code}: relative error {error:.1e}", flush=True)
+            if not error < 5e-3:
+                raise ValueError(f"got relative error {error} at {pair} bits, expected below 5e-3")
+        ready = list(chains)
     bench = Bench()
-    for shape in shapes:
-        bench.baselines(shape)
-        for pair in bits:
-            schedules = [schedule_of(pair, shape)]
-            for choices in sweep:
-                schedules += sweep_schedules(shape, choices)
-            bench.kernel(pair, shape, list(dict.fromkeys(schedules)))
-            bench.write(out)
-        if not sweep:
-            bench.kernel(
-                bits[0], shape, [schedule_of(bits[0], shape)], name="pallas-dense", paged=False
-            )
-    bench.write(out)
+    for case, chain in zip(cases, ready, strict=True):
+        bench.measure(case, chain)
+        write_table(out, bench.rows, time.monotonic() - bench.start)
 
 
 def pairs_of(text: str, mark: str) -> list[Pair]:

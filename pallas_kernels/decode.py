@@ -1,5 +1,6 @@
 """From packed blocks back to vectors, in the rotated space: for what reads them more than once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels.blocks import Blocks, check_pool
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.dequantize import divide, power_of_two
 from pallas_kernels.scores import key_scale, value_scale
+from pallas_kernels.trellis import code_number
 
 
 def decode(
@@ -82,20 +84,35 @@ def _decode_kernel(
         word = triton.load(pool["scales"][g].at[page, token])
         books = {"keys": group.key_codebook, "values": group.value_codebook}
         for side, scale in (("keys", key_scale(word)), ("values", value_scale(word))):
-            code, done = jnp.zeros(exists.shape, jnp.int32), 0
-            for plane, width in zip(pool[side][g], books[side].widths, strict=True):
-                if side == "keys":
-                    place, byte = divide(channel, dim * width // 8)
-                    at = plane.at[page, token[:, None], byte[None, :]]
-                    shift = (width * place)[None, :]
-                else:
-                    place, byte = divide(token, tokens * width // 8)
-                    at = plane.at[page, channel[None, :], byte[:, None]]
-                    shift = (width * place)[:, None]
-                field = triton.load(at, mask=exists, other=0).astype(jnp.int32) >> shift
-                code = code | (field & (2**width - 1)) << done
-                done += width
+            field = _fields(pool[side][g], books[side], (page,), tokens, dim, side == "keys")
+            code = code_number(books[side], field)
             vector = triton.load(tables[side][g].at[code]) * scale[:, None]
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)
         first += dim
+
+
+def _fields(
+    planes: Any, book: Codebook, place: tuple, tokens: int, dim: int, keys: bool
+) -> Callable[[int, int], jax.Array]:
+    """(plane, back) -> int32 fields [tokens, channels] of the channels `back` before each of them,
+
+    0 before the first; of the page `place`, whose keys, or values, they are.
+    """
+    token, channel = jnp.arange(tokens), jnp.arange(power_of_two(dim))
+
+    def field(plane: int, back: int) -> jax.Array:
+        width, own = book.widths[plane], jnp.maximum(channel - back, 0)
+        if keys:
+            part, byte = divide(own, dim * width // 8)
+            index, shift = (token[:, None], byte[None, :]), (width * part)[None, :]
+        else:
+            part, byte = divide(token, tokens * width // 8)
+            index, shift = (own[None, :], byte[:, None]), (width * part)[:, None]
+        there = jnp.broadcast_to(
+            ((channel >= back) & (channel < dim))[None, :], (tokens, channel.shape[0])
+        )
+        found = triton.load(planes[plane].at[*place, *index], mask=there, other=0)
+        return (found.astype(jnp.int32) >> shift) & (2**width - 1)
+
+    return field

@@ -31,8 +31,9 @@ THIRD_BITS = 0x44444444
 # A byte of the 4-bit tables is level + 64: never negative, so that its replicated sign is 0.
 CENTRE = 64
 
-# (plane, page of each column, byte of each column, which columns exist) -> bytes [rows, columns]
-Fetch = Callable[[int, jax.Array, jax.Array, jax.Array | None], jax.Array]
+# (plane, page of each column, byte of each column, which columns exist) -> bytes [rows, columns];
+# of values also from how many rows back, 0 where there is none
+Fetch = Callable[..., jax.Array]
 
 
 def divide(column: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -183,12 +184,12 @@ class PackedDecoder:
         levels = np.resize(levels, 4 * table_words(self.codebook.bits)).astype(np.int8)
         return {"table": levels.view(np.int32)}
 
-    def prepare(self, refs: Any) -> list[jax.Array]:
+    def prepare(self, refs: Any) -> Any:
         """Loads the table into registers: as loaded [1, 1] tensors its words stay there."""
         words = range(table_words(self.codebook.bits))
         return [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]
 
-    def load(self, fetch: Fetch) -> list[jax.Array]:
+    def load(self, fetch: Fetch) -> Any:
         """Code bytes [rows, cells]: the parts of the first plane, then the third bits."""
         column = jnp.arange(self.cells)
         mask = None if self.cells == self.bytes * self.pages else column < self.bytes * self.pages
@@ -198,9 +199,7 @@ class PackedDecoder:
             tiles.append(fetch(1, page, byte, mask))
         return tiles
 
-    def operands(
-        self, tiles: list[jax.Array], table: list[jax.Array], interpret: bool
-    ) -> list[tuple[int, jax.Array]]:
+    def operands(self, tiles: Any, table: Any, interpret: bool) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level + centre = sum(weight * operand)."""
         found = [self._lookup(tiles, v, table, interpret) for v in range(self.variants)]
         return [(1, beside(found))]

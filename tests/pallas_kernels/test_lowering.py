@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.decode_speed import BITS, SHAPES, attend, schedule_of
-from pallas_kernels.codebook import PLANE_WIDTHS
+from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
+from pallas_kernels import trellis_encode
 from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
-from turboquant_jax import cache, fused
+from turboquant_jax import cache, fused, trellis
 from turboquant_jax.attention import attend_pallas
 from turboquant_jax.cache import compression
 from turboquant_jax.cache.state import Exact
@@ -25,14 +25,18 @@ def lower(function, *arguments):
         return traced(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8):
+def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8, code="scalar"):
     """(q, blocks, table, lengths) as shapes."""
-    books = [Codebook(b, tuple(i % 60 for i in range(2**b)), 0.1) for b in bits]
+    counts = [2 ** (b + (code == "trellis")) for b in bits]
+    books = [
+        Codebook(b, tuple(i - n // 2 for i in range(n)), 0.1, code)
+        for b, n in zip(bits, counts, strict=True)
+    ]
     pages, new = batch * max_pages, jax.ShapeDtypeStruct
     rows = (pages, kv_heads, tokens), (pages, kv_heads, channels)
     blocks = Blocks(
-        tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in PLANE_WIDTHS[bits[0]]),
-        tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in PLANE_WIDTHS[bits[1]]),
+        tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),
+        tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),
         new(rows[0], jnp.uint32),
         *books,
     )
@@ -51,6 +55,17 @@ def test_benchmark_lowers(bits, shape):
         lambda *a: attend.__wrapped__(*a, schedule), *shapes(bits, shape[0], shape[1] // 64)
     )
     assert "decode_attention" in text and "decode_combine" in text
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_trellis_lowers(bits, channels):
+    """The presets' codes, and the search for them."""
+    arguments = shapes(bits, 2, 8, channels, code="trellis")
+    assert "decode_attention" in lower(lambda *a: attend.__wrapped__(*a), *arguments)
+    levels = tuple(float(x) for x in trellis.grid_levels(bits[0]))
+    rows = jax.ShapeDtypeStruct((channels, 100), jnp.float32)
+    assert "trellis_encode" in lower(lambda y: trellis_encode.encode(y, levels), rows)
 
 
 @pytest.mark.parametrize(("bits", "channels", "tokens"), [((8, 5), 64, 32), ((3, 1), 80, 128)])

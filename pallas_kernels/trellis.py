@@ -158,31 +158,34 @@ class TrellisDecoder(PackedDecoder):
         """Bytes [rows, cells]: of the path and earlier on it; of the level bits."""
         column = jnp.arange(self.cells)
         mask = None if self.cells == self.bytes * self.pages else column < self.bytes * self.pages
-        page, byte = divide(column, self.bytes)
         path, width = len(self.codebook.widths) - 1, self.length // 8
-        own = divide(byte, width)[1]
+        narrow = jnp.arange(self.cells // self.unit)  # of a plane of single bits
+        page, own = divide(narrow, width)
         if self.rows:
             tiles = [fetch(path, page, own, mask, back) for back in range(4)]
         else:
             # of every column: the last word may be short of bytes, the one before it is not
-            before = divide(column + (width - 4), width)[1]
+            before = divide(narrow + (width - 4), width)[1]
             tiles = [fetch(path, page, own, mask), fetch(path, page, before, None)]
         if self.codebook.bits == 1:
             return tiles, []
         if self.codebook.bits == 2:
             return tiles, [fetch(0, page, own, mask)]
+        page, byte = divide(column, self.bytes)
         parts = range(self.parts)
         return tiles, [fetch(0, page, byte + part * self.bytes, mask) for part in parts]
 
     def operands(self, tiles: Any, table: Any, interpret: bool) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
-        shape = tiles[0][0].shape
+        path, level_bits = tiles
+        if self.unit == 2:
+            path = [self._twice(tile) for tile in path]
+        shape = path[0].shape
         wide = {name: jnp.broadcast_to(x, shape) for name, x in table.items() if name != "table"}
         words = [jnp.broadcast_to(word, shape) for word in table["table"]]
-        subsets = [self._subsets(tiles[0], wide, part, interpret) for part in range(self.parts)]
-        level_bits = tiles[1]
+        subsets = [self._subsets(path, wide, part, interpret) for part in range(self.parts)]
         if self.codebook.bits == 2 and self.unit == 2:
-            level_bits = [self._moved(level_bits[0], wide["part"], interpret)]
+            level_bits = [self._moved(self._twice(level_bits[0]), wide["part"], interpret)]
         halves = 2 if self.codebook.bits == 3 else 1
         return [
             (1, beside([
@@ -210,6 +213,15 @@ class TrellisDecoder(PackedDecoder):
             arguments = [*arguments, wide["part"], wide["other"]]
         text = subset_assembly(part if self.unit == 1 else None, self.rows)
         return triton.assembly(text, arguments, "=r" + ",r" * len(arguments), 4, jnp.int8)
+
+    def _twice(self, plane: jax.Array) -> jax.Array:
+        """[rows, cells / 2] -> [rows, cells]: the bytes of each page twice, one after the other."""
+        rows, width = plane.shape[0], self.length // 8
+        if self.pages == 1:
+            return lax.broadcast_in_dim(plane, (rows, 2, width), (0, 2)).reshape(rows, self.cells)
+        split = plane.reshape(rows, self.pages, width)
+        wide = lax.broadcast_in_dim(split, (rows, self.pages, 2, width), (0, 1, 3))
+        return wide.reshape(rows, self.cells)
 
     def _moved(self, plane: jax.Array, part: jax.Array, interpret: bool) -> jax.Array:
         """The words of a 1-bit plane, the bits of a word's part in its even places."""

@@ -14,8 +14,8 @@ of one sequence (codes, scales, window, sinks, mean key, page tables), 23,040 in
 ± is one standard error, over chunks of 1,024 tokens and rotations. These texts chose the presets;
 on others like settings (a window of 64) lost a third to a half more (`REPORT.md`). Larger models
 and head dims have not been measured. At head dim 128 scales weigh half as much: 3.88, 5.12, 6.10
-and 7.53 times are the limits at length. The trellis levels were the trained ones; here they are rounded
-to the grid of the GPU kernels, for less than 0.03 % more error of the codes.
+and 7.53 times are the limits at length. Measured with the trellis' trained levels; the presets have
+them rounded to the grid of the GPU kernels, for less than 0.03 % more error of the codes.
 """
 
 from typing import Literal

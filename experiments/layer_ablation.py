@@ -19,6 +19,7 @@ from experiments import losses, prepared
 from experiments.allocation import Mixed, One, allocate, by_head
 from experiments.codecs import Mean
 from experiments.experiment import Claim, Row, Track, distinct, option, where
+from experiments.fidelity_settings import turned
 from experiments.forcing import Forcing, Rule, cut
 from experiments.journal import Journal, open_journal
 from experiments.losses import Subject
@@ -132,10 +133,10 @@ def _mixed(config: Config, journal: Journal, forcing: Forcing, rows: list[Row]) 
             bits, total = allocate(by_head(shares, heads), budget * model.num_kv_heads)
             yield "by head", Mixed(bits, rule, short), total
 
-    options = {"window": config.window, "turned": bool(config.turned)}
     for words in config.uniform:
         key_bits, value_bits = map(int, words.split())
-        uniform = turbo(key_bits, value_bits, "trellis", **options)
+        uniform = turbo(key_bits, value_bits, "trellis", window=config.window)
+        uniform = turned(uniform) if config.turned else uniform
         budget = model.num_layers * (key_bits + value_bits)
         plain = sum(shares[i][key_bits] for i in range(model.num_layers))
         plain += sum(shares[i][value_bits] for i in range(model.num_layers, len(shares)))

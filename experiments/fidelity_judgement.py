@@ -220,17 +220,28 @@ def figure(rows: Sequence[Row]) -> "Figure":
 
 
 _KINDS = {
-    "candidate": "ours, calibration texts",
-    "chosen": "ours, test texts",
+    "ours": "the library's, test texts",
+    "more": "what it lacks (8-bit scales, turned means)",
     "peer": "peers, test texts",
+    "candidate": "candidates, calibration texts",
 }
 
 
+def _group(row: Row) -> str:
+    lacks = row["centred"] == 2 or "scale8" in row["preset"]
+    if row["kind"] == "chosen":
+        return "more" if lacks else "ours"
+    return row["kind"]
+
+
 def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
+    """The test texts, or the calibration texts where these were not reached."""
     from experiments.plotting import label
 
+    shown = [r for r in rows if r["kind"] in ("chosen", "peer") and r["text"] == "all"]
+    shown = shown or where(rows, kind="candidate", text="all")
     for kind, words in _KINDS.items():
-        points = where(rows, kind=kind, text="all")
+        points = [row for row in shown if _group(row) == kind]
         if not points:
             continue
         axis.errorbar(
@@ -243,7 +254,8 @@ def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
             label=words,
         )
         for row in points:
-            axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
+            if kind != "more":
+                axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
     axis.set_xscale("log")
     axis.set_yscale("log" if loss == "kl" else "symlog", **({} if loss == "kl" else SYMLOG))
     when = "65,536 tokens" if size.endswith("64k") else "the texts' length"

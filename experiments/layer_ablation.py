@@ -257,12 +257,22 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
             )
 
 
+_CHANGE = ("perplexity_change", "perplexity_change_se")
+
+
 def figure(rows: Sequence[Row]) -> "Figure":
-    """KL of every part, by layer."""
+    """KL of every part, by layer; what uniform and mixed caches lose, over their bytes."""
     from experiments.plotting import label, panels
 
-    made, axes = panels(1, 2, 5.5, 3.4)
-    for part, axis in zip("KV", axes[0], strict=True):
+    made, axes = panels(1, 3, 4.8, 3.4)
+    for kind in ("uniform", "mixed", "by head"):
+        caches = [r for r in where(rows, kind="mixed") if r["preset"].startswith(kind)]
+        if caches:
+            x, y, error = ([r[c] for r in caches] for c in ("ratio", *_CHANGE))
+            axes[0, 2].errorbar(x, y, error, fmt="o", markersize=3, linewidth=0.8, label=kind)
+    axes[0, 2].set_yscale("symlog", linthresh=0.01)
+    label(axes[0, 2], "whole caches, test texts", "ratio, everything counted", "perplexity")
+    for part, axis in zip("KV", axes[0, :2], strict=True):
         for bits in sorted(distinct(where(rows, kind="layer"), "bits")):
             found = where(rows, kind="layer", part=part, bits=bits)
             axis.errorbar(

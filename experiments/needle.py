@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments import answers, prepared
+from experiments.allocation import Allocated, remembered
 from experiments.answers import Answers, Asked
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.forcing import cut
 from experiments.journal import open_journal
 from experiments.needle_prompts import LENGTHS, SAMPLES
-from experiments.settings import for_prompts
+from experiments.settings import Setting, for_prompts
 from experiments.statistics import wilson
 
 if TYPE_CHECKING:
@@ -38,19 +39,22 @@ class Config:
     tasks: tuple[str, ...] = option(tuple(SAMPLES), "single, multi")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
+    mixed: int = option(1, "whether mixed caches of layer_ablation are asked too, 0 or 1")
     precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", (160,), ("single",), 1)
+SMOKE = Config("tiny", (160,), ("single",), 1, mixed=0)
 
 
 def run(config: Config, track: Track) -> list[Row]:
     """Every task and length in full precision and with every setting."""
-    journal = open_journal("needle", config)
+    journal = open_journal("needle", config, ("lengths", "tasks", "settings", "mixed"))
     forcing = cut(prepared.model(config.model), config.precision)
     model = forcing.model.config
-    settings = for_prompts(model.num_layers)[: config.settings or None]
+    settings: list[Setting | Allocated] = [*for_prompts(model.num_layers)]
+    settings = settings[: config.settings or None]
+    settings += remembered() if config.mixed else []
     rows: list[Row] = []
     for length in track(config.lengths, "needle"):
         for task in config.tasks:

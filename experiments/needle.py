@@ -153,7 +153,11 @@ def figure(rows: Sequence[Row]) -> "Figure":
 
     shown = distinct(rows, "preset")
     tasks = distinct(rows, "task")
-    made, axes = panels(len(tasks), len(shown), 2.0, 2.2)
+    columns = min(7, len(shown))
+    lines = -(-len(shown) // columns)  # of a task
+    made, axes = panels(lines * len(tasks), columns, 2.0, 2.0)
+    for unused in axes.ravel():
+        unused.set_axis_off()
     for i, task in enumerate(tasks):
         for j, preset in enumerate(shown):
             cells = where(rows, task=task, preset=preset)
@@ -163,7 +167,8 @@ def figure(rows: Sequence[Row]) -> "Figure":
                 if cell["found_full"]:
                     place = depths.index(cell["depth"]), lengths.index(cell["context"])
                     grid[place] = cell["kept"] / cell["found_full"]
-            axis = axes[i, j]
+            axis = axes[i * lines + j // columns, j % columns]
+            axis.set_axis_on()
             axis.grid(False)
             axis.set_facecolor("#b0b0b0")
             axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

@@ -207,12 +207,13 @@ def figure(rows: Sequence[Row]) -> "Figure":
                 at,
                 value,
                 np.maximum([value - low, high - value], 0),
-                fmt="o",
+                fmt="os^"[i // len(COLOURS)],
                 markersize=3,
                 linewidth=0.8,
                 color=COLOURS[i % len(COLOURS)],
                 label=preset,
             )
         axis.set_xticks(range(len(tasks)), [_NAMES[task] for task in tasks], fontsize=7)
-        label(axis, title, "", "share", legend=column == "score")
+        label(axis, title, "", "share", legend=False)
+    axes[0, 1].legend(fontsize=5, frameon=False, loc="lower left")
     return made

@@ -5,7 +5,9 @@ begins the answer (after RULER, arXiv:2404.06654). `single` hides one needle, `m
 other keys. A needle is found if every digit is the most likely token under teacher forcing, which
 is to say that greedy decoding would give it. Where SmolLM2-135M itself does not find it in full
 precision, the prompt says nothing about the cache: a setting is judged by the share that it keeps
-of the needles that full precision finds, and cells without any are grey.
+of the needles that full precision finds, and cells without any are grey. The caches with bits by
+layer or head (`--mixed 1`) were not asked, and `lossless` was the scalar code, not the preset's
+trellis.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,12 +41,12 @@ class Config:
     tasks: tuple[str, ...] = option(tuple(SAMPLES), "single, multi")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
-    mixed: int = option(1, "whether mixed caches of layer_ablation are asked too, 0 or 1")
+    mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
     precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", (160,), ("single",), 1, mixed=0)
+SMOKE = Config("tiny", (160,), ("single",), 1)
 
 
 def run(config: Config, track: Track) -> list[Row]:

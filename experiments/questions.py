@@ -9,7 +9,8 @@ HotpotQA (4,096): `score` is the share of answers that greedy decoding would giv
 GSM8K (2,048): nothing is executed; `score` is the share of the solution's tokens that are the most
 likely ones, and `agrees` that of the tokens which stay so. `nll_change` and `kl` are per token of
 the answer, in nats, with errors over cases. Intervals are Wilson's at 95 %, over cases, and for the
-solutions over their tokens as if these were independent.
+solutions over their tokens as if these were independent. The caches with bits by layer or head
+(`--mixed 1`) were not asked, and `lossless` was the scalar code, not the preset's trellis.
 """
 
 from collections.abc import Sequence
@@ -47,12 +48,12 @@ class Config:
     tasks: tuple[str, ...] = option(tuple(SIZES), "which questions")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
-    mixed: int = option(1, "whether mixed caches of layer_ablation are asked too, 0 or 1")
+    mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
     precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", ("hellaswag",), 1, mixed=0)
+SMOKE = Config("tiny", ("hellaswag",), 1)
 
 
 def run(config: Config, track: Track) -> list[Row]:

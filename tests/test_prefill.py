@@ -36,13 +36,12 @@ def chunk(config, count, dtype):
 RAGGED, LONG = ((0, 3, 399), (2,), 10**6), ((399, 300, 331), (4, 2), 1)
 
 
-@pytest.mark.parametrize("past", [RAGGED, LONG], ids=["ragged", "long"])
 @pytest.mark.parametrize(
-    ("name", "vendor"),
+    ("name", "vendor", "past"),
     [
-        ("centred", "xla"),
-        ("groups", "xla"),
-        *(pytest.param(n, "cudnn", marks=GPU) for n in SETTINGS),
+        ("centred", "xla", LONG),
+        ("groups", "xla", RAGGED),
+        *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),
     ],
 )
 def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, past):

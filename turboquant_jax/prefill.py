@@ -28,6 +28,8 @@ from turboquant_jax.segments import Part, Scores, merge, sink_part
 TILES = (32768,)
 # Query rows of one call: 128 for each of the 132 multiprocessors are enough.
 ROWS = 16384
+# Every group of heads is compiled.
+MOST_GROUPS = 8
 Vendor = Literal["cudnn", "xla"]
 
 
@@ -73,8 +75,7 @@ def attend(
         return [segment(queries, keys, values, is_causal=True)]
 
     def with_past() -> list[Part]:
-        *recent, count = _recent(cache, layer)
-        parts = [*alone(), segment(queries, *recent, count)]
+        parts = [*alone(), segment(queries, *_recent(cache, layer))]
         if cache.page_table.shape[1]:
             output, lse = _over_blocks(cache, layer, queries, segment, tiles, rows)
             parts.append((output, lse + scale * _mean_products(cache, layer, queries)))
@@ -126,49 +127,53 @@ def _recent(cache: Cache, layer):
 
 def _over_blocks(cache: Cache, layer, queries, segment, tiles: tuple[int, ...], rows: int) -> Part:
     """The compressed blocks, tile by tile in the rotated space."""
-    kv_heads, block, slots = cache.config.num_kv_heads, cache.config.block, cache.page_table.shape[1]
+    config, slots = cache.config, cache.page_table.shape[1]
     batch, count, heads, dim = queries.shape
-    # the fewest kv heads that bring enough rows of queries
-    own = next(
-        n for n in range(1, kv_heads + 1)
-        if n == kv_heads or kv_heads % n == 0 and batch * count * heads // kv_heads * n >= rows
-    )  # fmt: skip
-    turned = fused.rotate(cache.codecs[0], layer, queries, kv_heads).astype(queries.dtype)
-    turned = jnp.moveaxis(turned.reshape(batch, count, kv_heads // own, -1, dim), 2, 0)
-    tokens = cache.config.compressed_tokens(cache.lengths)
-    lengths = [min(slots, max(1, tile // block)) for tile in tiles]
+    groups = _groups(config.num_kv_heads, batch * count * heads, rows)
+    own = jnp.arange(config.num_kv_heads, dtype=jnp.int32).reshape(groups, -1)
+    turned = fused.rotate(cache.codecs[0], layer, queries, config.num_kv_heads)
+    turned = turned.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
+    by_group = [turned[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
+    tokens = config.compressed_tokens(cache.lengths)
+    lengths = [min(slots, max(1, tile // config.block)) for tile in tiles]
     table = jnp.pad(jnp.maximum(cache.page_table, 0), ((0, 0), (0, lengths[-1])))
     decode = _decode if fused.unserved_blocks(cache) else fused.decode
 
-    def over(first, pages: int, masked: bool, part: Part) -> Part:
-        """`pages` pages from the page `first` on, some heads at a time."""
-        page = lax.dynamic_slice_in_dim(table, first, pages, axis=1)
-        held = jnp.clip(tokens - first * block, 0, pages * block) if masked else None
+    def tile(start, pages: int, masked: bool) -> list[Part]:
+        """So many pages from the page `start` on, group by group."""
+        page = lax.dynamic_slice_in_dim(table, start, pages, axis=1)
+        held = jnp.clip(tokens - start * config.block, 0, pages * config.block)
+        return [
+            segment(q, *decode(cache, layer, page, g), held if masked else None)
+            for q, g in zip(by_group, own, strict=True)
+        ]
 
-        def of_heads(i, part: Part) -> Part:
-            mine = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), part)
-            q = lax.dynamic_index_in_dim(turned, i, keepdims=False)
-            keys, values = decode(cache, layer, page, i * own + jnp.arange(own, dtype=jnp.int32))
-            return jax.tree.map(
-                lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0),
-                part,
-                merge([mine, segment(q, keys, values, held)]),
-            )
+    def loop(parts: list[Part], first, last, pages: int, masked: bool) -> list[Part]:
+        def step(i, parts: list[Part]) -> list[Part]:
+            found = tile(first + i * pages, pages, masked)
+            return [merge(list(pair)) for pair in zip(parts, found, strict=True)]
 
-        return lax.fori_loop(0, turned.shape[0], of_heads, part)
+        return lax.fori_loop(0, -(-(last - first) // pages), step, parts)
 
-    def loop(first, last, pages: int, masked: bool, part: Part) -> Part:
-        step = lambda i, part: over(first + i * pages, pages, masked, part)  # noqa: E731
-        return lax.fori_loop(0, -(-(last - first) // pages), step, part)
-
-    part = jnp.zeros(turned.shape, jnp.float32), jnp.full(turned.shape[:-1], -jnp.inf)
-    done = jnp.int32(0)
+    done, ends = jnp.int32(0), []
     for pages in lengths:
-        end = jnp.min(tokens) // block // pages * pages  # of tiles that every sequence fills
-        part, done = loop(done, end, pages, False, part), end
-    part = loop(done, jnp.max(tokens) // block, lengths[-1], True, part)
-    output, lse = (jnp.moveaxis(x, 0, 2).reshape(queries.shape[: x.ndim - 1]) for x in part)
+        done = done + (jnp.min(tokens) // config.block - done) // pages * pages
+        ends.append(done)
+    # first what is not full: something to merge with, instead of zeros
+    parts = [(x.astype(jnp.float32), lse) for x, lse in tile(done, lengths[-1], masked=True)]
+    for first, last, pages in zip([jnp.int32(0), *ends], ends, lengths, strict=False):
+        parts = loop(parts, first, last, pages, masked=False)
+    if batch > 1:  # sequences that are longer than the shortest
+        longest = jnp.max(tokens) // config.block
+        parts = loop(parts, done + lengths[-1], longest, lengths[-1], masked=True)
+    output, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
     return _turn_back(cache, layer, output), lse
+
+
+def _groups(kv_heads: int, query_rows: int, rows: int) -> int:
+    """How many groups of kv heads a tile can be split into, each with `rows` rows of queries."""
+    most = min(MOST_GROUPS, query_rows // rows)
+    return next(n for n in range(max(1, most), 0, -1) if kv_heads % n == 0)
 
 
 def _mean_products(cache: Cache, layer, queries):
@@ -181,7 +186,7 @@ def _mean_products(cache: Cache, layer, queries):
 
 
 def _turn_back(cache: Cache, layer, output: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """Outputs back from the rotated space, float32; in bfloat16 products where that is the dtype."""
+    """Outputs back from the rotated space, float32; on the tensor cores to bfloat16."""
     config, codec = cache.config, cache.codecs[1]
     if config.dtype != "bfloat16":
         return rotated.unrotate_outputs(codec, layer, output, config.num_kv_heads)

@@ -23,13 +23,12 @@ from turboquant_jax.cache import blocks, operands
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.segments import Part, Scores, merge, sink_part
 
-# Tokens of a tile, longest first: what the tiles of one length leave over is for the next. What is
-# left at the end, less than the shortest where sequences are equally long, is masked.
-TILES = (32768,)
+# Tokens of a tile. Longer ones are merged less often; what no whole tile covers is masked.
+TILE = 32768
 # Query rows of one call: 128 for each of the 132 multiprocessors are enough.
 ROWS = 16384
-# Every group of heads is compiled.
-MOST_GROUPS = 8
+# Most groups of heads: each is compiled on its own.
+GROUPS = 4
 Vendor = Literal["cudnn", "xla"]
 
 
@@ -61,7 +60,7 @@ def attend(
     sink_logits: Float[Array, " N"] | None,
     *,
     vendor: Vendor = "cudnn",
-    tiles: tuple[int, ...] = TILES,
+    tile: int = TILE,
     rows: int = ROWS,
 ) -> Float[Array, "B T N H"]:
     """What `attention.attend` says, with operands in the cache's 16 bits; no cap, no window."""
@@ -77,7 +76,7 @@ def attend(
     def with_past() -> list[Part]:
         parts = [*alone(), segment(queries, *_recent(cache, layer))]
         if cache.page_table.shape[1]:
-            output, lse = _over_blocks(cache, layer, queries, segment, tiles, rows)
+            output, lse = _over_blocks(cache, layer, queries, segment, tile, rows)
             parts.append((output, lse + scale * _mean_products(cache, layer, queries)))
         return parts
 
@@ -125,7 +124,7 @@ def _recent(cache: Cache, layer):
     return keys, values, sinks + jnp.maximum(lengths - edge, 0)
 
 
-def _over_blocks(cache: Cache, layer, queries, segment, tiles: tuple[int, ...], rows: int) -> Part:
+def _over_blocks(cache: Cache, layer, queries, segment, tile: int, rows: int) -> Part:
     """The compressed blocks, tile by tile in the rotated space."""
     config, slots = cache.config, cache.page_table.shape[1]
     batch, count, heads, dim = queries.shape
@@ -135,44 +134,38 @@ def _over_blocks(cache: Cache, layer, queries, segment, tiles: tuple[int, ...], 
     turned = turned.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
     by_group = [turned[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
     tokens = config.compressed_tokens(cache.lengths)
-    lengths = [min(slots, max(1, tile // config.block)) for tile in tiles]
-    table = jnp.pad(jnp.maximum(cache.page_table, 0), ((0, 0), (0, lengths[-1])))
+    pages = min(slots, max(1, tile // config.block))
+    table = jnp.pad(jnp.maximum(cache.page_table, 0), ((0, 0), (0, pages)))
     decode = _decode if fused.unserved_blocks(cache) else fused.decode
 
-    def tile(start, pages: int, masked: bool) -> list[Part]:
-        """So many pages from the page `start` on, group by group."""
-        page = lax.dynamic_slice_in_dim(table, start, pages, axis=1)
-        held = jnp.clip(tokens - start * config.block, 0, pages * config.block)
+    def attend_to(i, masked: bool) -> list[Part]:
+        """Tile i, group by group."""
+        page = lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
+        held = jnp.clip(tokens - i * pages * config.block, 0, pages * config.block)
         return [
             segment(q, *decode(cache, layer, page, g), held if masked else None)
             for q, g in zip(by_group, own, strict=True)
         ]
 
-    def loop(parts: list[Part], first, last, pages: int, masked: bool) -> list[Part]:
+    def loop(first, last, masked: bool, parts: list[Part]) -> list[Part]:
         def step(i, parts: list[Part]) -> list[Part]:
-            found = tile(first + i * pages, pages, masked)
-            return [merge(list(pair)) for pair in zip(parts, found, strict=True)]
+            return [merge([*pair]) for pair in zip(parts, attend_to(i, masked), strict=True)]
 
-        return lax.fori_loop(0, -(-(last - first) // pages), step, parts)
+        return lax.fori_loop(first, last, step, parts)
 
-    done, ends = jnp.int32(0), []
-    for pages in lengths:
-        done = done + (jnp.min(tokens) // config.block - done) // pages * pages
-        ends.append(done)
-    # first what is not full: something to merge with, instead of zeros
-    parts = [(x.astype(jnp.float32), lse) for x, lse in tile(done, lengths[-1], masked=True)]
-    for first, last, pages in zip([jnp.int32(0), *ends], ends, lengths, strict=False):
-        parts = loop(parts, first, last, pages, masked=False)
+    full = jnp.min(tokens) // (pages * config.block)  # tiles that every sequence fills
+    # first the one behind them: something to merge with, instead of zeros
+    parts = [(output.astype(jnp.float32), lse) for output, lse in attend_to(full, masked=True)]
+    parts = loop(0, full, False, parts)
     if batch > 1:  # sequences that are longer than the shortest
-        longest = jnp.max(tokens) // config.block
-        parts = loop(parts, done + lengths[-1], longest, lengths[-1], masked=True)
+        parts = loop(full + 1, -(-jnp.max(tokens) // (pages * config.block)), True, parts)
     output, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
     return _turn_back(cache, layer, output), lse
 
 
 def _groups(kv_heads: int, query_rows: int, rows: int) -> int:
     """How many groups of kv heads a tile can be split into, each with `rows` rows of queries."""
-    most = min(MOST_GROUPS, query_rows // rows)
+    most = min(GROUPS, query_rows // rows)
     return next(n for n in range(max(1, most), 0, -1) if kv_heads % n == 0)
 
 

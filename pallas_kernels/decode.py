@@ -20,15 +20,18 @@ from pallas_kernels.trellis import code_number
 def decode(
     groups: tuple[Blocks, ...],
     pages: Int[Array, " jobs"],
+    heads: Int[Array, " heads"],
     *,
     dtype: DTypeLike = jnp.bfloat16,
     interpret: bool = False,
-) -> tuple[Float[Array, "jobs T K H"], Float[Array, "jobs T K H"]]:
-    """Keys and values of some pages, scale * step * level, the groups' channels one after another.
+) -> tuple[Float[Array, "jobs T heads H"], Float[Array, "jobs T heads H"]]:
+    """Keys and values of some pages and kv heads: scale * step * level.
+
+    The groups' channels come one after another.
 
     Raises ValueError for planes that do not fit, NotImplementedError for what is not served.
     """
-    _, heads, tokens = check_pool(groups)
+    _, _, tokens = check_pool(groups)
     channels = sum(group.values[0].shape[2] for group in groups)
     inputs = {
         "keys": [group.keys for group in groups],
@@ -40,22 +43,19 @@ def decode(
         "values": [_table(group.value_codebook) for group in groups],
     }
 
-    def of_head(x: jax.Array) -> Any:
-        return triton.BlockSpec(
-            (x.shape[0], None, *x.shape[2:]), lambda i, h: (0, h) + (0,) * (x.ndim - 2)
-        )
-
-    out = jax.ShapeDtypeStruct((pages.shape[0], tokens, heads, channels), dtype)
+    out = jax.ShapeDtypeStruct((pages.shape[0], tokens, heads.shape[0], channels), dtype)
     spec = triton.BlockSpec((None, tokens, None, channels), lambda i, h: (i, 0, h, 0))
     return triton.call(
-        lambda pages, pool, tables, keys, values: _decode_kernel(
-            pages, pool, tables, {"keys": keys, "values": values}, groups=groups
+        lambda pages, heads, pool, tables, keys, values: _decode_kernel(
+            pages[0], heads[0], pool, tables, {"keys": keys, "values": values}, groups=groups
         ),
-        grid=(pages.shape[0], heads),
+        grid=(pages.shape[0], heads.shape[0]),
         in_specs=(
             triton.BlockSpec((1,), lambda i, h: (i,)),
-            jax.tree.map(of_head, inputs),
-            jax.tree.map(lambda x: triton.BlockSpec(x.shape, lambda i, h: (0,)), tables),
+            triton.BlockSpec((1,), lambda i, h: (h,)),
+            *jax.tree.map(
+                lambda x: triton.BlockSpec(x.shape, lambda i, h: (0,) * x.ndim), (inputs, tables)
+            ),
         ),
         out_specs=(spec, spec),
         out_shape=(out, out),
@@ -63,7 +63,7 @@ def decode(
         stages=1,
         name="decode",
         interpret=interpret,
-    )(pages.astype(jnp.int32), inputs, jax.tree.map(jnp.asarray, tables))
+    )(pages.astype(jnp.int32), heads.astype(jnp.int32), inputs, jax.tree.map(jnp.asarray, tables))
 
 
 def _table(codebook: Codebook) -> np.ndarray:
@@ -71,20 +71,20 @@ def _table(codebook: Codebook) -> np.ndarray:
 
 
 def _decode_kernel(
-    pages: Any, pool: Any, tables: Any, outputs: Any, *, groups: tuple[Blocks, ...]
+    page: Any, head: Any, pool: Any, tables: Any, outputs: Any, *, groups: tuple[Blocks, ...]
 ) -> None:
     """One program of the grid (page, kv head)."""
-    page, first = pages[0], 0
+    first = 0
     tokens = groups[0].scales.shape[2]
     token = jnp.arange(tokens)
     for g, group in enumerate(groups):
         dim = group.values[0].shape[2]
         channel = jnp.arange(power_of_two(dim))
         exists = jnp.broadcast_to((channel < dim)[None, :], (tokens, channel.shape[0]))
-        word = triton.load(pool["scales"][g].at[page, token])
+        word = triton.load(pool["scales"][g].at[page, head, token])
         books = {"keys": group.key_codebook, "values": group.value_codebook}
         for side, scale in (("keys", key_scale(word)), ("values", value_scale(word))):
-            field = _fields(pool[side][g], books[side], (page,), tokens, dim, side == "keys")
+            field = _fields(pool[side][g], books[side], (page, head), tokens, dim, side == "keys")
             code = code_number(books[side], field)
             vector = triton.load(tables[side][g].at[code]) * scale[:, None]
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]

@@ -114,10 +114,11 @@ def test_decoded_pages_are_those_of_the_definition(name, interpret):
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
     state = random_cache(config, np.random.default_rng(5))
     pages = jnp.asarray([[1, 0], [2, 2]], jnp.int32)
-    found = jax.jit(partial(fused.decode, interpret=interpret))(state, jnp.int32(1), pages)
+    heads = jnp.asarray([1, 0], jnp.int32)
+    found = jax.jit(partial(fused.decode, interpret=interpret))(state, jnp.int32(1), pages, heads)
     groups = blocks.unpack(state.codecs, jax.tree.map(lambda x: x[1], state.pool))
     for got, codec, group in zip(found, state.codecs, groups, strict=True):
-        want = codec.dequantize(group)[pages]  # [B, pages, K, T, H]
+        want = codec.dequantize(group)[pages][:, :, heads]  # [B, pages, K, T, H]
         want = jnp.moveaxis(want, 2, 3).reshape(got.shape)
         # the kernel multiplies scale * (step * level), the definition scale * level
         step = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 2**-22}[config.dtype]

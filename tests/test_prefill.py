@@ -1,5 +1,7 @@
 """Attention of a chunk by tiles, on any vendor's attention, is the definition's in 16 bits."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,18 +30,24 @@ def chunk(config, count, dtype):
     return [jnp.asarray(rng.normal(0, 1, shape), dtype) for shape in shapes]
 
 
+# Lengths and rows of queries of a product, with tiles of two blocks: an empty sequence and one
+# without a block, all heads at once; sequences of 12, 9 and 10 blocks, head by head.
+RAGGED, LONG = ((0, 3, 399), 10**6), ((399, 300, 331), 1)
+
+
 @pytest.mark.parametrize(
-    ("name", "vendor"),
+    ("name", "vendor", "past"),
     [
-        ("centred", "xla"),
-        ("groups", "xla"),
-        *(pytest.param(n, "cudnn", marks=GPU) for n in SETTINGS),
+        ("centred", "xla", LONG),
+        ("groups", "xla", RAGGED),
+        *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),
     ],
 )
-def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor):
-    """Tiles of two blocks; one sequence is empty, one has no block yet."""
+def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, past):
+    lengths, rows = past
     config = cache.CacheConfig(**SHAPE | SETTINGS[name])
     state = random_cache(config, np.random.default_rng(6))
+    state = replace(state, lengths=jnp.asarray(lengths, jnp.int32))
     scores = Scores(scale=0.2)
     sinks = jnp.asarray(np.linspace(-1, 1, 2 * config.num_kv_heads), jnp.float32)
 
@@ -51,7 +59,7 @@ def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor):
                 state, layer, q, k, v, scores=scores, sink_logits=sinks, implementation="xla"
             )
         return want, prefill.attend(
-            state, layer, q, k, v, scores, sinks, vendor=vendor, tile=2 * config.block
+            state, layer, q, k, v, scores, sinks, vendor=vendor, tile=2 * config.block, rows=rows
         )
 
     with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes

@@ -169,13 +169,17 @@ def _written(cache: Cache, recent: Recent) -> Cache:
 
 
 def decode(
-    cache: Cache, layer: Int[Array, ""], pages: Int[Array, "B pages"], *, interpret: bool = False
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Keys and values of some pages of a layer in the rotated space, in the cache's dtype."""
-    first = layer * cache.references.shape[0]
-    found = decode_pages(
-        groups_of(cache), pages.ravel() + first, dtype=cache.config.dtype, interpret=interpret
-    )
+    cache: Cache,
+    layer: Int[Array, ""],
+    pages: Int[Array, "B pages"],
+    heads: Int[Array, " heads"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
+    """Keys and values of some pages and heads of a layer in the rotated space, in its dtype."""
+    page = pages.ravel() + layer * cache.references.shape[0]
+    dtype = cache.config.dtype
+    found = decode_pages(groups_of(cache), page, heads, dtype=dtype, interpret=interpret)
     shape = (pages.shape[0], -1, *found[0].shape[2:])
     return found[0].reshape(shape), found[1].reshape(shape)
 

@@ -42,14 +42,17 @@ PLAIN = Scores()
 
 def merge(parts: list[Part]) -> Part:
     """Join the outputs of disjoint sets of tokens by their log-sum-exp (-inf for an empty set)."""
+    if len(parts) == 1:
+        return parts[0]
     total = parts[0][1]
     for _, lse in parts[1:]:
         total = jnp.logaddexp(total, lse)
-    output = jnp.zeros_like(parts[0][0])
+    output = jnp.zeros(parts[0][0].shape, jnp.float32)
     for part, lse in parts:
         # a part without tokens must not make NaN of -inf - (-inf), nor pass on what it holds
         weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - total))
-        output = output + weight[..., None] * jnp.where(jnp.isneginf(lse)[..., None], 0.0, part)
+        seen = jnp.where(jnp.isneginf(lse)[..., None], 0.0, part.astype(jnp.float32))
+        output = output + weight[..., None] * seen
     return output, total
 
 

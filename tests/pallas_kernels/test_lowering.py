@@ -111,7 +111,7 @@ def test_a_step_and_a_chunk_of_a_cache_lower(bits, head_dim, rotation, dtype):
 
     def chunk(state, k, v):
         compressed = compression.compress_chunk(state, jnp.int32(1), Exact(k, v), use_kernel=True)
-        return fused.decode(compressed, jnp.int32(1), compressed.page_table)
+        return fused.decode(compressed, jnp.int32(1), compressed.page_table, jnp.arange(1))
 
     text = lower(step, state, new(1, 8), new(1, 2), new(1, 2))
     assert all(name in text for name in ("decode_attention", "decode_combine", "encode"))

@@ -1,28 +1,31 @@
 """From full-precision keys and values to packed blocks, in one pass: one read, one write.
 
-A program makes one block of one kv head: `quantize`, then pack, which is a product with a matrix
-too, of fields times powers of two.
+A program makes a few blocks of one kv head, the keys of all and then the values, so that a rotation
+stays in shared memory for as long as it is needed. Codes that share a byte meet in the registers of
+one thread: of keys they are columns apart, of values rows, loaded in an order that brings them
+together.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.dequantize import power_of_two
-from pallas_kernels.quantize import Code, Columns, quantize
+from pallas_kernels.nearest import Levels, table
+from pallas_kernels.quantize import Code, Columns, load_rotation, quantize, rotate_one
 from pallas_kernels.rotation import Rotation
 
 # Tokens that a program has in registers at a time.
 TILE = 64
+# Blocks of a program: so many that this many programs remain, up to a limit.
+PROGRAMS = 1024
+MAX_BLOCKS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +72,7 @@ def encode(
     """
     tokens = _check(keys, values, jobs, pool)
     heads, channels = keys.shape[2:]
+    count = blocks_per_program(jobs.shape[0] * heads)
 
     def planes(x: jax.Array) -> Any:
         return triton.BlockSpec(
@@ -85,45 +89,34 @@ def encode(
         "scales": pool.scales,
     } | ({} if pool.key_mean is None else {"key_mean": pool.key_mean})
     constants = {
+        "jobs": jobs.astype(jnp.int32),
         "keys": [group.rotation for group in pool.keys],
         "values": [group.rotation for group in pool.values],
-        "keys_packing": [
-            [packing_matrix(g.rotation.parts.shape[2], w) for w in PLANE_WIDTHS[g.code.bits]]
-            for g in pool.keys
-        ],
-        "values_packing": [
-            [packing_matrix(tokens, w) for w in PLANE_WIDTHS[g.code.bits]] for g in pool.values
-        ],
-        "tables": [
-            jnp.array([group.code.levels, (*group.code.edges, 0.0)], jnp.float32)
-            for group in (*pool.keys, *pool.values)
-        ],
-    }
-    inputs = (
-        {"source_keys": keys, "source_values": values, "jobs": jobs.astype(jnp.int32)},
-        constants,
-        targets,
-    )
-    specs = (
-        {
-            "source_keys": source,
-            "source_values": source,
-            "jobs": triton.BlockSpec((None, 5), lambda i, h: (i, 0)),
+        "tables": {
+            side: [jnp.asarray(table(group.code.levels)) for group in groups]
+            for side, groups in (("keys", pool.keys), ("values", pool.values))
         },
+    }
+    vectors = {"keys": keys, "values": values}
+    means = {} if pool.key_mean is None else {"means": rotated_means(pool.key_mean, pool.keys)}
+    inputs = (vectors, means, constants, targets)
+    specs = (
+        jax.tree.map(lambda x: source, vectors),
+        jax.tree.map(planes, means),
         jax.tree.map(whole, constants),
         jax.tree.map(planes, targets),
     )
-    first = len(jax.tree.leaves(inputs[:2]))
-    count = len(jax.tree.leaves(targets))
+    first = len(jax.tree.leaves(inputs[:3]))
     written = triton.call(
-        lambda source, constants, old, new: _encode_kernel(
-            source, constants, old, new, pool=pool, tokens=tokens, interpret=interpret,
+        lambda source, means, constants, old, new: _encode_kernel(
+            source, means, constants, old, new, pool=pool, tokens=tokens, count=count,
+            interpret=interpret,
         ),
-        grid=(jobs.shape[0], heads),
+        grid=(-(-jobs.shape[0] // count), heads),
         in_specs=specs,
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
-        aliases={first + i: i for i in range(count)},
+        aliases={first + i: i for i in range(len(jax.tree.leaves(targets)))},
         warps=4,
         stages=1,
         name="encode",
@@ -138,6 +131,29 @@ def encode(
         scales=written["scales"],
         key_mean=written.get("key_mean"),
     )
+
+
+def blocks_per_program(total: int) -> int:
+    """A power of two: more only where enough programs remain to fill a GPU."""
+    count = 1
+    while count < MAX_BLOCKS and total >= 2 * count * PROGRAMS:
+        count *= 2
+    return count
+
+
+def rotated_means(
+    means: Float[Array, "rows K H"], groups: tuple[Group, ...]
+) -> Float[Array, "rows K H"]:
+    """Pi mean / gain, group by group."""
+    rotated, first = [], 0
+    for group in groups:
+        matrix = group.rotation.parts[:, 0].astype(jnp.float32).sum(axis=0)
+        own = means[..., first : first + matrix.shape[1]]
+        rotated.append(
+            jnp.einsum("rkj,ij->rki", own, matrix, precision=lax.Precision.HIGHEST)
+        )
+        first += matrix.shape[1]
+    return jnp.concatenate(rotated, axis=-1)
 
 
 def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:
@@ -170,114 +186,181 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
 
 
 def _encode_kernel(
-    source: dict[str, Any], constants: dict[str, Any], old: dict[str, Any], new: dict[str, Any],
-    *, pool: Pool, tokens: int, interpret: bool,
+    source: dict[str, Any], means: dict[str, Any], constants: dict[str, Any], old: dict[str, Any],
+    new: dict[str, Any], *, pool: Pool, tokens: int, count: int, interpret: bool,
 ) -> None:  # fmt: skip
-    """One program of the grid (job, kv head)."""
-    row, slot, page, mean_row, opens = (source["jobs"][i] for i in range(5))
+    """One program of the grid (jobs / count, kv head)."""
+    jobs, first_job = constants["jobs"], triton.program_id(0) * count
+    rows = min(TILE, tokens)
 
-    tile = min(TILE, tokens)
+    def compress(side: str, g: int, group: Group, first: int) -> None:
+        column = Columns(group.rotation.parts.shape[2], first)
+        rotation = load_rotation(constants[side][g].parts, column)
+        levels = Levels(group.code.levels, constants["tables"][side][g])
 
-    @triton.when(page >= 0)
+        def one(job: jax.Array) -> None:
+            row, slot, page, mean_row, opens = (jobs[job, i] for i in range(5))
+
+            @triton.when(page >= 0)
+            def _() -> None:
+                def vectors(token: jax.Array) -> jax.Array:
+                    return _load(source[side], row, slot, token, column)
+
+                mean = None
+                if side == "keys" and means:
+                    held = old["key_mean"], new["key_mean"], means["means"]
+                    mean = _mean(vectors, tokens, held, mean_row, opens, rotation, column)
+                for start in range(0, tokens, rows):
+                    token = start + jnp.arange(rows)
+                    if side == "values":
+                        token = _order(tokens, start, rows)
+                    index, scale = quantize(
+                        vectors(token), mean, rotation, group.rotation.gain, levels, group.code,
+                        column, interpret,
+                    )  # fmt: skip
+                    word = _bits(scale)
+                    at = new["scales"][g].at[page, token]
+                    if side == "values":
+                        word = word << jnp.uint32(16)
+                        if g < len(pool.keys):
+                            word = word | triton.load(at)
+                    triton.store(at, word)
+                    widths = PLANE_WIDTHS[group.code.bits]
+                    for plane, width, done in zip(
+                        new[side][g], widths, [sum(widths[:i]) for i in range(len(widths))],
+                        strict=True,
+                    ):  # fmt: skip
+                        field = index >> done if done else index
+                        if done + width < group.code.bits:
+                            field = field & (2**width - 1)
+                        if side == "keys":
+                            _store_keys(plane, page, token, field, width, column)
+                        else:
+                            _store_values(plane, page, start, tokens, field, width, column)
+
+        if count == 1:
+            one(first_job)
+        else:
+            last = jnp.minimum(count, jobs.shape[0] - first_job)
+            lax.fori_loop(0, last, lambda i, _: one(first_job + i), None)
+
+    job = first_job + jnp.arange(count)
+    exists = job < jobs.shape[0]
+    page = triton.load(jobs.at[jnp.where(exists, job, 0), 2])
+
+    @triton.when(jnp.where(exists, page, -1).max() >= 0)
     def _() -> None:
-        words: dict[tuple[int, int], jax.Array] = {}
         for side, groups in (("keys", pool.keys), ("values", pool.values)):
             first = 0
             for g, group in enumerate(groups):
-                column = Columns(group.rotation.parts.shape[2], first)
-
-                def vectors(start: int, side: str = side, column: Columns = column) -> jax.Array:
-                    return _load(source[f"source_{side}"], row, slot + start, tile, column)
-
-                mean = None
-                if side == "keys" and "key_mean" in new:
-                    means = old["key_mean"], new["key_mean"]
-                    mean = _mean(vectors, tokens, means, mean_row, opens, column)
-                table = constants["tables"][g + len(pool.keys) * (side == "values")]
-                widths = PLANE_WIDTHS[group.code.bits]
-                packing, planes = constants[f"{side}_packing"][g], new[side][g]
-                packed: list[Any] = [0.0] * len(widths)
-                for start in range(0, tokens, tile):
-                    index, scale = quantize(
-                        vectors(start), mean, constants[side][g], table, group.code, column,
-                        interpret,
-                    )  # fmt: skip
-                    bits = _bits(scale)
-                    bits = bits << jnp.uint32(16) if side == "values" else bits
-                    words[g, start] = bits | words.get((g, start), jnp.uint32(0))
-                    for i, width in enumerate(widths):
-                        field = (index >> sum(widths[:i])) & (2**width - 1)
-                        if side == "values":
-                            packed[i] = packed[i] + _pack(field, packing[i], start, 0)
-                        else:
-                            _store(planes[i], page, start, _pack(field, packing[i], 0, 1), tile)
-                if side == "values":
-                    for plane, whole in zip(planes, packed, strict=True):
-                        _store(plane, page, 0, whole, column.dim)
-                first += column.dim
-        for (g, start), word in words.items():
-            triton.store(new["scales"][g].at[page, start + jnp.arange(tile)], word)
+                compress(side, g, group, first)
+                first += group.rotation.parts.shape[2]
+            triton.barrier(interpret)
 
 
-def _load(source: Any, row: jax.Array, slot: jax.Array, count: int, column: Columns) -> jax.Array:
+def _load(source: Any, row: jax.Array, slot: jax.Array, token: jax.Array, column: Columns) -> Any:
     """Vectors [tokens, columns] from a ring of slots."""
-    place = slot + jnp.arange(count)
+    place = slot + token
     place = jnp.where(place >= source.shape[1], place - source.shape[1], place)
-    mask = jnp.broadcast_to(column.exists[None, :], (count, column.count))
-    at = source.at[row, place[:, None], column.channel[None, :]]
+    at = source.at[row, place[:, None], column.within[None, :] + column.first]
+    if column.dim == column.count:
+        return triton.load(at)
+    mask = jnp.broadcast_to(column.exists[None, :], (token.shape[0], column.count))
     return triton.load(at, mask=mask, other=0.0)
 
 
-def packing_matrix(length: int, width: int) -> np.ndarray:
-    """bf16 [padded length, padded bytes]: fields of `width` bits times this are the bytes.
+def _order(tokens: int, start: int, rows: int) -> jax.Array:
+    """The tokens of a tile of values, so that those that share a byte meet in a thread.
 
-    Element i of a plane of m bytes is in byte i mod m at bit width * (i // m). Sums stay below 256,
-    which bfloat16 operands and float32 sums hold exactly.
+    Those are an eighth of the block apart. A thread has rows i and i + 8 of every 16 rows of a
+    product: the highest digit of the eighth is in between.
     """
-    count = length * width // 8
-    shape = (max(16, power_of_two(length)), max(16, power_of_two(count)))
-    matrix = np.zeros(shape, np.float32)
-    place, byte = np.divmod(np.arange(length), count)
-    matrix[np.arange(length), byte] = 2.0 ** (width * place)
-    return matrix.astype(jnp.bfloat16)
+    row, run = jnp.arange(rows), rows // 8
+    eighth = (row // run & 1) * 4 + row // (2 * run)
+    return eighth * (tokens // 8) + (start // 8 + (row & (run - 1)))
 
 
 def _mean(
-    vectors: Callable[[int], jax.Array],
+    vectors: Any,
     tokens: int,
-    means: tuple[Any, Any],
+    held: tuple[Any, Any, Any],
     row: jax.Array,
     opens: jax.Array,
+    rotation: list[jax.Array],
     column: Columns,
-) -> jax.Array:
-    """float32 [columns]: the mean key to take off, written where a block opens it."""
-    old, new = means
-    held = triton.load(old.at[row, column.channel], mask=column.exists, other=0.0)
+) -> tuple[jax.Array, jax.Array]:
+    """The mean key to take off, as it is and rotated, written where a block opens it."""
+    old, new, rotated = held
+    channel, exists = column.within + column.first, column.exists
+    place, used = column.rotated()
 
-    def of_block() -> jax.Array:
+    def of_block() -> tuple[jax.Array, jax.Array]:
+        rows = min(TILE, tokens)
         tiles = [
-            vectors(i).astype(jnp.float32).sum(axis=0) for i in range(0, tokens, min(TILE, tokens))
+            vectors(start + jnp.arange(rows)).astype(jnp.float32).sum(axis=0)
+            for start in range(0, tokens, rows)
         ]
-        return sum(tiles[1:], tiles[0]) / tokens
+        mean = sum(tiles[1:], tiles[0]) / tokens
+        triton.store(new.at[row, channel], mean, mask=exists)
+        return mean, rotate_one(mean, rotation, rows)
 
-    mean = lax.cond(opens != 0, of_block, lambda: held)
-    triton.store(new.at[row, column.channel], mean, mask=column.exists & (opens != 0))
-    return mean
+    def of_memory() -> tuple[jax.Array, jax.Array]:
+        return (
+            triton.load(old.at[row, channel], mask=exists, other=0.0),
+            triton.load(rotated.at[row, place + column.first], mask=used, other=0.0),
+        )
+
+    return lax.cond(opens != 0, of_block, of_memory)
 
 
-def _pack(field: jax.Array, matrix: Any, start: int, axis: int) -> jax.Array:
-    """Bytes as float32: fields [tokens, columns] packed along an axis, elements from `start` on."""
-    element, byte = start + jnp.arange(field.shape[axis]), jnp.arange(matrix.shape[1])
-    weights = triton.load(matrix.at[element[:, None], byte[None, :]])
-    return triton.float_dot(field.astype(jnp.bfloat16), weights, axis, 0)
+def _halves(x: jax.Array, axis: int) -> list[jax.Array]:
+    """Both halves of an axis."""
+    return lax.split(x, (x.shape[axis] // 2,) * 2, axis)
 
 
-def _store(plane: Any, page: jax.Array, start: int, packed: jax.Array, rows: int) -> None:
-    """Bytes [rows, bytes] into the rows of a page from `start` on."""
-    row, byte = jnp.arange(packed.shape[0]), jnp.arange(packed.shape[1])
-    mask = (row < rows)[:, None] & (byte < plane.shape[-1])[None, :]
-    at = cast(Any, plane.at[page, start + row[:, None], byte[None, :]])
-    triton.store(at, packed.astype(jnp.int32).astype(jnp.uint8), mask=mask)
+def _store_keys(
+    plane: Any, page: jax.Array, token: jax.Array, field: jax.Array, width: int, column: Columns
+) -> None:
+    """Fields [tokens, columns], packed along the columns: an element is in eighth e of them."""
+    for step in (4, 2, 1):
+        if width <= step:
+            low, high = _halves(field, 1)
+            field = low + (high << step)
+    byte, exists = column.rotated(width)
+    mask = None
+    if column.dim != column.count:
+        mask = jnp.broadcast_to(exists[None, :], field.shape)
+    at = cast(Any, plane.at[page, token[:, None], byte[None, :]])
+    triton.store(at, field.astype(jnp.uint8), mask=mask)
+
+
+def _store_values(
+    plane: Any, page: jax.Array, start: int, tokens: int, field: jax.Array, width: int,
+    column: Columns,
+) -> None:  # fmt: skip
+    """Fields [tokens in their `_order`, columns], packed along the tokens."""
+    rows, columns = field.shape
+    run = rows // 8
+    if width == 8:
+        byte = _order(tokens, start, rows)
+    else:
+        low, high = (
+            half.reshape(rows // 2, columns)
+            for half in _halves(field.reshape(4, 2, run, columns), 1)
+        )
+        field = low + (high << 4)
+        for step in (2, 1):
+            if width <= step:
+                low, high = _halves(field, 0)
+                field = low + (high << step)
+        row = jnp.arange(width * run)
+        byte = row // run * (tokens // 8) + (start // 8 + (row & (run - 1)))
+    channel, exists = column.rotated()
+    mask = None
+    if column.dim != column.count:
+        mask = jnp.broadcast_to(exists[:, None], field.shape[::-1])
+    at = cast(Any, plane.at[page, channel[:, None], byte[None, :]])
+    triton.store(at, field.astype(jnp.uint8).T, mask=mask)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

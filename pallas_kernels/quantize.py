@@ -1,8 +1,9 @@
 """Vectors -> indices and scales, inside a kernel: what `turboquant_jax.quantizer` defines.
 
-Normalize, rotate, nearest level, scale. The rotation is a product with a small matrix on the tensor
-cores, and exact: 16-bit vectors times +-1, or times a matrix in three 16-bit parts, summed in
-float32. Vectors are first brought near 1 by a power of two, which rounds nothing.
+Rotate, centre, normalize, nearest level, scale. The rotation is a product with a small matrix on
+the tensor cores, and exact: 16-bit vectors times +-1, or times a matrix in three 16-bit parts,
+summed in float32. It leaves norms as they are, so nothing is done to a vector before it; only where
+one is too small, too large or not finite is it brought near 1 first, by a power of two.
 """
 
 import dataclasses
@@ -14,11 +15,11 @@ from jax import lax
 
 from pallas_kernels import triton
 from pallas_kernels.dequantize import power_of_two
-from pallas_kernels.rotation import Rotation
+from pallas_kernels.nearest import Levels, nearest
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
-# Levels of codes up to here are constants of the program, chosen by selects; others are looked up.
-SELECTED = 16
+# Sums of squares between the inverse of this and this lose nothing in float32.
+SAFE = 2.0**80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +34,14 @@ class Code:
         """Bits of an index."""
         return (len(self.levels) - 1).bit_length()
 
-    @property
-    def edges(self) -> tuple[float, ...]:
-        """Thresholds, halfway between the levels."""
-        return tuple((a + b) / 2 for a, b in zip(self.levels, self.levels[1:], strict=False))
-
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Channels of a group, padded to a power of two."""
+    """Channels of a group, padded to a power of two.
+
+    As loaded, the padding is at the end. Once rotated, it is at the end of each eighth, so that
+    codes that share a byte are a power of two of columns apart.
+    """
 
     dim: int
     first: int
@@ -53,136 +53,147 @@ class Columns:
 
     @property
     def within(self) -> jax.Array:
-        """Position in the group of each column."""
+        """Position in the group of each column, as loaded."""
         return jnp.arange(self.count)
 
     @property
-    def channel(self) -> jax.Array:
-        """The channel of each column in a whole vector."""
-        return self.first + self.within
-
-    @property
     def exists(self) -> jax.Array:
-        """Which columns are channels."""
+        """Which columns are channels, as loaded."""
         return self.within < self.dim
+
+    def rotated(self, eighths: int = 8) -> tuple[jax.Array, jax.Array]:
+        """Position in the group of each column once rotated, and which columns are channels."""
+        size, column = self.count // 8, jnp.arange(eighths * (self.count // 8))
+        if self.dim == self.count:
+            return column, column < self.count
+        place = column & (size - 1)
+        return lax.div(column, jnp.full_like(column, size)) * (self.dim // 8) + place, (
+            place < self.dim // 8
+        )
+
+
+def load_rotation(parts: Any, column: Columns) -> list[jax.Array]:
+    """The parts [parts, 1, H, H] of a rotation, from memory."""
+    at, exists = column.rotated()
+    mask = exists[:, None] & column.exists[None, :] if column.dim != column.count else None
+    other = None if mask is None else 0.0
+    return [
+        triton.load(parts.at[i, 0, at[:, None], column.within[None, :]], mask=mask, other=other)
+        for i in range(parts.shape[0])
+    ]
+
+
+def rotate(x: jax.Array, rotation: list[jax.Array]) -> jax.Array:
+    """Pi x / gain of [tokens, columns] that the parts' dtype holds exactly, in float32."""
+    products = [triton.float_dot(x.astype(part.dtype), part, 1, 1) for part in rotation]
+    return sum(products[1:], products[0])
+
+
+def rotate_one(x: jax.Array, rotation: list[jax.Array], rows: int) -> jax.Array:
+    """Pi x / gain of any float32 [columns]: rows that sum to x, of a product like all others."""
+    dtype, row = rotation[0].dtype, jnp.arange(rows)[:, None]
+    parts, rest = jnp.zeros((rows, x.shape[0]), jnp.float32), x
+    for i in range(1 if dtype == jnp.float32 else 3):
+        rounded = rest.astype(dtype).astype(jnp.float32)
+        parts = jnp.where(row == i, rounded[None, :], parts)
+        rest = rest - rounded
+    return rotate(parts, rotation).sum(axis=0)
 
 
 def quantize(
     x: jax.Array,
-    mean: jax.Array | None,
-    rotation: Rotation,
-    table: Any,
+    mean: tuple[jax.Array, jax.Array] | None,
+    rotation: list[jax.Array],
+    gain: float,
+    levels: Levels,
     code: Code,
     column: Columns,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Indices int32 [tokens, columns] and scales float32 [tokens]; `turboquant_jax.quantizer`."""
+    """Indices [tokens, columns] and scales float32 [tokens]; `turboquant_jax.quantizer`.
+
+    `mean` is taken off: as it is, and rotated. Indices are in the low byte of an int32; what is
+    above it means nothing.
+    """
+
+    def plainly() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return z, square, jnp.ones_like(square)
+
+    def carefully() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _scaled(x, mean, rotation, column, interpret)
+
+    z = rotate(x, rotation)
+    if mean is not None:
+        z = z - mean[1][None, :]
+    square = row_sum(z, z, interpret)
+    unsafe = jnp.where((square > 1 / SAFE) & (square < SAFE), 0, 1)
+    z, square, unit = lax.cond(unsafe.max() == 0, plainly, carefully)
+    inverse = lax.rsqrt(square / column.dim)
+    index, level = nearest(z, inverse, levels, interpret)
+    if column.dim != column.count:
+        level = jnp.where(jnp.broadcast_to(column.rotated()[1][None, :], z.shape), level, 0.0)
+    scale = _scale(z, square, inverse, level, code, column, interpret)
+    return index, scale * (unit * gain)
+
+
+def row_sum(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
+    """sum(x * y) along the columns."""
+    pairs = list(zip(lax.split(x, (x.shape[1] // 8,) * 8, 1), lax.split(y, (x.shape[1] // 8,) * 8, 1), strict=True))
+    total = pairs[0][0] * pairs[0][1]
+    for a, b in pairs[1:]:
+        total = triton.fma(a, b, total, interpret)
+    return total.sum(axis=1)
+
+
+def _scaled(
+    x: jax.Array,
+    mean: tuple[jax.Array, jax.Array] | None,
+    rotation: list[jax.Array],
+    column: Columns,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(z, its sum of squares, the length of its unit) of vectors of any magnitude.
+
+    A vector of zeros has z = 0 and a unit of 0; one that is not finite z = 0 and a unit of NaN.
+    """
     wide = x.astype(jnp.float32)
-    centred = wide if mean is None else wide - mean[None, :]
+    centred = wide if mean is None else wide - mean[0][None, :]
     # NaN may be passed over here, but not by the sum of squares
     exponent = lax.bitcast_convert_type(jnp.abs(centred).max(axis=1), jnp.int32) >> 23
     exponent = jnp.minimum(jnp.maximum(exponent, 1), 253)
     grow = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     shrink = lax.bitcast_convert_type(exponent << 23, jnp.float32)
     centred = centred * grow[:, None]
-    square = (centred * centred).sum(axis=1) / column.dim
-    usable = (square > 0) & (square < jnp.inf)
-    root = jnp.sqrt(jnp.where(usable, square, 1.0))
+    exact = (centred * centred).sum(axis=1)
+    finite = exact < jnp.inf
+    usable = (exact > 0) & finite
     # of a vector that is not finite only its own row is spoilt
-    parts = _parts(rotation, column)
-    z = _rotate(wide * grow[:, None], parts)
-    factor = rotation.gain / root
-    z = z * factor[:, None]
+    z = rotate(wide * grow[:, None], rotation)
     if mean is not None:
-        z = triton.fma(_rotate_one(mean, parts)[None, :], -(grow * factor)[:, None], z, interpret)
-    index, level = _nearest(z, table, code)
-    if column.count != column.dim:
-        level = jnp.where(jnp.broadcast_to(column.exists[None, :], z.shape), level, 0.0)
-    norm = jnp.where(square == 0, 0.0, jnp.where(usable, root * shrink, jnp.nan))
-    return index, norm * _correction(z, level, code, column)
+        z = z - mean[1][None, :] * grow[:, None]
+    z = jnp.where(jnp.broadcast_to(usable[:, None], z.shape), z, 0.0)
+    square = jnp.where(usable, row_sum(z, z, interpret), 1.0)
+    return z, square, jnp.where(usable, shrink, jnp.where(finite, 0.0, jnp.nan))
 
 
-def _rotate(x: jax.Array, parts: list[jax.Array]) -> jax.Array:
-    """Pi x / gain of float32 [tokens, columns] that the parts' dtype holds exactly."""
-    products = [triton.float_dot(x.astype(part.dtype), part, 1, 1) for part in parts]
-    return sum(products[1:], products[0])
-
-
-def _rotate_one(x: jax.Array, parts: list[jax.Array]) -> jax.Array:
-    """Pi x / gain of any float32 [columns]: a few rows, that sum to x, of a product."""
-    row = jnp.arange(16)[:, None]
-    rows, rest = jnp.zeros((16, x.shape[0]), jnp.float32), x
-    for i in range(1 if parts[0].dtype == jnp.float32 else 3):
-        rounded = rest.astype(parts[0].dtype).astype(jnp.float32)
-        rows = jnp.where(row == i, rounded[None, :], rows)
-        rest = rest - rounded
-    return _rotate(rows, parts).sum(axis=0)
-
-
-def _parts(rotation: Rotation, column: Columns) -> list[jax.Array]:
-    at, exists = column.within, column.exists
-    mask = exists[:, None] & exists[None, :]
-    matrix: Any = rotation.parts  # inside the kernel, a reference
-    return [
-        triton.load(matrix.at[i, 0, at[:, None], at[None, :]], mask=mask, other=0.0)
-        for i in range(matrix.shape[0])
-    ]
-
-
-def _nearest(z: jax.Array, table: Any, code: Code) -> tuple[jax.Array, jax.Array]:
-    """Index and level of each coordinate; a tie goes to the lower level."""
-    if len(code.levels) > SELECTED:
-        index = jnp.zeros(z.shape, jnp.int32)
-        for bit in reversed(range(code.bits)):
-            edge = triton.load(table.at[1, index + (2**bit - 1)])
-            index = index + jnp.where(z > edge, 2**bit, 0)
-        return index, triton.load(table.at[0, index])
-    if any(a != -b for a, b in zip(code.levels, reversed(code.levels), strict=True)):
-        return _search(z, code.levels, code.edges)
-    # half of the work where the levels are symmetric
-    half = len(code.levels) // 2
-    index, level = _search(jnp.abs(z), code.levels[half:], code.edges[half:])
-    above = z > 0
-    index = jnp.where(above, index + half, half - 1 - index)
-    return index, jnp.where(above, level, -level)
-
-
-def _search(
-    z: jax.Array, levels: tuple[float, ...], edges: tuple[float, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """By halves, among a power of two of levels that are spelt out in the code."""
-    if not edges:
-        return jnp.zeros(z.shape, jnp.int32), jnp.full(z.shape, levels[0], jnp.float32)
-    passed: list[jax.Array] = []
-
-    def choose(values: tuple[float, ...]) -> Any:
-        """The value at the position that the comparisons so far lead to."""
-        chosen: list[Any] = list(values)
-        for above in reversed(passed):
-            chosen = [
-                jnp.where(above, high, low)
-                for low, high in zip(chosen[::2], chosen[1::2], strict=True)
-            ]
-        return chosen[0]
-
-    size, index = len(levels), jnp.zeros(z.shape, jnp.int32)
-    while size > 1:
-        above = z > choose(edges[size // 2 - 1 :: size])
-        size //= 2
-        passed.append(above)
-        index = index + jnp.where(above, size, 0)
-    level = choose(levels)
-    return index, level.astype(jnp.float32)
-
-
-def _correction(z: jax.Array, level: jax.Array, code: Code, column: Columns) -> jax.Array:
-    """s sqrt(d) / |x| of the scale mode."""
+def _scale(
+    z: jax.Array,
+    square: jax.Array,
+    inverse: jax.Array,
+    level: jax.Array,
+    code: Code,
+    column: Columns,
+    interpret: bool,
+) -> jax.Array:
+    """s / gain of the scale mode; normalized, z is z * inverse."""
+    norm = square * inverse / column.dim
     if code.scale == "norm":
-        return jnp.ones(z.shape[:1], jnp.float32)
-    energy = (level * level).sum(axis=1)
-    if code.scale == "matched":
-        return jnp.sqrt(column.dim / energy)
-    overlap = (z * level).sum(axis=1)
+        return norm
+    if code.scale != "unbiased":
+        energy = row_sum(level, level, interpret)
+        if code.scale == "matched":
+            return norm * jnp.sqrt(column.dim / energy)
+    overlap = row_sum(z, level, interpret)
     if code.scale == "least_squares":
         return overlap / energy
-    return jnp.where(overlap > 0, column.dim / jnp.where(overlap > 0, overlap, 1.0), 1.0)
+    return jnp.where(overlap > 0, square / jnp.where(overlap > 0, overlap, 1.0), norm)

@@ -1,0 +1,120 @@
+"""The nearest of a code's levels, for coordinates that still have to be normalized.
+
+A guess of the index by a smooth curve is right, or one too high: so one comparison with one
+threshold decides, and the threshold and the level are looked up, not searched for. The comparison
+is a saturated multiplication and addition, 0 or 1, which also normalizes: Hopper adds and
+multiplies twice as fast as it compares and selects.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import triton
+
+# Of two numbers of magnitude near 1 that are not equal, the difference times this is above 1.
+STEEP = 2.0**100
+# A float32 near this has an integer in its low bits.
+MAGIC = 1.5 * 2.0**23
+# Codes of up to so many levels are compared with every threshold.
+FEW = 4
+# A guess may be wrong by half a step, less what `tanh` is wrong by: 2**-11 of 128.
+TOLERANCE = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """Levels of a code, in ascending order, and a table of them."""
+
+    values: tuple[float, ...]
+    table: Any
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Thresholds, halfway between the levels."""
+        return edges(self.values)
+
+
+def edges(levels: tuple[float, ...]) -> np.ndarray:
+    """Thresholds, halfway between the levels."""
+    values = np.asarray(levels)
+    return (values[1:] + values[:-1]) / 2
+
+
+def table(levels: tuple[float, ...]) -> np.ndarray:
+    """float32 [2, at least 32]: the levels, and the thresholds as `nearest` compares with them."""
+    rows = np.zeros((2, max(triton.LANES, len(levels))), np.float32)
+    rows[0, : len(levels)] = levels
+    rows[1, : len(levels) - 1] = -STEEP * edges(levels)
+    return rows
+
+
+@functools.cache
+def curve(levels: tuple[float, ...]) -> tuple[float, float, float] | None:
+    """(height, a, b): height * tanh(a z + b z**3) at threshold i is i - middle, nearly.
+
+    Lloyd-Max thresholds of a normal variable lie on an error function, which is such a `tanh`. None
+    where it misses one by more than the tolerance.
+    """
+    at = edges(levels)
+    step = np.arange(len(at)) - (len(at) - 1) / 2
+    height = len(levels) / 2 - 0.625  # no guess is out of range
+    weight = 1 - (step / height) ** 2  # slope of tanh: errors count in steps
+    for powers in ((1,), (1, 3)):
+        columns = np.stack([at**power for power in powers], axis=1)
+        found = np.linalg.lstsq(
+            weight[:, None] * columns, weight * np.arctanh(step / height), rcond=None
+        )[0]
+        if np.max(np.abs(height * np.tanh(columns @ found) - step)) < TOLERANCE:
+            return height, float(found[0]), float(found[1]) if len(powers) > 1 else 0.0
+    return None
+
+
+def nearest(
+    z: jax.Array, inverse: jax.Array, levels: Levels, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Index and level of z [rows, columns] * inverse [rows]; a tie goes to the lower level.
+
+    The index is in the low byte of an int32.
+    """
+    factor = (inverse * STEEP)[:, None]
+
+    def above(edge: jax.Array) -> jax.Array:
+        return triton.fma_saturated(z, factor, edge, interpret)
+
+    count = len(levels.values)
+    if count <= FEW:
+        index, level = jnp.full(z.shape, MAGIC), jnp.full(z.shape, levels.values[0])
+        for edge, step in zip(levels.edges, np.diff(levels.values), strict=True):
+            passed = above(jnp.full((1, 1), -STEEP * edge, jnp.float32))
+            index = index + passed
+            level = triton.fma(passed, jnp.full((1, 1), step, jnp.float32), level, interpret)
+        return lax.bitcast_convert_type(index, jnp.int32), level
+    level_table, edge_table = (
+        triton.Table(levels.table, row, count <= triton.LANES, interpret) for row in range(2)
+    )
+    found = curve(levels.values)
+    if found is None:
+        index = jnp.full(z.shape, MAGIC)
+        for bit in reversed(range((count - 1).bit_length())):
+            at = lax.bitcast_convert_type(index, jnp.int32) + (2**bit - 1)
+            index = triton.fma(above(edge_table[at]), jnp.full((1, 1), 2.0**bit), index, interpret)
+    else:
+        height, linear, cubic = found
+        if cubic:
+            unit = z * inverse[:, None]
+            slope = triton.fma(unit * unit, jnp.full((1, 1), cubic), jnp.full((1, 1), linear), interpret)
+            guess = triton.tanh(unit * slope, interpret)
+        else:
+            guess = triton.tanh(z * (inverse * linear)[:, None], interpret)
+        guess = triton.fma(
+            guess, jnp.full((1, 1), height), jnp.full((1, 1), MAGIC + (count - 2) / 2), interpret
+        )
+        index = guess + above(edge_table[lax.bitcast_convert_type(guess, jnp.int32)])
+    index = lax.bitcast_convert_type(index, jnp.int32)
+    return index, level_table[index]

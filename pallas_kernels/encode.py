@@ -7,6 +7,8 @@ together.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -87,7 +89,11 @@ def encode(
         "keys": [group.planes for group in pool.keys],
         "values": [group.planes for group in pool.values],
         "scales": pool.scales,
-    } | ({} if pool.key_mean is None else {"key_mean": pool.key_mean})
+    }
+    if pool.key_mean is not None:
+        # the rotated ones, too, since a block that opens one writes both
+        rotated = rotated_means(pool.key_mean, pool.keys)
+        targets |= {"key_mean": pool.key_mean, "rotated_mean": rotated}
     constants = {
         "jobs": jobs.astype(jnp.int32),
         "keys": [group.rotation for group in pool.keys],
@@ -98,19 +104,16 @@ def encode(
         },
     }
     vectors = {"keys": keys, "values": values}
-    means = {} if pool.key_mean is None else {"means": rotated_means(pool.key_mean, pool.keys)}
-    inputs = (vectors, means, constants, targets)
+    inputs = (vectors, constants, targets)
     specs = (
         jax.tree.map(lambda x: source, vectors),
-        jax.tree.map(planes, means),
         jax.tree.map(whole, constants),
         jax.tree.map(planes, targets),
     )
-    first = len(jax.tree.leaves(inputs[:3]))
+    first = len(jax.tree.leaves(inputs[:2]))
     written = triton.call(
-        lambda source, means, constants, old, new: _encode_kernel(
-            source, means, constants, old, new, pool=pool, tokens=tokens, count=count,
-            interpret=interpret,
+        lambda source, constants, old, new: _encode_kernel(
+            source, constants, new, pool=pool, tokens=tokens, count=count, interpret=interpret
         ),
         grid=(-(-jobs.shape[0] // count), heads),
         in_specs=specs,
@@ -186,8 +189,8 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
 
 
 def _encode_kernel(
-    source: dict[str, Any], means: dict[str, Any], constants: dict[str, Any], old: dict[str, Any],
-    new: dict[str, Any], *, pool: Pool, tokens: int, count: int, interpret: bool,
+    source: dict[str, Any], constants: dict[str, Any], new: dict[str, Any],
+    *, pool: Pool, tokens: int, count: int, interpret: bool,
 ) -> None:  # fmt: skip
     """One program of the grid (jobs / count, kv head)."""
     jobs, first_job = constants["jobs"], triton.program_id(0) * count
@@ -197,6 +200,7 @@ def _encode_kernel(
         column = Columns(group.rotation.parts.shape[2], first)
         rotation = load_rotation(constants[side][g].parts, column)
         levels = Levels(group.code.levels, constants["tables"][side][g])
+        centred = side == "keys" and "key_mean" in new
 
         def one(job: jax.Array) -> None:
             row, slot, page, mean_row, opens = (jobs[job, i] for i in range(5))
@@ -206,37 +210,38 @@ def _encode_kernel(
                 def vectors(token: jax.Array) -> jax.Array:
                     return _load(source[side], row, slot, token, column)
 
-                mean = None
-                if side == "keys" and means:
-                    held = old["key_mean"], new["key_mean"], means["means"]
-                    mean = _mean(vectors, tokens, held, mean_row, opens, rotation, column)
+                if centred:
+
+                    @triton.when(opens != 0)
+                    def _() -> None:
+                        _open_mean(vectors, tokens, new, mean_row, rotation, column)
+                        triton.barrier(interpret)
+
                 for start in range(0, tokens, rows):
                     token = start + jnp.arange(rows)
                     if side == "values":
                         token = _order(tokens, start, rows)
-                    index, scale = quantize(
-                        vectors(token), mean, rotation, group.rotation.gain, levels, group.code,
-                        column, interpret,
+                    indices, scale = quantize(
+                        partial(vectors, token),
+                        partial(_load_means, new, mean_row, column) if centred else None,
+                        rotation, group.rotation.gain, levels, group.code, column, interpret,
                     )  # fmt: skip
-                    word = _bits(scale)
-                    at = new["scales"][g].at[page, token]
+                    word, at = _bits(scale), new["scales"][g].at[page, token]
                     if side == "values":
                         word = word << jnp.uint32(16)
                         if g < len(pool.keys):
                             word = word | triton.load(at)
                     triton.store(at, word)
-                    widths = PLANE_WIDTHS[group.code.bits]
-                    for plane, width, done in zip(
-                        new[side][g], widths, [sum(widths[:i]) for i in range(len(widths))],
-                        strict=True,
-                    ):  # fmt: skip
-                        field = index >> done if done else index
-                        if done + width < group.code.bits:
-                            field = field & (2**width - 1)
+                    done = 0
+                    for plane, width in zip(
+                        new[side][g], PLANE_WIDTHS[group.code.bits], strict=True
+                    ):
+                        fields = [_field(index, done, width, group.code.bits) for index in indices]
                         if side == "keys":
-                            _store_keys(plane, page, token, field, width, column)
+                            _store_keys(plane, page, token, fields, width, column)
                         else:
-                            _store_values(plane, page, start, tokens, field, width, column)
+                            _store_values(plane, page, start, tokens, fields, width, column)
+                        done += width
 
         if count == 1:
             one(first_job)
@@ -280,37 +285,38 @@ def _order(tokens: int, start: int, rows: int) -> jax.Array:
     return eighth * (tokens // 8) + (start // 8 + (row & (run - 1)))
 
 
-def _mean(
-    vectors: Any,
-    tokens: int,
-    held: tuple[Any, Any, Any],
-    row: jax.Array,
-    opens: jax.Array,
-    rotation: list[jax.Array],
-    column: Columns,
-) -> tuple[jax.Array, jax.Array]:
-    """The mean key to take off, as it is and rotated, written where a block opens it."""
-    old, new, rotated = held
-    channel, exists = column.within + column.first, column.exists
+def _load_means(new: Any, row: jax.Array, column: Columns) -> tuple[jax.Array, jax.Array]:
+    """The mean key to take off, as it is and rotated."""
     place, used = column.rotated()
-
-    def of_block() -> tuple[jax.Array, jax.Array]:
-        rows = min(TILE, tokens)
-        tiles = [
-            vectors(start + jnp.arange(rows)).astype(jnp.float32).sum(axis=0)
-            for start in range(0, tokens, rows)
-        ]
-        mean = sum(tiles[1:], tiles[0]) / tokens
-        triton.store(new.at[row, channel], mean, mask=exists)
-        return mean, rotate_one(mean, rotation, rows)
-
-    def of_memory() -> tuple[jax.Array, jax.Array]:
-        return (
-            triton.load(old.at[row, channel], mask=exists, other=0.0),
-            triton.load(rotated.at[row, place + column.first], mask=used, other=0.0),
+    whole = column.dim == column.count
+    return tuple(
+        triton.load(ref.at[row, at + column.first], mask=None if whole else mask, other=None if whole else 0.0)
+        for ref, at, mask in (
+            (new["key_mean"], column.within, column.exists), (new["rotated_mean"], place, used)
         )
+    )
 
-    return lax.cond(opens != 0, of_block, of_memory)
+
+def _open_mean(
+    vectors: Callable[[jax.Array], jax.Array], tokens: int, new: Any, row: jax.Array, rotation: list[jax.Array], column: Columns,
+) -> None:
+    """The mean key of a block, written as it is and rotated."""
+    rows = min(TILE, tokens)
+    tiles = [
+        vectors(start + jnp.arange(rows)).astype(jnp.float32).sum(axis=0)
+        for start in range(0, tokens, rows)
+    ]
+    mean = sum(tiles[1:], tiles[0]) / tokens
+    triton.store(new["key_mean"].at[row, column.within + column.first], mean, mask=column.exists)
+    place, used = column.rotated()
+    rotated = rotate_one(mean, rotation, rows)
+    triton.store(new["rotated_mean"].at[row, place + column.first], rotated, mask=used)
+
+
+def _field(index: jax.Array, done: int, width: int, bits: int) -> jax.Array:
+    """The bits of an index that a plane holds; above the low byte of an int32 there may be more."""
+    field = index >> done if done else index
+    return field & (2**width - 1) if done + width < bits else field
 
 
 def _halves(x: jax.Array, axis: int) -> list[jax.Array]:
@@ -318,49 +324,66 @@ def _halves(x: jax.Array, axis: int) -> list[jax.Array]:
     return lax.split(x, (x.shape[axis] // 2,) * 2, axis)
 
 
+def _join(pieces: list[jax.Array]) -> jax.Array:
+    """One beside the other, a power of two of [rows, columns]."""
+    while len(pieces) > 1:
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        pieces = [
+            jnp.stack(pair, axis=-1).transpose(0, 2, 1).reshape(pair[0].shape[0], -1)
+            for pair in pairs
+        ]
+    return pieces[0]
+
+
 def _store_keys(
-    plane: Any, page: jax.Array, token: jax.Array, field: jax.Array, width: int, column: Columns
+    plane: Any, page: jax.Array, token: jax.Array, fields: list[jax.Array], width: int, column: Columns,
 ) -> None:
-    """Fields [tokens, columns], packed along the columns: an element is in eighth e of them."""
-    for step in (4, 2, 1):
-        if width <= step:
-            low, high = _halves(field, 1)
-            field = low + (high << step)
+    """Fields [tokens, an eighth of the columns], packed along the columns."""
+    while len(fields) > width:
+        half = len(fields) // 2
+        fields = [low + (high << half) for low, high in zip(fields[:half], fields[half:], strict=True)]
+    packed = _join([field.astype(jnp.uint8) for field in fields])
     byte, exists = column.rotated(width)
     mask = None
     if column.dim != column.count:
-        mask = jnp.broadcast_to(exists[None, :], field.shape)
+        mask = jnp.broadcast_to(exists[None, :], packed.shape)
     at = cast(Any, plane.at[page, token[:, None], byte[None, :]])
-    triton.store(at, field.astype(jnp.uint8), mask=mask)
+    triton.store(at, packed, mask=mask)
 
 
 def _store_values(
-    plane: Any, page: jax.Array, start: int, tokens: int, field: jax.Array, width: int,
+    plane: Any, page: jax.Array, start: int, tokens: int, fields: list[jax.Array], width: int,
     column: Columns,
 ) -> None:  # fmt: skip
-    """Fields [tokens in their `_order`, columns], packed along the tokens."""
-    rows, columns = field.shape
+    """Fields [tokens in their `_order`, an eighth of the columns], packed along the tokens."""
+    rows, columns = fields[0].shape
     run = rows // 8
+    row = jnp.arange(width * run)
+    byte = row
     if width == 8:
         byte = _order(tokens, start, rows)
     else:
-        low, high = (
-            half.reshape(rows // 2, columns)
-            for half in _halves(field.reshape(4, 2, run, columns), 1)
-        )
-        field = low + (high << 4)
+        fields = [
+            _combine(_halves(field.reshape(4, 2, run, columns), 1), 4).reshape(rows // 2, columns)
+            for field in fields
+        ]
         for step in (2, 1):
             if width <= step:
-                low, high = _halves(field, 0)
-                field = low + (high << step)
-        row = jnp.arange(width * run)
-        byte = row // run * (tokens // 8) + (start // 8 + (row & (run - 1)))
+                fields = [_combine(_halves(field, 0), step) for field in fields]
+        if rows != tokens:
+            byte = row // run * (tokens // 8) + (start // 8 + (row & (run - 1)))
+    packed = _join([field.astype(jnp.uint8) for field in fields]).T
     channel, exists = column.rotated()
     mask = None
     if column.dim != column.count:
-        mask = jnp.broadcast_to(exists[:, None], field.shape[::-1])
+        mask = jnp.broadcast_to(exists[:, None], packed.shape)
     at = cast(Any, plane.at[page, channel[:, None], byte[None, :]])
-    triton.store(at, field.astype(jnp.uint8).T, mask=mask)
+    triton.store(at, packed, mask=mask)
+
+
+def _combine(halves: list[jax.Array], shift: int) -> jax.Array:
+    low, high = halves
+    return low + (high << shift)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

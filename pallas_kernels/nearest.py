@@ -48,9 +48,12 @@ def edges(levels: tuple[float, ...]) -> np.ndarray:
 
 def table(levels: tuple[float, ...]) -> np.ndarray:
     """float32 [2, at least 32]: the levels, and the thresholds as `nearest` compares with them."""
-    rows = np.zeros((2, max(triton.LANES, len(levels))), np.float32)
-    rows[0, : len(levels)] = levels
-    rows[1, : len(levels) - 1] = -STEEP * edges(levels)
+    count = len(levels)
+    rows = np.zeros((2, triton.LANES if count <= triton.LANES else 2 * count), np.float32)
+    rows[0, :count] = levels
+    rows[1, : count - 1] = -STEEP * edges(levels)
+    if count != triton.LANES:  # guesses one too low or too high find no threshold
+        rows[1, [-1, count - 1]] = STEEP**1.1, -(STEEP**1.1)
     return rows
 
 
@@ -63,7 +66,9 @@ def curve(levels: tuple[float, ...]) -> tuple[float, float, float] | None:
     """
     at = edges(levels)
     step = np.arange(len(at)) - (len(at) - 1) / 2
-    height = len(levels) / 2 - 0.625  # no guess is out of range
+    height = len(levels) / 2
+    if len(levels) == triton.LANES:  # no guess is out of range
+        height -= 0.625
     weight = 1 - (step / height) ** 2  # slope of tanh: errors count in steps
     for powers in ((1,), (1, 3)):
         columns = np.stack([at**power for power in powers], axis=1)

@@ -7,6 +7,7 @@ one is too small, too large or not finite is it brought near 1 first, by a power
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -101,63 +102,78 @@ def rotate_one(x: jax.Array, rotation: list[jax.Array], rows: int) -> jax.Array:
 
 
 def quantize(
-    x: jax.Array,
-    mean: tuple[jax.Array, jax.Array] | None,
+    vectors: Callable[[], jax.Array],
+    means: Callable[[], tuple[jax.Array, jax.Array]] | None,
     rotation: list[jax.Array],
     gain: float,
     levels: Levels,
     code: Code,
     column: Columns,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Indices [tokens, columns] and scales float32 [tokens]; `turboquant_jax.quantizer`.
+) -> tuple[list[jax.Array], jax.Array]:
+    """Indices [tokens, an eighth of the columns], 8 of them, and scales float32 [tokens].
 
-    `mean` is taken off: as it is, and rotated. Indices are in the low byte of an int32; what is
-    above it means nothing.
+    See `turboquant_jax.quantizer`. `vectors` loads [tokens, columns]; of `means`, the vector to take
+    off, as it is and rotated. Both are loaded again where they are needed again, which is rare.
+    Indices are in the low byte of an int32; what is above it means nothing.
     """
-
-    def plainly() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return z, square, jnp.ones_like(square)
-
-    def carefully() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _scaled(x, mean, rotation, column, interpret)
-
-    z = rotate(x, rotation)
-    if mean is not None:
-        z = z - mean[1][None, :]
-    square = row_sum(z, z, interpret)
+    z = rotate(vectors(), rotation)
+    if means is not None:
+        z = z - means()[1][None, :]
+    square = _length(z, interpret)
     unsafe = jnp.where((square > 1 / SAFE) & (square < SAFE), 0, 1)
-    z, square, unit = lax.cond(unsafe.max() == 0, plainly, carefully)
+    z, square, unit = lax.cond(
+        unsafe.max() == 0,
+        lambda: (z, square, jnp.ones_like(square)),
+        lambda: _scaled(vectors(), means and means(), rotation, interpret),
+    )
     inverse = lax.rsqrt(square / column.dim)
-    index, level = nearest(z, inverse, levels, interpret)
-    if column.dim != column.count:
-        level = jnp.where(jnp.broadcast_to(column.rotated()[1][None, :], z.shape), level, 0.0)
-    scale = _scale(z, square, inverse, level, code, column, interpret)
-    return index, scale * (unit * gain)
+    exists = column.rotated(1)[1]
+    indices, energy, overlap = {}, None, None
+    # one eighth after the other, so that no more than one is in the making at a time
+    pieces = eighths(z)
+    for i in (0, 4, 2, 6, 1, 5, 3, 7):
+        indices[i], level = nearest(pieces[i], inverse, levels, interpret)
+        if column.dim != column.count:
+            level = jnp.where(jnp.broadcast_to(exists[None, :], level.shape), level, 0.0)
+        energy = _add_product(energy, level, level, interpret)
+        overlap = _add_product(overlap, pieces[i], level, interpret)
+    scale = _scale(code.scale, square, inverse, energy, overlap, column.dim)
+    return [indices[i] for i in range(8)], scale * (unit * gain)
 
 
-def row_sum(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
-    """sum(x * y) along the columns."""
-    pairs = list(zip(lax.split(x, (x.shape[1] // 8,) * 8, 1), lax.split(y, (x.shape[1] // 8,) * 8, 1), strict=True))
-    total = pairs[0][0] * pairs[0][1]
-    for a, b in pairs[1:]:
-        total = triton.fma(a, b, total, interpret)
+def eighths(x: jax.Array) -> list[jax.Array]:
+    """Eighths of the columns."""
+    return lax.split(x, (x.shape[1] // 8,) * 8, 1)
+
+
+def _add_product(
+    total: jax.Array | None, x: jax.Array, y: jax.Array, interpret: bool
+) -> jax.Array:
+    """total + x * y, where no total is 0."""
+    return x * y if total is None else triton.fma(x, y, total, interpret)
+
+
+def _length(z: jax.Array, interpret: bool) -> jax.Array:
+    """Sums of squares of the rows."""
+    total = None
+    for piece in eighths(z):
+        total = _add_product(total, piece, piece, interpret)
     return total.sum(axis=1)
 
 
 def _scaled(
     x: jax.Array,
-    mean: tuple[jax.Array, jax.Array] | None,
+    means: tuple[jax.Array, jax.Array] | None,
     rotation: list[jax.Array],
-    column: Columns,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(z, its sum of squares, the length of its unit) of vectors of any magnitude.
+    """(z, its sum of squares, its unit) of vectors of any magnitude.
 
     A vector of zeros has z = 0 and a unit of 0; one that is not finite z = 0 and a unit of NaN.
     """
     wide = x.astype(jnp.float32)
-    centred = wide if mean is None else wide - mean[0][None, :]
+    centred = wide if means is None else wide - means[0][None, :]
     # NaN may be passed over here, but not by the sum of squares
     exponent = lax.bitcast_convert_type(jnp.abs(centred).max(axis=1), jnp.int32) >> 23
     exponent = jnp.minimum(jnp.maximum(exponent, 1), 253)
@@ -169,31 +185,28 @@ def _scaled(
     usable = (exact > 0) & finite
     # of a vector that is not finite only its own row is spoilt
     z = rotate(wide * grow[:, None], rotation)
-    if mean is not None:
-        z = z - mean[1][None, :] * grow[:, None]
+    if means is not None:
+        z = z - means[1][None, :] * grow[:, None]
     z = jnp.where(jnp.broadcast_to(usable[:, None], z.shape), z, 0.0)
-    square = jnp.where(usable, row_sum(z, z, interpret), 1.0)
+    square = jnp.where(usable, _length(z, interpret), 1.0)
     return z, square, jnp.where(usable, shrink, jnp.where(finite, 0.0, jnp.nan))
 
 
 def _scale(
-    z: jax.Array,
+    mode: ScaleMode,
     square: jax.Array,
     inverse: jax.Array,
-    level: jax.Array,
-    code: Code,
-    column: Columns,
-    interpret: bool,
+    energy: jax.Array,
+    overlap: jax.Array,
+    dim: int,
 ) -> jax.Array:
-    """s / gain of the scale mode; normalized, z is z * inverse."""
-    norm = square * inverse / column.dim
-    if code.scale == "norm":
+    """s / gain, of z that were not normalized: square = <z, z>, <level, level>, <z, level>."""
+    norm = square * inverse / dim
+    if mode == "norm":
         return norm
-    if code.scale != "unbiased":
-        energy = row_sum(level, level, interpret)
-        if code.scale == "matched":
-            return norm * jnp.sqrt(column.dim / energy)
-    overlap = row_sum(z, level, interpret)
-    if code.scale == "least_squares":
-        return overlap / energy
+    if mode == "matched":
+        return norm * jnp.sqrt(dim / energy.sum(axis=1))
+    overlap = overlap.sum(axis=1)
+    if mode == "least_squares":
+        return overlap / energy.sum(axis=1)
     return jnp.where(overlap > 0, square / jnp.where(overlap > 0, overlap, 1.0), norm)

@@ -7,8 +7,6 @@ together.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import jax
@@ -20,8 +18,9 @@ from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
 from pallas_kernels.nearest import Levels, table
-from pallas_kernels.quantize import Code, Columns, load_rotation, quantize, rotate_one
+from pallas_kernels.quantize import FEW_COLUMNS, Code, quantize
 from pallas_kernels.rotation import Rotation
+from pallas_kernels.tile import Columns, Tile
 
 # Tokens that a program has in registers at a time.
 TILE = 64
@@ -198,34 +197,34 @@ def _encode_kernel(
 
     def compress(side: str, g: int, group: Group, first: int) -> None:
         column = Columns(group.rotation.parts.shape[2], first)
-        rotation = load_rotation(constants[side][g].parts, column)
         levels = Levels(group.code.levels, constants["tables"][side][g])
         centred = side == "keys" and "key_mean" in new
+        means = (new["key_mean"], new["rotated_mean"]) if centred else (None, None)
+
+        def tile(job: jax.Array, token: jax.Array) -> Tile:
+            row, slot, mean = (jobs[job, i] for i in (0, 1, 3))
+            return Tile(source[side], row, slot, token, column, constants[side][g].parts, *means, mean)
+
+        rotation = tile(first_job, jnp.arange(rows)).rotation(column.within)
 
         def one(job: jax.Array) -> None:
-            row, slot, page, mean_row, opens = (jobs[job, i] for i in range(5))
+            page, opens = jobs[job, 2], jobs[job, 4]
 
             @triton.when(page >= 0)
             def _() -> None:
-                def vectors(token: jax.Array) -> jax.Array:
-                    return _load(source[side], row, slot, token, column)
-
                 if centred:
 
                     @triton.when(opens != 0)
                     def _() -> None:
-                        _open_mean(vectors, tokens, new, mean_row, rotation, column)
-                        triton.barrier(interpret)
+                        _open_mean(tile(job, jnp.arange(tokens)), interpret)
 
                 for start in range(0, tokens, rows):
                     token = start + jnp.arange(rows)
                     if side == "values":
                         token = _order(tokens, start, rows)
                     indices, scale = quantize(
-                        partial(vectors, token),
-                        partial(_load_means, new, mean_row, column) if centred else None,
-                        rotation, group.rotation.gain, levels, group.code, column, interpret,
-                    )  # fmt: skip
+                        tile(job, token), rotation, group.rotation.gain, levels, group.code, interpret
+                    )
                     word, at = _bits(scale), new["scales"][g].at[page, token]
                     if side == "values":
                         word = word << jnp.uint32(16)
@@ -263,17 +262,6 @@ def _encode_kernel(
             triton.barrier(interpret)
 
 
-def _load(source: Any, row: jax.Array, slot: jax.Array, token: jax.Array, column: Columns) -> Any:
-    """Vectors [tokens, columns] from a ring of slots."""
-    place = slot + token
-    place = jnp.where(place >= source.shape[1], place - source.shape[1], place)
-    at = source.at[row, place[:, None], column.within[None, :] + column.first]
-    if column.dim == column.count:
-        return triton.load(at)
-    mask = jnp.broadcast_to(column.exists[None, :], (token.shape[0], column.count))
-    return triton.load(at, mask=mask, other=0.0)
-
-
 def _order(tokens: int, start: int, rows: int) -> jax.Array:
     """The tokens of a tile of values, so that those that share a byte meet in a thread.
 
@@ -285,32 +273,25 @@ def _order(tokens: int, start: int, rows: int) -> jax.Array:
     return eighth * (tokens // 8) + (start // 8 + (row & (run - 1)))
 
 
-def _load_means(new: Any, row: jax.Array, column: Columns) -> tuple[jax.Array, jax.Array]:
-    """The mean key to take off, as it is and rotated."""
-    place, used = column.rotated()
-    whole = column.dim == column.count
-    return tuple(
-        triton.load(ref.at[row, at + column.first], mask=None if whole else mask, other=None if whole else 0.0)
-        for ref, at, mask in (
-            (new["key_mean"], column.within, column.exists), (new["rotated_mean"], place, used)
-        )
-    )
+def _open_mean(tile: Tile, interpret: bool) -> None:
+    """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
+    column = tile.column
 
+    def add(i: jax.Array, rotated: jax.Array) -> jax.Array:
+        within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
+        mean = tile.vectors(within).astype(jnp.float32).sum(axis=0) / tile.token.shape[0]
+        at = tile.means.at[tile.mean_row, column.first + within]
+        triton.store(at, mean, mask=within < column.dim)
+        for part in tile.rotation(within):
+            rotated = rotated + (part.astype(jnp.float32) * mean[None, :]).sum(axis=1)
+        return rotated
 
-def _open_mean(
-    vectors: Callable[[jax.Array], jax.Array], tokens: int, new: Any, row: jax.Array, rotation: list[jax.Array], column: Columns,
-) -> None:
-    """The mean key of a block, written as it is and rotated."""
-    rows = min(TILE, tokens)
-    tiles = [
-        vectors(start + jnp.arange(rows)).astype(jnp.float32).sum(axis=0)
-        for start in range(0, tokens, rows)
-    ]
-    mean = sum(tiles[1:], tiles[0]) / tokens
-    triton.store(new["key_mean"].at[row, column.within + column.first], mean, mask=column.exists)
-    place, used = column.rotated()
-    rotated = rotate_one(mean, rotation, rows)
-    triton.store(new["rotated_mean"].at[row, place + column.first], rotated, mask=used)
+    turns = column.count // FEW_COLUMNS
+    rotated = lax.fori_loop(0, turns, add, jnp.zeros(column.count, jnp.float32))
+    place, exists = column.rotated()
+    at = tile.rotated_means.at[tile.mean_row, column.first + place]
+    triton.store(at, rotated, mask=exists)
+    triton.barrier(interpret)
 
 
 def _field(index: jax.Array, done: int, width: int, bits: int) -> jax.Array:

@@ -7,7 +7,6 @@ one is too small, too large or not finite is it brought near 1 first, by a power
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,12 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import triton
-from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.nearest import Levels, nearest
+from pallas_kernels.tile import Tile
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
 # Sums of squares between the inverse of this and this lose nothing in float32.
 SAFE = 2.0**80
+# Columns of a product at least.
+FEW_COLUMNS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,96 +37,25 @@ class Code:
         return (len(self.levels) - 1).bit_length()
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Channels of a group, padded to a power of two.
-
-    As loaded, the padding is at the end. Once rotated, it is at the end of each eighth, so that
-    codes that share a byte are a power of two of columns apart.
-    """
-
-    dim: int
-    first: int
-
-    @property
-    def count(self) -> int:
-        """Columns."""
-        return max(16, power_of_two(self.dim))
-
-    @property
-    def within(self) -> jax.Array:
-        """Position in the group of each column, as loaded."""
-        return jnp.arange(self.count)
-
-    @property
-    def exists(self) -> jax.Array:
-        """Which columns are channels, as loaded."""
-        return self.within < self.dim
-
-    def rotated(self, eighths: int = 8) -> tuple[jax.Array, jax.Array]:
-        """Position in the group of each column once rotated, and which columns are channels."""
-        size, column = self.count // 8, jnp.arange(eighths * (self.count // 8))
-        if self.dim == self.count:
-            return column, column < self.count
-        place = column & (size - 1)
-        return lax.div(column, jnp.full_like(column, size)) * (self.dim // 8) + place, (
-            place < self.dim // 8
-        )
-
-
-def load_rotation(parts: Any, column: Columns) -> list[jax.Array]:
-    """The parts [parts, 1, H, H] of a rotation, from memory."""
-    at, exists = column.rotated()
-    mask = exists[:, None] & column.exists[None, :] if column.dim != column.count else None
-    other = None if mask is None else 0.0
-    return [
-        triton.load(parts.at[i, 0, at[:, None], column.within[None, :]], mask=mask, other=other)
-        for i in range(parts.shape[0])
-    ]
-
-
-def rotate(x: jax.Array, rotation: list[jax.Array]) -> jax.Array:
-    """Pi x / gain of [tokens, columns] that the parts' dtype holds exactly, in float32."""
-    products = [triton.float_dot(x.astype(part.dtype), part, 1, 1) for part in rotation]
-    return sum(products[1:], products[0])
-
-
-def rotate_one(x: jax.Array, rotation: list[jax.Array], rows: int) -> jax.Array:
-    """Pi x / gain of any float32 [columns]: rows that sum to x, of a product like all others."""
-    dtype, row = rotation[0].dtype, jnp.arange(rows)[:, None]
-    parts, rest = jnp.zeros((rows, x.shape[0]), jnp.float32), x
-    for i in range(1 if dtype == jnp.float32 else 3):
-        rounded = rest.astype(dtype).astype(jnp.float32)
-        parts = jnp.where(row == i, rounded[None, :], parts)
-        rest = rest - rounded
-    return rotate(parts, rotation).sum(axis=0)
-
-
 def quantize(
-    vectors: Callable[[], jax.Array],
-    means: Callable[[], tuple[jax.Array, jax.Array]] | None,
-    rotation: list[jax.Array],
-    gain: float,
-    levels: Levels,
-    code: Code,
-    column: Columns,
-    interpret: bool,
+    tile: Tile, rotation: list[jax.Array], gain: float, levels: Levels, code: Code, interpret: bool
 ) -> tuple[list[jax.Array], jax.Array]:
     """Indices [tokens, an eighth of the columns], 8 of them, and scales float32 [tokens].
 
-    See `turboquant_jax.quantizer`. `vectors` loads [tokens, columns]; of `means`, the vector to take
-    off, as it is and rotated. Both are loaded again where they are needed again, which is rare.
-    Indices are in the low byte of an int32; what is above it means nothing.
+    See `turboquant_jax.quantizer`. Indices are in the low byte of an int32; what is above it means
+    nothing.
     """
-    z = rotate(vectors(), rotation)
-    if means is not None:
-        z = z - means()[1][None, :]
+    column = tile.column
+    x = tile.vectors(column.within)
+    z = sum(_products(x, rotation))
+    if tile.centred:
+        z = z - tile.rotated_mean()[None, :]
     square = _length(z, interpret)
     unsafe = jnp.where((square > 1 / SAFE) & (square < SAFE), 0, 1)
     z, square, unit = lax.cond(
         unsafe.max() == 0,
         lambda: (z, square, jnp.ones_like(square)),
-        lambda: _scaled(vectors(), means and means(), rotation, interpret),
+        lambda: _scaled(tile, interpret),
     )
     inverse = lax.rsqrt(square / column.dim)
     exists = column.rotated(1)[1]
@@ -140,6 +70,11 @@ def quantize(
         overlap = _add_product(overlap, pieces[i], level, interpret)
     scale = _scale(code.scale, square, inverse, energy, overlap, column.dim)
     return [indices[i] for i in range(8)], scale * (unit * gain)
+
+
+def _products(x: jax.Array, rotation: list[jax.Array]) -> list[jax.Array]:
+    """Vectors times the parts of a rotation, whose dtype holds them exactly, in float32."""
+    return [triton.float_dot(x.astype(part.dtype), part, 1, 1) for part in rotation]
 
 
 def eighths(x: jax.Array) -> list[jax.Array]:
@@ -162,31 +97,44 @@ def _length(z: jax.Array, interpret: bool) -> jax.Array:
     return total.sum(axis=1)
 
 
-def _scaled(
-    x: jax.Array,
-    means: tuple[jax.Array, jax.Array] | None,
-    rotation: list[jax.Array],
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _scaled(tile: Tile, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(z, its sum of squares, its unit) of vectors of any magnitude.
 
-    A vector of zeros has z = 0 and a unit of 0; one that is not finite z = 0 and a unit of NaN.
+    A vector of zeros has z = 0 and a unit of 0; one that is not finite z = 0 and a unit of NaN. A
+    few columns at a time: this is rare, but its registers are taken from all programs.
     """
-    wide = x.astype(jnp.float32)
-    centred = wide if means is None else wide - means[0][None, :]
+    column, rows = tile.column, tile.token.shape[0]
+
+    def load(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Columns, the vectors there, and those less their mean."""
+        within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
+        wide = tile.vectors(within).astype(jnp.float32)
+        return within, wide, wide - tile.mean(within)[None, :] if tile.centred else wide
+
+    def find_largest(i: jax.Array, largest: jax.Array) -> jax.Array:
+        return jnp.maximum(largest, jnp.abs(load(i)[2]).max(axis=1))
+
+    def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        square, z = carry
+        within, wide, centred = load(i)
+        centred = centred * grow[:, None]
+        # of a vector that is not finite only its own row is spoilt
+        z = sum(_products(wide * grow[:, None], tile.rotation(within)), z)
+        return square + (centred * centred).sum(axis=1), z
+
+    zero, turns = jnp.zeros(rows, jnp.float32), column.count // FEW_COLUMNS
     # NaN may be passed over here, but not by the sum of squares
-    exponent = lax.bitcast_convert_type(jnp.abs(centred).max(axis=1), jnp.int32) >> 23
+    largest = lax.fori_loop(0, turns, find_largest, zero)
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
     exponent = jnp.minimum(jnp.maximum(exponent, 1), 253)
     grow = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     shrink = lax.bitcast_convert_type(exponent << 23, jnp.float32)
-    centred = centred * grow[:, None]
-    exact = (centred * centred).sum(axis=1)
-    finite = exact < jnp.inf
-    usable = (exact > 0) & finite
-    # of a vector that is not finite only its own row is spoilt
-    z = rotate(wide * grow[:, None], rotation)
-    if means is not None:
-        z = z - means[1][None, :] * grow[:, None]
+    start = zero, jnp.zeros((rows, column.count), jnp.float32)
+    square, z = lax.fori_loop(0, turns, add, start)
+    if tile.centred:
+        z = z - tile.rotated_mean()[None, :] * grow[:, None]
+    finite = square < jnp.inf
+    usable = (square > 0) & finite
     z = jnp.where(jnp.broadcast_to(usable[:, None], z.shape), z, 0.0)
     square = jnp.where(usable, _length(z, interpret), 1.0)
     return z, square, jnp.where(usable, shrink, jnp.where(finite, 0.0, jnp.nan))

@@ -1,9 +1,9 @@
 """From full-precision keys and values to packed blocks, in one pass: one read, one write.
 
 A program makes a few blocks of one kv head, the keys of all and then the values, so that a rotation
-stays in shared memory for as long as it is needed. Codes that share a byte meet in the registers of
-one thread: of keys they are columns apart, of values rows, loaded in an order that brings them
-together.
+stays in shared memory for as long as it is needed. The codes of a key that share a byte are in the
+registers of one thread already; those of values are packed, and transposed, by a product with a
+matrix of powers of two.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.nearest import Levels, table
+from pallas_kernels.nearest import Levels, bits_of, table, to_float, to_int
 from pallas_kernels.quantize import FEW_COLUMNS, Code, quantize
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.tile import Columns, Tile
@@ -77,14 +78,14 @@ def encode(
 
     def planes(x: jax.Array) -> Any:
         return triton.BlockSpec(
-            (x.shape[0], None, *x.shape[2:]), lambda i, h: (0, h) + (0,) * (x.ndim - 2)
+            (x.shape[0], None, *x.shape[2:]), lambda h, i: (0, h) + (0,) * (x.ndim - 2)
         )
 
     def whole(x: jax.Array) -> Any:
-        return triton.BlockSpec(x.shape, lambda i, h: (0,) * x.ndim)
+        return triton.BlockSpec(x.shape, lambda h, i: (0,) * x.ndim)
 
-    source = triton.BlockSpec((*keys.shape[:2], None, channels), lambda i, h: (0, 0, h, 0))
-    targets = {
+    source = triton.BlockSpec((*keys.shape[:2], None, channels), lambda h, i: (0, 0, h, 0))
+    targets: dict[str, Any] = {
         "keys": [group.planes for group in pool.keys],
         "values": [group.planes for group in pool.values],
         "scales": pool.scales,
@@ -97,12 +98,16 @@ def encode(
         "jobs": jobs.astype(jnp.int32),
         "keys": [group.rotation for group in pool.keys],
         "values": [group.rotation for group in pool.values],
+        "packing": [
+            [packing_matrix(tokens, w) for w in PLANE_WIDTHS[group.code.bits]]
+            for group in pool.values
+        ],
         "tables": {
             side: [jnp.asarray(table(group.code.levels)) for group in groups]
             for side, groups in (("keys", pool.keys), ("values", pool.values))
         },
     }
-    vectors = {"keys": keys, "values": values}
+    vectors: dict[str, Any] = {"keys": keys, "values": values}
     inputs = (vectors, constants, targets)
     specs = (
         jax.tree.map(lambda x: source, vectors),
@@ -114,7 +119,8 @@ def encode(
         lambda source, constants, old, new: _encode_kernel(
             source, constants, new, pool=pool, tokens=tokens, count=count, interpret=interpret
         ),
-        grid=(-(-jobs.shape[0] // count), heads),
+        # heads side by side: they lie together in memory
+        grid=(heads, -(-jobs.shape[0] // count)),
         in_specs=specs,
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
@@ -151,9 +157,8 @@ def rotated_means(
     for group in groups:
         matrix = group.rotation.parts[:, 0].astype(jnp.float32).sum(axis=0)
         own = means[..., first : first + matrix.shape[1]]
-        rotated.append(
-            jnp.einsum("rkj,ij->rki", own, matrix, precision=lax.Precision.HIGHEST)
-        )
+        # no library's product: a few rows, in exact float32
+        rotated.append(jnp.sum(own[:, :, None, :] * matrix[None, None], axis=-1))
         first += matrix.shape[1]
     return jnp.concatenate(rotated, axis=-1)
 
@@ -191,19 +196,28 @@ def _encode_kernel(
     source: dict[str, Any], constants: dict[str, Any], new: dict[str, Any],
     *, pool: Pool, tokens: int, count: int, interpret: bool,
 ) -> None:  # fmt: skip
-    """One program of the grid (jobs / count, kv head)."""
-    jobs, first_job = constants["jobs"], triton.program_id(0) * count
+    """One program of the grid (kv head, jobs / count)."""
+    jobs, first_job = constants["jobs"], triton.program_id(1) * count
     rows = min(TILE, tokens)
 
     def compress(side: str, g: int, group: Group, first: int) -> None:
         column = Columns(group.rotation.parts.shape[2], first)
-        levels = Levels(group.code.levels, constants["tables"][side][g])
+        levels = Levels.load(group.code.levels, constants["tables"][side][g], interpret)
         centred = side == "keys" and "key_mean" in new
-        means = (new["key_mean"], new["rotated_mean"]) if centred else (None, None)
+        key_mean, rotated_mean = new.get("key_mean"), new.get("rotated_mean")
 
         def tile(job: jax.Array, token: jax.Array) -> Tile:
-            row, slot, mean = (jobs[job, i] for i in (0, 1, 3))
-            return Tile(source[side], row, slot, token, column, constants[side][g].parts, *means, mean)
+            return Tile(
+                source=source[side],
+                row=jobs[job, 0],
+                slot=jobs[job, 1],
+                token=token,
+                column=column,
+                parts=constants[side][g].parts,
+                means=key_mean if centred else None,
+                rotated_means=rotated_mean if centred else None,
+                mean_row=jobs[job, 3],
+            )
 
         rotation = tile(first_job, jnp.arange(rows)).rotation(column.within)
 
@@ -218,12 +232,17 @@ def _encode_kernel(
                     def _() -> None:
                         _open_mean(tile(job, jnp.arange(tokens)), interpret)
 
+                widths = PLANE_WIDTHS[group.code.bits]
+                packed: list[Any] = [0.0] * len(widths)
                 for start in range(0, tokens, rows):
                     token = start + jnp.arange(rows)
-                    if side == "values":
-                        token = _order(tokens, start, rows)
                     indices, scale = quantize(
-                        tile(job, token), rotation, group.rotation.gain, levels, group.code, interpret
+                        tile(job, token),
+                        rotation,
+                        group.rotation.gain,
+                        levels,
+                        group.code,
+                        interpret,
                     )
                     word, at = _bits(scale), new["scales"][g].at[page, token]
                     if side == "values":
@@ -231,16 +250,16 @@ def _encode_kernel(
                         if g < len(pool.keys):
                             word = word | triton.load(at)
                     triton.store(at, word)
-                    done = 0
-                    for plane, width in zip(
-                        new[side][g], PLANE_WIDTHS[group.code.bits], strict=True
-                    ):
-                        fields = [_field(index, done, width, group.code.bits) for index in indices]
+                    for i, plane in enumerate(new[side][g]):
+                        fields = [_field(index, i, group.code.bits) for index in indices]
                         if side == "keys":
-                            _store_keys(plane, page, token, fields, width, column)
+                            _store_keys(plane, page, token, fields, widths[i], column)
                         else:
-                            _store_values(plane, page, start, tokens, fields, width, column)
-                        done += width
+                            matrix = constants["packing"][g][i]
+                            packed[i] = packed[i] + _pack(_join(fields), matrix, start)
+                if side == "values":
+                    for plane, whole in zip(new[side][g], packed, strict=True):
+                        _store_values(plane, page, whole, column)
 
         if count == 1:
             one(first_job)
@@ -262,15 +281,17 @@ def _encode_kernel(
             triton.barrier(interpret)
 
 
-def _order(tokens: int, start: int, rows: int) -> jax.Array:
-    """The tokens of a tile of values, so that those that share a byte meet in a thread.
+def packing_matrix(length: int, width: int) -> np.ndarray:
+    """bf16 [length, bytes]: fields of `width` bits times this are the bytes.
 
-    Those are an eighth of the block apart. A thread has rows i and i + 8 of every 16 rows of a
-    product: the highest digit of the eighth is in between.
+    Element i of a plane of m bytes is in byte i mod m at bit width * (i // m). Sums stay below 256,
+    which bfloat16 operands and float32 sums hold exactly.
     """
-    row, run = jnp.arange(rows), rows // 8
-    eighth = (row // run & 1) * 4 + row // (2 * run)
-    return eighth * (tokens // 8) + (start // 8 + (row & (run - 1)))
+    count = length * width // 8
+    matrix = np.zeros((length, max(16, count)), np.float32)
+    place, byte = np.divmod(np.arange(length), count)
+    matrix[np.arange(length), byte] = 2.0 ** (width * place)
+    return matrix.astype(jnp.bfloat16)
 
 
 def _open_mean(tile: Tile, interpret: bool) -> None:
@@ -294,15 +315,10 @@ def _open_mean(tile: Tile, interpret: bool) -> None:
     triton.barrier(interpret)
 
 
-def _field(index: jax.Array, done: int, width: int, bits: int) -> jax.Array:
-    """The bits of an index that a plane holds; above the low byte of an int32 there may be more."""
-    field = index >> done if done else index
-    return field & (2**width - 1) if done + width < bits else field
-
-
-def _halves(x: jax.Array, axis: int) -> list[jax.Array]:
-    """Both halves of an axis."""
-    return lax.split(x, (x.shape[axis] // 2,) * 2, axis)
+def _field(index: jax.Array, plane: int, bits: int) -> jax.Array:
+    """The bits of an index that a plane holds; the low byte of an int32, see `to_int`."""
+    widths = PLANE_WIDTHS[bits]
+    return bits_of(index, sum(widths[:plane]), widths[plane]) if len(widths) > 1 else index
 
 
 def _join(pieces: list[jax.Array]) -> jax.Array:
@@ -317,12 +333,19 @@ def _join(pieces: list[jax.Array]) -> jax.Array:
 
 
 def _store_keys(
-    plane: Any, page: jax.Array, token: jax.Array, fields: list[jax.Array], width: int, column: Columns,
+    plane: Any,
+    page: jax.Array,
+    token: jax.Array,
+    fields: list[jax.Array],
+    width: int,
+    column: Columns,
 ) -> None:
     """Fields [tokens, an eighth of the columns], packed along the columns."""
     while len(fields) > width:
         half = len(fields) // 2
-        fields = [low + (high << half) for low, high in zip(fields[:half], fields[half:], strict=True)]
+        fields = [
+            low + (high << half) for low, high in zip(fields[:half], fields[half:], strict=True)
+        ]
     packed = _join([field.astype(jnp.uint8) for field in fields])
     byte, exists = column.rotated(width)
     mask = None
@@ -332,39 +355,25 @@ def _store_keys(
     triton.store(at, packed, mask=mask)
 
 
-def _store_values(
-    plane: Any, page: jax.Array, start: int, tokens: int, fields: list[jax.Array], width: int,
-    column: Columns,
-) -> None:  # fmt: skip
-    """Fields [tokens in their `_order`, an eighth of the columns], packed along the tokens."""
-    rows, columns = fields[0].shape
-    run = rows // 8
-    row = jnp.arange(width * run)
-    byte = row
-    if width == 8:
-        byte = _order(tokens, start, rows)
-    else:
-        fields = [
-            _combine(_halves(field.reshape(4, 2, run, columns), 1), 4).reshape(rows // 2, columns)
-            for field in fields
-        ]
-        for step in (2, 1):
-            if width <= step:
-                fields = [_combine(_halves(field, 0), step) for field in fields]
-        if rows != tokens:
-            byte = row // run * (tokens // 8) + (start // 8 + (row & (run - 1)))
-    packed = _join([field.astype(jnp.uint8) for field in fields]).T
+def _pack(field: jax.Array, matrix: Any, start: int) -> jax.Array:
+    """float32 [columns, bytes]: fields [tokens from `start` on, columns], packed along the tokens.
+
+    A product with a small matrix, which also transposes.
+    """
+    token, byte = start + jnp.arange(field.shape[0]), jnp.arange(matrix.shape[1])
+    weights = triton.load(matrix.at[token[:, None], byte[None, :]])
+    return triton.float_dot(to_float(field).astype(jnp.bfloat16), weights, 0, 0)
+
+
+def _store_values(plane: Any, page: jax.Array, packed: jax.Array, column: Columns) -> None:
+    """Bytes [columns, bytes] as float32."""
     channel, exists = column.rotated()
+    byte = jnp.arange(packed.shape[1])
     mask = None
-    if column.dim != column.count:
-        mask = jnp.broadcast_to(exists[:, None], packed.shape)
+    if column.dim != column.count or plane.shape[-1] != packed.shape[1]:
+        mask = exists[:, None] & (byte < plane.shape[-1])[None, :]
     at = cast(Any, plane.at[page, channel[:, None], byte[None, :]])
-    triton.store(at, packed, mask=mask)
-
-
-def _combine(halves: list[jax.Array], shift: int) -> jax.Array:
-    low, high = halves
-    return low + (high << shift)
+    triton.store(at, to_int(packed).astype(jnp.uint8), mask=mask)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

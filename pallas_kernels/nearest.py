@@ -29,10 +29,17 @@ TOLERANCE = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """Levels of a code, in ascending order, and a table of them."""
+    """Levels of a code, in ascending order, and the rows of their `table`."""
 
     values: tuple[float, ...]
-    table: Any
+    level_table: triton.Table
+    edge_table: triton.Table
+
+    @classmethod
+    def load(cls, values: tuple[float, ...], ref: Any, interpret: bool) -> "Levels":
+        """From the table in memory, inside a kernel."""
+        in_lanes = len(values) <= triton.LANES
+        return cls(values, *(triton.Table(ref, row, in_lanes, interpret) for row in range(2)))
 
     @property
     def edges(self) -> np.ndarray:
@@ -85,7 +92,7 @@ def nearest(
 ) -> tuple[jax.Array, jax.Array]:
     """Index and level of z [rows, columns] * inverse [rows]; a tie goes to the lower level.
 
-    The index is in the low byte of an int32.
+    The index is an int32 as `to_int` makes it.
     """
     factor = (inverse * STEEP)[:, None]
 
@@ -100,26 +107,44 @@ def nearest(
             index = index + passed
             level = triton.fma(passed, jnp.full((1, 1), step, jnp.float32), level, interpret)
         return lax.bitcast_convert_type(index, jnp.int32), level
-    level_table, edge_table = (
-        triton.Table(levels.table, row, count <= triton.LANES, interpret) for row in range(2)
-    )
     found = curve(levels.values)
     if found is None:
         index = jnp.full(z.shape, MAGIC)
         for bit in reversed(range((count - 1).bit_length())):
             at = lax.bitcast_convert_type(index, jnp.int32) + (2**bit - 1)
-            index = triton.fma(above(edge_table[at]), jnp.full((1, 1), 2.0**bit), index, interpret)
+            index = triton.fma(
+                above(levels.edge_table[at]), jnp.full((1, 1), 2.0**bit), index, interpret
+            )
     else:
         height, linear, cubic = found
         if cubic:
             unit = z * inverse[:, None]
-            slope = triton.fma(unit * unit, jnp.full((1, 1), cubic), jnp.full((1, 1), linear), interpret)
+            slope = triton.fma(
+                unit * unit, jnp.full((1, 1), cubic), jnp.full((1, 1), linear), interpret
+            )
             guess = triton.tanh(unit * slope, interpret)
         else:
             guess = triton.tanh(z * (inverse * linear)[:, None], interpret)
         guess = triton.fma(
             guess, jnp.full((1, 1), height), jnp.full((1, 1), MAGIC + (count - 2) / 2), interpret
         )
-        index = guess + above(edge_table[lax.bitcast_convert_type(guess, jnp.int32)])
+        index = guess + above(levels.edge_table[lax.bitcast_convert_type(guess, jnp.int32)])
     index = lax.bitcast_convert_type(index, jnp.int32)
-    return index, level_table[index]
+    return index, levels.level_table[index]
+
+
+def to_int(x: jax.Array) -> jax.Array:
+    """int32 whose low bits are the integer in a float32 of magnitude below 2**22; faster than to
+    convert."""
+    return lax.bitcast_convert_type(x + MAGIC, jnp.int32)
+
+
+def to_float(x: jax.Array) -> jax.Array:
+    """The inverse of `to_int`."""
+    return lax.bitcast_convert_type(x, jnp.float32) - MAGIC
+
+
+def bits_of(index: jax.Array, first: int, count: int) -> jax.Array:
+    """Some bits of what `to_int` made, as if it had made that."""
+    magic = np.float32(MAGIC).view(np.int32).item()
+    return ((index >> first) & (2**count - 1)) | magic

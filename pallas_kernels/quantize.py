@@ -7,7 +7,7 @@ one is too small, too large or not finite is it brought near 1 first, by a power
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,27 +47,28 @@ def quantize(
     """
     column = tile.column
     x = tile.vectors(column.within)
-    z = sum(_products(x, rotation))
+    products = _products(x, rotation)
+    z = sum(products[1:], products[0])
     if tile.centred:
         z = z - tile.rotated_mean()[None, :]
     square = _length(z, interpret)
     unsafe = jnp.where((square > 1 / SAFE) & (square < SAFE), 0, 1)
     z, square, unit = lax.cond(
-        unsafe.max() == 0,
+        triton.uniform(unsafe.max(), interpret) == 0,
         lambda: (z, square, jnp.ones_like(square)),
         lambda: _scaled(tile, interpret),
     )
     inverse = lax.rsqrt(square / column.dim)
     exists = column.rotated(1)[1]
-    indices, energy, overlap = {}, None, None
-    # one eighth after the other, so that no more than one is in the making at a time
-    pieces = eighths(z)
+    pieces, indices = eighths(z), {}
+    energy = overlap = jnp.zeros(pieces[0].shape, jnp.float32)
+    # eighths whose codes share a byte one after the other, so that few wait in registers
     for i in (0, 4, 2, 6, 1, 5, 3, 7):
         indices[i], level = nearest(pieces[i], inverse, levels, interpret)
         if column.dim != column.count:
             level = jnp.where(jnp.broadcast_to(exists[None, :], level.shape), level, 0.0)
-        energy = _add_product(energy, level, level, interpret)
-        overlap = _add_product(overlap, pieces[i], level, interpret)
+        energy = triton.fma(level, level, energy, interpret)
+        overlap = triton.fma(pieces[i], level, overlap, interpret)
     scale = _scale(code.scale, square, inverse, energy, overlap, column.dim)
     return [indices[i] for i in range(8)], scale * (unit * gain)
 
@@ -79,21 +80,15 @@ def _products(x: jax.Array, rotation: list[jax.Array]) -> list[jax.Array]:
 
 def eighths(x: jax.Array) -> list[jax.Array]:
     """Eighths of the columns."""
-    return lax.split(x, (x.shape[1] // 8,) * 8, 1)
-
-
-def _add_product(
-    total: jax.Array | None, x: jax.Array, y: jax.Array, interpret: bool
-) -> jax.Array:
-    """total + x * y, where no total is 0."""
-    return x * y if total is None else triton.fma(x, y, total, interpret)
+    return list(lax.split(x, (x.shape[1] // 8,) * 8, 1))
 
 
 def _length(z: jax.Array, interpret: bool) -> jax.Array:
     """Sums of squares of the rows."""
-    total = None
-    for piece in eighths(z):
-        total = _add_product(total, piece, piece, interpret)
+    pieces = eighths(z)
+    total = pieces[0] * pieces[0]
+    for piece in pieces[1:]:
+        total = triton.fma(piece, piece, total, interpret)
     return total.sum(axis=1)
 
 

@@ -109,6 +109,17 @@ def tanh(x: jax.Array, interpret: bool) -> jax.Array:
     return assembly("tanh.approx.f32 $0, $1;", [x], "=f,f", 1, jnp.float32)
 
 
+def uniform(x: jax.Array, interpret: bool) -> jax.Array:
+    """An int32 scalar, as the compiler does not see by itself the same in all lanes of a warp.
+
+    Behind a branch that might part them, every shuffle would be prepared for that.
+    """
+    if interpret:
+        return x
+    first = "shfl.sync.idx.b32 $0, $1, 0, 31, -1;"
+    return assembly(first, [jnp.full((1,), x)], "=r,r", 1, jnp.int32).max()
+
+
 class Table:
     """A row of a table [rows, words] of float32, to be read at many places.
 

@@ -7,18 +7,18 @@ matrix of powers of two.
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.nearest import Levels, bits_of, table, to_float, to_int
+from pallas_kernels.nearest import Levels, table
+from pallas_kernels.packing import field_of, join, pack, packing_matrix, store_keys, store_values
 from pallas_kernels.quantize import FEW_COLUMNS, Code, quantize
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.tile import Columns, Tile
@@ -251,15 +251,15 @@ def _encode_kernel(
                             word = word | triton.load(at)
                     triton.store(at, word)
                     for i, plane in enumerate(new[side][g]):
-                        fields = [_field(index, i, group.code.bits) for index in indices]
+                        fields = [field_of(index, i, group.code.bits) for index in indices]
                         if side == "keys":
-                            _store_keys(plane, page, token, fields, widths[i], column)
+                            store_keys(plane, page, token, fields, widths[i], column)
                         else:
                             matrix = constants["packing"][g][i]
-                            packed[i] = packed[i] + _pack(_join(fields), matrix, start)
+                            packed[i] = packed[i] + pack(join(fields), matrix, start)
                 if side == "values":
                     for plane, whole in zip(new[side][g], packed, strict=True):
-                        _store_values(plane, page, whole, column)
+                        store_values(plane, page, whole, column)
 
         if count == 1:
             one(first_job)
@@ -281,19 +281,6 @@ def _encode_kernel(
             triton.barrier(interpret)
 
 
-def packing_matrix(length: int, width: int) -> np.ndarray:
-    """bf16 [length, bytes]: fields of `width` bits times this are the bytes.
-
-    Element i of a plane of m bytes is in byte i mod m at bit width * (i // m). Sums stay below 256,
-    which bfloat16 operands and float32 sums hold exactly.
-    """
-    count = length * width // 8
-    matrix = np.zeros((length, max(16, count)), np.float32)
-    place, byte = np.divmod(np.arange(length), count)
-    matrix[np.arange(length), byte] = 2.0 ** (width * place)
-    return matrix.astype(jnp.bfloat16)
-
-
 def _open_mean(tile: Tile, interpret: bool) -> None:
     """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
     column = tile.column
@@ -313,67 +300,6 @@ def _open_mean(tile: Tile, interpret: bool) -> None:
     at = tile.rotated_means.at[tile.mean_row, column.first + place]
     triton.store(at, rotated, mask=exists)
     triton.barrier(interpret)
-
-
-def _field(index: jax.Array, plane: int, bits: int) -> jax.Array:
-    """The bits of an index that a plane holds; the low byte of an int32, see `to_int`."""
-    widths = PLANE_WIDTHS[bits]
-    return bits_of(index, sum(widths[:plane]), widths[plane]) if len(widths) > 1 else index
-
-
-def _join(pieces: list[jax.Array]) -> jax.Array:
-    """One beside the other, a power of two of [rows, columns]."""
-    while len(pieces) > 1:
-        pairs = zip(pieces[::2], pieces[1::2], strict=True)
-        pieces = [
-            jnp.stack(pair, axis=-1).transpose(0, 2, 1).reshape(pair[0].shape[0], -1)
-            for pair in pairs
-        ]
-    return pieces[0]
-
-
-def _store_keys(
-    plane: Any,
-    page: jax.Array,
-    token: jax.Array,
-    fields: list[jax.Array],
-    width: int,
-    column: Columns,
-) -> None:
-    """Fields [tokens, an eighth of the columns], packed along the columns."""
-    while len(fields) > width:
-        half = len(fields) // 2
-        fields = [
-            low + (high << half) for low, high in zip(fields[:half], fields[half:], strict=True)
-        ]
-    packed = _join([field.astype(jnp.uint8) for field in fields])
-    byte, exists = column.rotated(width)
-    mask = None
-    if column.dim != column.count:
-        mask = jnp.broadcast_to(exists[None, :], packed.shape)
-    at = cast(Any, plane.at[page, token[:, None], byte[None, :]])
-    triton.store(at, packed, mask=mask)
-
-
-def _pack(field: jax.Array, matrix: Any, start: int) -> jax.Array:
-    """float32 [columns, bytes]: fields [tokens from `start` on, columns], packed along the tokens.
-
-    A product with a small matrix, which also transposes.
-    """
-    token, byte = start + jnp.arange(field.shape[0]), jnp.arange(matrix.shape[1])
-    weights = triton.load(matrix.at[token[:, None], byte[None, :]])
-    return triton.float_dot(to_float(field).astype(jnp.bfloat16), weights, 0, 0)
-
-
-def _store_values(plane: Any, page: jax.Array, packed: jax.Array, column: Columns) -> None:
-    """Bytes [columns, bytes] as float32."""
-    channel, exists = column.rotated()
-    byte = jnp.arange(packed.shape[1])
-    mask = None
-    if column.dim != column.count or plane.shape[-1] != packed.shape[1]:
-        mask = exists[:, None] & (byte < plane.shape[-1])[None, :]
-    at = cast(Any, plane.at[page, channel[:, None], byte[None, :]])
-    triton.store(at, to_int(packed).astype(jnp.uint8), mask=mask)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

@@ -11,7 +11,11 @@ import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,8 @@ from turboquant_jax.cache.state import Exact
 from turboquant_jax.llama.timing import copy_bandwidth
 
 KV_HEADS, CHANNELS, BLOCK = 8, 128, 64
-CASES = (
+Case = tuple[int, Any, Any, bool]  # bits, rotation, scale, whether centred
+CASES: tuple[Case, ...] = (
     *((bits, "hadamard", "least_squares", True) for bits in (4, 3, 2, 1, 5, 8)),
     (4, "hadamard", "least_squares", False),
     (4, "haar", "least_squares", True),
@@ -32,7 +37,11 @@ CASES = (
     (4, "hadamard", "unbiased", True),
 )
 TOKENS = (32768, 131072)
-CALLS = 20
+LONG_CASES = 1  # of the larger number of tokens
+CALLS, LOOPS = 20, 8
+UNTIMED: dict[str, str | bool] = {
+    "xla_gpu_autotune_level": "0"
+}  # for what is not timed: it takes longer than all the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +111,67 @@ def apart(state: cache.Cache, other: cache.Cache) -> float:
     return float(sum(jnp.mean(a != b) for a, b in pairs) / len(pairs))
 
 
-def seconds(encode, state: cache.Cache, source: Exact) -> float:
-    """Median time of a call in loops of CALLS; the pool is donated from loop to loop."""
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What is run of a case, compiled. The loops call CALLS times and take the state given away."""
 
-    def loop(state: cache.Cache, source: Exact) -> cache.Cache:
+    case: Case
+    tokens: int
+    create: Callable[[], cache.Cache]
+    loops: dict[str, Any]
+    definition: Callable[[cache.Cache, Exact], cache.Cache]
+
+
+def prepare(case: Case, tokens: int) -> Programs:
+    """Compile what a case needs."""
+
+    def loop(encode, state: cache.Cache, source: Exact) -> cache.Cache:
         return lax.fori_loop(0, CALLS, lambda _, state: encode(state, source), state)
 
-    run = jax.jit(loop, donate_argnums=0)
+    create = partial(empty, *case, tokens)
+    shapes = jax.eval_shape(create), jax.eval_shape(partial(vectors, tokens))
+    encoders = {"pallas": by_kernel} | ({"xla": by_definition} if case == CASES[0] else {})
+    loops = {
+        name: jax.jit(partial(loop, encode), donate_argnums=0).lower(*shapes).compile()
+        for name, encode in encoders.items()
+    }
+    with jax.default_matmul_precision("highest"):
+        definition = jax.jit(by_definition).lower(*shapes).compile(UNTIMED)
+    return Programs(case, tokens, jax.jit(create).lower().compile(), loops, definition)
+
+
+def seconds(run, state: cache.Cache, source: Exact) -> tuple[float, cache.Cache]:
+    """Median time of a call, and what they made."""
     times = []
-    for _ in range(8):
+    for _ in range(LOOPS):
         begin = time.perf_counter()
         state = jax.block_until_ready(run(state, source))
         times.append((time.perf_counter() - begin) / CALLS)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:]), state
+
+
+def measure(programs: Programs, source: Exact, copy: float) -> list[Row]:
+    """Rows of one case."""
+    rows = []
+
+    def create() -> cache.Cache:
+        state = programs.create()
+        if state.key_mean is None:
+            return state
+        mean = jnp.mean(source.keys[:, :BLOCK].astype(jnp.float32), axis=1)[None]
+        return dataclasses.replace(state, key_mean=mean)
+
+    want = programs.definition(create(), source)
+    for name, run in programs.loops.items():
+        took, made = seconds(run, create(), source)
+        rate = (4 * source.keys.size + blocks_bytes(made)) / took
+        rows.append(
+            Row(
+                name, *programs.case, programs.tokens, took * 1e3, rate / 1e9, rate / copy,
+                apart(made, want),
+            )
+        )  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -123,41 +180,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
     arguments = parser.parse_args()
-    rows, copy, start = [], copy_bandwidth(), time.monotonic()
+    rows, start = [], time.monotonic()
+    jobs = [(case, TOKENS[0]) for case in CASES[: arguments.cases]]
+    jobs += [(case, TOKENS[1]) for case in CASES[: min(arguments.cases, LONG_CASES)]]
+    # compiling takes longer than measuring
+    with ThreadPoolExecutor() as pool:
+        prepared = list(pool.map(lambda job: prepare(*job), jobs))
+    copy, source = copy_bandwidth(), None
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {copy / 1e9:.0f} GB/s")
-    for tokens in TOKENS:
-        source = jax.jit(vectors, static_argnums=0)(tokens)
-        for case in CASES[: arguments.cases]:
-            bits, rotation, scale, centred = case
-            make = jax.jit(empty, static_argnums=(0, 1, 2, 3, 4))
-            state = make(*case, tokens)
-            if centred:
-                mean = jnp.mean(source.keys[:, :BLOCK].astype(jnp.float32), axis=1)[None]
-                state = dataclasses.replace(state, key_mean=mean)
-            nbytes = 4 * source.keys.size + blocks_bytes(state)
-            different = float("nan")
-            if tokens == TOKENS[0]:
-                with jax.default_matmul_precision("highest"):
-                    want = jax.jit(by_definition)(state, source)
-                different = apart(jax.jit(by_kernel)(state, source), want)
-            for name, encode in (("pallas", by_kernel), ("xla", by_definition)):
-                if name == "xla" and case != CASES[0]:
-                    continue
-                took = seconds(encode, make(*case, tokens), source)
-                rate = nbytes / took
-                rows.append(
-                    Row(
-                        name, bits, rotation, scale, centred, tokens, took * 1e3, rate / 1e9,
-                        rate / copy, different,
-                    )
-                )  # fmt: skip
-                write_table(arguments.out, rows, time.monotonic() - start)
-                print(
-                    f"{name:6s} {bits} bits {rotation:8s} {scale:13s} centred {centred!s:5} "
-                    f"{tokens:6d} tokens {took * 1e6:8.1f} us {rate / 1e9:6.0f} GB/s "
-                    f"{rate / copy:5.2f} of copy, apart {different:.1e}",
-                    flush=True,
-                )
+    for programs in prepared:
+        if source is None or source.keys.shape[1] != programs.tokens:
+            source = jax.jit(vectors, static_argnums=0)(programs.tokens)
+        for row in measure(programs, source, copy):
+            rows.append(row)
+            write_table(arguments.out, rows, time.monotonic() - start)
+            print(
+                f"{row.implementation:6s} {row.bits} bits {row.rotation:8s} {row.scale:13s} "
+                f"centred {row.centred!s:5} {row.tokens:6d} tokens "
+                f"{row.milliseconds * 1e3:8.1f} us {row.gigabytes_per_second:6.0f} GB/s "
+                f"{row.fraction_of_copy_bandwidth:5.2f} of copy, apart {row.codes_apart:.1e}",
+                flush=True,
+            )
 
 
 def blocks_bytes(state: cache.Cache) -> int:

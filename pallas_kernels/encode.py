@@ -1,28 +1,33 @@
 """From full-precision keys and values to packed blocks, in one pass: one read, one write.
 
-A program makes one block of one kv head: `quantize`, then pack, which is a product with a matrix
-too, of fields times powers of two.
+A program makes a few blocks of one kv head, the keys of all and then the values, so that a rotation
+stays in shared memory for as long as it is needed. The codes of a key that share a byte are in the
+registers of one thread already; those of values are packed, and transposed, by a product with a
+matrix of powers of two.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.dequantize import power_of_two
-from pallas_kernels.quantize import Code, Columns, quantize
+from pallas_kernels.nearest import Levels, table
+from pallas_kernels.packing import field_of, join, pack, packing_matrix, store_keys, store_values
+from pallas_kernels.quantize import FEW_COLUMNS, Code, quantize
 from pallas_kernels.rotation import Rotation
+from pallas_kernels.tile import Columns, Tile
 
 # Tokens that a program has in registers at a time.
 TILE = 64
+# Blocks of a program: so many that this many programs remain, up to a limit.
+PROGRAMS = 1024
+MAX_BLOCKS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -69,61 +74,57 @@ def encode(
     """
     tokens = _check(keys, values, jobs, pool)
     heads, channels = keys.shape[2:]
+    count = blocks_per_program(jobs.shape[0] * heads)
 
     def planes(x: jax.Array) -> Any:
         return triton.BlockSpec(
-            (x.shape[0], None, *x.shape[2:]), lambda i, h: (0, h) + (0,) * (x.ndim - 2)
+            (x.shape[0], None, *x.shape[2:]), lambda h, i: (0, h) + (0,) * (x.ndim - 2)
         )
 
     def whole(x: jax.Array) -> Any:
-        return triton.BlockSpec(x.shape, lambda i, h: (0,) * x.ndim)
+        return triton.BlockSpec(x.shape, lambda h, i: (0,) * x.ndim)
 
-    source = triton.BlockSpec((*keys.shape[:2], None, channels), lambda i, h: (0, 0, h, 0))
-    targets = {
+    source = triton.BlockSpec((*keys.shape[:2], None, channels), lambda h, i: (0, 0, h, 0))
+    targets: dict[str, Any] = {
         "keys": [group.planes for group in pool.keys],
         "values": [group.planes for group in pool.values],
         "scales": pool.scales,
-    } | ({} if pool.key_mean is None else {"key_mean": pool.key_mean})
+    }
+    if pool.key_mean is not None:
+        # the rotated ones, too, since a block that opens one writes both
+        rotated = rotated_means(pool.key_mean, pool.keys)
+        targets |= {"key_mean": pool.key_mean, "rotated_mean": rotated}
     constants = {
+        "jobs": jobs.astype(jnp.int32),
         "keys": [group.rotation for group in pool.keys],
         "values": [group.rotation for group in pool.values],
-        "keys_packing": [
-            [packing_matrix(g.rotation.parts.shape[2], w) for w in PLANE_WIDTHS[g.code.bits]]
-            for g in pool.keys
+        "packing": [
+            [packing_matrix(tokens, w) for w in PLANE_WIDTHS[group.code.bits]]
+            for group in pool.values
         ],
-        "values_packing": [
-            [packing_matrix(tokens, w) for w in PLANE_WIDTHS[g.code.bits]] for g in pool.values
-        ],
-        "tables": [
-            jnp.array([group.code.levels, (*group.code.edges, 0.0)], jnp.float32)
-            for group in (*pool.keys, *pool.values)
-        ],
-    }
-    inputs = (
-        {"source_keys": keys, "source_values": values, "jobs": jobs.astype(jnp.int32)},
-        constants,
-        targets,
-    )
-    specs = (
-        {
-            "source_keys": source,
-            "source_values": source,
-            "jobs": triton.BlockSpec((None, 5), lambda i, h: (i, 0)),
+        "tables": {
+            side: [jnp.asarray(table(group.code.levels)) for group in groups]
+            for side, groups in (("keys", pool.keys), ("values", pool.values))
         },
+    }
+    vectors: dict[str, Any] = {"keys": keys, "values": values}
+    inputs = (vectors, constants, targets)
+    specs = (
+        jax.tree.map(lambda x: source, vectors),
         jax.tree.map(whole, constants),
         jax.tree.map(planes, targets),
     )
     first = len(jax.tree.leaves(inputs[:2]))
-    count = len(jax.tree.leaves(targets))
     written = triton.call(
         lambda source, constants, old, new: _encode_kernel(
-            source, constants, old, new, pool=pool, tokens=tokens, interpret=interpret,
+            source, constants, new, pool=pool, tokens=tokens, count=count, interpret=interpret
         ),
-        grid=(jobs.shape[0], heads),
+        # heads side by side: they lie together in memory
+        grid=(heads, -(-jobs.shape[0] // count)),
         in_specs=specs,
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
-        aliases={first + i: i for i in range(count)},
+        aliases={first + i: i for i in range(len(jax.tree.leaves(targets)))},
         warps=4,
         stages=1,
         name="encode",
@@ -138,6 +139,28 @@ def encode(
         scales=written["scales"],
         key_mean=written.get("key_mean"),
     )
+
+
+def blocks_per_program(total: int) -> int:
+    """A power of two: more only where enough programs remain to fill a GPU."""
+    count = 1
+    while count < MAX_BLOCKS and total >= 2 * count * PROGRAMS:
+        count *= 2
+    return count
+
+
+def rotated_means(
+    means: Float[Array, "rows K H"], groups: tuple[Group, ...]
+) -> Float[Array, "rows K H"]:
+    """Pi mean / gain, group by group."""
+    rotated, first = [], 0
+    for group in groups:
+        matrix = group.rotation.parts[:, 0].astype(jnp.float32).sum(axis=0)
+        own = means[..., first : first + matrix.shape[1]]
+        # no library's product: a few rows, in exact float32
+        rotated.append(jnp.sum(own[:, :, None, :] * matrix[None, None], axis=-1))
+        first += matrix.shape[1]
+    return jnp.concatenate(rotated, axis=-1)
 
 
 def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:
@@ -170,114 +193,113 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
 
 
 def _encode_kernel(
-    source: dict[str, Any], constants: dict[str, Any], old: dict[str, Any], new: dict[str, Any],
-    *, pool: Pool, tokens: int, interpret: bool,
+    source: dict[str, Any], constants: dict[str, Any], new: dict[str, Any],
+    *, pool: Pool, tokens: int, count: int, interpret: bool,
 ) -> None:  # fmt: skip
-    """One program of the grid (job, kv head)."""
-    row, slot, page, mean_row, opens = (source["jobs"][i] for i in range(5))
+    """One program of the grid (kv head, jobs / count)."""
+    jobs, first_job = constants["jobs"], triton.program_id(1) * count
+    rows = min(TILE, tokens)
 
-    tile = min(TILE, tokens)
+    def compress(side: str, g: int, group: Group, first: int) -> None:
+        column = Columns(group.rotation.parts.shape[2], first)
+        levels = Levels.load(group.code.levels, constants["tables"][side][g], interpret)
+        centred = side == "keys" and "key_mean" in new
+        key_mean, rotated_mean = new.get("key_mean"), new.get("rotated_mean")
 
-    @triton.when(page >= 0)
+        def tile(job: jax.Array, token: jax.Array) -> Tile:
+            return Tile(
+                source=source[side],
+                row=jobs[job, 0],
+                slot=jobs[job, 1],
+                token=token,
+                column=column,
+                parts=constants[side][g].parts,
+                means=key_mean if centred else None,
+                rotated_means=rotated_mean if centred else None,
+                mean_row=jobs[job, 3],
+            )
+
+        rotation = tile(first_job, jnp.arange(rows)).rotation(column.within)
+
+        def one(job: jax.Array) -> None:
+            page, opens = jobs[job, 2], jobs[job, 4]
+
+            @triton.when(page >= 0)
+            def _() -> None:
+                if centred:
+
+                    @triton.when(opens != 0)
+                    def _() -> None:
+                        _open_mean(tile(job, jnp.arange(tokens)), interpret)
+
+                widths = PLANE_WIDTHS[group.code.bits]
+                packed: list[Any] = [0.0] * len(widths)
+                for start in range(0, tokens, rows):
+                    token = start + jnp.arange(rows)
+                    indices, scale = quantize(
+                        tile(job, token),
+                        rotation,
+                        group.rotation.gain,
+                        levels,
+                        group.code,
+                        interpret,
+                    )
+                    word, at = _bits(scale), new["scales"][g].at[page, token]
+                    if side == "values":
+                        word = word << jnp.uint32(16)
+                        if g < len(pool.keys):
+                            word = word | triton.load(at)
+                    triton.store(at, word)
+                    for i, plane in enumerate(new[side][g]):
+                        fields = [field_of(index, i, group.code.bits) for index in indices]
+                        if side == "keys":
+                            store_keys(plane, page, token, fields, widths[i], column)
+                        else:
+                            matrix = constants["packing"][g][i]
+                            packed[i] = packed[i] + pack(join(fields), matrix, start)
+                if side == "values":
+                    for plane, whole in zip(new[side][g], packed, strict=True):
+                        store_values(plane, page, whole, column)
+
+        if count == 1:
+            one(first_job)
+        else:
+            last = jnp.minimum(count, jobs.shape[0] - first_job)
+            lax.fori_loop(0, last, lambda i, _: one(first_job + i), None)
+
+    job = first_job + jnp.arange(count)
+    exists = job < jobs.shape[0]
+    page = triton.load(jobs.at[jnp.where(exists, job, 0), 2])
+
+    @triton.when(jnp.where(exists, page, -1).max() >= 0)
     def _() -> None:
-        words: dict[tuple[int, int], jax.Array] = {}
         for side, groups in (("keys", pool.keys), ("values", pool.values)):
             first = 0
             for g, group in enumerate(groups):
-                column = Columns(group.rotation.parts.shape[2], first)
-
-                def vectors(start: int, side: str = side, column: Columns = column) -> jax.Array:
-                    return _load(source[f"source_{side}"], row, slot + start, tile, column)
-
-                mean = None
-                if side == "keys" and "key_mean" in new:
-                    means = old["key_mean"], new["key_mean"]
-                    mean = _mean(vectors, tokens, means, mean_row, opens, column)
-                table = constants["tables"][g + len(pool.keys) * (side == "values")]
-                widths = PLANE_WIDTHS[group.code.bits]
-                packing, planes = constants[f"{side}_packing"][g], new[side][g]
-                packed: list[Any] = [0.0] * len(widths)
-                for start in range(0, tokens, tile):
-                    index, scale = quantize(
-                        vectors(start), mean, constants[side][g], table, group.code, column,
-                        interpret,
-                    )  # fmt: skip
-                    bits = _bits(scale)
-                    bits = bits << jnp.uint32(16) if side == "values" else bits
-                    words[g, start] = bits | words.get((g, start), jnp.uint32(0))
-                    for i, width in enumerate(widths):
-                        field = (index >> sum(widths[:i])) & (2**width - 1)
-                        if side == "values":
-                            packed[i] = packed[i] + _pack(field, packing[i], start, 0)
-                        else:
-                            _store(planes[i], page, start, _pack(field, packing[i], 0, 1), tile)
-                if side == "values":
-                    for plane, whole in zip(planes, packed, strict=True):
-                        _store(plane, page, 0, whole, column.dim)
-                first += column.dim
-        for (g, start), word in words.items():
-            triton.store(new["scales"][g].at[page, start + jnp.arange(tile)], word)
+                compress(side, g, group, first)
+                first += group.rotation.parts.shape[2]
+            triton.barrier(interpret)
 
 
-def _load(source: Any, row: jax.Array, slot: jax.Array, count: int, column: Columns) -> jax.Array:
-    """Vectors [tokens, columns] from a ring of slots."""
-    place = slot + jnp.arange(count)
-    place = jnp.where(place >= source.shape[1], place - source.shape[1], place)
-    mask = jnp.broadcast_to(column.exists[None, :], (count, column.count))
-    at = source.at[row, place[:, None], column.channel[None, :]]
-    return triton.load(at, mask=mask, other=0.0)
+def _open_mean(tile: Tile, interpret: bool) -> None:
+    """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
+    column = tile.column
 
+    def add(i: jax.Array, rotated: jax.Array) -> jax.Array:
+        within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
+        mean = tile.vectors(within).astype(jnp.float32).sum(axis=0) / tile.token.shape[0]
+        at = tile.means.at[tile.mean_row, column.first + within]
+        triton.store(at, mean, mask=within < column.dim)
+        for part in tile.rotation(within):
+            rotated = rotated + (part.astype(jnp.float32) * mean[None, :]).sum(axis=1)
+        return rotated
 
-def packing_matrix(length: int, width: int) -> np.ndarray:
-    """bf16 [padded length, padded bytes]: fields of `width` bits times this are the bytes.
-
-    Element i of a plane of m bytes is in byte i mod m at bit width * (i // m). Sums stay below 256,
-    which bfloat16 operands and float32 sums hold exactly.
-    """
-    count = length * width // 8
-    shape = (max(16, power_of_two(length)), max(16, power_of_two(count)))
-    matrix = np.zeros(shape, np.float32)
-    place, byte = np.divmod(np.arange(length), count)
-    matrix[np.arange(length), byte] = 2.0 ** (width * place)
-    return matrix.astype(jnp.bfloat16)
-
-
-def _mean(
-    vectors: Callable[[int], jax.Array],
-    tokens: int,
-    means: tuple[Any, Any],
-    row: jax.Array,
-    opens: jax.Array,
-    column: Columns,
-) -> jax.Array:
-    """float32 [columns]: the mean key to take off, written where a block opens it."""
-    old, new = means
-    held = triton.load(old.at[row, column.channel], mask=column.exists, other=0.0)
-
-    def of_block() -> jax.Array:
-        tiles = [
-            vectors(i).astype(jnp.float32).sum(axis=0) for i in range(0, tokens, min(TILE, tokens))
-        ]
-        return sum(tiles[1:], tiles[0]) / tokens
-
-    mean = lax.cond(opens != 0, of_block, lambda: held)
-    triton.store(new.at[row, column.channel], mean, mask=column.exists & (opens != 0))
-    return mean
-
-
-def _pack(field: jax.Array, matrix: Any, start: int, axis: int) -> jax.Array:
-    """Bytes as float32: fields [tokens, columns] packed along an axis, elements from `start` on."""
-    element, byte = start + jnp.arange(field.shape[axis]), jnp.arange(matrix.shape[1])
-    weights = triton.load(matrix.at[element[:, None], byte[None, :]])
-    return triton.float_dot(field.astype(jnp.bfloat16), weights, axis, 0)
-
-
-def _store(plane: Any, page: jax.Array, start: int, packed: jax.Array, rows: int) -> None:
-    """Bytes [rows, bytes] into the rows of a page from `start` on."""
-    row, byte = jnp.arange(packed.shape[0]), jnp.arange(packed.shape[1])
-    mask = (row < rows)[:, None] & (byte < plane.shape[-1])[None, :]
-    at = cast(Any, plane.at[page, start + row[:, None], byte[None, :]])
-    triton.store(at, packed.astype(jnp.int32).astype(jnp.uint8), mask=mask)
+    turns = column.count // FEW_COLUMNS
+    rotated = lax.fori_loop(0, turns, add, jnp.zeros(column.count, jnp.float32))
+    place, exists = column.rotated()
+    at = tile.rotated_means.at[tile.mean_row, column.first + place]
+    triton.store(at, rotated, mask=exists)
+    triton.barrier(interpret)
 
 
 def _bits(scale: jax.Array) -> jax.Array:

@@ -18,6 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as backend
 
+# Threads of a warp.
+LANES = 32
+
 DEPRECATION = "The Pallas Triton backend is deprecated"
 
 load = backend.load
@@ -154,6 +157,60 @@ def fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
     if interpret:
         return x * y + z
     return assembly("fma.rn.f32 $0, $1, $2, $3;", [x, y, z], "=f,f,f,f", 1, jnp.float32)
+
+
+def fma_saturated(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+    """x * y + z in float32, brought into [0, 1], in one instruction; NaN becomes 0."""
+    shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
+    x, y, z = (jnp.broadcast_to(a, shape) for a in (x, y, z))
+    if interpret:
+        total = x * y + z
+        return jnp.where(total > 0, jnp.minimum(total, 1.0), 0.0)
+    return assembly("fma.rn.sat.f32 $0, $1, $2, $3;", [x, y, z], "=f,f,f,f", 1, jnp.float32)
+
+
+def tanh(x: jax.Array, interpret: bool) -> jax.Array:
+    """Hyperbolic tangent in one instruction, to 2**-11."""
+    if interpret:
+        return jnp.tanh(x)
+    return assembly("tanh.approx.f32 $0, $1;", [x], "=f,f", 1, jnp.float32)
+
+
+def uniform(x: jax.Array, interpret: bool) -> jax.Array:
+    """An int32 scalar, as the compiler does not see by itself the same in all lanes of a warp.
+
+    Behind a branch that might part them, every shuffle would be prepared for that.
+    """
+    if interpret:
+        return x
+    first = "shfl.sync.idx.b32 $0, $1, 0, 31, -1;"
+    return assembly(first, [jnp.full((1,), x)], "=r,r", 1, jnp.int32).max()
+
+
+class Table:
+    """A row of a table [rows, words] of float32, to be read at many places.
+
+    Of up to 32 words each lane of a warp holds one, and a shuffle reads them, in one instruction;
+    more are fetched from memory, where the length has to be a power of two.
+    """
+
+    def __init__(self, ref: Any, row: int, in_lanes: bool, interpret: bool) -> None:
+        self.ref, self.row, self.shuffled = ref, row, in_lanes and not interpret
+        if self.shuffled:
+            lane = assembly(
+                "mov.u32 $0, %laneid;", [jnp.zeros((1, 1), jnp.int32)], "=r,r", 1, jnp.int32
+            )
+            # one element, of which each lane has a value of its own
+            self.words = load(ref.at[row, lane])
+
+    def __getitem__(self, index: jax.Array) -> jax.Array:
+        """The words at integers of any shape, of which the low bits count."""
+        if not self.shuffled:
+            return load(self.ref.at[self.row, index & (self.ref.shape[1] - 1)])
+        words = jnp.broadcast_to(self.words, index.shape)
+        return assembly(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", [words, index], "=f,f,r", 1, jnp.float32
+        )
 
 
 def dot(a: jax.Array, b: jax.Array, *, b_axis: int) -> jax.Array:

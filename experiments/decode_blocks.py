@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codebook import PLANE_WIDTHS, Codebook, level_limits
+from pallas_kernels.codebook import Code, Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
 
 QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
@@ -15,22 +15,24 @@ Pair = tuple[int, int]
 STEP = 0.04
 
 
-def codebook(bits: int) -> Codebook:
+def codebook(bits: int, code: Code = "scalar") -> Codebook:
     """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
-    low, high = level_limits(bits)
-    position = np.linspace(-1.0, 1.0, 2**bits)
+    low, high = level_limits(bits, code)
+    position = np.linspace(-1.0, 1.0, 2 ** (bits + (code == "trellis")))
     levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
-    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=STEP)
+    return Codebook(bits, tuple(int(x) for x in levels), STEP, code)
 
 
-def random_blocks(key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE) -> Blocks:
+def random_blocks(
+    key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE, code: Code = "scalar"
+) -> Blocks:
     """Random codes and scales near 1: any byte is valid."""
-    keys = jax.random.split(key, 8)
+    keys, books = jax.random.split(key, 8), [codebook(b, code) for b in bits]
     rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
     planes = [
         tuple(
             jax.random.bits(keys[4 * side + i], (pages, KV_HEADS, r, n * w // 8), jnp.uint8)
-            for i, w in enumerate(PLANE_WIDTHS[bits[side]])
+            for i, w in enumerate(books[side].widths)
         )
         for side, (r, n) in enumerate(rows)
     ]
@@ -40,8 +42,8 @@ def random_blocks(key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE) ->
         keys=planes[0],
         values=planes[1],
         scales=words[0] << 16 | words[1],
-        key_codebook=codebook(bits[0]),
-        value_codebook=codebook(bits[1]),
+        key_codebook=books[0],
+        value_codebook=books[1],
     )
 
 

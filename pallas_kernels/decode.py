@@ -13,6 +13,7 @@ from pallas_kernels.blocks import Blocks, check_pool
 from pallas_kernels.codebook import Codebook
 from pallas_kernels.dequantize import divide, power_of_two
 from pallas_kernels.scores import key_scale, value_scale
+from pallas_kernels.trellis import code_number
 
 
 def decode(
@@ -82,19 +83,22 @@ def _decode_kernel(
         word = triton.load(pool["scales"][g].at[page, token])
         books = {"keys": group.key_codebook, "values": group.value_codebook}
         for side, scale in (("keys", key_scale(word)), ("values", value_scale(word))):
-            code, done = jnp.zeros(exists.shape, jnp.int32), 0
-            for plane, width in zip(pool[side][g], books[side].widths, strict=True):
+
+            def field(plane: int, back: int, side=side, widths=books[side].widths) -> jax.Array:
+                """Fields of a plane, of the channels `back` before each, 0 before the first."""
+                width, own = widths[plane], jnp.maximum(channel - back, 0)
                 if side == "keys":
-                    place, byte = divide(channel, dim * width // 8)
-                    at = plane.at[page, token[:, None], byte[None, :]]
-                    shift = (width * place)[None, :]
+                    place, byte = divide(own, dim * width // 8)
+                    index, shift = (token[:, None], byte[None, :]), (width * place)[None, :]
                 else:
                     place, byte = divide(token, tokens * width // 8)
-                    at = plane.at[page, channel[None, :], byte[:, None]]
-                    shift = (width * place)[:, None]
-                field = triton.load(at, mask=exists, other=0).astype(jnp.int32) >> shift
-                code = code | (field & (2**width - 1)) << done
-                done += width
+                    index, shift = (own[None, :], byte[:, None]), (width * place)[:, None]
+                there = exists if not back else exists & (channel >= back)[None, :]
+                at = pool[side][g][plane].at[page, *index]
+                found = triton.load(at, mask=there, other=0).astype(jnp.int32) >> shift
+                return found & (2**width - 1)
+
+            code = code_number(books[side], field)
             vector = triton.load(tables[side][g].at[code]) * scale[:, None]
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)

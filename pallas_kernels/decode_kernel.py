@@ -104,12 +104,16 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
     exists = None if count == channel.shape[0] else (channel < count)[:, None]
     planes = refs["values"][group]
 
-    def fetch(plane, which, byte, mask):
+    def fetch(plane, which, byte, mask, back=0):  # `back` channels before each
         del mask  # the tokens of whole pages always fill their columns
-        place = planes[plane].at[pick(pages, which)[None, :], channel[:, None], byte[None, :]]
-        if exists is None:
+        row = (channel if not back else jnp.maximum(channel - back, 0))[:, None]
+        place = planes[plane].at[pick(pages, which)[None, :], row, byte[None, :]]
+        inside = exists if not back else (channel >= back)[:, None]
+        if inside is None:
             return triton.load(place)
-        mask = jnp.broadcast_to(exists, (channel.shape[0], byte.shape[0]))
+        if back and exists is not None:
+            inside = inside & exists
+        mask = jnp.broadcast_to(inside, (channel.shape[0], byte.shape[0]))
         return triton.load(place, mask=mask, other=0)
 
     start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)

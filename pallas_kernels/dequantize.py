@@ -31,8 +31,9 @@ THIRD_BITS = 0x44444444
 # A byte of the 4-bit tables is level + 64: never negative, so that its replicated sign is 0.
 CENTRE = 64
 
-# (plane, page of each column, byte of each column, which columns exist) -> bytes [rows, columns]
-Fetch = Callable[[int, jax.Array, jax.Array, jax.Array | None], jax.Array]
+# (plane, page of each column, byte of each column, which columns exist) -> bytes [rows, columns];
+# of values also from how many rows back, 0 where there is none
+Fetch = Callable[..., jax.Array]
 
 
 def divide(column: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:

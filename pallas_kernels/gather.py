@@ -1,7 +1,7 @@
 """Codes of any width, in any order -> int8 operands by a gather: right everywhere, fast nowhere.
 
-Serves 5 to 8 bits, lengths that the packed look-up cannot cut into words, and a group of value
-channels whose code order differs from that of the first group. Every element is fetched as a byte
+Serves 5 to 8 bits, a trellis of 4 bits, lengths that the packed look-up cannot cut into words, and
+a group of value channels whose code order differs from that of the first group. Every element is fetched as a byte
 of its own from each plane, and its level is read from a table in memory. A level is two digits in
 base 128 where one signed byte cannot hold it.
 """
@@ -22,18 +22,23 @@ from pallas_kernels.dequantize import (
     divide,
     power_of_two,
 )
+from pallas_kernels.trellis import TrellisDecoder, code_number
 
 DIGIT = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class GatherDecoder:
-    """The interface of `PackedDecoder`, in the order of the elements that `order` has, if any."""
+    """The interface of `PackedDecoder`, in the order of the elements that `order` has, if any.
+
+    `rows`: the path of a trellis runs along the rows, else the columns.
+    """
 
     codebook: Codebook
     length: int
     pages: int
     order: PackedDecoder | None = None
+    rows: bool = False
 
     @property
     def columns(self) -> int:
@@ -72,16 +77,22 @@ class GatherDecoder:
         """int8 operands [rows, columns] with their weights: level = sum(weight * operand)."""
         del interpret
         page, element, exists = self.elements(jnp.arange(self.columns))
-        code, done = None, 0
-        for plane, width in enumerate(self.codebook.widths):
-            count = self.length * width // 8
-            place, byte = divide(element, count)
-            tile = fetch(plane, page, byte, exists).astype(jnp.int32)
-            field = (tile >> (width * place)[None, :]) & (2**width - 1)
-            code = field if code is None else code | field << done
-            done += width
-        level = triton.load(prepared["levels"].at[code])
-        if self.codebook.bits <= 4:
+
+        def field(plane: int, back: int) -> jax.Array:
+            width = self.codebook.widths[plane]
+            if back and not self.rows:  # no element before the first
+                own, there = jnp.maximum(element - back, 0), exists & (element >= back)
+            else:
+                own, there = element, exists
+            place, byte = divide(own, self.length * width // 8)
+            rows_back = (back,) if self.rows else ()
+            tile = fetch(plane, page, byte, there, *rows_back).astype(jnp.int32)
+            found = (tile >> (width * place)[None, :]) & (2**width - 1)
+            return jnp.where(there[None, :], found, 0) if back else found
+
+        number = code_number(self.codebook, field)
+        level = triton.load(prepared["levels"].at[number])
+        if -DIGIT <= min(self.codebook.levels) and max(self.codebook.levels) < DIGIT:
             return [(1, level.astype(jnp.int8))]
         high = (level + DIGIT // 2) >> 7
         low = level - high * DIGIT
@@ -96,21 +107,33 @@ def key_decoder(codebook: Codebook, channels: int) -> Decoder:
     # A look-up is written for four neighbouring bytes in one register. Rows of 8 bytes and more are
     # loaded so; of narrower ones Triton gives each thread fewer bytes (seen at 32 channels, 3
     # bits).
-    if codebook.bits <= 4 and channels * codebook.widths[-1] >= 64:
-        return PackedDecoder(codebook, channels, 1, codebook.widths[-1])
-    return GatherDecoder(codebook, channels, 1)
+    if not looked_up(codebook) or channels * codebook.widths[-1] < 64:
+        return GatherDecoder(codebook, channels, 1)
+    return packed_decoder(codebook, channels, 1, codebook.widths[-1], rows=False)
 
 
 def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> tuple[Decoder, ...]:
     """The fastest decoders for groups of values packed along the tokens, all in one order."""
-    packed = [codebook for codebook in codebooks if codebook.bits <= 4]
+    packed = [codebook for codebook in codebooks if looked_up(codebook)]
     unit = min((codebook.widths[-1] for codebook in packed), default=None)
-    if unit is None:
-        return tuple(GatherDecoder(codebook, tokens, pages) for codebook in codebooks)
-    order = PackedDecoder(packed[0], tokens, pages, unit)
+    order = None if unit is None else PackedDecoder(packed[0], tokens, pages, unit)
     return tuple(
-        PackedDecoder(codebook, tokens, pages, unit)
-        if codebook.bits <= 4
-        else GatherDecoder(codebook, tokens, pages, order)
+        packed_decoder(codebook, tokens, pages, unit, rows=True)
+        if unit is not None and looked_up(codebook)
+        else GatherDecoder(codebook, tokens, pages, order, rows=codebook.code == "trellis")
         for codebook in codebooks
     )
+
+
+def looked_up(codebook: Codebook) -> bool:
+    """Whether byte look-ups serve it: up to 16 levels."""
+    return len(codebook.levels) <= 16
+
+
+def packed_decoder(
+    codebook: Codebook, length: int, pages: int, unit: int, *, rows: bool
+) -> PackedDecoder:
+    """The look-ups of either code; a trellis whose path runs along `rows`, or the columns."""
+    if codebook.code == "trellis":
+        return TrellisDecoder(codebook, length, pages, unit, rows)
+    return PackedDecoder(codebook, length, pages, unit)

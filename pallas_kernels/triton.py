@@ -133,6 +133,12 @@ def assembly(
     )[0]
 
 
+def barrier(interpret: bool) -> None:
+    """What the program has stored so far can be loaded from here on."""
+    if not interpret:
+        backend.debug_barrier()
+
+
 def exp2(x: jax.Array, interpret: bool) -> jax.Array:
     """2**x in one instruction: `jnp.exp2` spends three more on denormal results."""
     if interpret:

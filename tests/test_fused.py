@@ -24,7 +24,17 @@ SETTINGS = {
         sliding_window=70, center_keys=False, sinks=0, dtype="float32",
     ),
 }  # fmt: skip
+TRELLIS = partial(CODEC, code="trellis")
+SETTINGS["trellis"] = dict(head_dim=64, key=TRELLIS(3), value=TRELLIS(2))
 COMPILED = SETTINGS | {
+    "trellis of groups": dict(
+        head_dim=64, key=TRELLIS(((32, 2), (32, 1))), value=CODEC(((32, 4), (32, 3)), "haar"),
+        center_keys=False,
+    ),
+    "balanced": dict(head_dim=128, key=TRELLIS(3), value=TRELLIS(3), block=64, window=128),
+    "max": dict(head_dim=128, key=TRELLIS(2), value=TRELLIS(2), block=64, window=128),
+    "trellis of 4 bits": dict(head_dim=64, key=TRELLIS(4), value=TRELLIS(4)),
+
     "folded rotation": dict(head_dim=128, key=CODEC(4), value=CODEC(4, "identity"), window=128),
     "wide": dict(head_dim=80, key=CODEC(8, "haar"), value=CODEC(5, "haar"), dtype="float16"),
     "plain": dict(head_dim=128, key=CODEC(4), value=CODEC(3), window=100, sinks=20),
@@ -93,6 +103,7 @@ def test_the_fused_kernel_equals_the_definition(name, interpret):
     ("name", "interpret"),
     [
         ("outliers in a sliding window", True),
+        ("trellis", True),
         *(pytest.param(n, False, marks=GPU) for n in COMPILED),
     ],
 )

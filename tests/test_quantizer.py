@@ -201,7 +201,7 @@ def test_given_levels_are_used():
         ({"code": "vector"}, "code must be one of scalar, trellis, got 'vector'"),
         ({"codebook": "kmeans"}, "codebook must be one of .* got 'kmeans'"),
         ({"codebook": np.array([1.0, 0.0])}, "2 bits has 4 strictly ascending levels"),
-        ({"codebook": "uniform", "code": "trellis"}, "leave codebook as it is"),
+        ({"codebook": "uniform", "code": "trellis"}, "lloyd_max or grid, got 'uniform'"),
         ({"code": "trellis", "bits": 5}, "bits must be 1, 2, 3 or 4"),
     ],
 )

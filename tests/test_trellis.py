@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.trellis_levels import train
-from turboquant_jax import trellis
+from turboquant_jax import codebook, trellis
 from turboquant_jax.trellis_levels import SPHERE_128_MSE
 
 BITS = (1, 2, 3, 4)
@@ -255,3 +255,30 @@ def test_non_finite_vectors_get_valid_indices_and_leave_the_others_alone():
     got = trellis.encode(jnp.asarray(y), 4)
     np.testing.assert_array_equal(np.delete(got, bad, 0), np.delete(clean, bad, 0))
     assert got.max() < 16
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_on_the_grid_cost_next_to_nothing(bits):
+    """Integers within the limit, symmetric; the same vectors, encoded for these levels."""
+    grid, limit = trellis.grid_levels(bits), trellis.grid_limit(bits)
+    integers, step = codebook.grid_integers(grid, limit)
+    assert max(integers) <= limit and integers == tuple(-n for n in integers[::-1])
+    np.testing.assert_allclose(np.array(integers) * step, grid, rtol=1e-12)
+    y, numbers = coded_sphere(bits)
+    table = jnp.asarray(grid, jnp.float32)
+    code = trellis.decode_with(trellis.encode_with(jnp.asarray(y), table), table)
+    error = np.mean((y - np.asarray(code)) ** 2)
+    assert error < 1.0004 * squared_errors(y, numbers, bits).mean()
+
+
+def test_search_obeys_or_refuses():
+    """By name; without one, what the device has: the same indices."""
+    y, levels = jnp.asarray(sphere(3, 5, 24)), tuple(float(x) for x in trellis.levels(2))
+    np.testing.assert_array_equal(
+        trellis.search(y, levels), trellis.search(y, levels, implementation="xla")
+    )
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        trellis.search(y, levels, implementation="cuda")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NotImplementedError, match="served is 'gpu'"):
+            trellis.search(y, levels, implementation="pallas")

@@ -203,16 +203,23 @@ def _on_grid(levels: tuple[float, ...], dim: int | None) -> Levels:
     return rounded(min(steps, key=lambda step: distortion(rounded(step), dim)))
 
 
-def grid_integers(levels: Levels | tuple[float, ...]) -> tuple[tuple[int, ...], float] | None:
-    """Integers n_i within the grid's limit and a step with levels_i = n_i step, or None."""
-    return _grid_integers(tuple(float(level) for level in levels))
+def grid_integers(
+    levels: Levels | tuple[float, ...], limit: int | None = None
+) -> tuple[tuple[int, ...], float] | None:
+    """Integers n_i within the limit and a step with levels_i = n_i step, or None.
+
+    The limit is that of a scalar code's grid unless another is given.
+    """
+    bits = len(levels).bit_length() - 1
+    found = grid_limit(bits) if limit is None else limit
+    return _grid_integers(tuple(float(level) for level in levels), found)
 
 
 @cache
-def _grid_integers(levels: tuple[float, ...]) -> tuple[tuple[int, ...], float] | None:
+def _grid_integers(levels: tuple[float, ...], limit: int) -> tuple[tuple[int, ...], float] | None:
     exact = np.asarray(levels)
     top = np.max(np.abs(exact))
-    for largest in range(1, grid_limit(len(levels).bit_length() - 1) + 1):
+    for largest in range(1, limit + 1):
         integers = np.round(exact * (largest / top))
         # float64 levels are multiples of a float64 step to a few units in the last place
         if np.max(np.abs(integers * (top / largest) - exact)) < 1e-12 * top:

@@ -18,6 +18,7 @@ from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
 from pallas_kernels.recent import Places
 from pallas_kernels.turning import rotate as rotate_in_kernel
 from turboquant_jax import codebook as codebooks
+from turboquant_jax import trellis
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
@@ -49,9 +50,7 @@ def unserved_blocks(cache: Cache) -> str | None:
     ):
         return "keys and values with different groups of channels"
     for group in (*key.groups, *value.groups):
-        if group.code != "scalar":
-            return f"a {group.code} code, served are scalar codes"
-        if codebooks.grid_integers(group.levels) is None:
+        if _integers(group) is None:
             return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
     return None
 
@@ -199,8 +198,13 @@ def groups_of(cache: Cache) -> tuple[Blocks, ...]:
 
 
 def _table(group: Quantizer) -> Codebook:
-    integers = codebooks.grid_integers(group.levels)
+    integers = _integers(group)
     if integers is None:
         raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
     levels, step = integers
-    return Codebook(group.bits, levels, step)
+    return Codebook(group.bits, levels, step, group.code)
+
+
+def _integers(group: Quantizer) -> tuple[tuple[int, ...], float] | None:
+    limit = trellis.grid_limit(group.bits) if group.code == "trellis" else None
+    return codebooks.grid_integers(group.levels, limit)

@@ -105,7 +105,8 @@ def create(
       rotation: see `rotation.create`; "haar" is the theorems' one and serves every dim.
       codebook: "lloyd_max" for the exact sphere coordinate, "gaussian" for its limit, "uniform",
         "grid" (Lloyd-Max on the 7-bit grid that the GPU kernels look up), or 2**bits ascending
-        levels on the unit-variance scale. A trellis brings its own.
+        levels on the unit-variance scale. A trellis brings its own, trained ("lloyd_max") or,
+        from these, on the grid ("grid").
       code: "scalar", or "trellis" (8 states, a quarter to a third less error at the same bytes).
       scale: the per-vector scale mode, see the module.
       scale_dtype: how the scale is stored. bfloat16 has the range of float32 and adds 2.8e-6 to
@@ -119,9 +120,12 @@ def create(
     if code not in get_args(Code):
         raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")
     if code == "trellis":
-        if not (isinstance(codebook, str) and codebook == "lloyd_max"):
-            raise ValueError("a trellis code has levels of its own: leave codebook as it is")
-        levels = trellis.levels(bits)
+        if not (isinstance(codebook, str) and codebook in ("lloyd_max", "grid")):
+            raise ValueError(
+                "a trellis code has levels of its own: codebook must be lloyd_max or grid, "
+                f"got {codebook!r}"
+            )
+        levels = trellis.grid_levels(bits) if codebook == "grid" else trellis.levels(bits)
     else:
         levels = _scalar_levels(codebook, bits, dim)
     return Quantizer(
@@ -205,7 +209,7 @@ def straight_through(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Float
 def assign(quantizer: Quantizer, z: Float[Array, "*batch d"]) -> UInt8[Array, "*batch d"]:
     """Indices of unit-variance coordinates; a tie goes to the lower level."""
     if quantizer.code == "trellis":
-        return trellis.encode(z, quantizer.bits)
+        return trellis.search(z, quantizer.levels)
     edges = codebooks.thresholds(np.asarray(quantizer.levels)).astype(np.float32)
     if len(edges) <= 31:  # few comparisons that fuse into one pass beat a search
         return sum(((z > edge).astype(jnp.uint8) for edge in edges), jnp.zeros(z.shape, jnp.uint8))
@@ -223,7 +227,7 @@ def code_levels(
 ) -> Float[Array, "*batch d"]:
     """c: the level of every coordinate, float32, unit variance."""
     if quantizer.code == "trellis":
-        return trellis.decode(indices, quantizer.bits)
+        return trellis.decode_with(indices, jnp.asarray(quantizer.levels, jnp.float32))
     levels = np.asarray(quantizer.levels, np.float32)
     if len(levels) > 16:
         return jnp.asarray(levels)[indices.astype(jnp.int32)]

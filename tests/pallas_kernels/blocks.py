@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.codebook import PLANE_WIDTHS, Codebook, level_limits
+from pallas_kernels.codebook import Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
 
 
-def pack(codes, bits):
+def pack(codes, widths):
     """[..., N] codes -> planes [..., N*w/8], element i in byte i mod M at bit w * (i // M)."""
     planes, done = [], 0
-    for width in PLANE_WIDTHS[bits]:
+    for width in widths:
         field = (codes >> done) & (2**width - 1)
         split = field.reshape(*field.shape[:-1], 8 // width, -1)
         shifts = (width * np.arange(8 // width))[:, None]
@@ -22,17 +22,37 @@ def pack(codes, bits):
     return tuple(planes)
 
 
-def random_codebook(rng, bits):
+def random_codebook(rng, bits, code="scalar"):
     """Distinct levels in no order, with the smallest and the largest that fit among them."""
-    low, high = level_limits(bits)
-    inner = rng.choice(np.arange(low + 1, high), 2**bits - 2, replace=False)
+    low, high = level_limits(bits, code)
+    count = 2 ** (bits + (code == "trellis"))
+    inner = rng.choice(np.arange(low + 1, high), count - 2, replace=False)
     levels = rng.permutation([low, high, *inner.tolist()])
-    return Codebook(bits=bits, levels=tuple(int(x) for x in levels), step=2.0 / high)
+    if (bits, code) == (3, "trellis"):  # 8 negative ones first
+        negative = rng.permutation([low, *rng.choice(np.arange(low + 1, 0), 7, replace=False)])
+        levels = [*negative, *rng.permutation([high, *rng.choice(high, 7, replace=False)])]
+    return Codebook(bits, tuple(int(x) for x in levels), 2.0 / high, code)
 
 
-def random_blocks(rng, pages, kv_heads, tokens, channels, bits):
+def levels_of(book, codes):
+    """Integer levels of codes [..., channels]; the path of a trellis runs along the channels."""
+    levels = np.array(book.levels)
+    if book.code == "scalar":
+        return levels[codes]
+    w, u = codes % 2 ** (book.bits - 1), codes >> (book.bits - 1)
+    number = np.empty(codes.shape, int)
+    state = np.zeros((*codes.shape[:-1], 3), int)  # u[t-1], u[t-2], u[t-3]
+    for t in range(codes.shape[-1]):
+        now = u[..., t]
+        odd = now ^ state[..., 0] ^ state[..., 2]
+        number[..., t] = 4 * w[..., t] + 2 * odd + state[..., 1]
+        state = np.stack([now, state[..., 0], state[..., 1]], axis=-1)
+    return levels[number]
+
+
+def random_blocks(rng, pages, kv_heads, tokens, channels, bits, codes=("scalar", "scalar")):
     """(Blocks, keys [pages, K, T, H], values [pages, K, T, H]) in float64."""
-    books = [random_codebook(rng, b) for b in bits]
+    books = [random_codebook(rng, b, code) for b, code in zip(bits, codes, strict=True)]
     codes = [rng.integers(0, 2**b, (pages, kv_heads, tokens, channels)) for b in bits]
     scales = [
         np.exp(rng.uniform(-2, 1, (pages, kv_heads, tokens))).astype(ml_dtypes.bfloat16)
@@ -40,13 +60,13 @@ def random_blocks(rng, pages, kv_heads, tokens, channels, bits):
     ]
     scales[1][0, 0, :3] = 0.0  # a zero vector is a value like any other
     dense = [
-        np.array(book.levels)[code] * book.step * scale.astype(np.float64)[..., None]
+        levels_of(book, code) * book.step * scale.astype(np.float64)[..., None]
         for book, code, scale in zip(books, codes, scales, strict=True)
     ]
     key_scale, value_scale = (s.view(np.uint16).astype(np.uint32) for s in scales)
     blocks = Blocks(
-        keys=pack(codes[0], bits[0]),
-        values=pack(codes[1].swapaxes(2, 3), bits[1]),
+        keys=pack(codes[0], books[0].widths),
+        values=pack(codes[1].swapaxes(2, 3), books[1].widths),
         scales=key_scale | value_scale << np.uint32(16),
         key_codebook=books[0],
         value_codebook=books[1],

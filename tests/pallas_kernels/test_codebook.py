@@ -22,3 +22,18 @@ def test_counts():
         Codebook(9, (0,) * 512, 1.0)
     with pytest.raises(ValueError, match="got 3 levels"):
         Codebook(2, (0, 1, 2), 1.0)
+
+
+def test_trellis():
+    """Twice the levels and a plane for the path; at 3 bits the lower half is negative."""
+    widths = [Codebook(b, (0,) * 2 ** (b + 1), 1.0, "trellis").widths for b in (1, 2)]
+    assert widths == [(1,), (1, 1)]
+    halves = (-128,) * 8 + (126,) * 8
+    assert Codebook(3, halves, 1.0, "trellis").widths == (2, 1)
+    assert Codebook(4, (8191,) * 32, 1.0, "trellis").widths == (2, 1, 1)
+    with pytest.raises(ValueError, match="number 8 of a 3-bit trellis, expected none below 0"):
+        Codebook(3, (-1,) * 16, 1.0, "trellis")
+    with pytest.raises(ValueError, match="got 16 levels for 4 trellis bits"):
+        Codebook(4, halves, 1.0, "trellis")
+    with pytest.raises(ValueError, match="1 to 4 of a trellis"):
+        Codebook(5, (0,) * 64, 1.0, "trellis")

@@ -22,7 +22,7 @@ INTERPRET = [True, pytest.param(False, marks=on_gpu)]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes and options; `bits` and `channels` of each group."""
+    """Shapes and options; `bits` and `channels` of each group; codes of keys and values."""
 
     bits: tuple = ((4, 4),)
     channels: tuple = (128,)
@@ -30,13 +30,17 @@ class Case:
     heads: int = 4
     options: tuple = ()
     schedule: Schedule | None = None
+    codes: tuple = ("scalar", "scalar")
 
     def __str__(self):
         bits = "+".join(f"{k}/{v}" for k, v in self.bits)
+        if "trellis" in self.codes:
+            bits = f"{bits}-{'-'.join(self.codes)}"
         return f"{bits}-h{self.channels}-t{self.tokens}-g{self.heads}-{','.join(self.options)}"
 
 
 OPTIONS = ("starts", "soft_cap", "sink_logits", "score_bias")
+TRELLIS = ("trellis", "trellis")
 CASES = [
     Case(),
     Case(((3, 2),), (64,), heads=1, options=("starts",)),
@@ -45,6 +49,10 @@ CASES = [
     Case(((6, 5),), (64,), heads=2),
     Case(((3, 4), (2, 1)), (32, 96), heads=5),
     Case(((4, 2),), (64,), options=("sketch", *OPTIONS)),
+    Case(((3, 2),), codes=TRELLIS),
+    Case(((1, 3),), (64,), tokens=32, heads=3, codes=TRELLIS),
+    Case(((2, 4), (4, 3)), (32, 64), options=("starts",), codes=TRELLIS),
+    Case(((4, 3),), (80,), codes=("scalar", "trellis")),
 ]
 GPU_CASES = [
     *(Case(((b, 9 - b),)) for b in range(1, 9)),
@@ -52,6 +60,11 @@ GPU_CASES = [
     *(Case(((3, 4),), heads=g, options=OPTIONS) for g in (1, 2, 5, 8, 16)),
     *(Case(schedule=Schedule(*s)) for s in ((1, 1, 1, 2), (3, 2, 2, 4), (7, 4, 4, 3))),
     Case(((8, 3), (2, 6)), (64, 64), options=("sketch",)),
+    *(Case(((k, v),), (h,), codes=TRELLIS) for k in (1, 2, 3) for v in (1, 2, 3) for h in (64, 128)),
+    *(Case(((3, 2),), (h,), tokens=t, codes=TRELLIS) for h in (80, 96, 128) for t in (32, 64, 128)),
+    *(Case(((3, 3),), heads=g, options=OPTIONS, codes=TRELLIS) for g in (1, 5, 8, 16)),
+    *(Case(((2, 3),), codes=codes) for codes in (TRELLIS[:1] + ("scalar",), ("scalar", "trellis"))),
+    Case(((4, 4),), codes=TRELLIS), Case(((3, 6), (2, 2)), (64, 32), codes=("trellis", "scalar")),
 ]  # fmt: skip
 
 
@@ -70,7 +83,7 @@ def make_call(case, seed=0):
     rng = np.random.default_rng(seed)
     kv_heads, pages, slots = 2, 20, 6
     made = [
-        random_blocks(rng, pages, kv_heads, case.tokens, h, b)
+        random_blocks(rng, pages, kv_heads, case.tokens, h, b, case.codes)
         for b, h in zip(case.bits, case.channels, strict=True)
     ]
     groups, keys, values = zip(*made, strict=True)
@@ -94,7 +107,7 @@ def make_call(case, seed=0):
         query = rng.standard_normal((3, heads, 64)).astype(np.float32)
         dots = np.einsum("pktm,bnm->pktbn", 2.0 * signs - 1.0, query)
         extra = dots * norms[..., None, None]
-        keywords["sketch"] = Sketch(query, pack(signs, 1)[0], norms)
+        keywords["sketch"] = Sketch(query, pack(signs, (1,))[0], norms)
     options = {k: v for k, v in keywords.items() if k not in ("sketch", "sm_scale")}
     out, lse = definition(
         q, keys, values, table, lengths, keywords["sm_scale"], extra=extra, **options

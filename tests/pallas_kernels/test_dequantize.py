@@ -1,5 +1,6 @@
 """Decoders against the packed layout, and their PTX against an emulator of its instructions."""
 
+import dataclasses
 import re
 
 import jax.numpy as jnp
@@ -7,8 +8,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dequantize import PackedDecoder, lookup_assembly, lookup_codes
-from pallas_kernels.gather import GatherDecoder, value_decoders
-from tests.pallas_kernels.blocks import pack, random_codebook
+from pallas_kernels.gather import GatherDecoder, key_decoder, value_decoders
+from pallas_kernels.trellis import (
+    SELECT,
+    TrellisDecoder,
+    half_table_assembly,
+    half_table_codes,
+    subset_assembly,
+)
+from tests.pallas_kernels.blocks import levels_of, pack, random_codebook
 
 MASK = 0xFFFFFFFF
 
@@ -79,7 +87,7 @@ def test_assembly_equals_stand_in(bits):
 
 def decode(decoder, codes):
     """Packs codes [rows, pages, length], decodes them: (levels [rows, columns], their places)."""
-    planes = pack(codes, decoder.codebook.bits)
+    planes = pack(codes, decoder.codebook.widths)
 
     def fetch(plane, page, byte, mask):
         rows = jnp.asarray(planes[plane])[:, page, jnp.minimum(byte, planes[plane].shape[-1] - 1)]
@@ -127,3 +135,71 @@ def test_groups_of_values_share_one_order():
             levels, (_, element, _) = decode(decoder, codes)
             want = np.array(book.levels)[codes[:, 0][:, np.asarray(element)]]
             np.testing.assert_array_equal(levels, want)
+
+
+def test_select_is_a_truth_table():
+    """Of all three bits: the second where the first is one, the third elsewhere."""
+    assert lop3(0b11110000, 0b11001100, 0b10101010, SELECT) == 0b11001010
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_subsets_by_assembly(part):
+    """Of random path bits of a row of 8 bytes, and of a column of rows: fields 2 c1 + c0."""
+    rng = np.random.default_rng(part)
+    path = rng.integers(0, 2, (20, 64))
+    book = random_codebook(rng, 1, "trellis")
+    want = levels_of(dataclasses.replace(book, levels=(0, 1, 2, 3)), path)
+    words = pack(path, (1,))[0].copy().view(np.uint32).tolist()
+    expected = pack(want, (2,))[0].reshape(20, 2, 2, 4)[:, part].copy().view(np.uint32)[..., 0]
+    for row, fields in zip(words, expected.tolist(), strict=True):
+        for i in range(2):
+            first = MASK if i == 0 else 0
+            assert emulate(subset_assembly(part, False), [row[i], row[1 - i], first]) == fields[i]
+    rows = [0, 0, 0, *rng.integers(0, 2**32, 20).tolist()]
+    bits = (np.array(rows, np.uint64)[:, None] >> np.arange(32, dtype=np.uint64)).astype(int) & 1
+    numbers = levels_of(dataclasses.replace(book, levels=(0, 1, 2, 3)), bits.T).T[:, part::2]
+    for t in range(3, len(rows)):
+        got = emulate(subset_assembly(part, True), rows[t - 3 : t + 1][::-1])
+        assert [got >> (2 * i) & 3 for i in range(16)] == numbers[t].tolist()
+
+
+@pytest.mark.parametrize(("group", "half", "upper"), list(np.ndindex(2, 2, 2)))
+def test_half_tables_by_assembly(group, half, upper):
+    """The bytes of the half table where the code is of its half, else its sign."""
+    rng = np.random.default_rng(3)
+    decoder = TrellisDecoder(random_codebook(rng, 3, "trellis"), 64, 1, 1, rows=True)
+    table = decoder.tables()["table"]
+    tables = [int(t) & MASK for t in np.repeat(table[2 * upper : 2 * upper + 2], 4)]
+    entries = table.view(np.int8)
+    for low, high in rng.integers(0, 2**32, (100, 2)).tolist():
+        got = emulate(half_table_assembly(group, half, upper), [low, high, *tables])
+        codes = [int(c) for c in half_table_codes(jnp.uint32(low), jnp.uint32(high), group, half)]
+        want = [int(entries[c]) if c // 8 == upper else upper - 1 for c in codes]
+        assert [got >> (8 * i) & 255 for i in range(4)] == [x & 255 for x in want]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize(("length", "rows"), [(128, False), (80, False), (64, True), (64, False)])
+def test_trellis_decoders_follow_the_path(bits, length, rows):
+    """Along the columns of a key, and along the rows of values."""
+    rng = np.random.default_rng(length + bits)
+    book = random_codebook(rng, bits, "trellis")
+    decoder = value_decoders((book,), length, 1)[0] if rows else key_decoder(book, length)
+    assert isinstance(decoder, TrellisDecoder)
+    codes = rng.integers(0, 2**bits, (19, length))
+    planes = [jnp.asarray(plane) for plane in pack(codes, book.widths)]
+
+    def fetch(plane, page, byte, mask, back=0):
+        del page
+        bytes_ = jnp.pad(planes[plane], ((back, 0), (0, 0)))[: codes.shape[0]]
+        found = bytes_[:, jnp.minimum(byte, bytes_.shape[1] - 1)]
+        return found if mask is None else jnp.where(mask[None, :], found, 0)
+
+    tables = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
+    prepared = [] if rows else [tables["first"][None, :]]
+    operands = decoder.operands(decoder.load(fetch), prepared, True)
+    got = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
+    _, element, exists = (np.asarray(x) for x in decoder.elements(jnp.arange(decoder.columns)))
+    want = levels_of(book, codes.T).T if rows else levels_of(book, codes)
+    assert sorted(element[exists].tolist()) == list(range(length))
+    np.testing.assert_array_equal(got[:, exists], want[:, element[exists]])

@@ -100,7 +100,7 @@ def create(
                 channels,
                 bits,
                 rotation=config.rotation,
-                codebook="lloyd_max" if config.code == "trellis" else config.codebook,
+                codebook=config.codebook,
                 code=config.code,
                 scale=config.scale,
             )

@@ -7,15 +7,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from experiments.codecs import Turbo
 from experiments.experiment import Row
 from experiments.forcing import Rule, Trip, Trips
 from turboquant_jax.cache import CodecConfig
 from turboquant_jax.llama import LlamaConfig
-
-RULE = Rule(64, 4, 64, True)
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class One:
     part: str
     head: int | None = None
 
-    rule: Rule = field(default=RULE, repr=False)
+    rule: Rule = field(default=Rule(64, 4, 64, True), repr=False)
     is_random: bool = field(default=True, repr=False)
 
     @property
@@ -51,24 +49,33 @@ class One:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Bits of the keys of every layer, then of the values; `short_scale` as of `Turbo`."""
+    """Bits of the keys of every layer, or of each of its heads, then those of the values.
+
+    `short_scale` as of `Turbo`.
+    """
 
     bits: tuple[int, ...]
+    rule: Rule
     short_scale: bool = False
 
-    rule: Rule = field(default=RULE, repr=False)
     is_random: bool = field(default=True, repr=False)
     first_layer: int = field(default=0, repr=False)
 
     def describe(self) -> str:
         """Digits of the keys, digits of the values."""
-        digits, layers = "".join(map(str, self.bits)), len(self.bits) // 2
-        return f"K {digits[:layers]} V {digits[layers:]}"
+        digits, parts = "".join(map(str, self.bits)), len(self.bits) // 2
+        return f"K {digits[:parts]} V {digits[parts:]}"
 
     def trips(self, seed: int, model: LlamaConfig) -> Trips:
         """The same rotation for every layer."""
-        keys, values = _trips(seed, model, self.short_scale)
-        return lambda layer: (keys[self.bits[layer]], values[self.bits[model.num_layers + layer]])
+        both = _trips(seed, model, self.short_scale)
+        bits = np.reshape(self.bits, (2, model.num_layers, -1))
+
+        def at(layer: int) -> tuple[Trip, Trip]:
+            key, value = (_by_head(trips, bits[i, layer]) for i, trips in enumerate(both))
+            return key, value
+
+        return at
 
 
 def _trips(
@@ -84,6 +91,36 @@ def _trips(
 
 def _only(trip: Trip, chosen: Array, x: Array) -> Array:
     return jnp.where(chosen[None, None, :, None], trip(x), x)
+
+
+def _by_head(trips: Mapping[int, Trip], bits: Int[np.ndarray, " heads"]) -> Trip:
+    """Every head through the trip of its bits; one number of bits is that of all heads."""
+    if len(set(bits.tolist())) == 1:
+        return trips[int(bits[0])]
+
+    def trip(x: Array) -> Array:
+        out = x  # whole arrays, so that nothing is compiled for some of the heads
+        for width in set(bits.tolist()):
+            chosen = jnp.asarray(bits == width)[None, None, :, None]
+            out = jnp.where(chosen, trips[width](x), out)
+        return out
+
+    return trip
+
+
+def by_head(
+    shares: Sequence[Mapping[int, float]], parts: Sequence[Sequence[float]]
+) -> list[dict[int, float]]:
+    """Losses of heads: those of a part split as those of its heads at one number of bits.
+
+    Args:
+      shares: loss by bits, for each part.
+      parts: for each part, the losses of its heads.
+    """
+    made = []
+    for share, heads in zip(shares, parts, strict=True):
+        made += [{b: loss * head / sum(heads) for b, loss in share.items()} for head in heads]
+    return made
 
 
 def allocate(shares: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[int, ...], float]:

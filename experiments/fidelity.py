@@ -8,7 +8,9 @@ codes, scales, window, sinks, mean key, page tables. Settings are chosen on the 
 tokens each; curves over one property at a time are calibration texts at 2,048 tokens. Errors are
 over chunks of 1,024 tokens, paired with full precision, and over three rotations. The error of
 attention outputs compares with full precision on the same queries, keys and values, those of the
-compressed pass; K4 V2 w64 is 4 bits for keys, 2 for values and a window of 64.
+compressed pass; K4 V2 w64 is 4 bits for keys, 2 for values and a window of 64. `scale8` stores
+scales in 8 bits, and `turned` centres keys by the mean of the first block before its rotary
+embedding, turned to each key's position: the library has neither.
 
 The command below each table says how much of this was run: with fewer rows, seeds or tokens the
 intervals are wider, and an error over a few chunks is itself uncertain. Ratios "at 64K" are bytes
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 
 from experiments import fidelity_judgement, fidelity_settings, losses, prepared
-from experiments.experiment import Claim, Row, Track, option
+from experiments.experiment import Claim, Row, Track, option, where
 from experiments.forcing import Forcing, cut
 from experiments.journal import Journal, open_journal
 from experiments.losses import Subject
@@ -44,7 +46,7 @@ class Config:
     screen: int = option(2048, "tokens of the texts of the curves")
     others: tuple[int, ...] = option((512, 2048), "other lengths for a few settings")
     parts: tuple[str, ...] = option(
-        ("chosen", "peer", "candidate", "noise", "curve", "context"), "what is measured, in order"
+        ("candidate", "chosen", "peer", "noise", "curve", "context"), "what is measured, in order"
     )
     rows: int = option(0, "texts of each name, 0 for all")
     settings: int = option(0, "settings of each part, 0 for all")
@@ -53,12 +55,12 @@ class Config:
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", 160, 160, (), ("chosen", "candidate"), 4, 1, 2)
+SMOKE = Config("tiny", 160, 160, (), ("candidate", "chosen"), 4, 1, 2)
 
 
 def run(config: Config, track: Track) -> list[Row]:
     """Candidates on the calibration texts, the best and the peers on the test texts, curves."""
-    journal = open_journal("fidelity", config)
+    journal = open_journal("fidelity", config, ("parts", "settings"))
     forcing = cut(prepared.model(config.model), config.precision)
     layers = forcing.model.config.num_layers
     seeds = list(range(config.seeds))
@@ -76,13 +78,18 @@ def run(config: Config, track: Track) -> list[Row]:
             found += journal.measure(case, make)
         return found
 
-    long, short = config.context, config.screen
+    def chosen() -> list[Setting]:
+        names = fidelity_settings.chosen(where(rows, kind="candidate", text="all"))
+        candidates = {setting.preset: setting for setting in fidelity_settings.candidates()}
+        return [*fidelity_settings.judged(), *(candidates[name] for name in names)]
+
+    long, short, rows = config.context, config.screen, []
     made = {
-        "chosen": lambda: measure("chosen", TEST, long, fidelity_settings.judged()),
-        "peer": lambda: measure("peer", TEST, long, peers(layers)),
         "candidate": lambda: measure(
             "candidate", CALIBRATION, long, fidelity_settings.candidates()
         ),
+        "chosen": lambda: measure("chosen", TEST, long, chosen()),
+        "peer": lambda: measure("peer", TEST, long, peers(layers)),
         "noise": lambda: _noise(config, journal, forcing),
         "curve": lambda: measure("curve", CALIBRATION, short, fidelity_settings.curves()),
         "context": lambda: [
@@ -91,7 +98,9 @@ def run(config: Config, track: Track) -> list[Row]:
             for row in measure("context", TEST, length, fidelity_settings.few())
         ],
     }
-    return [row for part in config.parts for row in made[part]()]
+    for part in config.parts:
+        rows += made[part]()
+    return rows
 
 
 class Lazy:
@@ -140,10 +149,10 @@ def _noise(config: Config, journal: Journal, forcing: Forcing) -> list[Row]:
 
     def make() -> list[Row]:
         tokens = np.concatenate(list(texts.values()))
-        rough = cut(forcing.model, "tensorfloat32")
-        exact = forcing.full(tokens)
-        compared = forcing.compare(tokens, exact, rough.full(tokens))
-        nll = forcing.compare(tokens, exact, exact).nll
+        rough, exactly = (cut(forcing.model, p) for p in ("tensorfloat32", "highest"))
+        exact = exactly.full(tokens)
+        compared = exactly.compare(tokens, exact, rough.full(tokens))
+        nll = exactly.compare(tokens, exact, exact).nll
         made = losses.Losses(
             nll, compared.nll[None], compared.kl[None], compared.agrees[None], None
         )

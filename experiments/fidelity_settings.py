@@ -1,6 +1,7 @@
 """The settings that `fidelity` measures: candidates for presets, and curves over one property."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiments.experiment import Row
 from experiments.settings import Setting, turbo, unique
@@ -28,30 +29,61 @@ def candidates() -> list[Setting]:
     ):
         both = key_bits, value_bits
         made += [turbo(*both, "trellis", True, window=window, block=16) for window in windows]
-    return [*made, turbo(4, 4, "trellis", window=128), turbo(3, 3, window=128)]
+    made += [turbo(4, 4, "trellis", window=128), turbo(3, 3, window=128)]
+    # what no library has: keys centred before their rotary embedding
+    made += [turned(s) for s in made if s.window == 128 or s.block == 16]
+    balance = turbo(2, 3, "trellis", window=128)
+    shorter = turbo(2, 3, "trellis", True, window=64, block=16)
+    return [*made, balance, shorter, turned(balance), turned(shorter)]
+
+
+def turned(setting: Setting) -> Setting:
+    """The same with keys centred before their rotary embedding."""
+    return replace(setting, turned=True, preset=f"{setting.preset} turned")
 
 
 def judged() -> list[Setting]:
     """What the test texts judge: what the candidates' rows choose, and what it is compared with."""
     bits = (4, 4), (3, 3), (3, 2), (2, 2)
-    presets = [turbo(k, v, "trellis", window=128) for k, v in bits]
-    made = [*presets, turbo(4, 4, window=0, sinks=0, centred=False), turbo(4, 4, window=128)]
+    presets = [turbo(4, 4, window=128)]
+    presets += [turbo(k, v, "trellis", window=128) for k, v in bits[1:]]
+    made = [*presets, *map(turned, presets)]
+    made += [turbo(4, 4, window=0, sinks=0, centred=False), turbo(4, 4, "trellis", window=128)]
     # the best of its bytes at 8,192 tokens
-    made += [turbo(k, v, "trellis", True, window=64, block=16) for k, v in ((3, 2), (2, 2))]
+    for k, v in ((3, 2), (2, 2)):
+        short = turbo(k, v, "trellis", True, window=64, block=16)
+        made += [short, turned(short)]
     made += [
-        turbo(4, 4, "trellis", True, window=256, block=16),
-        turbo(3, 3, "trellis", True, window=96, block=16),
-        turbo(3, 2, "trellis", window=256),
-        # at 65,536 tokens
-        turbo(3, 3, "trellis", window=256),
         turbo(3, 2, "trellis", True, window=352, block=16),
+        turned(turbo(3, 3, "trellis", True, window=96, block=16)),
+        turned(turbo(2, 2, "trellis", True, window=128, block=16)),
+        turned(turbo(4, 4, "trellis", True, window=256, block=16)),
+        turbo(3, 2, "trellis", window=256),
+        turbo(3, 3, "trellis", window=256),
     ]
     return unique(made)
 
 
-def best(rows: Sequence[Row], ratio: str, target: float) -> list[Row]:
-    """Rows of at least this ratio, the least KL first."""
-    return sorted((row for row in rows if row[ratio] >= target), key=lambda row: row["kl"])
+def best(rows: Sequence[Row], ratio: str, target: float, ours: bool = False) -> Row | None:
+    """The row of the least KL among those of at least this ratio; `ours`: of the library's caches.
+
+    The library centres keys as they are stored, and has scales of 16 bits.
+    """
+    found = [row for row in rows if row[ratio] >= target]
+    if ours:
+        found = [row for row in found if row["centred"] < 2 and "scale8" not in row["preset"]]
+    return min(found, key=lambda row: row["kl"], default=None)
+
+
+def chosen(rows: Sequence[Row]) -> list[str]:
+    """Names of the candidates that a target chooses, from their rows."""
+    found = [
+        best(rows, ratio, target, ours)
+        for ratio in ("ratio", "ratio_64k")
+        for target in TARGETS
+        for ours in (True, False)
+    ]
+    return list(dict.fromkeys(row["preset"] for row in found if row is not None))
 
 
 def few() -> list[Setting]:
@@ -87,6 +119,10 @@ def curves() -> list[Setting]:
         made += [turbo(3, 3, window=window), turbo(2, 2, "trellis", window=window)]
     made += [turbo(3, 3, sinks=sinks) for sinks in (0, 1, 16, 64)]
     made += [turbo(3, 3, block=block) for block in (16, 32, 128)]
+    # keys centred before their rotary embedding
+    made += [turbo(bits, None, turned=True) for bits in (2, 3)]
+    made += [turned(turbo(3, 3)), turned(turbo(2, 2, "trellis"))]
+    made += [turbo(4, 4, window=0, turned=on) for on in (False, True)]
     # scales, rotations, levels
     for bits in (2, 3, 4):
         made += [turbo(bits, bits, scale=mode) for mode in ("norm", "matched", "unbiased")]

@@ -4,7 +4,8 @@ The semantics are those of `turboquant_jax.teacher_forcing`, and a test holds th
 query p sees the tokens [sinks, sinks + C(p)) as they come back from compression, and all others in
 full precision. Here window, sinks, block and centring are arrays, the layers are driven from the
 host, and what keys and values go through is any function of arrays, compiled for itself. Queries
-are taken in tiles, so that the scores of a long text never exist at once.
+are taken in tiles, so that the scores of a long text never exist at once; on a GPU, where products
+are in TensorFloat-32, a kernel does that (`forced_attention`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
+from experiments.forced_attention import forced_attention
 from turboquant_jax.llama.evaluate import Comparison, compare
 from turboquant_jax.llama.model import Layer, Llama, rms_norm, unstack
-from turboquant_jax.llama.rope import rotation_angles
+from turboquant_jax.llama.rope import apply_rope, rotation_angles
 from turboquant_jax.segments import Scores, attend_exact, merge
 
 Trip = Callable[[Float[Array, "B T K H"]], Float[Array, "B T K H"]]
@@ -48,12 +50,17 @@ _TILES = Tiling()
 @register_dataclass
 @dataclass(frozen=True)
 class Rule:
-    """Which tokens are compressed when, see `CacheConfig`; numbers or arrays of them."""
+    """Which tokens are compressed when, see `CacheConfig`; numbers or arrays of them.
+
+    `turned`: the mean is that of the keys before their rotary embedding, and turns with the
+    position where it is subtracted; the library has no such cache.
+    """
 
     window: Any
     sinks: Any
     block: Any
     centred: Any
+    turned: Any = False
 
     def arrays(self) -> "Rule":
         """The same rule as arrays, on which nothing is specialised."""
@@ -78,13 +85,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Forcing:
-    """A decoder cut into its layers, and how exactly to multiply."""
+    """A decoder cut into its layers, how exactly to multiply, and whether by the GPU kernel."""
 
     model: Llama
     layers: Sequence[Layer]
     precision: str
     dtype: str
     tiling: Tiling
+    fused: bool
 
     def full(self, tokens: Int[np.ndarray, "B T"], keep: bool = False) -> Pass:
         """A cache in full precision, `dtype`; `keep` what enters each layer."""
@@ -141,18 +149,23 @@ class Forcing:
             entering += [hidden] * keep
             q, k, v = _project(layer, hidden, angles, self.dtype)
             key_trip, value_trip = trips(index)
-            mean = _mean(k, rule)
+            mean = _mean(k, angles, rule)
             approximate_k = k if key_trip is None else _add(key_trip(_subtract(k, mean)), mean)
             approximate_v = v if value_trip is None else value_trip(v.astype(jnp.float32))
-            out = _attend(q, k, v, approximate_k, approximate_v, rule, self.tiling)
+            out = self._attend(q, k, v, approximate_k, approximate_v, rule)
             if errors:
-                found.append(_error(out, _attend(q, k, v, k, v, rule, self.tiling)))
+                found.append(_error(out, self._attend(q, k, v, k, v, rule)))
             hidden = _finish(layer, hidden, angles, out)
         return Pass(
             rms_norm(hidden, self.model.norm[...], config.rms_norm_eps),
             np.stack([np.asarray(error) for error in found]) if errors else None,
             tuple(entering),
         )
+
+    def _attend(self, q, k, v, approximate_k, approximate_v, rule: Rule) -> Array:
+        if self.fused:
+            return _attend_fused(q, k, v, approximate_k, approximate_v, rule)
+        return _attend(q, k, v, approximate_k, approximate_v, rule, self.tiling)
 
 
 def cut(
@@ -169,7 +182,8 @@ def cut(
       dtype: of what the cache holds in full precision.
       tiling: static sizes.
     """
-    return Forcing(model, tuple(unstack(model).layers), precision, dtype, tiling)
+    fused = precision == "tensorfloat32" and jax.default_backend() == "gpu"
+    return Forcing(model, tuple(unstack(model).layers), precision, dtype, tiling, fused)
 
 
 @jax.jit
@@ -196,11 +210,17 @@ def _finish(layer, hidden, angles, out):
 
 
 @jax.jit
-def _mean(k: Float[Array, "B T K H"], rule: Rule) -> Float[Array, "B 1 K H"]:
+def _mean(k: Float[Array, "B T K H"], angles, rule: Rule) -> Float[Array, "B T K H"]:
+    """What is subtracted from the keys of every position."""
+    cos, sin = angles
     position = jnp.arange(k.shape[1], dtype=jnp.int32)
     counts = (position >= rule.sinks) & (position < rule.sinks + rule.block) & (rule.centred > 0)
     share = counts.astype(jnp.float32) / rule.block.astype(jnp.float32)
-    return jnp.einsum("t,btkh->bkh", share, k.astype(jnp.float32), precision="highest")[:, None]
+    k = k.astype(jnp.float32)
+    k = jnp.where(rule.turned > 0, apply_rope(k, cos, -sin), k)
+    mean = jnp.einsum("t,btkh->bkh", share, k, precision="highest")[:, None]
+    mean = jnp.broadcast_to(mean, k.shape)
+    return jnp.where(rule.turned > 0, apply_rope(mean, cos, sin), mean)
 
 
 @jax.jit
@@ -211,6 +231,12 @@ def _subtract(x, mean):
 @jax.jit
 def _add(x, mean):
     return x + mean
+
+
+@jax.jit
+def _attend_fused(q, k, v, approximate_k, approximate_v, rule: Rule):
+    numbers = jnp.stack([rule.window, rule.sinks, rule.block])
+    return forced_attention(q, k, v, approximate_k, approximate_v, numbers)
 
 
 @partial(jax.jit, static_argnums=6)

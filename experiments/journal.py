@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,18 @@ class Journal:
         return rows
 
 
-def open_journal(name: str, config: Any) -> Journal:
+def open_journal(name: str, config: Any, choosing: Sequence[str] = ()) -> Journal:
     """The journal of an experiment. `config.seconds` is the time limit, 0 for none.
 
-    The limit itself may change between runs; every other field belongs to the configuration.
+    The limit itself may change between runs, and so may the fields that are `choosing` among cases:
+    processes side by side then share a journal. Every other field belongs to the configuration.
     """
     seconds = config.seconds or float("inf")
     start = time.monotonic()
     folder = os.environ.get(FOLDER)
     if not folder:
         return Journal(None, start, seconds)
-    fields = {k: v for k, v in asdict(config).items() if k != "seconds"}
+    fields = {k: v for k, v in asdict(config).items() if k not in ("seconds", *choosing)}
     digest = results.digest(json.dumps(fields, sort_keys=True).encode())[:8]
     path = Path(folder, f"{name}-{digest}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

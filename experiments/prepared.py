@@ -22,7 +22,7 @@ from turboquant_jax.llama import Llama, LlamaConfig
 FOLDER = Path(".data")
 FILE = FOLDER / "prepared.npz"
 MODEL = FOLDER / "SmolLM2-135M-Instruct.Q4_1.gguf"
-PASS_TOKENS = 32768
+PASS_TOKENS = 65536
 """Tokens of one pass over a batch, whatever the length of its texts."""
 
 CALIBRATION, TEST = "calibration", "test"

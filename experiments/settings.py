@@ -28,7 +28,7 @@ LONG = 65536
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to hold a cache; `exact_layers` stay in full precision."""
+    """One way to hold a cache; `exact_layers` stay in full precision, `turned` as of `Rule`."""
 
     preset: str
     key: Coder
@@ -37,12 +37,13 @@ class Setting:
     sinks: int = 4
     block: int = 64
     centred: bool = True
+    turned: bool = False
     exact_layers: tuple[int, ...] = ()
 
     @property
     def rule(self) -> Rule:
         """Which tokens are compressed when."""
-        return Rule(self.window, self.sinks, self.block, self.centred)
+        return Rule(self.window, self.sinks, self.block, self.centred, self.turned)
 
     def trips(self, seed: int, model: LlamaConfig) -> Trips:
         """What keys and values go through: the rotations of a cache created with this seed."""
@@ -82,13 +83,15 @@ class Setting:
             "window": self.window,
             "sinks": self.sinks,
             "block": self.block,
-            "centred": int(self.centred),
+            "centred": int(self.centred) + int(self.turned),
         }
 
     def cache_config(self, model: LlamaConfig) -> CacheConfig | None:
         """The library's cache of this setting; None where it has none."""
-        if self.exact_layers or not all(
-            isinstance(c, Turbo) and not c.short_scale for c in self._coders
+        if (
+            self.exact_layers
+            or self.turned
+            or not all(isinstance(c, Turbo) and not c.short_scale for c in self._coders)
         ):
             return None
         return self._plain(model, *(c.config for c in self._coders if isinstance(c, Turbo)))
@@ -174,7 +177,8 @@ def _name(setting: Setting, key_bits, value_bits, code, short, codec) -> str:
         words.append(f"sinks{setting.sinks}")
     if setting.block != usual.block:
         words.append(f"block{setting.block}")
-    return " ".join(words + ["uncentred"] * (not setting.centred))
+    words += ["uncentred"] * (not setting.centred) + ["turned"] * setting.turned
+    return " ".join(words)
 
 
 def _bits(bits) -> str:
@@ -215,10 +219,11 @@ def for_prompts(layers: int) -> list[Setting]:
     return [
         replace(turbo(3, 3, "trellis", window=128), preset="balanced (K3 V3 trellis w128)"),
         replace(turbo(2, 2, "trellis", window=128), preset="max (K2 V2 trellis w128)"),
-        replace(turbo(4, 4, "trellis", window=128), preset="lossless (K4 V4 trellis w128)"),
+        replace(turbo(4, 4, window=128), preset="lossless (K4 V4 w128)"),
         replace(turbo(3, 2, "trellis", window=128), preset="compact (K3 V2 trellis w128)"),
         held["KIVI int2"],
         held["vLLM 3bit_nc"],
+        turbo(2, 2, "trellis", window=128, turned=True),
         replace(turbo(4, 4, window=0, sinks=0, centred=False), preset="plain 4 bits"),
         replace(turbo(2, 2, window=0, sinks=0, centred=False), preset="plain 2 bits"),
     ]

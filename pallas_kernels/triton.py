@@ -25,6 +25,7 @@ store = backend.store
 program_id = pl.program_id
 when = pl.when
 BlockSpec = pl.BlockSpec
+ds = pl.ds
 
 
 def call(

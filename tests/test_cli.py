@@ -1,13 +1,17 @@
 """The command: its one real run, and one clear line for every bad input."""
 
+import argparse
 import csv
+import dataclasses
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from turboquant_jax import cli
+from turboquant_jax import cache, cli, demo
 from turboquant_jax.bounds import lloyd_max_distortion
+from turboquant_jax.cache import presets
 from turboquant_jax.cli import flags as cli_flags
 from turboquant_jax.llama import PRESETS, LlamaConfig
 from turboquant_jax.llama.checkpoint import packaged_smollm2
@@ -52,6 +56,7 @@ def broken(tmp_path):
     [
         (["--bits", "9"], "between 1 and 8, got 9"),
         (["--bits-v", "0"], "between 1 and 8, got 0"),
+        (["--preset", "max", "--bits-v", "3"], "--preset max says the bits, got --bits-v beside"),
         (["--window", "-1"], "window must be at least 0"),
         (["--tokens", "9000"], "at most 8192"),
         (["--context", "1"], "--context must be at least 2"),
@@ -90,8 +95,6 @@ def test_help_explains_itself(capsys):
 
 
 def test_results_are_reproducible_numbers():
-    from turboquant_jax import demo
-
     first, second = (demo.theory_row(3, 64, "haar", seed=1, vectors=2000) for _ in range(2))
     assert first == second
     np.testing.assert_allclose(first["measured"], lloyd_max_distortion(3, 64), rtol=0.02)
@@ -157,6 +160,32 @@ def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
     assert files[1].read_text().startswith("<?xml")
 
 
+@pytest.mark.parametrize("command", ["generate", "plan", "demo"])
+@pytest.mark.parametrize("name", get_args(presets.Preset))
+def test_a_preset_is_the_library_s(command, name):
+    parser = argparse.ArgumentParser()
+    cli_flags.add_cache(parser, window=64 if command == "demo" else 128)
+    arguments = parser.parse_args(["--preset", name])
+    bits, options = cli_flags.asked_bits(arguments), cli_flags.segments(arguments)
+    sizes = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=1, num_kv_heads=2, head_dim=64)
+    expected = cache.preset(name, 1, 2, 64)
+    assert demo.cache_config(sizes, *bits, code=cli_flags.code(arguments), **options) == expected
+    assert cli_flags.table(arguments)[bits] == expected.key.code
+    shorter = parser.parse_args(["--preset", name, "--window", "32"])
+    assert cli_flags.segments(shorter)["window"] == 32, "what is said counts"
+
+
+def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    given = ["--model", tiny, "--preset", "compact", "--json", str(out)]
+    assert cli.main(["generate", "x", "--tokens", "3", *given]) == 0
+    assert json.loads(out.read_text())["bits"] == [3, 2]
+    sizes = ["--context", "200", "--steps", "2", "--repeats", "1"]
+    assert cli.main(["bench", *sizes, *given]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["bits_k"], row["bits_v"]) for row in rows] == [(16, 16)] * 2 + [(3, 2)] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -168,6 +197,8 @@ def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
         (["generate", "x", "--top-p", "2"], "top_p: got 2.0"),
         (["generate", "x", "--model", "random:tiny", "--tokens", "300"], "at most 256"),
         (["generate", "x", "--model", "random:tiny", "--bits", "9"], "between 1 and 8, got 9"),
+        (["generate", "x", "--preset", "max", "--bits", "4"], "says the bits, got --bits beside"),
+        (["bench", "--preset", "max", "--bits", "4"], "says the bits, got --bits beside"),
         (["bench", "--steps", "0"], "steps: got 0"),
         (["bench", "--csv", "nowhere/rows.csv"], "no such folder"),
     ],

@@ -15,6 +15,7 @@ from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.llama import Llama, dense, timing
 from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.quantizer import Code
 
 FULL = 16
 Bits = tuple[int, int]
@@ -57,7 +58,7 @@ class Grid:
       batches, contexts: every pair of them.
       steps, repeats: steps of a timed loop, and how many loops.
       chunk: tokens of a forward pass of prefill.
-      window, sinks, rotation: of the cache, see `CacheConfig`.
+      window, sinks, rotation, code: of the cache, see `CacheConfig`.
     """
 
     bits: Sequence[Bits]
@@ -69,6 +70,7 @@ class Grid:
     window: int = 128
     sinks: int = 4
     rotation: Any = "hadamard"
+    code: Code = "scalar"
 
     def __post_init__(self):
         for name in ("batches", "contexts", "steps", "repeats", "chunk"):
@@ -146,7 +148,8 @@ def _prefill(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, ban
 def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
     """Of full precision only the sizes are used."""
     sizes = model.config.num_layers, model.config.num_kv_heads, model.config.head_dim
-    key, value = (CodecConfig(4 if b == FULL else b, grid.rotation) for b in bits)
+    codec = {"rotation": grid.rotation, "code": grid.code}
+    key, value = (CodecConfig(4 if b == FULL else b, **codec) for b in bits)
     return CacheConfig(*sizes, key, value, window=grid.window, sinks=grid.sinks)
 
 

@@ -37,14 +37,14 @@ class Answer:
 
 
 def cache_config(model: LlamaConfig, key_bits: int, value_bits: int, **options) -> CacheConfig:
-    """The cache of a model; `rotation` goes to both codecs, other options to the config."""
-    rotation = options.pop("rotation", "hadamard")
+    """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
+    codec = {name: options.pop(name) for name in ("rotation", "code") if name in options}
     return CacheConfig(
         model.num_layers,
         model.num_kv_heads,
         model.head_dim,
-        CodecConfig(key_bits, rotation),
-        CodecConfig(value_bits, rotation),
+        CodecConfig(key_bits, **codec),
+        CodecConfig(value_bits, **codec),
         **options,
     )
 

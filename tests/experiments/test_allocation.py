@@ -2,12 +2,16 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import fidelity_judgement
-from experiments.allocation import allocate
+from experiments.allocation import Mixed, allocate, by_head
 from experiments.codecs import Mean
+from experiments.fidelity_settings import best
+from experiments.forcing import Rule
 from experiments.prepared import TINY
 from experiments.settings import Setting, turbo
 
@@ -45,3 +49,36 @@ def test_nothing_holds_on_the_texts_that_chose(loss, on_calibration, on_test):
     calibrated, tested = {**row, "kind": "candidate"}, {**row, "kind": "chosen"}
     for rows, verdict in (([calibrated], on_calibration), ([calibrated, tested], on_test)):
         assert [claim.verdict for claim in fidelity_judgement.claims(rows)] == [verdict] * 2
+
+
+def test_heads_share_a_part_s_loss_as_they_do_at_one_number_of_bits():
+    made = by_head([{1: 0.8, 2: 0.2}], [[0.3, 0.1]])
+    assert made == [
+        {1: pytest.approx(0.6), 2: pytest.approx(0.15)},
+        {1: pytest.approx(0.2), 2: pytest.approx(0.05)},
+    ]
+
+
+def test_every_head_goes_through_the_code_of_its_bits():
+    rule = Rule(64, 4, 64, True)
+    uniform = Mixed((2, 3, 1, 1), rule).trips(0, TINY)  # keys of both layers, then the values
+    mixed = Mixed((2, 3, 3, 3, 1, 1, 1, 1), rule).trips(0, TINY)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2, 64))
+    two, three = (uniform(layer)[0](x) for layer in (0, 1))
+    np.testing.assert_array_equal(mixed(0)[0](x), jnp.stack([two[:, :, 0], three[:, :, 1]], 2))
+    np.testing.assert_array_equal(mixed(1)[0](x), three)
+
+
+def test_the_library_s_best_is_not_one_it_lacks():
+    rows = [
+        {"preset": name, "centred": centred, "kl": kl, "ratio": ratio}
+        for name, centred, kl, ratio in (
+            ("a", 1, 3.0, 5.0),
+            ("b scale8", 1, 1.0, 5.0),
+            ("c turned", 2, 2.0, 5.0),
+            ("d", 1, 0.5, 4.0),
+        )
+    ]
+    assert best(rows, "ratio", 4.8)["preset"] == "b scale8"
+    assert best(rows, "ratio", 4.8, ours=True)["preset"] == "a"
+    assert best(rows, "ratio", 6.0) is None

@@ -9,11 +9,13 @@ import pytest
 
 from experiments import codecs, prepared, settings
 from experiments.allocation import One
-from experiments.forcing import Rule, Tiling, cut
+from experiments.forced_attention import forced_attention
+from experiments.forcing import Rule, Tiling, _attend, _mean, cut
 from experiments.settings import Setting, turbo
 from turboquant_jax import cache
 from turboquant_jax.cache.accounting import count_bytes
 from turboquant_jax.llama.evaluate import compressed_hidden, exact_hidden
+from turboquant_jax.llama.rope import apply_rope, rotation_angles
 
 CONTEXT = 90
 SETTINGS = [
@@ -49,6 +51,35 @@ def test_layer_by_layer_is_the_library_s_teacher_forcing(tiny, setting):
     # not bit by bit: layers in full precision add up in the order of the rule
     np.testing.assert_allclose(whole.hidden, resumed.hidden, atol=2e-5)
     assert np.abs(whole.hidden - exact.hidden).max() > 1e-3
+
+
+@pytest.mark.parametrize("numbers", [(64, 4, 64), (0, 0, 8), (20, 5, 16)])
+def test_the_kernel_attends_as_the_definition_does(numbers):
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v, *noise = (
+        jax.random.normal(key, (1, 256, heads, 64)) for key, heads in zip(keys, (4, 2, 2, 2, 2))
+    )
+    k, v = (x.astype(jnp.bfloat16) for x in (k, v))
+    near = [x.astype(jnp.float32) + 0.3 * y for x, y in zip((k, v), noise)]
+    expected = _attend(2 * q, k, v, *near, Rule(*numbers, True).arrays(), Tiling())
+    made = forced_attention(2 * q, k, v, *near, jnp.asarray(numbers, jnp.int32), interpret=True)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+def test_the_kernel_refuses_texts_that_are_no_whole_tiles():
+    x = jnp.zeros((1, 160, 2, 64))
+    with pytest.raises(ValueError, match="multiples of 128 tokens, got 160"):
+        forced_attention(x, x, x, x, x, jnp.zeros(3, jnp.int32))
+
+
+def test_a_turned_mean_takes_all_of_keys_that_only_turn(tiny):
+    """Keys that are one vector before their rotary embedding are nothing but the mean."""
+    positions = jnp.arange(CONTEXT, dtype=jnp.int32)[None]
+    angles = rotation_angles(tiny.config, positions)
+    k = apply_rope(jnp.ones((1, CONTEXT, 2, 64)), *angles)
+    turned, plain = (_mean(k, angles, Rule(8, 4, 16, True, on).arrays()) for on in (True, False))
+    np.testing.assert_allclose(turned, k, atol=1e-5)
+    assert jnp.abs(plain - k).max() > 0.5
 
 
 def test_a_rule_beyond_the_reach_of_the_tiles_is_refused(tiny):

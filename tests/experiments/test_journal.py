@@ -26,6 +26,9 @@ def test_rows_are_kept_by_configuration(tmp_path, monkeypatch, capsys):
     assert again.measure("a", lambda: 1 / 0) == [{"v": 1}]
     assert again.measure("b", lambda: [{"v": 2}]) == [{"v": 2}]
     assert journal.open_journal("x", Config(size=2)).held == {}
+    chosen = journal.open_journal("x", Config(), ["size"])
+    chosen.measure("c", lambda: [{"v": 3}])
+    assert list(journal.open_journal("x", Config(size=2), ["size"]).held) == ["c"]
     assert "a: 0.0 s" in capsys.readouterr().err
 
 

@@ -24,12 +24,26 @@ from turboquant_jax.cache.config import CacheConfig, CodecConfig
 
 Preset = Literal["lossless", "balanced", "compact", "max"]
 
+WINDOW = 128
+"""Newest tokens in full precision, of every preset."""
+
 _CODECS = {
     "lossless": (CodecConfig(4), CodecConfig(4)),
     "balanced": (CodecConfig(3, code="trellis"), CodecConfig(3, code="trellis")),
     "compact": (CodecConfig(3, code="trellis"), CodecConfig(2, code="trellis")),
     "max": (CodecConfig(2, code="trellis"), CodecConfig(2, code="trellis")),
 }
+
+
+def codecs(name: Preset) -> tuple[CodecConfig, CodecConfig]:
+    """The codecs of keys and of values of a preset.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in _CODECS:
+        raise ValueError(f"preset must be one of {', '.join(_CODECS)}, got {name!r}")
+    return _CODECS[name]
 
 
 def preset(name: Preset, num_layers: int, num_kv_heads: int, head_dim: int) -> CacheConfig:
@@ -45,9 +59,7 @@ def preset(name: Preset, num_layers: int, num_kv_heads: int, head_dim: int) -> C
     Raises:
       ValueError: another name.
     """
-    if name not in _CODECS:
-        raise ValueError(f"preset must be one of {', '.join(_CODECS)}, got {name!r}")
-    key, value = _CODECS[name]
+    key, value = codecs(name)
     return CacheConfig(
         num_layers,
         num_kv_heads,
@@ -55,7 +67,7 @@ def preset(name: Preset, num_layers: int, num_kv_heads: int, head_dim: int) -> C
         key,
         value,
         block=64,
-        window=128,
+        window=WINDOW,
         sinks=4,
         center_keys=True,
     )

@@ -26,8 +26,13 @@ def add(commands) -> None:
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights")
     bench.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     bench.add_argument("--context", type=int, nargs="+", default=[1024], help="tokens of each")
+    flags.add_preset(bench)
     bench.add_argument(
-        "--bits", type=int, nargs="+", default=[4], help="caches beside full precision"
+        "--bits",
+        type=int,
+        nargs="+",
+        default=argparse.SUPPRESS,
+        help="caches beside full precision (default: 4)",
     )
     bench.add_argument("--steps", type=int, default=64, help="steps of a timed loop")
     bench.add_argument("--repeats", type=int, default=3, help="timed loops; their median counts")
@@ -50,10 +55,13 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             raise FileNotFoundError(f"{path.parent}: no such folder, expected one for {path.name}")
     if arguments.plot is not None:
         bench.require_plotting()
-    pairs = [(bits, bits) for bits in dict.fromkeys((bench.FULL, *arguments.bits))]
+    pairs = [(bits, bits) for bits in dict.fromkeys((bench.FULL, *getattr(arguments, "bits", [4])))]
+    if arguments.preset is not None:
+        flags.refuse_bits(arguments)
+        pairs = [pairs[0], flags.preset_bits(arguments.preset)]
     grid = bench.Grid(
         pairs, arguments.batch, arguments.context, arguments.steps, arguments.repeats,
-        arguments.chunk, **flags.segments(arguments),
+        arguments.chunk, code=flags.code(arguments), **flags.segments(arguments),
     )  # fmt: skip
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:

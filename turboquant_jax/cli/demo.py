@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     if arguments.text is not None and not arguments.text.is_file():
         raise FileNotFoundError(f"{arguments.text}: no such file, expected a text")
     asked = flags.asked_bits(arguments)
-    pairs = flags.with_table(asked)
+    pairs = flags.table(arguments)
+    segments = flags.segments(arguments)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -58,8 +59,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
 
         checkpoint = load(arguments.model)
         configs = {
-            pair: demo.cache_config(checkpoint.config, *pair, **flags.segments(arguments))
-            for pair in pairs
+            pair: demo.cache_config(checkpoint.config, *pair, code=code, **segments)
+            for pair, code in pairs.items()
         }
         tokens = demo.text_tokens(checkpoint, arguments.text, arguments.context)
         prompt = arguments.prompt or demo.default_prompt()
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
                 )
             )
     _print_answers(console, checkpoint.name, prompt, answers)
-    _print_fidelity(console, rows, tokens.shape[1], arguments)
+    _print_fidelity(console, rows, tokens.shape[1], segments)
     _print_theory(console, theory, checkpoint.config.head_dim, arguments.rotation)
     return {
         "model": checkpoint.name,
@@ -108,11 +109,11 @@ def _print_answers(console: Console, model: str, prompt: str, answers: list) -> 
     console.print(table)
 
 
-def _print_fidelity(console: Console, rows: list[dict], context: int, arguments) -> None:
+def _print_fidelity(console: Console, rows: list[dict], context: int, segments: dict) -> None:
     table = Table(
         box=SIMPLE_HEAD,
-        title=f"\n{context:,} tokens of text; sinks {arguments.sinks}, window {arguments.window}, "
-        f"keys centred,\n{arguments.rotation} rotation",
+        title=f"\n{context:,} tokens of text; sinks {segments['sinks']}, "
+        f"window {segments['window']}, keys centred,\n{segments['rotation']} rotation",
         title_justify="left",
     )
     columns = (

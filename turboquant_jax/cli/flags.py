@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 from turboquant_jax import rotation
+from turboquant_jax.cache import presets
+from turboquant_jax.quantizer import Code
 
 TABLE_BITS = (8, 4, 3, 2)
 MODEL = "GGUF file, Hugging Face folder, or random:PRESET for random weights"
@@ -12,16 +14,33 @@ MODEL = "GGUF file, Hugging Face folder, or random:PRESET for random weights"
 
 def add_cache(parser: argparse.ArgumentParser, window: int) -> None:
     """Flags of the compressed cache."""
-    parser.add_argument("--bits", type=int, default=4, help="bits per channel of the cache")
+    add_preset(parser)
+    parser.add_argument(
+        "--bits",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="bits per channel of the cache (default: 4)",
+    )
     parser.add_argument("--bits-k", type=int, help="bits of the keys, if not --bits")
     parser.add_argument("--bits-v", type=int, help="bits of the values, if not --bits")
     add_segments(parser, window)
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """A named cache."""
+    parser.add_argument(
+        "--preset", choices=get_args(presets.Preset), help="bits and code by name, instead of bits"
+    )
+
+
 def add_segments(parser: argparse.ArgumentParser, window: int) -> None:
     """What of the cache stays in full precision, and the rotation of the rest."""
+    parser.set_defaults(usual_window=window)
     parser.add_argument(
-        "--window", type=int, default=window, help="newest tokens in full precision"
+        "--window",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"newest tokens in full precision (default: {window})",
     )
     parser.add_argument("--sinks", type=int, default=4, help="first tokens in full precision")
     parser.add_argument("--rotation", choices=get_args(rotation.Kind), default="hadamard")
@@ -33,9 +52,44 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Bits of keys and of values."""
-    key = arguments.bits if arguments.bits_k is None else arguments.bits_k
-    return key, arguments.bits if arguments.bits_v is None else arguments.bits_v
+    """Bits of keys and of values.
+
+    Raises:
+      ValueError: a preset, and bits beside it.
+    """
+    if arguments.preset is not None:
+        refuse_bits(arguments)
+        return preset_bits(arguments.preset)
+    bits = getattr(arguments, "bits", 4)
+    key = bits if arguments.bits_k is None else arguments.bits_k
+    return key, bits if arguments.bits_v is None else arguments.bits_v
+
+
+def refuse_bits(arguments: argparse.Namespace) -> None:
+    """ValueError where a preset and bits are given."""
+    given = [n for n in ("bits", "bits_k", "bits_v") if getattr(arguments, n, None) is not None]
+    if given:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--preset {arguments.preset} says the bits, got {names} beside it")
+
+
+def preset_bits(name: presets.Preset) -> tuple[int, int]:
+    """Bits of keys and of values of a preset."""
+    key, value = (codec.bits for codec in presets.codecs(name))
+    assert isinstance(key, int) and isinstance(value, int), "presets split no channels"
+    return key, value
+
+
+def table(arguments: argparse.Namespace) -> dict[tuple[int, int], Code]:
+    """(key, value) bits of the rows of a table and their code: of all presets, if one is asked."""
+    if arguments.preset is None:
+        return dict.fromkeys(with_table(asked_bits(arguments)), "scalar")
+    return {preset_bits(name): presets.codecs(name)[0].code for name in get_args(presets.Preset)}
+
+
+def code(arguments: argparse.Namespace) -> Code:
+    """The code of keys and values: a preset's, scalar otherwise."""
+    return "scalar" if arguments.preset is None else presets.codecs(arguments.preset)[0].code
 
 
 def with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
@@ -45,7 +99,9 @@ def with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
 
 def segments(arguments: argparse.Namespace) -> dict:
     """The flags of `add_segments` by name."""
-    return {name: getattr(arguments, name) for name in ("window", "sinks", "rotation")}
+    usual = arguments.usual_window if arguments.preset is None else presets.WINDOW
+    found = {name: getattr(arguments, name) for name in ("sinks", "rotation")}
+    return {"window": getattr(arguments, "window", usual), **found}
 
 
 def name_of_bits(key_bits: int, value_bits: int) -> str:

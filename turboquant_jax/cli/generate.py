@@ -155,6 +155,7 @@ def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int):
     bits = flags.asked_bits(arguments)
     if bits == (FULL, FULL):
         return dense.create(config, batch, capacity, flags.dtype(arguments.dtype)), dense.DENSE
-    compressed = cache_config(config, *bits, **flags.segments(arguments))
+    options = {"code": flags.code(arguments), **flags.segments(arguments)}
+    compressed = cache_config(config, *bits, **options)
     key = jax.random.key(arguments.seed)
     return cache.create(compressed, batch, capacity, key=key), COMPRESSED

@@ -38,8 +38,9 @@ from pallas_kernels.schedule import default_schedule
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
-# More than the 50 MB of an H100's L2 many times over.
-BYTES_IN_TURN = 400e6
+# More than the 50 MB of an H100's L2 several times over.
+BYTES_IN_TURN = 200e6
+CALLS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +114,6 @@ def measure(
     return DeviceTime(took.busy / calls, took.span / calls)
 
 
-def chain_length(nbytes: float) -> int:
-    """Calls that take about two milliseconds together, and at least four."""
-    return int(min(48, max(4, 6e9 / nbytes)))
-
-
 class Bench:
     """Measures and keeps rows; the baseline of a shape comes first."""
 
@@ -159,7 +155,7 @@ class Bench:
             tuple(normal(jax.random.key(2 * i + j), size, jnp.bfloat16) for j in range(2))
             for i in range(count)
         ]
-        took = measure(cudnn, q, caches, max(count, chain_length(nbytes)))
+        took = measure(cudnn, q, caches, max(count, CALLS))
         self.cudnn[shape] = took.busy
         self.add("cudnn", (16, 16), shape, "", nbytes, took)
         size = (batch, KV_HEADS, tokens, CHANNELS)
@@ -168,7 +164,7 @@ class Bench:
         caches8 = [
             (*(narrow(jax.random.key(2 * i + j)) for j in range(2)), scales) for i in range(count)
         ]
-        took = measure(int8_xla, q, caches8, max(count, chain_length(nbytes / 2)))
+        took = measure(int8_xla, q, caches8, max(count, CALLS))
         self.add("int8-xla", (8, 8), shape, "", nbytes / 2 + scales.nbytes, took)
 
     def kernel(
@@ -197,7 +193,7 @@ class Bench:
             step = functools.partial(attend, schedule=s)
             label = f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}"
             try:
-                took = measure(step, q, caches, max(count, chain_length(nbytes)))
+                took = measure(step, q, caches, max(count, CALLS))
             except Exception as error:  # a schedule may not fit the device: the others go on
                 print(f"{name} {bits} {shape} {label} failed: {str(error)[:200]}", flush=True)
                 continue

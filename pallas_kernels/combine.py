@@ -14,8 +14,6 @@ from pallas_kernels.turning import load_parts, unrotate
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
-# Channels of the output of one program, where a rotation mixes all of them.
-ROWS = 32
 
 
 def combine_kernel(
@@ -38,26 +36,23 @@ def combine_kernel(
     split, head = jnp.arange(power_of_two(splits)), jnp.arange(columns)
     channel = triton.program_id(0) * rows + jnp.arange(rows)
     inside = channel < channels
-    # a rotation mixes all channels
-    source = jnp.arange(max(16, power_of_two(channels))) if "rotation" in inputs else channel
-    count = source.shape[0]
 
     def load(name: str, at: jax.Array, other: float) -> jax.Array:
         valid = jnp.broadcast_to((at < splits)[:, None], (at.shape[0], columns))
         return triton.load(inputs[name].at[at[:, None], head[None, :]], mask=valid, other=other)
 
     def load_sums(at: jax.Array) -> jax.Array:
-        place = inputs["sums"].at[at[:, None, None], source[None, :, None], head[None, None, :]]
-        exists = (at < splits)[:, None, None] & (source < channels)[None, :, None]
+        place = inputs["sums"].at[at[:, None, None], channel[None, :, None], head[None, None, :]]
+        exists = (at < splits)[:, None, None] & inside[None, :, None]
         return triton.load(
-            place, mask=jnp.broadcast_to(exists, (at.shape[0], count, columns)), other=0.0
+            place, mask=jnp.broadcast_to(exists, (at.shape[0], rows, columns)), other=0.0
         )
 
-    step = min(power_of_two(splits), max(1, TILE // (count * columns)))
+    step = min(power_of_two(splits), max(1, TILE // (rows * columns)))
     sums = load_sums(jnp.arange(step))
     matrices = []
     if "rotation" in inputs:
-        matrices = load_parts(inputs["rotation"], source, channel, channels)
+        matrices = load_parts(inputs["rotation"], channel, channel, channels)
     peak, weight = load("peak", split, EMPTY), load("weight", split, 0.0)
     top = peak.max(axis=0)
     if "recent" in inputs:
@@ -79,11 +74,12 @@ def combine_kernel(
     empty = total <= 0.0
     inverse = 1.0 / jnp.where(empty, 1.0, total)
 
-    out = jnp.zeros((count, columns), jnp.float32)
+    out = jnp.zeros((rows, columns), jnp.float32)
     for start in range(0, splits, step):
         at = start + jnp.arange(step)
         tile = sums if start == 0 else load_sums(at)
-        share = jnp.exp2(load("peak", at, EMPTY) - top[None, :]) * inverse[None, :]
+        own = peak if step == split.shape[0] else load("peak", at, EMPTY)
+        share = jnp.exp2(own - top[None, :]) * inverse[None, :]
         out = out + (tile * share[:, None, :]).sum(axis=0)
     if "rotation" in inputs:
         out = unrotate(inputs["rotation"], matrices, gain, out, channel, channels)
@@ -110,8 +106,9 @@ def combine(
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
-    rows = ROWS if rotation is not None else max(16, TILE // (power_of_two(splits) * columns))
-    rows = min(rows, max(16, power_of_two(channels)))
+    rows = max(16, power_of_two(channels))  # all of them: a rotation mixes them
+    if rotation is None:
+        rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
 
     def of_head(x: Any) -> Any:
         return triton.BlockSpec(

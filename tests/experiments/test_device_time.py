@@ -18,11 +18,11 @@ def line(name, start, *events):
 
 def test_calls_are_told_apart_and_only_device_streams_count():
     lines = [
-        line("Stream #1(Compute)", 1000, (0, 10), (11, 5), (5000, 10)),
+        line("Stream #1(Compute)", 1000, (0, 10), (11, 5), (100_000, 10)),
         line("Stream #2(MemcpyD2D)", 1000, (14, 4)),
-        line("Derived", 1000, (0, 9000)),
+        line("Derived", 1000, (0, 190_000)),
     ]
-    host = f'planes {{ name: "/host:CPU" {line("Stream", 1000, (0, 9000))} {METADATA} }}'
+    host = f'planes {{ name: "/host:CPU" {line("Stream", 1000, (0, 190_000))} {METADATA} }}'
     text = f'planes {{ name: "/device:GPU:0" {" ".join(lines)} {METADATA} }} {host}'
     data = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(text))
     first, second = times_of_calls(data)

@@ -109,13 +109,13 @@ def key_decoder(codebook: Codebook, channels: int) -> Decoder:
     # bits).
     if not looked_up(codebook) or channels * codebook.widths[-1] < 64:
         return GatherDecoder(codebook, channels, 1)
-    return packed_decoder(codebook, channels, 1, codebook.widths[-1], rows=False)
+    return packed_decoder(codebook, channels, 1, widest_unit(codebook, channels), rows=False)
 
 
 def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> tuple[Decoder, ...]:
     """The fastest decoders for groups of values packed along the tokens, all in one order."""
     packed = [codebook for codebook in codebooks if looked_up(codebook)]
-    unit = min((codebook.widths[-1] for codebook in packed), default=None)
+    unit = min((widest_unit(codebook, tokens * pages) for codebook in packed), default=None)
     order = None if unit is None else PackedDecoder(packed[0], tokens, pages, unit)
     return tuple(
         packed_decoder(codebook, tokens, pages, unit, rows=True)
@@ -123,6 +123,13 @@ def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> 
         else GatherDecoder(codebook, tokens, pages, order, rows=codebook.code == "trellis")
         for codebook in codebooks
     )
+
+
+def widest_unit(codebook: Codebook, elements: int) -> int:
+    """The width of which a decoder makes its look-ups, unless others need a narrower one."""
+    # With look-ups of 8 bytes the operand is put together in shared memory: a trellis at two bits
+    # of each path byte avoids it.
+    return 2 if codebook.code == "trellis" and elements == 64 else codebook.widths[-1]
 
 
 def looked_up(codebook: Codebook) -> bool:

@@ -59,14 +59,16 @@ def code_number(codebook: Codebook, field: Callable[[int, int], jax.Array]) -> j
     return number
 
 
-def subset_assembly(part: int, rows: bool) -> str:
+def subset_assembly(part: int | None, rows: bool) -> str:
     """PTX: 2 c1 + c0 of every other path bit of a word, from bit `part` on, as 2-bit fields in $0.
 
     The word is in $1. Where the path runs along the rows, $2, $3, $4 are the words one to three
     rows back. Else $2 is the word before, of the same row, and $3 has ones in the bytes of a row's
     first word, before which stands the row's last one, of bits one place further down the path.
+    Without a `part` the next operand is the part, and the one after it 1 - part.
     """
     lines = [".reg .b32 a, b, c, d;"]
+    shifts = 5 if rows else 4
     if rows:
         lines += ["mov.b32 c, $3;", "lop3.b32 d, $1, $2, $4, 0x96;"]
     else:
@@ -79,7 +81,10 @@ def subset_assembly(part: int, rows: bool) -> str:
             "prmt.b32 d, a, $1, 0x4321;",
             "lop3.b32 d, $1, b, d, 0x96;",
         ]
-    lines.append("shr.b32 c, c, 1;" if part else "shl.b32 d, d, 1;")
+    if part is None:
+        lines += [f"shr.b32 c, c, ${shifts};", f"shl.b32 d, d, ${shifts + 1};"]
+    else:
+        lines.append("shr.b32 c, c, 1;" if part else "shl.b32 d, d, 1;")
     lines.append(f"lop3.b32 $0, {LOWER_BITS:#x}, c, d, {SELECT:#x};")
     return "{ " + " ".join(lines) + " }"
 
@@ -107,8 +112,9 @@ def half_table_assembly(group: int, half: int, upper: int) -> str:
 class TrellisDecoder(PackedDecoder):
     """`PackedDecoder` of a trellis; `rows`: the path runs along the rows, else the columns.
 
-    `unit` is 1, the width of the path's plane. At 3 bits level = the sum of two operands: each has
-    half of the levels, so that a look-up of eight bytes does, and -1 or 0 for the others.
+    `unit` is 1, the width of the path's plane, or 2, where it has a multiple of 4 bytes: each of them
+    then fills two columns, and makes other subsets in each. At 3 bits level = the sum of two operands:
+    each has half of the levels, so that a look-up of eight bytes does, and -1 or 0 for the others.
     """
 
     rows: bool
@@ -120,83 +126,112 @@ class TrellisDecoder(PackedDecoder):
 
     @property
     def parts(self) -> int:
-        """Words of the 2-bit planes that belong to one word of path bits."""
-        return 2
+        """Look-ups that share out the bytes of a 2-bit plane."""
+        return 2 // self.unit
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Constant inputs of the kernel: look-up tables, int32 words; a row's first word."""
+        """Constant inputs of the kernel: look-up tables, int32 words; masks and shifts of words."""
         levels = np.array(self.codebook.levels)
         if self.codebook.bits == 3:
             levels[8:] += 1  # what the other half answers comes off
-        table = levels.astype(np.int8).view(np.int32)
-        if self.rows:
-            return {"table": table}
-        return {"table": table, "first": np.where(np.arange(self.cells) < 4, 255, 0).astype("u1")}
+        found = {"table": levels.astype(np.int8).view(np.int32)}
+        part, byte = np.divmod(np.arange(self.cells), self.length // 8)
+        if not self.rows:
+            found["first"] = np.where(np.repeat(byte[::4] == 0, 4), 255, 0).astype(np.uint8)
+        if self.unit == 2:
+            lowest = np.arange(self.cells) % 4 == 0  # a word's value is that of its lowest byte
+            found["part"] = np.where(lowest, part % 2, 0).astype(np.uint8)
+            found["other"] = np.where(lowest, 1 - part % 2, 0).astype(np.uint8)
+        return found
 
-    def prepare(self, refs: Any) -> list[jax.Array]:
-        """Loads the table's words, and the mask of a row's first word, into registers."""
-        words = [
-            triton.load(refs["table"].at[jnp.full((1, 1), i)])
-            for i in range(len(self.codebook.levels) // 4)
-        ]
-        if self.rows:
-            return words
-        return [*words, triton.load(refs["first"].at[jnp.arange(self.cells)[None, :]])]
+    def prepare(self, refs: Any) -> dict[str, Any]:
+        """Loads tables, masks and shifts into registers."""
+        words = range(len(self.codebook.levels) // 4)
+        found = {"table": [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]}
+        for name in set(refs) - {"table"}:
+            found[name] = triton.load(refs[name].at[jnp.arange(self.cells)[None, :]])
+        return found
 
-    def load(self, fetch: Fetch) -> list[jax.Array]:
-        """Bytes [rows, cells]: the path's, those earlier on the path, those of the level bits."""
+    def load(self, fetch: Fetch) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Bytes [rows, cells]: of the path and earlier on it; of the level bits."""
         column = jnp.arange(self.cells)
         mask = None if self.cells == self.bytes * self.pages else column < self.bytes * self.pages
         page, byte = divide(column, self.bytes)
-        path = len(self.codebook.widths) - 1
+        path, width = len(self.codebook.widths) - 1, self.length // 8
+        own = divide(byte, width)[1]
         if self.rows:
-            tiles = [fetch(path, page, byte, mask, back) for back in range(4)]
+            tiles = [fetch(path, page, own, mask, back) for back in range(4)]
         else:
             # of every column: the last word may be short of bytes, the one before it is not
-            before = divide(column + (self.bytes - 4), self.bytes)[1]
-            tiles = [fetch(path, page, byte, mask), fetch(path, page, before, None)]
-        if path:
-            parts = self.codebook.widths[0]
-            tiles += [fetch(0, page, byte + part * self.bytes, mask) for part in range(parts)]
-        return tiles
+            before = divide(column + (width - 4), width)[1]
+            tiles = [fetch(path, page, own, mask), fetch(path, page, before, None)]
+        if self.codebook.bits == 1:
+            return tiles, []
+        if self.codebook.bits == 2:
+            return tiles, [fetch(0, page, own, mask)]
+        parts = range(self.parts)
+        return tiles, [fetch(0, page, byte + part * self.bytes, mask) for part in parts]
 
     def operands(
-        self, tiles: list[jax.Array], table: list[jax.Array], interpret: bool
+        self,
+        tiles: tuple[list[jax.Array], list[jax.Array]],
+        prepared: dict[str, Any],
+        interpret: bool,
     ) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
-        path, level_bits = (tiles[:4], tiles[4:]) if self.rows else (tiles[:2], tiles[2:])
-        if not self.rows:
-            path, table = [*path, jnp.broadcast_to(table[-1], path[0].shape)], table[:-1]
-        subsets = [self._subsets(path, part, interpret) for part in range(2)]
-        table = [jnp.broadcast_to(word, path[0].shape) for word in table]
+        shape = tiles[0][0].shape
+        wide = {
+            name: jnp.broadcast_to(x, shape) for name, x in prepared.items() if name != "table"
+        }
+        table = [jnp.broadcast_to(word, shape) for word in prepared["table"]]
+        subsets = [self._subsets(tiles[0], wide, part, interpret) for part in range(self.parts)]
+        level_bits = tiles[1]
+        if self.codebook.bits == 2 and self.unit == 2:
+            level_bits = [self._moved(level_bits[0], wide["part"], interpret)]
         halves = 2 if self.codebook.bits == 3 else 1
         return [
-            (1, beside([self._level(subsets, level_bits, v, table, upper, interpret) for v in range(8)]))
+            (1, beside([
+                self._level(subsets, level_bits, variant, table, upper, interpret)
+                for variant in range(self.variants)
+            ]))
             for upper in range(halves)
         ]  # fmt: skip
 
-    def _subsets(self, path: list[jax.Array], part: int, interpret: bool) -> jax.Array:
+    def _subsets(
+        self, path: list[jax.Array], wide: dict[str, jax.Array], part: int, interpret: bool
+    ) -> jax.Array:
         """Bytes [rows, cells]: 2 c1 + c0 as a plane of 2 bits, its bytes of this part."""
         if interpret:
             if not self.rows:
-                path = [path[0], *_earlier(*path)]
+                path = [path[0], *_earlier(*path, wide["first"])]
             c0, c1 = path[2], path[0] ^ path[1] ^ path[3]
             low = jnp.uint8(LOWER_BITS & 255)
-            return ((c0 >> part) & low) | ((c1 >> part) & low) << 1
-        text = subset_assembly(part, self.rows)
-        return triton.assembly(text, path, "=r" + ",r" * len(path), 4, jnp.int8)
+            move = jnp.uint8(part)
+            if self.unit == 2:
+                move = jnp.repeat(wide["part"][:, ::4], 4, axis=1)
+            return ((c0 >> move) & low) | ((c1 >> move) & low) << 1
+        arguments = path if self.rows else [*path, wide["first"]]
+        if self.unit == 2:
+            arguments = [*arguments, wide["part"], wide["other"]]
+        text = subset_assembly(part if self.unit == 1 else None, self.rows)
+        return triton.assembly(text, arguments, "=r" + ",r" * len(arguments), 4, jnp.int8)
+
+    def _moved(self, plane: jax.Array, part: jax.Array, interpret: bool) -> jax.Array:
+        """The words of a 1-bit plane, the bits of a word's part in its even places."""
+        if interpret:
+            return plane >> jnp.repeat(part[:, ::4], 4, axis=1)
+        return triton.assembly("shr.b32 $0, $1, $2;", [plane, part], "=r,r,r", 4, jnp.int8)
 
     def _level(
         self, subsets: list[jax.Array], level_bits: list[jax.Array], variant: int,
         table: list[jax.Array], upper: int, interpret: bool,
     ) -> jax.Array:  # fmt: skip
         """What one look-up answers; `upper`: in the table of the upper levels."""
-        part, group, half = variant // 2 % 2, variant // 4, variant % 2
+        part, group = variant // 2 % self.parts, variant // 2 // self.parts
+        half = variant % 2
         words = [subsets[part]]
-        if self.codebook.bits == 2:
-            words.append(level_bits[0])
-        if self.codebook.bits == 3:
-            words.append(level_bits[part])
+        if self.codebook.bits > 1:
+            words.append(level_bits[part if self.codebook.bits == 3 else 0])
         if interpret:
             return self._answer(words, part, group, half, upper)
         if self.codebook.bits == 3:

@@ -143,8 +143,10 @@ def test_select_is_a_truth_table():
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_subsets_by_assembly(part):
+@pytest.mark.parametrize("given", [True, False])
+def test_subsets_by_assembly(part, given):
     """Of random path bits of a row of 8 bytes, and of a column of rows: fields 2 c1 + c0."""
+    shifts = [] if given else [part, 1 - part]
     rng = np.random.default_rng(part)
     path = rng.integers(0, 2, (20, 64))
     book = random_codebook(rng, 1, "trellis")
@@ -154,12 +156,14 @@ def test_subsets_by_assembly(part):
     for row, fields in zip(words, expected.tolist(), strict=True):
         for i in range(2):
             first = MASK if i == 0 else 0
-            assert emulate(subset_assembly(part, False), [row[i], row[1 - i], first]) == fields[i]
+            text = subset_assembly(part if given else None, False)
+            assert emulate(text, [row[i], row[1 - i], first, *shifts]) == fields[i]
     rows = [0, 0, 0, *rng.integers(0, 2**32, 20).tolist()]
     bits = (np.array(rows, np.uint64)[:, None] >> np.arange(32, dtype=np.uint64)).astype(int) & 1
     numbers = levels_of(dataclasses.replace(book, levels=(0, 1, 2, 3)), bits.T).T[:, part::2]
     for t in range(3, len(rows)):
-        got = emulate(subset_assembly(part, True), rows[t - 3 : t + 1][::-1])
+        text = subset_assembly(part if given else None, True)
+        got = emulate(text, rows[t - 3 : t + 1][::-1] + shifts)
         assert [got >> (2 * i) & 3 for i in range(16)] == numbers[t].tolist()
 
 
@@ -179,7 +183,7 @@ def test_half_tables_by_assembly(group, half, upper):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-@pytest.mark.parametrize(("length", "rows"), [(128, False), (80, False), (64, True), (64, False)])
+@pytest.mark.parametrize(("length", "rows"), [(128, False), (80, False), (64, True), (128, True), (64, False)])
 def test_trellis_decoders_follow_the_path(bits, length, rows):
     """Along the columns of a key, and along the rows of values."""
     rng = np.random.default_rng(length + bits)
@@ -196,7 +200,7 @@ def test_trellis_decoders_follow_the_path(bits, length, rows):
         return found if mask is None else jnp.where(mask[None, :], found, 0)
 
     tables = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
-    prepared = [] if rows else [tables["first"][None, :]]
+    prepared = {name: x if name == "table" else x[None, :] for name, x in tables.items()}
     operands = decoder.operands(decoder.load(fetch), prepared, True)
     got = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
     _, element, exists = (np.asarray(x) for x in decoder.elements(jnp.arange(decoder.columns)))

@@ -70,7 +70,9 @@ class MixedCache:
         size = ""  # see `Cache.__repr__`
         if all(hasattr(leaf, "size") for leaf in jax.tree.leaves(self)):
             size = f", nbytes={self.nbytes:,}"
-        return f"MixedCache(parts={len(self.parts)}, keys=[{keys}] bits, values=[{values}]{size})"
+        return (
+            f"MixedCache(parts={len(self.parts)}, keys=[{keys}] bits, values=[{values}] bits{size})"
+        )
 
 
 def create(

@@ -189,20 +189,23 @@ def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):
 def test_generate_and_bench_take_bits_of_each_layer(tiny, tmp_path, capsys):
     """The tiny model has one layer, whose bits are then those of any other."""
     out, path = tmp_path / "out.json", tmp_path / "bits.json"
-    path.write_text('{"keys": [3], "values": [2], "code": "trellis"}')
+    path.write_text('{"keys": [3], "values": [2]}')
     given = ["--model", tiny, "--json", str(out)]
-    asked = {"bits": ["--allocation", str(path)], "preset": ["--preset", "compact"]}
+    asked = {"layers": ["--allocation", str(path)], "pair": ["--bits-k", "3", "--bits-v", "2"]}
     answers = {}
     for name, flags in asked.items():
         assert cli.main(["generate", "one " * 55, "--plain", "--tokens", "9", *given, *flags]) == 0
         answers[name] = json.loads(out.read_text())
-    assert answers["bits"]["bits"] == {"keys": [3], "values": [2]}
-    assert answers["bits"]["answers"] == answers["preset"]["answers"]
+    assert answers["layers"]["bits"] == {"keys": [3], "values": [2]}
+    assert answers["layers"]["answers"] == answers["pair"]["answers"]
     sizes = ["--context", "200", "--steps", "2", "--repeats", "1"]
-    assert cli.main(["bench", *sizes, *given, *asked["bits"]]) == 0
+    assert cli.main(["bench", *sizes, *given, *asked["layers"]]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["bits_k"], row["bits_v"]) for row in rows] == [(16, 16)] * 2 + [(3, 2)] * 2
     assert "K 3, V 2" in capsys.readouterr().out
+    path.write_text('{"keys": [3, 1], "values": [2, 4], "code": "trellis"}')
+    arguments = argparse.Namespace(allocation=path, preset=None)
+    assert cli_flags.allocation(arguments) == (cache.Allocation((3, 1), (2, 4)), "trellis")
 
 
 @pytest.mark.parametrize(

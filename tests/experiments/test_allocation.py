@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from experiments import fidelity_judgement
-from experiments.allocation import Mixed, allocate, by_head
+from experiments.allocation import Mixed, by_head
 from experiments.codecs import Mean
 from experiments.fidelity_settings import best
 from experiments.forcing import Rule
 from experiments.prepared import TINY
 from experiments.settings import Setting, turbo
+from turboquant_jax.cache import allocate
 
 
 def test_the_allocation_is_the_best_of_all():

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from experiments import results
 from experiments.codecs import Turbo
-from experiments.experiment import Row
+from experiments.experiment import Row, where
 from experiments.forcing import Rule, Trip, Trips
+from experiments.settings import Setting, turbo
 from turboquant_jax.cache import CodecConfig
 from turboquant_jax.llama import LlamaConfig
 
@@ -78,6 +80,47 @@ class Mixed:
         return at
 
 
+@dataclass(frozen=True)
+class Allocated:
+    """A mixed cache of `layer_ablation`'s committed results beside the settings; `setting` has its
+    bytes."""
+
+    preset: str
+    setting: Setting
+    mixed: Mixed
+
+    @property
+    def rule(self) -> Rule:
+        """Which tokens are compressed when."""
+        return self.mixed.rule
+
+    def trips(self, seed: int, model: LlamaConfig) -> Trips:
+        """Every layer's own."""
+        return self.mixed.trips(seed, model)
+
+    def columns(self) -> Row:
+        """For a row."""
+        return {**self.setting.columns(), "preset": self.preset}
+
+    def sizes(self, model: LlamaConfig, context: int) -> dict[str, float]:
+        """Those of the uniform cache."""
+        return self.setting.sizes(model, context)
+
+
+def allocated(kind: str, setting: Setting) -> Allocated:
+    """The cache of a kind ("mixed", "by head") that has the bytes of a uniform one.
+
+    Raises:
+      ValueError: it was not measured.
+    """
+    folder = results.COMMITTED / ("layer_ablation" + ".turned" * setting.turned)
+    name = f"{kind} {setting.preset}"
+    for row in where(results.read(folder).rows, preset=name):
+        _, keys, _, values = row["allocation"].split(" ")
+        return Allocated(name, setting, Mixed(tuple(map(int, keys + values)), setting.rule))
+    raise ValueError(f"{folder} has no {name}")
+
+
 def _trips(
     seed: int, model: LlamaConfig, short: bool = False
 ) -> tuple[dict[int, Trip], dict[int, Trip]]:
@@ -121,3 +164,13 @@ def by_head(
     for share, heads in zip(shares, parts, strict=True):
         made += [{b: loss * head / sum(heads) for b, loss in share.items()} for head in heads]
     return made
+
+
+def remembered() -> list[Allocated]:
+    """The mixed caches that needles and questions are held against."""
+    small, smallest = (turbo(bits, 2, "trellis", window=128) for bits in (3, 2))
+    more = turbo(2, 2, "trellis", window=128, turned=True)
+    return [
+        *(allocated("by head", setting) for setting in (small, smallest, more)),
+        allocated("mixed", smallest),
+    ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from experiments.allocation import Allocated
 from experiments.forcing import Forcing, Pass
 from experiments.prepared import Prompts
 from experiments.settings import Setting
@@ -66,7 +67,7 @@ def full(asked: Asked) -> Answers:
     return _collect(asked, list(asked.exact))
 
 
-def answers(asked: Asked, setting: Setting, seed: int) -> Answers:
+def answers(asked: Asked, setting: Setting | Allocated, seed: int) -> Answers:
     """The answers with a compressed cache; every batch has a rotation of its own."""
     forcing, passes = asked.forcing, []
     for number, (_, batch) in enumerate(asked.prompts.batches()):

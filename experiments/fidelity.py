@@ -12,10 +12,9 @@ compressed pass; K4 V2 w64 is 4 bits for keys, 2 for values and a window of 64. 
 scales in 8 bits, and `turned` centres keys by the mean of the first block before its rotary
 embedding, turned to each key's position: the library has neither.
 
-The command below each table says how much of this was run: with fewer rows, seeds or tokens the
-intervals are wider, and an error over a few chunks is itself uncertain. Ratios "at 64K" are bytes
-of a cache of 65,536 tokens beside a loss at the length of the texts, which is kinder: more of a
-short text lies in the window.
+The command below says how much of this was run; its seconds are those of all processes that shared
+its journal. Ratios "at 64K" are bytes of a cache of 65,536 tokens beside a loss at the length of
+the texts, which is kinder: more of a short text lies in the window.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -219,7 +219,7 @@ def for_prompts(layers: int) -> list[Setting]:
     return [
         replace(turbo(3, 3, "trellis", window=128), preset="balanced (K3 V3 trellis w128)"),
         replace(turbo(2, 2, "trellis", window=128), preset="max (K2 V2 trellis w128)"),
-        replace(turbo(4, 4, window=128), preset="lossless (K4 V4 w128)"),
+        replace(turbo(4, 4, "trellis", window=128), preset="lossless (K4 V4 trellis w128)"),
         replace(turbo(3, 2, "trellis", window=128), preset="compact (K3 V2 trellis w128)"),
         held["KIVI int2"],
         held["vLLM 3bit_nc"],

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from experiments import results
+from experiments.experiment import where
 from experiments.settings import turbo
 from turboquant_jax import cache
 from turboquant_jax.cache import presets
@@ -13,7 +14,7 @@ from turboquant_jax.llama import LlamaConfig
 
 SMOLLM2 = 30, 3, 64
 MEASURED = {
-    "lossless": "K4 V4 w128",
+    "lossless": "K4 V4 trellis w128",
     "balanced": "K3 V3 trellis w128",
     "compact": "K3 V2 trellis w128",
     "max": "K2 V2 trellis w128",
@@ -31,7 +32,7 @@ def test_the_table_is_what_is_planned_and_measured(name):
         assert f"{planned:,.0f}" == size
         assert f"{exact / planned:.2f}" == ratio
     rows = results.read(results.COMMITTED / "fidelity").rows
-    (row,) = [r for r in rows if (r["preset"], r["text"]) == (MEASURED[name], "all")]
+    (row,) = where(rows, kind="chosen", preset=MEASURED[name], text="all")
     assert row["bytes_per_token"] == pytest.approx(
         planned_bytes(config, 1, 8192).total / 8192, rel=1e-5
     )

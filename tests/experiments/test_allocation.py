@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import fidelity_judgement
-from experiments.allocation import Mixed, by_head
+from experiments.allocation import Mixed, allocated, by_head, remembered
 from experiments.codecs import Mean
 from experiments.fidelity_settings import best
 from experiments.forcing import Rule
@@ -83,3 +83,14 @@ def test_the_library_s_best_is_not_one_it_lacks():
     assert best(rows, "ratio", 4.8)["preset"] == "b scale8"
     assert best(rows, "ratio", 4.8, ours=True)["preset"] == "a"
     assert best(rows, "ratio", 6.0) is None
+
+
+def test_remembered_caches_spend_the_bits_of_the_uniform_ones():
+    for cached in remembered():
+        uniform = cached.setting
+        parts = len(cached.mixed.bits)
+        assert parts in (60, 180) and cached.rule == uniform.rule
+        assert sum(cached.mixed.bits) <= parts * (uniform.key.bits + uniform.value.bits) / 2
+        assert cached.columns()["preset"].endswith(uniform.preset)
+    with pytest.raises(ValueError, match="has no by head K4 V4"):
+        allocated("by head", turbo(4, 4, "trellis", window=128))

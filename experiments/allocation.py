@@ -166,42 +166,6 @@ def by_head(
     return made
 
 
-def allocate(shares: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[int, ...], float]:
-    """Bits of every part whose losses add up to the least, with at most `budget` bits in all.
-
-    Args:
-      shares: loss by bits, for each part.
-      budget: bits that all parts together may have.
-
-    Returns:
-      The bits of each part, and the sum of their losses.
-
-    Raises:
-      ValueError: a budget below the least bits of all parts.
-    """
-    least = np.full(budget + 1, np.inf)  # least loss of the parts so far, by bits spent
-    least[0] = 0.0
-    choices = []
-    for share in shares:
-        after, choice = np.full(budget + 1, np.inf), np.zeros(budget + 1, int)
-        for bits, loss in share.items():
-            moved = np.full(budget + 1, np.inf)
-            moved[bits:] = least[: budget + 1 - bits] + loss
-            choice = np.where(moved < after, bits, choice)
-            after = np.minimum(after, moved)
-        choices.append(choice)
-        least = after
-    spent = int(np.argmin(least))
-    total = float(least[spent])
-    if not np.isfinite(total):
-        raise ValueError(f"a budget of {budget} bits is too small for {len(shares)} parts")
-    bits_of = []
-    for choice in reversed(choices):
-        bits_of.append(int(choice[spent]))
-        spent -= bits_of[-1]
-    return tuple(reversed(bits_of)), total
-
-
 def remembered() -> list[Allocated]:
     """The mixed caches that needles and questions are held against."""
     small, smallest = (turbo(bits, 2, "trellis", window=128) for bits in (3, 2))

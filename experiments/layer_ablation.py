@@ -6,7 +6,8 @@ From these, under the assumption that shares add up, bits from 1 to 4 are given 
 values of every layer so that the sum is least at the bytes of a uniform cache (dynamic
 programming), and the mixed cache is judged on the test texts beside the uniform one. `by head`
 gives bits to every head, whose shares at other bits are taken in proportion to those at 2. The
-library has no such cache; its bytes are those of the uniform one. `turned` keys are centred by the
+library has a cache with bits of every layer (`cache.mixed`), none with bits of every head; the
+bytes are those of the uniform one. `turned` keys are centred by the
 mean of the keys before their rotary embedding.
 """
 
@@ -16,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from experiments import losses, prepared
-from experiments.allocation import Mixed, One, allocate, by_head
+from experiments.allocation import Mixed, One, by_head
 from experiments.codecs import Mean
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.fidelity_judgement import LENGTHS, TARGETS
@@ -26,6 +27,7 @@ from experiments.journal import Journal, open_journal
 from experiments.losses import Subject
 from experiments.settings import Setting, turbo
 from experiments.statistics import is_below
+from turboquant_jax.cache import allocate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -186,6 +186,51 @@ def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):
     assert [(row["bits_k"], row["bits_v"]) for row in rows] == [(16, 16)] * 2 + [(3, 2)] * 2
 
 
+def test_generate_and_bench_take_bits_of_each_layer(tiny, tmp_path, capsys):
+    out, path = tmp_path / "out.json", tmp_path / "bits.json"
+    path.write_text('{"keys": [3], "values": [2]}')
+    given = ["--model", tiny, "--json", str(out)]
+    given += ["--allocation", str(path)]
+    assert cli.main(["generate", "x", "--tokens", "3", *given]) == 0
+    assert json.loads(out.read_text())["bits"] == {"keys": [3], "values": [2]}
+    sizes = ["--context", "200", "--steps", "2", "--repeats", "1"]
+    assert cli.main(["bench", *sizes, *given]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["bits_k"], row["bits_v"]) for row in rows] == [(16, 16)] * 2 + [(3, 2)] * 2
+    assert "K 3, V 2" in capsys.readouterr().out
+    path.write_text('{"keys": [3, 1], "values": [2, 4], "code": "trellis"}')
+    arguments = argparse.Namespace(allocation=path, preset=None)
+    assert cli_flags.allocation(arguments) == (cache.Allocation((3, 1), (2, 4)), "trellis")
+
+
+@pytest.mark.parametrize(
+    ("text", "beside", "says"),
+    [
+        ("{", [], "Expecting property name"),
+        ("[3, 2]", [], "expected an object of keys, values"),
+        ('{"keys": [3]}', [], "expected an object of keys, values"),
+        ('{"keys": [3], "values": [2], "bits": 3}', [], "expected an object of keys, values"),
+        ('{"keys": 3, "values": [2]}', [], "expected lists"),
+        ('{"keys": [9], "values": [2]}', [], "between 1 and 8, got 9 for the keys of layer 0"),
+        ('{"keys": [3], "values": [2.5]}', [], "got 2.5 for the values of layer 0"),
+        ('{"keys": [3, 3], "values": [2, 2]}', [], "for 1 layers, got 2"),
+        ('{"keys": [3], "values": [2], "code": "x"}', [], "one of scalar, trellis, got 'x'"),
+        ('{"keys": [3], "values": [2]}', ["--preset", "max"], "says the bits, got --preset"),
+        ('{"keys": [3], "values": [2]}', ["--bits", "4"], "says the bits, got --bits beside"),
+        (None, [], "no such file, expected bits of each layer"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "x"], ["bench"]])
+def test_bits_of_each_layer_that_cannot_be(command, text, beside, says, tiny, tmp_path, capsys):
+    path = tmp_path / "bits.json"
+    if text is not None:
+        path.write_text(text)
+    given = ["--allocation", str(path), "--model", tiny, *beside]
+    assert cli.main([*command, *given]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

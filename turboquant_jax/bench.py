@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, MixedCache, mixed
 from turboquant_jax.llama import Llama, dense, timing
-from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.llama.past import COMPRESSED, MIXED
 from turboquant_jax.quantizer import Code
 
 FULL = 16
-Bits = tuple[int, int]
+Bits = tuple[int, int] | Allocation
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Row:
 
     Attributes:
       phase: "decode", of one step after `context` tokens, or "prefill", of `context` tokens.
-      bits_k, bits_v: of the cache; 16 is the dense past in full precision.
+      bits_k, bits_v: of the cache, the mean where each layer has its own; 16 is the dense past in
+        full precision.
       batch, context: sequences, and tokens of each.
       milliseconds: of a step, or of the whole prompt; the median over repetitions.
       tokens_per_second: of all sequences.
@@ -38,8 +40,8 @@ class Row:
     """
 
     phase: str
-    bits_k: int
-    bits_v: int
+    bits_k: float
+    bits_v: float
     batch: int
     context: int
     milliseconds: float
@@ -54,7 +56,8 @@ class Grid:
     """What to measure, and how thoroughly.
 
     Attributes:
-      bits: (keys, values); (16, 16), full precision, first if the others are to be held against it.
+      bits: (keys, values), or those of each layer; (16, 16), full precision, first if the others
+        are to be held against it.
       batches, contexts: every pair of them.
       steps, repeats: steps of a timed loop, and how many loops.
       chunk: tokens of a forward pass of prefill.
@@ -96,7 +99,7 @@ def measure(
         for context in grid.contexts:
             for bits in grid.bits:
                 for phase, time in (("decode", _decode), ("prefill", _prefill)):
-                    progress(f"{phase} {batch} x {context:,}: {name(*bits)}")
+                    progress(f"{phase} {batch} x {context:,}: {name(*_mean(bits))}")
                     row = time(model, grid, bits, batch, context, bandwidth)
                     case = phase, batch, context
                     if bits == (FULL, FULL):
@@ -105,51 +108,76 @@ def measure(
                     yield Row(**(asdict(row) | {"ratio": ratio}))
 
 
-def name(bits_k: int, bits_v: int) -> str:
+def name(bits_k: float, bits_v: float) -> str:
     """How a cache is called in tables and plots."""
-    return f"{bits_k} bits" if bits_k == bits_v else f"K {bits_k}, V {bits_v} bits"
+    return f"{bits_k:.3g} bits" if bits_k == bits_v else f"K {bits_k:.3g}, V {bits_v:.3g} bits"
+
+
+def _mean(bits: Bits) -> tuple[float, float]:
+    """Bits of keys and of values, the mean over the layers where each has its own."""
+    if isinstance(bits, Allocation):
+        return fmean(bits.keys), fmean(bits.values)
+    return bits
 
 
 def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
     config, full = _config(model, grid, bits), bits == (FULL, FULL)
     sizes = batch, context, context + grid.steps + 1
-    make, past = (
-        (partial(timing.filled_dense, model.config, *sizes), dense.DENSE)
-        if full
-        else (partial(timing.filled_cache, config, *sizes), COMPRESSED)
+    make, past = _past(
+        bits,
+        partial(timing.filled_dense, model.config, *sizes),
+        partial(timing.filled_cache, config, *sizes),
+        lambda layers: _filled(config, layers, sizes),
     )
     timed = timing.time_decode(model, make, past, steps=grid.steps, repeats=grid.repeats)
-    read = timing.past_bytes(config, context + grid.steps / 2, not full) * batch
+    parts = mixed.split(config, bits)[0] if isinstance(bits, Allocation) else (config,)
+    length = context + grid.steps / 2
+    read = sum(timing.past_bytes(part, length, not full) for part in parts) * batch
     ideal = (timing.weight_bytes(model) + read) / bandwidth
-    each = batch / timed.median
-    share = ideal / timed.median
-    return Row(
-        "decode", *bits, batch, context, timed.median * 1e3, each, None, share, _nbytes(make)
-    )
+    return _row("decode", bits, batch, context, timed.median, batch, ideal / timed.median, make)
 
 
 def _prefill(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
-    config, full = _config(model, grid, bits), bits == (FULL, FULL)
-    make, past = (
-        (partial(dense.create, model.config, batch, context), dense.DENSE)
-        if full
-        else (partial(cache.create, config, batch, context, key=jax.random.key(0)), COMPRESSED)
+    config, sizes = _config(model, grid, bits), (batch, context)
+    key = jax.random.key(0)
+    make, past = _past(
+        bits,
+        partial(dense.create, model.config, *sizes),
+        partial(cache.create, config, *sizes, key=key),
+        lambda layers: mixed.create(config, layers, *sizes, key=key),
     )
     chunk = min(grid.chunk, context)
     timed = timing.time_prefill(
         model, make, batch, context, past, chunk=chunk, repeats=grid.repeats
     )
-    each = batch * context / timed.median
-    return Row(
-        "prefill", *bits, batch, context, timed.median * 1e3, each, None, None, _nbytes(make)
-    )
+    return _row("prefill", bits, batch, context, timed.median, batch * context, None, make)
+
+
+def _row(
+    phase: str, bits: Bits, batch: int, context: int, seconds: float, tokens: int, share, make
+):
+    each = tokens / seconds
+    return Row(phase, *_mean(bits), batch, context, seconds * 1e3, each, None, share, _nbytes(make))
+
+
+def _past(bits: Bits, full: Callable, uniform: Callable, layers: Callable[[Allocation], Any]):
+    """How the past of these bits is made, and how it is used."""
+    if isinstance(bits, Allocation):
+        return partial(layers, bits), MIXED
+    return (full, dense.DENSE) if bits == (FULL, FULL) else (uniform, COMPRESSED)
+
+
+def _filled(config: CacheConfig, layers: Allocation, sizes: tuple[int, int, int]) -> MixedCache:
+    parts, places = mixed.split(config, layers)
+    return mixed.join([timing.filled_cache(part, *sizes) for part in parts], places)
 
 
 def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
-    """Of full precision only the sizes are used."""
+    """Of full precision only the sizes are used; bits of each layer are the allocation's."""
     sizes = model.config.num_layers, model.config.num_kv_heads, model.config.head_dim
     codec = {"rotation": grid.rotation, "code": grid.code}
-    key, value = (CodecConfig(4 if b == FULL else b, **codec) for b in bits)
+    pair = (4, 4) if isinstance(bits, Allocation) or bits == (FULL, FULL) else bits
+    key, value = (CodecConfig(b, **codec) for b in pair)
     return CacheConfig(*sizes, key, value, window=grid.window, sinks=grid.sinks)
 
 

@@ -1,6 +1,8 @@
 """Bits over parts: against trying everything."""
 
+import argparse
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,14 @@ import numpy as np
 import pytest
 
 from experiments import fidelity_judgement
-from experiments.allocation import Mixed, allocate, allocated, by_head, remembered
+from experiments.allocation import Mixed, allocated, by_head, remembered
 from experiments.codecs import Mean
 from experiments.fidelity_settings import best
 from experiments.forcing import Rule
 from experiments.prepared import TINY
 from experiments.settings import Setting, turbo
+from turboquant_jax.cache import allocate
+from turboquant_jax.cli import flags
 
 
 def test_the_allocation_is_the_best_of_all():
@@ -93,3 +97,11 @@ def test_remembered_caches_spend_the_bits_of_the_uniform_ones():
         assert cached.columns()["preset"].endswith(uniform.preset)
     with pytest.raises(ValueError, match="has no by head K4 V4"):
         allocated("by head", turbo(4, 4, "trellis", window=128))
+
+
+def test_the_file_for_the_command_line_is_what_was_measured():
+    path = Path(__file__).parents[2] / "experiments" / "allocations" / "smollm2-135m.json"
+    found = flags.allocation(argparse.Namespace(allocation=path, preset=None))
+    measured = allocated("mixed", turbo(3, 2, "trellis", window=128)).mixed.bits
+    assert found is not None and found[1] == "trellis"
+    assert found[0].keys + found[0].values == measured

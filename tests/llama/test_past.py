@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from turboquant_jax import cache
-from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, mixed
 from turboquant_jax.llama.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.llama.generate import NO_TOKEN, decode, pad_prompts, prefill
-from turboquant_jax.llama.model import Llama
-from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.llama.model import Llama, unstack
+from turboquant_jax.llama.past import COMPRESSED, MIXED
 
 TOKENS = 75
 
@@ -96,3 +96,44 @@ def test_ragged_generation_equals_each_row_alone_in_one_compilation(model, confi
     for row, prompt in enumerate(prompts):
         alone, _ = run([prompt], 30)
         np.testing.assert_array_equal(alone[0], together[row])
+
+
+MIXED_CONFIG = CacheConfig(3, 2, 16, CodecConfig(3), CodecConfig(2), block=8, window=11, sinks=3)
+
+
+def mixed_cache(keys, values, batch=2):
+    return mixed.create(
+        MIXED_CONFIG, Allocation(keys, values), batch, TOKENS, key=jax.random.key(2)
+    )
+
+
+def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
+    """Token for token and bit for bit; and bits that differ do not."""
+    tokens, lengths = map(jnp.asarray, pad_prompts([[5, 6, 7] * 9, [11, 12]]))
+    unstacked, drawn = unstack(model), jax.random.split(jax.random.key(0), 2)
+
+    def run(state, past):
+        logits, state = prefill(unstacked, tokens, lengths, state, past, chunk=10)
+        return decode(unstacked, logits, lengths, drawn, state, past, max_tokens=40)
+
+    plain = run(cache.create(MIXED_CONFIG, 2, TOKENS, key=jax.random.key(2)), COMPRESSED)
+    made = run(mixed_cache((3, 3, 3), (2, 2, 2)), MIXED)
+    np.testing.assert_array_equal(made.tokens, plain.tokens)
+    chex.assert_trees_all_equal(mixed.select(made.state, 0)[0], plain.state)
+    other = run(mixed_cache((3, 1, 3), (2, 1, 2)), MIXED)
+    np.testing.assert_array_equal(other.state.lengths, plain.state.lengths)
+    assert not np.array_equal(other.tokens, plain.tokens)
+
+
+def test_layers_of_the_same_bits_are_lowered_once(model):
+    state = mixed_cache((3, 1, 3), (2, 1, 2))
+    one, key = jnp.ones(2, jnp.int32), jax.random.split(jax.random.key(0), 2)
+    logits = jnp.zeros((2, model.config.vocab_size))
+    text = decode.lower(unstack(model), logits, one, key, state, MIXED, max_tokens=3).as_text()
+    assert text.count("func.func private @attend") == 2
+
+
+def test_a_scanned_decoder_cannot_have_bits_of_each_layer(model):
+    state = mixed_cache((3, 1, 3), (2, 1, 2), batch=1)
+    with pytest.raises(ValueError, match="unstack the decoder"):
+        prefill(model, jnp.zeros((1, 3), jnp.int32), jnp.full(1, 3, jnp.int32), state, MIXED)

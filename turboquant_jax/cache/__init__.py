@@ -1,11 +1,14 @@
 """The immutable compressed cache: static config, state, appending, paging, exact byte counts."""
 
+from turboquant_jax.cache.allocation import Allocation as Allocation
+from turboquant_jax.cache.allocation import allocate as allocate
 from turboquant_jax.cache.appending import append as append
 from turboquant_jax.cache.appending import begin as begin
 from turboquant_jax.cache.appending import commit as commit
 from turboquant_jax.cache.appending import write as write
 from turboquant_jax.cache.config import CacheConfig as CacheConfig
 from turboquant_jax.cache.config import CodecConfig as CodecConfig
+from turboquant_jax.cache.mixed import MixedCache as MixedCache
 from turboquant_jax.cache.presets import Preset as Preset
 from turboquant_jax.cache.presets import preset as preset
 from turboquant_jax.cache.sharing import fork as fork

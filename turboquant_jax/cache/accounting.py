@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 
 import jax
 
-from turboquant_jax.cache import state
+from turboquant_jax.cache import mixed, state
+from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.cache.mixed import MixedCache
 from turboquant_jax.cache.state import Cache
 
 
@@ -32,15 +34,16 @@ class Bytes:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def count_bytes(cache: Cache) -> Bytes:
+def count_bytes(cache: Cache | MixedCache) -> Bytes:
     """Bytes by part of a cache, or of the shapes of one."""
+    parts = cache.parts if isinstance(cache, MixedCache) else (cache,)
     return Bytes(
-        key_codes=_nbytes(cache.pool.keys),
-        value_codes=_nbytes(cache.pool.values),
-        scales=_nbytes(cache.pool.scales),
-        window=_nbytes(cache.window),
-        sinks=_nbytes(cache.sinks),
-        key_mean=_nbytes(cache.key_mean),
+        key_codes=_nbytes([part.pool.keys for part in parts]),
+        value_codes=_nbytes([part.pool.values for part in parts]),
+        scales=_nbytes([part.pool.scales for part in parts]),
+        window=_nbytes([part.window for part in parts]),
+        sinks=_nbytes([part.sinks for part in parts]),
+        key_mean=_nbytes([part.key_mean for part in parts]),
         tables=_nbytes(
             (
                 cache.page_table,
@@ -51,18 +54,26 @@ def count_bytes(cache: Cache) -> Bytes:
                 cache.overflow,
             )
         ),
-        codecs=_nbytes(cache.codecs),
+        codecs=_nbytes([part.codecs for part in parts]),
     )
 
 
-def planned_bytes(config: CacheConfig, batch: int, capacity: int) -> Bytes:
+def planned_bytes(
+    config: CacheConfig, batch: int, capacity: int, allocation: Allocation | None = None
+) -> Bytes:
     """Bytes of the dense cache that `create` would allocate; no device is touched.
 
-    Without an order of channels, which adds `4 layers K H` bytes where bits are mixed.
+    Of `mixed.create`, where there is an allocation. Without an order of channels, which adds
+    `4 layers K H` bytes where the bits of a vector are mixed.
     """
-    return count_bytes(
-        jax.eval_shape(lambda: state.create(config, batch, capacity, key=jax.random.key(0)))
-    )
+
+    def make() -> Cache | MixedCache:
+        key = jax.random.key(0)
+        if allocation is None:
+            return state.create(config, batch, capacity, key=key)
+        return mixed.create(config, allocation, batch, capacity, key=key)
+
+    return count_bytes(jax.eval_shape(make))
 
 
 def exact_bytes_per_token(config: CacheConfig) -> int:
@@ -71,7 +82,7 @@ def exact_bytes_per_token(config: CacheConfig) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
-def bytes_per_compressed_token(config: CacheConfig) -> float:
+def bytes_per_compressed_token(config: CacheConfig, allocation: Allocation | None = None) -> float:
     """Bytes of one more token in a long sequence: codes, scales and its share of the page table.
 
     Exact: the difference of one block more, over the tokens of a block. 0 in a sliding window,
@@ -79,7 +90,8 @@ def bytes_per_compressed_token(config: CacheConfig) -> float:
     """
     edge = config.sinks + config.window + (config.sliding_window or 0)
     fewer, more = (
-        planned_bytes(config, 1, edge + blocks * config.block).total for blocks in (8, 9)
+        planned_bytes(config, 1, edge + blocks * config.block, allocation).total
+        for blocks in (8, 9)
     )
     return (more - fewer) / config.block
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,15 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from turboquant_jax.cache.mixed import MixedCache
 from turboquant_jax.cache.state import Cache
 
 FORMAT = "turboquant-jax cache 1"
 
+AnyCache = TypeVar("AnyCache", Cache, MixedCache)
 
-def save(cache: Cache, path: str | Path, *, model: str) -> None:
+
+def save(cache: Cache | MixedCache, path: str | Path, *, model: str) -> None:
     """Write the cache to `path`, whole or not at all. `model` names what filled it."""
     path = Path(path)
     leaves, _ = tree_flatten_with_path(cache)
@@ -40,7 +43,7 @@ def save(cache: Cache, path: str | Path, *, model: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
+def restore(like: AnyCache, path: str | Path, *, model: str) -> AnyCache:
     """Read a cache saved by `save`.
 
     Args:
@@ -92,11 +95,17 @@ def _stored(dtype: Any) -> np.dtype:
     return np.dtype(np.uint16 if dtype == jnp.bfloat16 else dtype)
 
 
-def _describe(cache: Cache) -> str:
+def _describe(cache: Cache | MixedCache) -> str:
     """Everything static. The levels are in it, so that codes keep their meaning."""
-    levels = [[group.levels for group in codec.groups] for codec in cache.codecs]
-    description = asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}
-    return json.dumps(description, sort_keys=True)
+
+    def one(cache: Cache) -> dict[str, Any]:
+        levels = [[group.levels for group in codec.groups] for codec in cache.codecs]
+        return asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}
+
+    if isinstance(cache, MixedCache):
+        parts = [one(part) for part in cache.parts]
+        return json.dumps({"places": cache.places, "parts": parts}, sort_keys=True)
+    return json.dumps(one(cache), sort_keys=True)
 
 
 def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

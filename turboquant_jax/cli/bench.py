@@ -27,6 +27,7 @@ def add(commands) -> None:
     bench.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     bench.add_argument("--context", type=int, nargs="+", default=[1024], help="tokens of each")
     flags.add_preset(bench)
+    flags.add_allocation(bench)
     bench.add_argument(
         "--bits",
         type=int,
@@ -55,13 +56,18 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             raise FileNotFoundError(f"{path.parent}: no such folder, expected one for {path.name}")
     if arguments.plot is not None:
         bench.require_plotting()
-    pairs = [(bits, bits) for bits in dict.fromkeys((bench.FULL, *getattr(arguments, "bits", [4])))]
+    widths = dict.fromkeys((bench.FULL, *getattr(arguments, "bits", [4])))
+    caches: list[bench.Bits] = [(bits, bits) for bits in widths]
+    code = flags.code(arguments)
     if arguments.preset is not None:
         flags.refuse_bits(arguments)
-        pairs = [pairs[0], flags.preset_bits(arguments.preset)]
+        caches = [caches[0], flags.preset_bits(arguments.preset)]
+    if (allocation := flags.allocation(arguments)) is not None:
+        layers, code = allocation
+        caches = [caches[0], layers]
     grid = bench.Grid(
-        pairs, arguments.batch, arguments.context, arguments.steps, arguments.repeats,
-        arguments.chunk, code=flags.code(arguments), **flags.segments(arguments),
+        caches, arguments.batch, arguments.context, arguments.steps, arguments.repeats,
+        arguments.chunk, code=code, **flags.segments(arguments),
     )  # fmt: skip
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:

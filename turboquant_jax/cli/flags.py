@@ -1,14 +1,16 @@
 """Flags that several subcommands share."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import get_args
 
 from turboquant_jax import rotation
-from turboquant_jax.cache import presets
+from turboquant_jax.cache import Allocation, presets
 from turboquant_jax.quantizer import Code
 
 TABLE_BITS = (8, 4, 3, 2)
+_ALLOCATION = {"keys", "values", "code"}
 MODEL = "GGUF file, Hugging Face folder, or random:PRESET for random weights"
 
 
@@ -30,6 +32,17 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     """A named cache."""
     parser.add_argument(
         "--preset", choices=get_args(presets.Preset), help="bits and code by name, instead of bits"
+    )
+
+
+def add_allocation(parser: argparse.ArgumentParser) -> None:
+    """Bits of each layer."""
+    parser.add_argument(
+        "--allocation",
+        type=Path,
+        metavar="FILE",
+        help='bits of each layer, instead of bits: {"keys": [4, 3, ...], "values": [3, 2, ...], '
+        '"code": "trellis"}; the code is scalar unless given',
     )
 
 
@@ -67,10 +80,14 @@ def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def refuse_bits(arguments: argparse.Namespace) -> None:
     """ValueError where a preset and bits are given."""
+    _refuse(arguments, f"--preset {arguments.preset}")
+
+
+def _refuse(arguments: argparse.Namespace, instead: str) -> None:
     given = [n for n in ("bits", "bits_k", "bits_v") if getattr(arguments, n, None) is not None]
     if given:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"--preset {arguments.preset} says the bits, got {names} beside it")
+        raise ValueError(f"{instead} says the bits, got {names} beside it")
 
 
 def preset_bits(name: presets.Preset) -> tuple[int, int]:
@@ -78,6 +95,35 @@ def preset_bits(name: presets.Preset) -> tuple[int, int]:
     key, value = (codec.bits for codec in presets.codecs(name))
     assert isinstance(key, int) and isinstance(value, int), "presets split no channels"
     return key, value
+
+
+def allocation(arguments: argparse.Namespace) -> tuple[Allocation, Code] | None:
+    """Bits of each layer and their code, out of a file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: something else in it, and a preset or bits beside it.
+    """
+    path = arguments.allocation
+    if path is None:
+        return None
+    if arguments.preset is not None:
+        raise ValueError(f"--allocation {path} says the bits, got --preset beside it")
+    _refuse(arguments, f"--allocation {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected bits of each layer")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict) or not {"keys", "values"} <= found.keys() <= _ALLOCATION:
+            raise ValueError("expected an object of keys, values and, if it is not scalar, code")
+        if not all(isinstance(found[name], list) for name in ("keys", "values")):
+            raise ValueError("expected lists of the bits of each layer")
+        code = found.get("code", "scalar")
+        if code not in get_args(Code):
+            raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")
+        return Allocation(tuple(found["keys"]), tuple(found["values"])), code
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def table(arguments: argparse.Namespace) -> dict[tuple[int, int], Code]:

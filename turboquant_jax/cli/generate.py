@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def add(commands) -> None:
     generate.add_argument("--seed", type=int, default=0, help="of samples and rotations")
     generate.add_argument("--stream", action="store_true", help="print the text as it is made")
     flags.add_cache(generate, window=128)
+    flags.add_allocation(generate)
     flags.add_json(generate)
 
 
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     for name in ("tokens", "chunk"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    prompts = _prompts(arguments)
+    prompts, allocation = _prompts(arguments), flags.allocation(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     checkpoint = load(arguments.model, flags.dtype(arguments.dtype), stacked=False)
     call = _prefilled(arguments, checkpoint, prompts)
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         print(text if arguments.prompts is None else f"> {prompt}\n{text}")
     return {
         "model": checkpoint.name,
-        "bits": flags.asked_bits(arguments),
+        "bits": asdict(allocation[0]) if allocation else flags.asked_bits(arguments),
         "seconds": seconds,  # of the answers, compilation included
         "answers": [
             {"prompt": p, "text": t, "tokens": row, "seed": arguments.seed + i}
@@ -148,14 +150,19 @@ def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int):
     import jax
 
     from turboquant_jax import cache
+    from turboquant_jax.cache import mixed
     from turboquant_jax.demo import cache_config
     from turboquant_jax.llama import dense
-    from turboquant_jax.llama.past import COMPRESSED
+    from turboquant_jax.llama.past import COMPRESSED, MIXED
 
+    allocation, key = flags.allocation(arguments), jax.random.key(arguments.seed)
+    if allocation is not None:
+        layers, code = allocation
+        alike = cache_config(config, 4, 4, code=code, **flags.segments(arguments))
+        return mixed.create(alike, layers, batch, capacity, key=key), MIXED
     bits = flags.asked_bits(arguments)
     if bits == (FULL, FULL):
         return dense.create(config, batch, capacity, flags.dtype(arguments.dtype)), dense.DENSE
     options = {"code": flags.code(arguments), **flags.segments(arguments)}
     compressed = cache_config(config, *bits, **options)
-    key = jax.random.key(arguments.seed)
     return cache.create(compressed, batch, capacity, key=key), COMPRESSED

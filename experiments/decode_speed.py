@@ -6,6 +6,8 @@ call's query; the calls of a chain read different caches, which together are lar
 are those of the device by the profiler, medians over chains: `milliseconds` the sum of all kernels
 of a call, `span_milliseconds` with the gaps between them, which a chain of kernels that are shorter
 than their launches has. Bytes are those of the packed cache (codes and scales).
+
+Rows labelled `queued` are of an earlier kernel, by a host clock over queued chains of calls.
 """
 
 import argparse

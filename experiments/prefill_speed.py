@@ -10,6 +10,8 @@ The baseline is cuDNN over the same queries and keys, full-precision past includ
 merge of the two that a caller would need. Times are medians over repetitions of one compiled call.
 `peak_ratio`: what the compiled call needs, arguments and temporaries, over what cannot be less, the
 cache (of all 32 layers), the prompt's queries, keys and values, and a chunk's copies and outputs.
+
+Rows labelled `before` are of an earlier form of chunks, with one length of tile for all heads.
 """
 
 import argparse

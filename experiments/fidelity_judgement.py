@@ -257,7 +257,8 @@ def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
             if kind != "more":
                 axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
     axis.set_xscale("log")
-    axis.set_yscale("log")
+    if any(row[loss] > 0 for row in shown):  # all of few tokens may gain by chance
+        axis.set_yscale("log")
     when = "65,536 tokens" if size.endswith("64k") else "the texts' length"
     label(axis, f"bytes at {when}", "bytes a token, everything counted", y)
 

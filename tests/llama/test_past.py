@@ -45,12 +45,14 @@ def tokens():
 
 
 def test_token_by_token_equals_one_pass(model, config, tokens):
+    # the two orders of summation may round a key to neighbouring bfloat16 numbers, from which the
+    # search of a trellis may take another path
+    config = dataclasses.replace(config, dtype="float32")
     state = cache.create(config, 2, TOKENS, key=jax.random.key(2))
     hidden = compressed_hidden(model, tokens, config, state.codecs)
     lengths = jnp.full(2, TOKENS, jnp.int32)
     logits, state = prefill(model, tokens, lengths, state, COMPRESSED, chunk=1)
-    # the two orders of summation may round a key to neighbouring bfloat16 numbers
-    chex.assert_trees_all_close(model.logits(hidden)[:, -1], logits, atol=5e-4)
+    chex.assert_trees_all_close(model.logits(hidden)[:, -1], logits, atol=2e-5)
     np.testing.assert_array_equal(state.lengths, TOKENS)
     assert not np.any(state.overflow)
     exact = exact_hidden(model, tokens)

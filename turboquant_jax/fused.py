@@ -103,25 +103,6 @@ def _rotate_one(
     return rotate_in_kernel(query, operands.of_codec(codec, layer), interpret)
 
 
-def rotate(
-    codec: Codec, layer: Int[Array, ""], query: Float[Array, "B T N H"], kv_heads: int
-) -> Float[Array, "B T N H"]:
-    """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
-    if query.dtype != jnp.bfloat16:
-        return rotate_queries(codec, layer, query, kv_heads)
-    rotation = operands.of_codec(codec, layer)
-    if rotation.signs is not None:
-        query = query * rotation.signs.astype(query.dtype)[None, None, None, :]
-    heads = rotation.parts.shape[1]
-    grouped = query.reshape(*query.shape[:2], heads, -1, query.shape[3])
-    turned = jnp.zeros(grouped.shape, jnp.float32)
-    for part in rotation.parts:
-        turned = turned + jnp.einsum(
-            "btkgi,kji->btkgj", grouped, part, preferred_element_type=jnp.float32
-        )
-    return (turned * rotation.gain).reshape(query.shape)
-
-
 def _recent(cache: Cache, query, new, write: bool) -> Recent:
     config = cache.config
     held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]

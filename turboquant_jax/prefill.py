@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from turboquant_jax import fused, rotated
 from turboquant_jax.cache import blocks, operands
+from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.segments import Part, Scores, merge, sink_part
 
@@ -130,7 +131,7 @@ def _over_blocks(cache: Cache, layer, queries, segment, tile: int, rows: int) ->
     batch, count, heads, dim = queries.shape
     groups = _groups(config.num_kv_heads, batch * count * heads, rows)
     own = jnp.arange(config.num_kv_heads, dtype=jnp.int32).reshape(groups, -1)
-    turned = fused.rotate(cache.codecs[0], layer, queries, config.num_kv_heads)
+    turned = _turn(cache.codecs[0], layer, queries, config.num_kv_heads)
     turned = turned.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
     by_group = [turned[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
     tokens = config.compressed_tokens(cache.lengths)
@@ -176,6 +177,25 @@ def _mean_products(cache: Cache, layer, queries):
     mean = jnp.repeat(cache.key_mean[layer], queries.shape[2] // cache.config.num_kv_heads, axis=1)
     # a sum, not a product of matrices, for which XLA would write the queries out in float32
     return jnp.sum(queries.astype(jnp.float32) * mean[:, None], axis=-1)
+
+
+def _turn(
+    codec: Codec, layer: Int[Array, ""], query: Float[Array, "B T N H"], kv_heads: int
+) -> Float[Array, "B T N H"]:
+    """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
+    if query.dtype != jnp.bfloat16:
+        return rotated.rotate_queries(codec, layer, query, kv_heads)
+    rotation = operands.of_codec(codec, layer)
+    if rotation.signs is not None:
+        query = query * rotation.signs.astype(query.dtype)[None, None, None, :]
+    heads = rotation.parts.shape[1]
+    grouped = query.reshape(*query.shape[:2], heads, -1, query.shape[3])
+    turned = jnp.zeros(grouped.shape, jnp.float32)
+    for part in rotation.parts:
+        turned = turned + jnp.einsum(
+            "btkgi,kji->btkgj", grouped, part, preferred_element_type=jnp.float32
+        )
+    return (turned * rotation.gain).reshape(query.shape)
 
 
 def _turn_back(cache: Cache, layer, output: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

@@ -12,7 +12,7 @@ from turboquant_jax.cache import mixed, state
 from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.mixed import MixedCache
-from turboquant_jax.cache.state import Cache
+from turboquant_jax.cache.state import Cache, nbytes_of
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def count_bytes(cache: Cache | MixedCache) -> Bytes:
     """Bytes by part of a cache, or of the shapes of one."""
     parts = cache.parts if isinstance(cache, MixedCache) else (cache,)
     return Bytes(
-        key_codes=_nbytes([part.pool.keys for part in parts]),
-        value_codes=_nbytes([part.pool.values for part in parts]),
-        scales=_nbytes([part.pool.scales for part in parts]),
-        window=_nbytes([part.window for part in parts]),
-        sinks=_nbytes([part.sinks for part in parts]),
-        key_mean=_nbytes([part.key_mean for part in parts]),
-        tables=_nbytes(
+        key_codes=nbytes_of([part.pool.keys for part in parts]),
+        value_codes=nbytes_of([part.pool.values for part in parts]),
+        scales=nbytes_of([part.pool.scales for part in parts]),
+        window=nbytes_of([part.window for part in parts]),
+        sinks=nbytes_of([part.sinks for part in parts]),
+        key_mean=nbytes_of([part.key_mean for part in parts]),
+        tables=nbytes_of(
             (
                 cache.page_table,
                 cache.pending_pages,
@@ -54,7 +54,7 @@ def count_bytes(cache: Cache | MixedCache) -> Bytes:
                 cache.overflow,
             )
         ),
-        codecs=_nbytes([part.codecs for part in parts]),
+        codecs=nbytes_of([part.codecs for part in parts]),
     )
 
 
@@ -94,7 +94,3 @@ def bytes_per_compressed_token(config: CacheConfig, allocation: Allocation | Non
         for blocks in (8, 9)
     )
     return (more - fewer) / config.block
-
-
-def _nbytes(tree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -60,7 +60,7 @@ class MixedCache:
     @property
     def nbytes(self) -> int:
         """Bytes of every array of the pytree."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return state.nbytes_of(self)
 
     def __repr__(self) -> str:
         keys, values = (

@@ -8,6 +8,7 @@ the identity. `blocks` has the layout of a page, `appending` the way in.
 
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of every array of the pytree."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return nbytes_of(self)
 
     def __repr__(self) -> str:
         c = self.config
@@ -83,6 +84,11 @@ class Cache:
         if all(hasattr(leaf, "size") for leaf in jax.tree.leaves(self)):
             parts.append(f"nbytes={self.nbytes:,}")
         return f"Cache({', '.join(parts)})"
+
+
+def nbytes_of(tree: Any) -> int:
+    """Bytes of every array of a pytree, or of the shapes of one."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def create(

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     prompts, allocation = _prompts(arguments), flags.allocation(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     checkpoint = load(arguments.model, flags.dtype(arguments.dtype), stacked=False)
-    call = _prefilled(arguments, checkpoint, prompts)
+    call = _prefilled(arguments, checkpoint, prompts, allocation)
     options: dict[str, Any] = dict(
         max_tokens=arguments.tokens, sampling=sampling, eos_ids=checkpoint.tokenizer.eos_ids
     )
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     }
 
 
-def _prefilled(arguments: argparse.Namespace, checkpoint, prompts: list[str]) -> tuple:
+def _prefilled(arguments: argparse.Namespace, checkpoint, prompts: list[str], allocation) -> tuple:
     """What `decode` and `stream` take first: the prompts have been read."""
     import jax
     import jax.numpy as jnp
@@ -93,7 +93,7 @@ def _prefilled(arguments: argparse.Namespace, checkpoint, prompts: list[str]) ->
         raise ValueError(
             f"prompt and answer have up to {capacity} tokens, expected at most {most} together"
         )
-    state, past = _empty(arguments, checkpoint.config, len(prompts), capacity)
+    state, past = _empty(arguments, checkpoint.config, len(prompts), capacity, allocation)
     keys = jnp.stack([jax.random.key(arguments.seed + i) for i in range(len(prompts))])
     chunk = min(arguments.chunk, tokens.shape[1])
     logits, state = prefill(checkpoint.model, tokens, lengths, state, past, chunk=chunk)
@@ -145,7 +145,7 @@ def _encode(tokenizer, text: str, plain: bool) -> list[int]:
     return tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
-def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int):
+def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int, allocation):
     """An empty past and how it is used."""
     import jax
 
@@ -155,7 +155,7 @@ def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int):
     from turboquant_jax.llama import dense
     from turboquant_jax.llama.past import COMPRESSED, MIXED
 
-    allocation, key = flags.allocation(arguments), jax.random.key(arguments.seed)
+    key = jax.random.key(arguments.seed)
     if allocation is not None:
         layers, code = allocation
         alike = cache_config(config, 4, 4, code=code, **flags.segments(arguments))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from experiments import greedy_generation, llama_claims, llama_sizes, results
+from experiments.device_time import copy_bandwidth
 from experiments.experiment import Claim, Row, Track, option, where
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.llama import PRESETS, Llama, LlamaConfig, timing
@@ -65,28 +66,21 @@ SMOKE = Config(("2x100",), (FULL, 4), "smollm2-135m", 1, 4, 1)
 def run(config: Config, track: Track) -> list[Row]:
     """Measure every case."""
     bench, rows = Bench(config), list[Row]()
-    for jobs in _rounds(config):
-        bench.compile(jobs)
-        for case, bits in track(jobs, "llama_speed"):
+    for case in config.cases:
+        jobs = _jobs(config, case)
+        bench.compile(case, jobs)
+        for bits in track(jobs, f"llama_speed {case}"):
             rows += bench.measure(case, bits, rows)
     return rows
 
 
-def _rounds(config: Config) -> list[list[tuple[str, int]]]:
-    """(case, bits) in two rounds: 4 bits beside the baseline, then all others."""
+def _jobs(config: Config, case: str) -> list[int]:
+    """The bits at which a case is measured, the baseline first."""
 
-    def asked(case: str, bits: int) -> bool:
+    def asked(bits: int) -> bool:
         return bits == 4 if case == "greedy" else bits in _SIZED or not llama_sizes.fills(case)
 
-    return [
-        [
-            (case, bits)
-            for case in config.cases
-            for bits in sorted(config.bits, key=lambda b: b != FULL)
-            if (bits in (FULL, 4)) == first and asked(case, bits)
-        ]
-        for first in (True, False)
-    ]
+    return sorted(filter(asked, config.bits), key=lambda bits: bits != FULL)
 
 
 class Bench:
@@ -102,7 +96,7 @@ class Bench:
     @functools.cached_property
     def copy(self) -> float:
         """Bytes per second of a copy on this device."""
-        return timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**26)
+        return copy_bandwidth() if jax.default_backend() == "gpu" else timing.copy_bandwidth(2**26)
 
     @functools.cached_property
     def model(self) -> Llama:
@@ -115,25 +109,25 @@ class Bench:
         sizes = self.llama.num_layers, self.llama.num_kv_heads, self.llama.head_dim
         return CacheConfig(*sizes, *codecs)
 
-    def compile(self, jobs: Sequence[tuple[str, int]]) -> None:
-        """Compile ahead, several at a time, but the first baseline of every batch alone.
+    def compile(self, case: str, every: Sequence[int]) -> None:
+        """Compile the loops of a case ahead.
 
-        For XLA times its matrix products while it compiles, once for each shape.
+        The first of every batch alone, because XLA times its matrix products while it compiles,
+        once for each shape.
         """
-        keys = [
-            (bits, *self._size(case, bits, _SHARES[0])) for case, bits in jobs if case != "greedy"
-        ]
-        alone = list({key[1]: key for key in keys[::-1] if key[0] == FULL}.values())[::-1]
+        if case == "greedy" or not every:
+            return
+        self.compiled.clear()
 
-        def one(key: tuple[int, int, int]) -> None:
+        def one(bits: int) -> None:
+            key = bits, *self._size(case, bits, _SHARES[0])
             call = self.model, *self._past(*key), self.config.steps
             with contextlib.suppress(*_REFUSED):  # and said when it is measured
                 self.compiled[key] = timing.compile_decode(*call)
 
-        for key in alone:
-            one(key)
-        with ThreadPoolExecutor(_COMPILERS) as pool:
-            list(pool.map(one, [key for key in keys if key not in alone]))
+        one(every[0])
+        with ThreadPoolExecutor(1 if case.startswith("largest") else _COMPILERS) as pool:
+            list(pool.map(one, every[1:]))
 
     def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
         """The row of a case; none where it does not fit the device."""
@@ -248,22 +242,23 @@ def main() -> None:
     start, bench = time.monotonic(), Bench(config)
     command, rows, before = " ".join(["python -m experiments.llama_speed", *sys.argv[1:]]), [], 0.0
     if (out / "rows.csv").exists():
-        held = results.read(out)
-        rows, before = held.rows, held.meta["seconds"]
-        command = " && ".join([held.meta["command"], command])
+        found = results.read(out)
+        rows, before = found.rows, found.meta["seconds"]
+        command = " && ".join([found.meta["command"], command])
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
     def here() -> list[Row]:
         return [row for row in rows if row.get("memory_limit", memory) == memory]
 
-    for jobs in _rounds(config):
-        jobs = [job for job in jobs if not where(here(), case=job[0], bits_k=job[1])]
-        if not jobs or time.monotonic() - start > limit:
-            print(f"not run: {jobs}", flush=True)
+    for case in config.cases:
+        held = [row["bits_k"] for row in where(here(), case=case)]
+        missing = [bits for bits in _jobs(config, case) if bits not in held]
+        if not missing or time.monotonic() - start > limit:
+            print(f"{case}: not run at {missing} bits", flush=True)
             continue
-        bench.compile(jobs)
-        print(f"[{time.monotonic() - start:.0f} s] compiled", flush=True)
-        for case, bits in jobs:
+        bench.compile(case, missing)
+        print(f"[{time.monotonic() - start:.0f} s] {case} compiled", flush=True)
+        for bits in missing:
             fresh = list(bench.measure(case, bits, here()))
             rows += fresh
             took = time.monotonic() - start
@@ -279,7 +274,7 @@ def main() -> None:
 def _arguments() -> tuple[Path, float, Config]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no round after this")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this")
     for field in dataclasses.fields(Config):
         default: Any = field.default
         several = isinstance(default, tuple)

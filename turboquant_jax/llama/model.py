@@ -5,6 +5,7 @@ to an `attend` callable together with an opaque state, so that one model serves 
 compressed and teacher-forced evaluation.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -179,9 +180,18 @@ def random_model(
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:
-    """In blocks of rows, because the random bits of a vocabulary matrix take gigabytes."""
-    scale = jnp.asarray(fan_in**-0.5, dtype)
+    """Normal weights that keep the scale of what they multiply."""
+    return _draw(rngs.params(), shape, fan_in**-0.5, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: Array, shape: tuple[int, ...], scale: float, dtype: DTypeLike) -> Array:
+    """In blocks of rows, because the random bits of a vocabulary matrix take gigabytes.
+
+    Compiled as a whole, or the reshape would leave a hole of the matrix's size in the memory.
+    """
     rows = math.gcd(shape[0], 4096)
-    keys = jax.random.split(rngs.params(), shape[0] // rows)
-    blocks = lax.map(lambda key: jax.random.normal(key, (rows, *shape[1:]), dtype) * scale, keys)
+    keys = jax.random.split(key, shape[0] // rows)
+    factor = jnp.asarray(scale, dtype)
+    blocks = lax.map(lambda key: jax.random.normal(key, (rows, *shape[1:]), dtype) * factor, keys)
     return blocks.reshape(shape)

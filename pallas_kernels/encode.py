@@ -157,8 +157,8 @@ def rotated_means(
     for group in groups:
         matrix = group.rotation.parts[:, 0].astype(jnp.float32).sum(axis=0)
         own = means[..., first : first + matrix.shape[1]]
-        # no library's product: a few rows, in exact float32
-        rotated.append(jnp.sum(own[:, :, None, :] * matrix[None, None], axis=-1))
+        # a product, not a sum of products: of many rows XLA takes minutes to compile that
+        rotated.append(jnp.einsum("rkh,oh->rko", own, matrix, precision=lax.Precision.HIGHEST))
         first += matrix.shape[1]
     return jnp.concatenate(rotated, axis=-1)
 

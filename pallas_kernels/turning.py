@@ -1,4 +1,4 @@
-"""Rotations of few vectors: queries into the rotated space, outputs back from it."""
+"""Rotations of few vectors: queries into the rotated space, RoPE included, and outputs back."""
 
 import functools
 from typing import Any
@@ -96,3 +96,118 @@ def _rotate_kernel(q: Any, rotation: Any, out: Any, *, gain: float) -> None:
     place = out.at[sequence[:, None], head[:, None], row[None, :]]
     mask = exists[:, None] & (row < channels)[None, :]
     triton.store(place, turned * gain, mask=mask)
+
+
+def rope_and_rotate(
+    qkv: Float[Array, "B K G+2 H"],
+    cos: Float[Array, "B H/2"],
+    sin: Float[Array, "B H/2"],
+    rotation: Rotation,
+    interpret: bool,
+) -> tuple[
+    Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
+]:
+    """RoPE of queries and keys, and Pi q in float32, in one kernel where XLA makes three more.
+
+    Each kv head has its G queries, its key and its value; the pairs (i, i + H/2) of their channels
+    are turned. Returns queries, keys and values in their dtype, and what `rotate` makes of the
+    queries, with its errors.
+    """
+    batch, kv_heads, group, channels = qkv.shape
+    if qkv.dtype != rotation.parts.dtype or qkv.dtype.itemsize != 2:
+        raise ValueError(
+            f"got projections of {qkv.dtype} and a rotation of {rotation.parts.dtype}, "
+            "expected one 16-bit type"
+        )
+    matrices = rotation.parts.shape[1]  # one, or one for each kv head
+    heads = kv_heads // matrices
+
+    def of_head(*shape: int) -> Any:
+        return triton.BlockSpec((batch, None, *shape), lambda i, j, h: (0, h, *(0 for _ in shape)))
+
+    def shared(x: Any) -> Any:
+        return triton.BlockSpec(x.shape, lambda i, j, h: (0,) * x.ndim)
+
+    def of_matrix(x: Any) -> Any:
+        if x.ndim == 1:
+            return shared(x)
+        return triton.BlockSpec((x.shape[0], None, *x.shape[2:]), lambda i, j, h: (0, h, 0, 0))
+
+    shapes = [(heads, count, channels) for count in (group - 2, 1, 1, group - 2)]
+    types = [qkv.dtype] * 3 + [jnp.float32]
+    query, key, value, rotated = triton.call(
+        functools.partial(_rope_and_rotate_kernel, gain=rotation.gain),
+        grid=(-(-channels // ROWS), -(-batch * heads * group // VECTORS), matrices),
+        in_specs=(
+            of_head(heads, group, channels), shared(cos), shared(sin),
+            jax.tree.map(of_matrix, rotation),
+        ),
+        out_specs=[of_head(*shape) for shape in shapes],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, matrices, *shape), dtype)
+            for shape, dtype in zip(shapes, types, strict=True)
+        ],
+        warps=WARPS,
+        stages=1,
+        name="rope_and_rotate",
+        interpret=interpret,
+    )(qkv.reshape(batch, matrices, heads, group, channels), cos, sin, rotation)  # fmt: skip
+    queries, keys = (batch, -1, channels), (batch, kv_heads, channels)
+    return query.reshape(queries), key.reshape(keys), value.reshape(keys), rotated.reshape(queries)
+
+
+def _rope_and_rotate_kernel(
+    qkv: Any, cos: Any, sin: Any, rotation: Any,
+    query: Any, key: Any, value: Any, rotated: Any, *, gain: float,
+) -> None:  # fmt: skip
+    """One program of the grid (rows of the matrix, vectors, matrices).
+
+    Halves of vectors, which meet only in the sums of the product.
+    """
+    batch, heads, group, channels = qkv.shape
+    half = channels // 2
+    pair = jnp.arange(max(16, power_of_two(half)))
+    row = triton.program_id(0) * ROWS + jnp.arange(ROWS)
+    vector = triton.program_id(1) * VECTORS + jnp.arange(VECTORS)
+    head, place = divide(vector, group)
+    sequence, head = divide(head, heads)
+    inside, exists = (pair < half)[None, :], (vector < batch * heads * group)[:, None]
+    mask = exists & inside
+
+    def load(channel: jax.Array) -> jax.Array:
+        at = qkv.at[sequence[:, None], head[:, None], place[:, None], channel[None, :]]
+        return triton.load(at, mask=mask, other=0.0)
+
+    raw = [load(pair), load(pair + half)]
+    first, second = (x.astype(jnp.float32) for x in raw)
+    c, s = (
+        triton.load(x.at[sequence[:, None], pair[None, :]], mask=mask, other=0.0)
+        for x in (cos, sin)
+    )
+    turned = [first * c - second * s, second * c + first * s]
+    turned = [x.astype(qkv.dtype) for x in turned]
+
+    @triton.when(triton.program_id(0) == 0)
+    def write() -> None:
+        # each vector has one target; in the others its place is past the end
+        for target, x, at in (
+            (query, turned, jnp.where(place < group - 2, place, group)),
+            (key, turned, jnp.where(place == group - 2, 0, 1)),
+            (value, raw, jnp.where(place == group - 1, 0, 1)),
+        ):
+            for i, part in enumerate(x):
+                channel = (pair + i * half)[None, :]
+                where = target.at[sequence[:, None], head[:, None], at[:, None], channel]
+                triton.store(where, part, mask=mask & (at < target.shape[2])[:, None])
+
+    sums = jnp.zeros((VECTORS, ROWS), jnp.float32)
+    for i, x in enumerate(turned):
+        channel = pair + i * half
+        if rotation.signs is not None:
+            signs = triton.load(rotation.signs.at[channel], mask=pair < half, other=0.0)
+            x = x * signs.astype(x.dtype)[None, :]
+        for part in load_parts(rotation, row, channel, channels):
+            sums = sums + triton.float_dot(x, part, 1, 1)
+    at = rotated.at[sequence[:, None], head[:, None], place[:, None], row[None, :]]
+    stored = exists & (place < group - 2)[:, None] & (row < channels)[None, :]
+    triton.store(at, sums * gain, mask=stored)

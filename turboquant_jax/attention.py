@@ -76,16 +76,20 @@ def attend_and_write(
     scores: Scores = PLAIN,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
+    rotated: Float[Array, "B N H"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`attend`, then `cache.write` of the pending tokens, in one kernel where it is served.
 
-    Between `cache.begin` and `cache.commit`; arguments and errors are those of `attend`.
+    Between `cache.begin` and `cache.commit`; arguments and errors are those of `attend`. `rotated`
+    saves the kernel the rotation of the queries, where `fused.turn` has made it.
     """
     layer = jnp.asarray(layer, jnp.int32)
     check_shapes(cache.config, cache.lengths.shape[0], q, k, v)
     chosen = _implementation(implementation, cache, q, scores)
     if chosen == "pallas":
-        return attend_pallas(cache, layer, q, k, v, scores, sink_logits, write=True)
+        return attend_pallas(
+            cache, layer, q, k, v, scores, sink_logits, write=True, rotated=rotated
+        )
     # A single token overwrites nothing that is visible. Written first, it is written in place: with
     # the read first, XLA copies the whole window for every layer that is not part of a loop.
     write = partial(appending.write, implementation="xla" if chosen == "xla" else None)
@@ -159,6 +163,7 @@ def attend_pallas(
     sink_logits: Float[Array, " N"] | None,
     *,
     write: bool = False,
+    rotated: Float[Array, "B N H"] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B 1 N H"], Cache]:
     """All segments in one fused kernel, for one query per sequence; `write` writes the token."""
@@ -172,6 +177,7 @@ def attend_pallas(
         softcap=scores.softcap,
         sink_logits=sink_logits,
         write=write,
+        rotated=rotated,
         interpret=interpret,
     )
     return output[:, None], cache

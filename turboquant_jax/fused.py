@@ -16,6 +16,7 @@ from pallas_kernels.codebook import Codebook
 from pallas_kernels.decode import decode as decode_pages
 from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
 from pallas_kernels.recent import Places
+from pallas_kernels.turning import rope_and_rotate
 from pallas_kernels.turning import rotate as rotate_in_kernel
 from turboquant_jax import codebook as codebooks
 from turboquant_jax import trellis
@@ -65,19 +66,23 @@ def attend(
     softcap: float | None,
     sink_logits: Float[Array, " N"] | None,
     write: bool,
+    rotated: Float[Array, "B N H"] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Cache]:
     """Attention of one query per sequence over a layer and over the new token's key and value.
 
     The output has the dtype of the query. `write` also writes the token where it is pending.
+    `rotated`: the query in the rotated space of the keys, where `turn` has made it already.
     """
     key_codec, value_codec = cache.codecs
-    rotated = all(
+    turned_values = all(
         value_codec.order is not None or not isinstance(group.rotation, Identity)
         for group in value_codec.groups
     )
+    if rotated is None:
+        rotated = _rotate_one(key_codec, layer, query, cache.config.num_kv_heads, interpret)
     output, _, recent = decode_attention(
-        _rotate_one(key_codec, layer, query, cache.config.num_kv_heads, interpret),
+        rotated,
         groups_of(cache),
         cache.page_table,
         cache.lengths,
@@ -87,11 +92,30 @@ def attend(
         soft_cap=softcap,
         sink_logits=sink_logits,
         recent=_recent(cache, query, new, write),
-        rotation=operands.of_codec(value_codec, layer) if rotated else None,
+        rotation=operands.of_codec(value_codec, layer) if turned_values else None,
         dtype=query.dtype,
         interpret=interpret,
     )
     return output, cache if recent is None or not write else _written(cache, recent)
+
+
+def turn(
+    cache: Cache,
+    layer: Int[Array, ""],
+    qkv: Float[Array, "B K G+2 H"],
+    cos: Float[Array, "B H/2"],
+    sin: Float[Array, "B H/2"],
+    *,
+    interpret: bool = False,
+) -> tuple[
+    Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
+]:
+    """RoPE of one token per sequence in bfloat16: query, key, value, and the query as `attend`
+
+    takes it in `rotated`.
+    """
+    operand = operands.of_codec(cache.codecs[0], layer)
+    return rope_and_rotate(qkv, cos, sin, operand, interpret)
 
 
 def _rotate_one(

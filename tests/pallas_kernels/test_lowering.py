@@ -113,7 +113,16 @@ def test_a_step_and_a_chunk_of_a_cache_lower(bits, head_dim, rotation, dtype):
         compressed = compression.compress_chunk(state, jnp.int32(1), Exact(k, v), use_kernel=True)
         return fused.decode(compressed, jnp.int32(1), compressed.page_table, jnp.arange(1))
 
+    def projected(state, qkv, angle):
+        *token, rotated = fused.turn(state, jnp.int32(1), qkv, jnp.cos(angle), jnp.sin(angle))
+        token = (x[:, None] for x in token)
+        return attend_pallas(state, jnp.int32(1), *token, PLAIN, None, write=True, rotated=rotated)
+
     text = lower(step, state, new(1, 8), new(1, 2), new(1, 2))
     assert all(name in text for name in ("decode_attention", "decode_combine", "encode"))
+    if dtype == "bfloat16":
+        angle = jax.ShapeDtypeStruct((3, head_dim // 2), jnp.float32)
+        text = lower(projected, state, new(2, 6), angle)
+        assert "rope_and_rotate" in text and "rotate_queries" not in text
     text = lower(chunk, state, new(200, 2), new(200, 2))
     assert "encode" in text and "decode" in text

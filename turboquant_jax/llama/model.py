@@ -5,10 +5,11 @@ to an `attend` callable together with an opaque state, so that one model serves 
 compressed and teacher-forced evaluation.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,31 @@ Attend = Callable[
     tuple[Float[Array, "B T N H"], State],
 ]
 """Attention of one layer over whatever `State`, any pytree, holds: outputs and the new state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BeforeRope(Generic[State]):
+    """An `Attend` that a layer may also give what it projected, to turn it together with more.
+
+    `project(state, layer, qkv [B, T, K, G+2, H], cos, sin [B, T, H/2])` returns what `attend` does
+    of `split_heads(qkv, cos, sin)`.
+    """
+
+    attend: Attend[State]
+    project: Callable[..., tuple[Float[Array, "B T N H"], State]]
+
+    def __call__(self, *arguments: Any) -> tuple[Float[Array, "B T N H"], State]:
+        """`attend`."""
+        return self.attend(*arguments)
+
+
+def split_heads(
+    qkv: Float[Array, "B T K G+2 H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries and keys after RoPE, and values, of projections that have them side by side."""
+    batch, tokens, *_, head_dim = qkv.shape
+    q = qkv[..., :-2, :].reshape(batch, tokens, -1, head_dim)
+    return apply_rope(q, cos, sin), apply_rope(qkv[..., -2, :], cos, sin), qkv[..., -1, :]
 
 
 def rms_norm(
@@ -82,9 +108,10 @@ class Layer(nnx.Module):
         epsilon = self.config.rms_norm_eps
         x = rms_norm(hidden, self.attention_norm[...], epsilon)
         qkv = project("BTD,DKGH->BTKGH", x, self.qkv[...])
-        q = qkv[..., :-2, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        q, k = apply_rope(q, cos, sin), apply_rope(qkv[..., -2, :], cos, sin)
-        out, state = attend(state, index, q, k, qkv[..., -1, :])
+        if isinstance(attend, BeforeRope):
+            out, state = attend.project(state, index, qkv, cos, sin)
+        else:
+            out, state = attend(state, index, *split_heads(qkv, cos, sin))
         hidden = hidden + project("BTNH,NHD->BTD", out.astype(hidden.dtype), self.o[...])
         x = rms_norm(hidden, self.ffn_norm[...], epsilon)
         gate_up = project("BTD,DCF->BTCF", x, self.gate_up[...])

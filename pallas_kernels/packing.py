@@ -69,12 +69,12 @@ def store_keys(
     triton.store(at, packed, mask=mask)
 
 
-def pack(field: jax.Array, matrix: Any, start: int) -> jax.Array:
-    """float32 [columns, bytes]: fields [tokens from `start` on, columns], packed along the tokens.
+def pack(field: jax.Array, matrix: Any, token: jax.Array) -> jax.Array:
+    """float32 [columns, bytes]: fields [tokens, columns] of these tokens, packed along them.
 
     A product with a small matrix, which also transposes.
     """
-    token, byte = start + jnp.arange(field.shape[0]), jnp.arange(matrix.shape[1])
+    byte = jnp.arange(matrix.shape[1])
     weights = triton.load(matrix.at[token[:, None], byte[None, :]])
     return triton.float_dot(to_float(field).astype(jnp.bfloat16), weights, 0, 0)
 

@@ -11,19 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
+from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.encode_kernel import Group, Part, compress, open_means
 from pallas_kernels.nearest import Levels, table
 from pallas_kernels.packing import packing_matrix
 from pallas_kernels.tile import Columns
 
-# Blocks of a program: so many that this many programs remain, up to a limit.
-PROGRAMS = 1024
-MAX_BLOCKS = 8
+# Programs, each of which loads the rotations: three on each of 128 multiprocessors, so that all run
+# at once.
+PROGRAMS = 384
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +58,7 @@ def encode(
     """
     tokens = _check(keys, values, jobs, pool)
     heads, channels = keys.shape[2:]
-    count = blocks_per_program(jobs.shape[0] * heads)
+    programs = max(1, min(jobs.shape[0], PROGRAMS // heads))
 
     def planes(x: jax.Array) -> Any:
         return triton.BlockSpec(
@@ -99,10 +101,10 @@ def encode(
     first = len(jax.tree.leaves(inputs[:2]))
     written = triton.call(
         lambda source, constants, old, new: _encode_kernel(
-            source, constants, new, pool=pool, tokens=tokens, count=count, interpret=interpret
+            source, constants, new, pool=pool, tokens=tokens, programs=programs, interpret=interpret
         ),
         # heads side by side: they lie together in memory
-        grid=(heads, -(-jobs.shape[0] // count)),
+        grid=(heads, programs),
         in_specs=specs,
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
@@ -121,14 +123,6 @@ def encode(
         scales=written["scales"],
         key_mean=written.get("key_mean"),
     )
-
-
-def blocks_per_program(total: int) -> int:
-    """A power of two: more only where enough programs remain to fill a GPU."""
-    count = 1
-    while count < MAX_BLOCKS and total >= 2 * count * PROGRAMS:
-        count *= 2
-    return count
 
 
 def rotated_means(
@@ -176,11 +170,13 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
 
 def _encode_kernel(
     source: dict[str, Any], constants: dict[str, Any], new: dict[str, Any],
-    *, pool: Pool, tokens: int, count: int, interpret: bool,
+    *, pool: Pool, tokens: int, programs: int, interpret: bool,
 ) -> None:  # fmt: skip
-    """One program of the grid (kv head, jobs / count)."""
-    jobs, first = constants["jobs"], triton.program_id(1) * count
-    end = jnp.minimum(count, jobs.shape[0] - first)
+    """One program of the grid (kv head, programs): as many jobs as any other, or one less."""
+    jobs, program = constants["jobs"], triton.program_id(1)
+    total = jobs.shape[0]
+    begin, stop = (lax.div((program + i) * total, jnp.int32(programs)) for i in (0, 1))
+    job = begin + jnp.arange(power_of_two(-(-total // programs)))
 
     def part(side: str, g: int, group: Group, first_channel: int) -> Part:
         centred = side == "keys" and "key_mean" in new
@@ -201,14 +197,16 @@ def _encode_kernel(
             interpret=interpret,
         )
 
-    def each(job: jax.Array, column: int) -> jax.Array:
-        return triton.load(jobs.at[jnp.minimum(job, jobs.shape[0] - 1), column])
+    def each(column: int) -> jax.Array:
+        return triton.load(jobs.at[jnp.minimum(job, total - 1), column])
 
-    job = first + jnp.arange(count)
-    filled = jnp.where(job < jobs.shape[0], each(job, 2), -1) >= 0
-    opens = filled & (each(job, 4) != 0)
+    filled = (job < stop) & (each(2) >= 0)
+    opens = triton.uniform(jnp.where(filled & (each(4) != 0), 1, 0).max(), interpret)
+    # from the first job that fills a page to the last one
+    first = triton.uniform(jnp.where(filled, job, total).min(), interpret)
+    end = triton.uniform(jnp.where(filled, job + 1, 0).max(), interpret)
 
-    @triton.when(jnp.where(filled, 1, 0).max() > 0)
+    @triton.when(first < end)
     def filled_ones() -> None:
         for side, groups in (("keys", pool.keys), ("values", pool.values)):
             channel = 0
@@ -216,10 +214,10 @@ def _encode_kernel(
                 own = part(side, g, group, channel)
                 if own.means is not None:
 
-                    @triton.when(triton.uniform(jnp.where(opens, 1, 0).max(), interpret) > 0)
+                    @triton.when(opens > 0)
                     def opening(own: Part = own) -> None:
-                        open_means(own, first, end)
+                        open_means(own, first, end - first)
 
-                compress(own, first, end)
+                compress(own, first, end - first)
                 channel += own.column.dim
             triton.barrier(interpret)

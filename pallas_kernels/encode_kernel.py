@@ -168,22 +168,22 @@ def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
             part.store(page, tiles, others)
 
         for tile in tiles:
-            missed = missed | (unsafe(tile) << i)
+            missed = missed | (unsafe(tile) << (i & 31))
         return ahead, missed
 
-    # for each row of a tile, the blocks where it is unsafe as bits
+    # for each row of a tile, in which blocks it is unsafe: a bit stands for every 32nd
     nothing = jnp.zeros(token.shape, jnp.int32)
     _, missed = lax.fori_loop(0, count, usual, (start, nothing))
 
     def rare(i: jax.Array, _: None) -> None:
-        page, found = part.page(first + i), ((missed >> i) & 1).max()
+        page, found = part.page(first + i), ((missed >> (i & 31)) & 1).max()
 
         @triton.when(triton.uniform(jnp.where(page >= 0, found, 0), interpret) > 0)
         def again() -> None:
             tiles = part.rotate(part.place(first + i), lambda tile: scaled(tile, interpret))
             part.store(page, tiles, part.other_scales(page))
 
-    @triton.when(triton.uniform(missed.max(), interpret) > 0)
+    @triton.when(triton.uniform(jnp.where(missed != 0, 1, 0).max(), interpret) > 0)
     def missed_some() -> None:
         triton.barrier(interpret)
         triton.rare_loop(count, rare, None)

@@ -21,11 +21,15 @@ from pallas_kernels.dequantize import power_of_two
 from pallas_kernels.encode_kernel import Group, Part, compress, open_means
 from pallas_kernels.nearest import Levels, table
 from pallas_kernels.packing import packing_matrix
+from pallas_kernels.rotation import Rotation
 from pallas_kernels.tile import Columns
 
 # Programs, each of which loads the rotations: three on each of 128 multiprocessors, so that all run
 # at once.
 PROGRAMS = 384
+# Shared memory of a program that loads ahead, but for what it moves registers through: of three
+# such programs a multiprocessor has room.
+AHEAD_BYTES = 64 * 1024
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +114,7 @@ def encode(
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
         aliases={first + i: i for i in range(len(jax.tree.leaves(targets)))},
         warps=4,
-        stages=2,
+        stages=_stages(keys, tokens, pool),
         name="encode",
         interpret=interpret,
     )(*inputs)  # fmt: skip
@@ -123,6 +127,18 @@ def encode(
         scales=written["scales"],
         key_mean=written.get("key_mean"),
     )
+
+
+def _stages(keys: jax.Array, tokens: int, pool: Pool) -> int:
+    """2 where the next block's vectors have room beside the rotation and this block's, else 1."""
+
+    def needed(rotation: Rotation) -> int:
+        columns = max(16, power_of_two(rotation.parts.shape[2]))
+        parts = rotation.parts.shape[0] * columns**2 * rotation.parts.dtype.itemsize
+        return parts + 2 * tokens * columns * keys.dtype.itemsize
+
+    room = max(needed(group.rotation) for group in (*pool.keys, *pool.values))
+    return 2 if room <= AHEAD_BYTES else 1
 
 
 def rotated_means(

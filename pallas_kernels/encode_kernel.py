@@ -113,10 +113,6 @@ class Part:
             mean_row=place.mean,
         )
 
-    def rotate(self, place: Place, function: Callable[[Tile], Rotated]) -> list[Rotated]:
-        """The tiles of a block."""
-        return [function(self.tile(place, token)) for token in self.tiles]
-
     def other_scales(self, page: jax.Array) -> list[jax.Array]:
         """What has to stay in the words of the scales."""
         if not self.shared:
@@ -125,11 +121,16 @@ class Part:
         words = [triton.load(at[jnp.maximum(page, 0), token]) for token in self.tiles]
         return [word & jnp.uint32(0xFFFF) for word in words]
 
-    def store(self, page: jax.Array, tiles: list[Rotated], others: list[jax.Array]) -> None:
-        """Quantize a block and write its page."""
+    def store(
+        self, page: jax.Array, others: list[jax.Array], rotate: Callable[[jax.Array], Rotated]
+    ) -> jax.Array:
+        """Quantize a block and write its page; 1 for each row of a tile that is unsafe in one."""
         code, widths = self.group.code, PLANE_WIDTHS[self.group.code.bits]
         packed: list[Any] = [0.0] * len(widths)
-        for token, tile, other in zip(self.tiles, tiles, others, strict=True):
+        missed = jnp.zeros(self.tiles[0].shape, jnp.int32)
+        for token, other in zip(self.tiles, others, strict=True):
+            tile = rotate(token)
+            missed = missed | unsafe(tile)
             indices, scale = quantize(
                 tile, self.column, self.group.rotation.gain, self.levels, code, self.interpret
             )
@@ -147,12 +148,13 @@ class Part:
         if self.packing is not None:
             for plane, whole in zip(self.planes, packed, strict=True):
                 store_values(plane, page, whole, self.column)
+        return missed
 
 
 def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
     """Jobs `first` to `first + count`, whose means are there."""
     token, interpret = part.tiles[0], part.interpret
-    start = part.place(first)
+    start, nothing = part.place(first), jnp.zeros(token.shape, jnp.int32)
     rotation = part.tile(start, token).rotation(part.column.within)
 
     def usual(i: jax.Array, carry: tuple[Place, jax.Array]) -> tuple[Place, jax.Array]:
@@ -161,18 +163,20 @@ def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
         # through shared memory.
         ahead, page = part.place(first + i + 1), part.page(first + i)
         others = part.other_scales(page)
-        tiles = part.rotate(place, lambda tile: rotated(tile, rotation, interpret))
 
-        @triton.when(triton.uniform(page, interpret) >= 0)
-        def exists() -> None:
-            part.store(page, tiles, others)
+        def rotate(token: jax.Array) -> Rotated:
+            return rotated(part.tile(place, token), rotation, interpret)
 
-        for tile in tiles:
-            missed = missed | (unsafe(tile) << (i & 31))
-        return ahead, missed
+        if len(part.tiles) == 1:  # outside of a branch, where the vectors can be loaded ahead
+            only = rotate(token)
+        found = lax.cond(
+            triton.uniform(page, interpret) >= 0,
+            lambda: part.store(page, others, (lambda _: only) if len(part.tiles) == 1 else rotate),
+            lambda: nothing,
+        )
+        return ahead, missed | (found << (i & 31))
 
     # for each row of a tile, in which blocks it is unsafe: a bit stands for every 32nd
-    nothing = jnp.zeros(token.shape, jnp.int32)
     _, missed = lax.fori_loop(0, count, usual, (start, nothing))
 
     def rare(i: jax.Array, _: None) -> None:
@@ -180,8 +184,12 @@ def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
 
         @triton.when(triton.uniform(jnp.where(page >= 0, found, 0), interpret) > 0)
         def again() -> None:
-            tiles = part.rotate(part.place(first + i), lambda tile: scaled(tile, interpret))
-            part.store(page, tiles, part.other_scales(page))
+            place = part.place(first + i)
+            part.store(
+                page,
+                part.other_scales(page),
+                lambda token: scaled(part.tile(place, token), interpret),
+            )
 
     @triton.when(triton.uniform(jnp.where(missed != 0, 1, 0).max(), interpret) > 0)
     def missed_some() -> None:

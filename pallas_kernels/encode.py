@@ -12,36 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.codebook import PLANE_WIDTHS
+from pallas_kernels.dequantize import power_of_two
+from pallas_kernels.encode_kernel import Group, Part, compress, open_means
 from pallas_kernels.nearest import Levels, table
-from pallas_kernels.packing import field_of, join, pack, packing_matrix, store_keys, store_values
-from pallas_kernels.quantize import FEW_COLUMNS, Code, quantize
-from pallas_kernels.rotation import Rotation
-from pallas_kernels.tile import Columns, Tile
+from pallas_kernels.packing import packing_matrix
+from pallas_kernels.tile import Columns
 
-# Tokens that a program has in registers at a time.
-TILE = 64
-# Blocks of a program: so many that this many programs remain, up to a limit.
-PROGRAMS = 1024
-MAX_BLOCKS = 8
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The channels of one group: pool planes, as `blocks.Blocks` has them, and how to fill them.
-
-    The rotation is one for all heads and has no signs apart; its parts have the dtype of the
-    vectors where that is bfloat16, else float32.
-    """
-
-    planes: tuple[UInt8[Array, "pages K rows _"], ...]
-    rotation: Rotation
-    code: Code = dataclasses.field(metadata=dict(static=True))
+# Programs, each of which loads the rotations: the three that each of 132 multiprocessors has room
+# for, so that all run at once.
+PROGRAMS = 396
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +58,7 @@ def encode(
     """
     tokens = _check(keys, values, jobs, pool)
     heads, channels = keys.shape[2:]
-    count = blocks_per_program(jobs.shape[0] * heads)
+    programs = max(1, min(jobs.shape[0], PROGRAMS // heads))
 
     def planes(x: jax.Array) -> Any:
         return triton.BlockSpec(
@@ -117,10 +101,10 @@ def encode(
     first = len(jax.tree.leaves(inputs[:2]))
     written = triton.call(
         lambda source, constants, old, new: _encode_kernel(
-            source, constants, new, pool=pool, tokens=tokens, count=count, interpret=interpret
+            source, constants, new, pool=pool, tokens=tokens, programs=programs, interpret=interpret
         ),
         # heads side by side: they lie together in memory
-        grid=(heads, -(-jobs.shape[0] // count)),
+        grid=(heads, programs),
         in_specs=specs,
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
@@ -139,14 +123,6 @@ def encode(
         scales=written["scales"],
         key_mean=written.get("key_mean"),
     )
-
-
-def blocks_per_program(total: int) -> int:
-    """A power of two: more only where enough programs remain to fill a GPU."""
-    count = 1
-    while count < MAX_BLOCKS and total >= 2 * count * PROGRAMS:
-        count *= 2
-    return count
 
 
 def rotated_means(
@@ -194,114 +170,54 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
 
 def _encode_kernel(
     source: dict[str, Any], constants: dict[str, Any], new: dict[str, Any],
-    *, pool: Pool, tokens: int, count: int, interpret: bool,
+    *, pool: Pool, tokens: int, programs: int, interpret: bool,
 ) -> None:  # fmt: skip
-    """One program of the grid (kv head, jobs / count)."""
-    jobs, first_job = constants["jobs"], triton.program_id(1) * count
-    rows = min(TILE, tokens)
+    """One program of the grid (kv head, programs): as many jobs as any other, or one less."""
+    jobs, program = constants["jobs"], triton.program_id(1)
+    total = jobs.shape[0]
+    begin, stop = (lax.div((program + i) * total, jnp.int32(programs)) for i in (0, 1))
+    job = begin + jnp.arange(power_of_two(-(-total // programs)))
 
-    def compress(side: str, g: int, group: Group, first: int) -> None:
-        column = Columns(group.rotation.parts.shape[2], first)
-        levels = Levels.load(group.code.levels, constants["tables"][side][g], interpret)
+    def part(side: str, g: int, group: Group, first_channel: int) -> Part:
         centred = side == "keys" and "key_mean" in new
-        key_mean, rotated_mean = new.get("key_mean"), new.get("rotated_mean")
+        return Part(
+            group=group,
+            column=Columns(group.rotation.parts.shape[2], first_channel),
+            levels=Levels.load(group.code.levels, constants["tables"][side][g], interpret),
+            tokens=tokens,
+            jobs=jobs,
+            vectors=source[side],
+            parts=constants[side][g].parts,
+            packing=constants["packing"][g] if side == "values" else None,
+            means=new["key_mean"] if centred else None,
+            rotated_means=new["rotated_mean"] if centred else None,
+            planes=new[side][g],
+            scales=new["scales"][g],
+            shared=side == "values" and g < len(pool.keys),
+            interpret=interpret,
+        )
 
-        def tile(job: jax.Array, token: jax.Array) -> Tile:
-            return Tile(
-                source=source[side],
-                row=jobs[job, 0],
-                slot=jobs[job, 1],
-                token=token,
-                column=column,
-                parts=constants[side][g].parts,
-                means=key_mean if centred else None,
-                rotated_means=rotated_mean if centred else None,
-                mean_row=jobs[job, 3],
-            )
+    def each(column: int) -> jax.Array:
+        return triton.load(jobs.at[jnp.minimum(job, total - 1), column])
 
-        rotation = tile(first_job, jnp.arange(rows)).rotation(column.within)
+    filled = (job < stop) & (each(2) >= 0)
+    opens = triton.uniform(jnp.where(filled & (each(4) != 0), 1, 0).max(), interpret)
+    # from the first job that fills a page to the last one
+    first = triton.uniform(jnp.where(filled, job, total).min(), interpret)
+    end = triton.uniform(jnp.where(filled, job + 1, 0).max(), interpret)
 
-        def one(job: jax.Array) -> None:
-            page, opens = jobs[job, 2], jobs[job, 4]
-
-            @triton.when(page >= 0)
-            def _() -> None:
-                if centred:
-
-                    @triton.when(opens != 0)
-                    def _() -> None:
-                        _open_mean(tile(job, jnp.arange(tokens)), interpret)
-
-                widths = PLANE_WIDTHS[group.code.bits]
-                packed: list[Any] = [0.0] * len(widths)
-                for start in range(0, tokens, rows):
-                    token = start + jnp.arange(rows)
-                    indices, scale = quantize(
-                        tile(job, token),
-                        rotation,
-                        group.rotation.gain,
-                        levels,
-                        group.code,
-                        interpret,
-                    )
-                    word, at = _bits(scale), new["scales"][g].at[page, token]
-                    if side == "values":
-                        word = word << jnp.uint32(16)
-                        if g < len(pool.keys):
-                            word = word | triton.load(at)
-                    triton.store(at, word)
-                    for i, plane in enumerate(new[side][g]):
-                        fields = [field_of(index, i, group.code.bits) for index in indices]
-                        if side == "keys":
-                            store_keys(plane, page, token, fields, widths[i], column)
-                        else:
-                            matrix = constants["packing"][g][i]
-                            packed[i] = packed[i] + pack(join(fields), matrix, start)
-                if side == "values":
-                    for plane, whole in zip(new[side][g], packed, strict=True):
-                        store_values(plane, page, whole, column)
-
-        if count == 1:
-            one(first_job)
-        else:
-            last = jnp.minimum(count, jobs.shape[0] - first_job)
-            lax.fori_loop(0, last, lambda i, _: one(first_job + i), None)
-
-    job = first_job + jnp.arange(count)
-    exists = job < jobs.shape[0]
-    page = triton.load(jobs.at[jnp.where(exists, job, 0), 2])
-
-    @triton.when(jnp.where(exists, page, -1).max() >= 0)
-    def _() -> None:
+    @triton.when(first < end)
+    def filled_ones() -> None:
         for side, groups in (("keys", pool.keys), ("values", pool.values)):
-            first = 0
+            channel = 0
             for g, group in enumerate(groups):
-                compress(side, g, group, first)
-                first += group.rotation.parts.shape[2]
+                own = part(side, g, group, channel)
+                if own.means is not None:
+
+                    @triton.when(opens > 0)
+                    def opening(own: Part = own) -> None:
+                        open_means(own, first, end - first)
+
+                compress(own, first, end - first)
+                channel += own.column.dim
             triton.barrier(interpret)
-
-
-def _open_mean(tile: Tile, interpret: bool) -> None:
-    """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
-    column = tile.column
-
-    def add(i: jax.Array, rotated: jax.Array) -> jax.Array:
-        within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
-        mean = tile.vectors(within).astype(jnp.float32).sum(axis=0) / tile.token.shape[0]
-        at = tile.means.at[tile.mean_row, column.first + within]
-        triton.store(at, mean, mask=within < column.dim)
-        for part in tile.rotation(within):
-            rotated = rotated + (part.astype(jnp.float32) * mean[None, :]).sum(axis=1)
-        return rotated
-
-    turns = column.count // FEW_COLUMNS
-    rotated = lax.fori_loop(0, turns, add, jnp.zeros(column.count, jnp.float32))
-    place, exists = column.rotated()
-    at = tile.rotated_means.at[tile.mean_row, column.first + place]
-    triton.store(at, rotated, mask=exists)
-    triton.barrier(interpret)
-
-
-def _bits(scale: jax.Array) -> jax.Array:
-    """The bfloat16 of a scale in the low half of a word."""
-    return lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)

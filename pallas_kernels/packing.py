@@ -69,13 +69,17 @@ def store_keys(
     triton.store(at, packed, mask=mask)
 
 
-def pack(field: jax.Array, matrix: Any, start: int) -> jax.Array:
-    """float32 [columns, bytes]: fields [tokens from `start` on, columns], packed along the tokens.
+def weights(matrix: Any, token: jax.Array) -> jax.Array:
+    """bf16 [tokens, bytes]: the rows of a `packing_matrix` that belong to these tokens."""
+    byte = jnp.arange(matrix.shape[1])
+    return triton.load(matrix.at[token[:, None], byte[None, :]])
+
+
+def pack(field: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32 [columns, bytes]: fields [tokens, columns], packed along the tokens.
 
     A product with a small matrix, which also transposes.
     """
-    token, byte = start + jnp.arange(field.shape[0]), jnp.arange(matrix.shape[1])
-    weights = triton.load(matrix.at[token[:, None], byte[None, :]])
     return triton.float_dot(to_float(field).astype(jnp.bfloat16), weights, 0, 0)
 
 

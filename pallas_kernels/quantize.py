@@ -12,10 +12,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from pallas_kernels import triton
 from pallas_kernels.nearest import Levels, nearest
-from pallas_kernels.tile import Tile
+from pallas_kernels.tile import Columns, Tile
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
 # Sums of squares between the inverse of this and this lose nothing in float32.
@@ -37,30 +38,43 @@ class Code:
         return (len(self.levels) - 1).bit_length()
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotated:
+    """Rotated vectors z [tokens, columns] over their unit [tokens], and sums of their squares."""
+
+    z: jax.Array
+    square: jax.Array
+    unit: jax.Array
+
+
+def rotated(tile: Tile, rotation: list[jax.Array], interpret: bool) -> Rotated:
+    """Vectors as they come. Those whose square is not `safe` have to be `scaled` first."""
+    products = _products(tile.vectors(tile.column.within), rotation)
+    z = sum(products[1:], products[0])
+    if tile.centred:
+        z = z - tile.rotated_mean()[None, :]
+    square = _length(z, interpret)
+    return Rotated(z, square, jnp.ones_like(square))
+
+
+def unsafe(rotated: Rotated) -> Int[Array, " tokens"]:
+    """1 where the sum of squares lost something, else 0."""
+    square = rotated.square
+    return jnp.where((square > 1 / SAFE) & (square < SAFE), 0, 1)
+
+
 def quantize(
-    tile: Tile, rotation: list[jax.Array], gain: float, levels: Levels, code: Code, interpret: bool
+    rotated: Rotated, column: Columns, gain: float, levels: Levels, code: Code, interpret: bool
 ) -> tuple[list[jax.Array], jax.Array]:
     """Indices [tokens, an eighth of the columns], 8 of them, and scales float32 [tokens].
 
     See `turboquant_jax.quantizer`. Indices are in the low byte of an int32; what is above it means
     nothing.
     """
-    column = tile.column
-    x = tile.vectors(column.within)
-    products = _products(x, rotation)
-    z = sum(products[1:], products[0])
-    if tile.centred:
-        z = z - tile.rotated_mean()[None, :]
-    square = _length(z, interpret)
-    unsafe = jnp.where((square > 1 / SAFE) & (square < SAFE), 0, 1)
-    z, square, unit = lax.cond(
-        triton.uniform(unsafe.max(), interpret) == 0,
-        lambda: (z, square, jnp.ones_like(square)),
-        lambda: _scaled(tile, interpret),
-    )
+    square = rotated.square
     inverse = lax.rsqrt(square / column.dim)
     exists = column.rotated(1)[1]
-    pieces, indices = eighths(z), {}
+    pieces, indices = eighths(rotated.z), {}
     energy = overlap = jnp.zeros(pieces[0].shape, jnp.float32)
     # eighths whose codes share a byte one after the other, so that few wait in registers
     for i in (0, 4, 2, 6, 1, 5, 3, 7):
@@ -70,7 +84,7 @@ def quantize(
         energy = triton.fma(level, level, energy, interpret)
         overlap = triton.fma(pieces[i], level, overlap, interpret)
     scale = _scale(code.scale, square, inverse, energy, overlap, column.dim)
-    return [indices[i] for i in range(8)], scale * (unit * gain)
+    return [indices[i] for i in range(8)], scale * (rotated.unit * gain)
 
 
 def _products(x: jax.Array, rotation: list[jax.Array]) -> list[jax.Array]:
@@ -92,8 +106,8 @@ def _length(z: jax.Array, interpret: bool) -> jax.Array:
     return total.sum(axis=1)
 
 
-def _scaled(tile: Tile, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(z, its sum of squares, its unit) of vectors of any magnitude.
+def scaled(tile: Tile, interpret: bool) -> Rotated:
+    """Vectors of any magnitude, each brought near 1 by a power of two.
 
     A vector of zeros has z = 0 and a unit of 0; one that is not finite z = 0 and a unit of NaN. A
     few columns at a time: this is rare, but its registers are taken from all programs.
@@ -119,20 +133,20 @@ def _scaled(tile: Tile, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Arra
 
     zero, turns = jnp.zeros(rows, jnp.float32), column.count // FEW_COLUMNS
     # NaN may be passed over here, but not by the sum of squares
-    largest = lax.fori_loop(0, turns, find_largest, zero)
+    largest = triton.rare_loop(turns, find_largest, zero)
     exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
     exponent = jnp.minimum(jnp.maximum(exponent, 1), 253)
     grow = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     shrink = lax.bitcast_convert_type(exponent << 23, jnp.float32)
     start = zero, jnp.zeros((rows, column.count), jnp.float32)
-    square, z = lax.fori_loop(0, turns, add, start)
+    square, z = triton.rare_loop(turns, add, start)
     if tile.centred:
         z = z - tile.rotated_mean()[None, :] * grow[:, None]
     finite = square < jnp.inf
     usable = (square > 0) & finite
     z = jnp.where(jnp.broadcast_to(usable[:, None], z.shape), z, 0.0)
     square = jnp.where(usable, _length(z, interpret), 1.0)
-    return z, square, jnp.where(usable, shrink, jnp.where(finite, 0.0, jnp.nan))
+    return Rotated(z, square, jnp.where(usable, shrink, jnp.where(finite, 0.0, jnp.nan)))
 
 
 def _scale(

@@ -187,6 +187,19 @@ def uniform(x: jax.Array, interpret: bool) -> jax.Array:
     return assembly(first, [jnp.full((1,), x)], "=r,r", 1, jnp.int32).max()
 
 
+def rare_loop(turns: int | jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """`lax.fori_loop` from 0, but its loads stay where they are, and nothing else does.
+
+    Ahead of their use they would take registers, and all programs have as many as the most that one
+    takes.
+    """
+    return lax.while_loop(
+        lambda state: state[1] < turns,
+        lambda state: (body(state[1], state[0]), state[1] + 1),
+        (carry, jnp.int32(0)),
+    )[0]
+
+
 class Table:
     """A row of a table [rows, words] of float32, to be read at many places.
 

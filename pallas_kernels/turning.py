@@ -187,27 +187,30 @@ def _rope_and_rotate_kernel(
     turned = [first * c - second * s, second * c + first * s]
     turned = [x.astype(qkv.dtype) for x in turned]
 
-    @triton.when(triton.program_id(0) == 0)
-    def write() -> None:
-        # each vector has one target; in the others its place is past the end
-        for target, x, at in (
-            (query, turned, jnp.where(place < group - 2, place, group)),
-            (key, turned, jnp.where(place == group - 2, 0, 1)),
-            (value, raw, jnp.where(place == group - 1, 0, 1)),
-        ):
+    # Each vector has one target; in the others its place is past the end. Each program writes what
+    # belongs to one or two of them.
+    targets = (
+        (query, turned, jnp.where(place < group - 2, place, group)),
+        (key, turned, jnp.where(place == group - 2, 0, 1)),
+        (value, raw, jnp.where(place == group - 1, 0, 1)),
+    )
+    for number, (target, x, at) in enumerate(targets):
+
+        @triton.when(triton.program_id(0) == number % -(-channels // ROWS))
+        def write(target: Any = target, x: list[jax.Array] = x, at: jax.Array = at) -> None:
             for i, part in enumerate(x):
                 channel = (pair + i * half)[None, :]
                 where = target.at[sequence[:, None], head[:, None], at[:, None], channel]
                 triton.store(where, part, mask=mask & (at < target.shape[2])[:, None])
 
     sums = jnp.zeros((VECTORS, ROWS), jnp.float32)
-    for i, x in enumerate(turned):
+    for i, operand in enumerate(turned):
         channel = pair + i * half
         if rotation.signs is not None:
             signs = triton.load(rotation.signs.at[channel], mask=pair < half, other=0.0)
-            x = x * signs.astype(x.dtype)[None, :]
-        for part in load_parts(rotation, row, channel, channels):
-            sums = sums + triton.float_dot(x, part, 1, 1)
+            operand = operand * signs.astype(operand.dtype)[None, :]
+        for matrix in load_parts(rotation, row, channel, channels):
+            sums = sums + triton.float_dot(operand, matrix, 1, 1)
     at = rotated.at[sequence[:, None], head[:, None], place[:, None], row[None, :]]
     stored = exists & (place < group - 2)[:, None] & (row < channels)[None, :]
     triton.store(at, sums * gain, mask=stored)

@@ -72,8 +72,11 @@ def rms_norm(
 
 
 def project(equation: str, x: Array, weight: Array) -> Array:
-    """`einsum` of two operands, accumulated in float32 and cast back to x's dtype."""
-    return jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    """`einsum` of two operands in x's dtype, accumulated in float32 by XLA.
+
+    Not asked for in float32: the vendor's products would write that, and XLA convert it apart.
+    """
+    return jnp.einsum(equation, x, weight)
 
 
 class Layer(nnx.Module):

@@ -14,6 +14,7 @@ from tests.marks import GPU
 from turboquant_jax import cache, fused
 from turboquant_jax.attention import attend, attend_and_write, attend_pallas
 from turboquant_jax.cache import blocks
+from turboquant_jax.llama.model import split_heads
 from turboquant_jax.segments import Scores
 
 CODEC = cache.CodecConfig
@@ -100,6 +101,35 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # nothing but the token itself
     jax.tree.map(np.testing.assert_array_equal, written, definition)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=GPU)])
+@pytest.mark.parametrize("name", ["centred", "trellis of groups"])
+def test_a_step_that_turns_its_own_queries(name, interpret):
+    """RoPE and rotation in one kernel, then attention, as the definition does it in three."""
+    config = cache.CacheConfig(**SHAPE | COMPILED[name])
+    rng = np.random.default_rng(6)
+    state, dim = random_cache(config, rng), config.head_dim
+    qkv = jnp.asarray(rng.normal(0, 1, (3, 1, 2, 5, dim)), jnp.bfloat16)
+    angle = rng.uniform(-9, 9, (3, 1, dim // 2))
+    cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+
+    @jax.jit
+    def both(state, qkv, cos, sin):
+        layer = jnp.int32(1)
+        with jax.default_matmul_precision("highest"):
+            heads = split_heads(qkv, cos, sin)
+            want = attend(state, layer, *heads, implementation="xla")
+        turned = fused.turn(state, layer, qkv[:, 0], cos[:, 0], sin[:, 0], interpret=interpret)
+        q, k, v = (x[:, None] for x in turned[:3])
+        return want, attend_pallas(
+            state, layer, q, k, v, Scores(), None, rotated=turned[3], interpret=interpret
+        )[0]
+
+    want, got = (np.asarray(x, np.float32) for x in both(state, qkv, cos, sin))
+    assert np.isfinite(got).all()
+    # both round their queries, and their output, to bfloat16
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize(

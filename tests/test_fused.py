@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import schedule
-from tests.layout import random_parts
+from tests.layout import QUICK, random_parts
 from tests.marks import GPU
 from turboquant_jax import cache, fused
 from turboquant_jax.attention import attend, attend_and_write, attend_pallas
@@ -83,7 +83,7 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
     scores = Scores(scale=0.3, softcap=4.0) if mixed else Scores()
     sinks = jnp.asarray(rng.normal(0, 1, 6).astype(np.float32)) if mixed else None
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK if interpret else None)
     def both(state, q, k, v):
         layer = jnp.int32(1)
         with jax.default_matmul_precision("highest"):
@@ -114,7 +114,7 @@ def test_a_step_that_turns_its_own_queries(name, interpret):
     angle = rng.uniform(-9, 9, (3, 1, dim // 2))
     cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK if interpret else None)
     def both(state, qkv, cos, sin):
         layer = jnp.int32(1)
         with jax.default_matmul_precision("highest"):

@@ -1,12 +1,14 @@
 """The kernel that compresses gives the codes of the definition, but for rounding at a threshold."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.layout import QUICK
 from tests.marks import GPU
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, compression
@@ -55,7 +57,7 @@ def compressed(config, interpret):
     chunk = keys_and_values(config, 150, 2)
     counts = jnp.asarray([150, 3, 64], jnp.int32)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK if interpret else None)
     def run(state):
         layer = jnp.int32(1)
         begun = cache.begin(state, counts, 150)

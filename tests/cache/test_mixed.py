@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.layout import QUICK
 from turboquant_jax import cache
 from turboquant_jax.attention import attend, attend_and_write
 from turboquant_jax.cache import Allocation, CodecConfig, mixed
@@ -25,7 +26,6 @@ CONFIG = cache.CacheConfig(
 )
 BATCH, CAPACITY = 3, 44
 COUNTS = [([20, 7, 0], 20), ([1, 1, 1], 1), ([11, 20, 3], 20), *[([1, 1, 0], 1)] * 9]
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def empty(allocation=ALLOCATION, config=CONFIG, **options):

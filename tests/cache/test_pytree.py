@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.layout import QUICK
 from turboquant_jax import cache
 from turboquant_jax.attention import attend
 
@@ -19,7 +20,6 @@ CONFIG = cache.CacheConfig(
     2, 1, 8, cache.CodecConfig(2), cache.CodecConfig(1), block=8, window=5, sinks=1
 )
 BATCH, CAPACITY = 3, 9000
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, where only results matter
 
 
 @partial(jax.jit, static_argnums=0)

@@ -47,22 +47,14 @@ def rotate(q: Float[Array, "B N H"], rotation: Rotation, interpret: bool) -> Flo
     Exact products: raises ValueError unless queries and parts have one 16-bit type.
     """
     batch, heads, channels = q.shape
-    if q.dtype != rotation.parts.dtype or q.dtype.itemsize != 2:
-        raise ValueError(
-            f"got queries of {q.dtype} and a rotation of {rotation.parts.dtype}, "
-            "expected one 16-bit type"
-        )
+    _check_exact("queries", q, rotation)
     matrices = rotation.parts.shape[1]  # one, or one for each kv head
     grouped = q.reshape(batch, matrices, heads // matrices, channels)
     of_head = triton.BlockSpec((batch, None, *grouped.shape[2:]), lambda i, j, h: (0, h, 0, 0))
-    matrix = triton.BlockSpec(
-        (rotation.parts.shape[0], None, channels, channels), lambda i, j, h: (0, h, 0, 0)
-    )
-    signs = triton.BlockSpec((channels,), lambda i, j, h: (0,))
     turned = triton.call(
         functools.partial(_rotate_kernel, gain=rotation.gain),
         grid=(-(-channels // ROWS), -(-batch * grouped.shape[2] // VECTORS), matrices),
-        in_specs=(of_head, jax.tree.map(lambda x: matrix if x.ndim == 4 else signs, rotation)),
+        in_specs=(of_head, jax.tree.map(_of_matrix, rotation)),
         out_specs=of_head,
         out_shape=jax.ShapeDtypeStruct(grouped.shape, jnp.float32),
         warps=WARPS,
@@ -81,18 +73,13 @@ def _rotate_kernel(q: Any, rotation: Any, out: Any, *, gain: float) -> None:
     vector = triton.program_id(1) * VECTORS + jnp.arange(VECTORS)
     sequence, head = divide(vector, heads)
     exists = vector < batch * heads
-    parts = load_parts(rotation, row, channel, channels)
     query = triton.load(
         q.at[sequence[:, None], head[:, None], channel[None, :]],
         mask=exists[:, None] & (channel < channels)[None, :],
         other=0.0,
     )
-    if rotation.signs is not None:
-        signs = triton.load(rotation.signs.at[channel], mask=channel < channels, other=0.0)
-        query = query * signs.astype(query.dtype)[None, :]
     turned = jnp.zeros((VECTORS, ROWS), jnp.float32)
-    for part in parts:
-        turned = turned + triton.float_dot(query, part, 1, 1)
+    turned = _add_product(turned, query, rotation, row, channel, channels)
     place = out.at[sequence[:, None], head[:, None], row[None, :]]
     mask = exists[:, None] & (row < channels)[None, :]
     triton.store(place, turned * gain, mask=mask)
@@ -114,33 +101,21 @@ def rope_and_rotate(
     queries, with its errors.
     """
     batch, kv_heads, group, channels = qkv.shape
-    if qkv.dtype != rotation.parts.dtype or qkv.dtype.itemsize != 2:
-        raise ValueError(
-            f"got projections of {qkv.dtype} and a rotation of {rotation.parts.dtype}, "
-            "expected one 16-bit type"
-        )
+    _check_exact("projections", qkv, rotation)
     matrices = rotation.parts.shape[1]  # one, or one for each kv head
     heads = kv_heads // matrices
 
     def of_head(*shape: int) -> Any:
         return triton.BlockSpec((batch, None, *shape), lambda i, j, h: (0, h, *(0 for _ in shape)))
 
-    def shared(x: Any) -> Any:
-        return triton.BlockSpec(x.shape, lambda i, j, h: (0,) * x.ndim)
-
-    def of_matrix(x: Any) -> Any:
-        if x.ndim == 1:
-            return shared(x)
-        return triton.BlockSpec((x.shape[0], None, *x.shape[2:]), lambda i, j, h: (0, h, 0, 0))
-
+    angles = triton.BlockSpec(cos.shape, lambda i, j, h: (0, 0))
     shapes = [(heads, count, channels) for count in (group - 2, 1, 1, group - 2)]
     types = [qkv.dtype] * 3 + [jnp.float32]
     query, key, value, rotated = triton.call(
         functools.partial(_rope_and_rotate_kernel, gain=rotation.gain),
         grid=(-(-channels // ROWS), -(-batch * heads * group // VECTORS), matrices),
         in_specs=(
-            of_head(heads, group, channels), shared(cos), shared(sin),
-            jax.tree.map(of_matrix, rotation),
+            of_head(heads, group, channels), angles, angles, jax.tree.map(_of_matrix, rotation),
         ),
         out_specs=[of_head(*shape) for shape in shapes],
         out_shape=[
@@ -205,12 +180,35 @@ def _rope_and_rotate_kernel(
 
     sums = jnp.zeros((VECTORS, ROWS), jnp.float32)
     for i, operand in enumerate(turned):
-        channel = pair + i * half
-        if rotation.signs is not None:
-            signs = triton.load(rotation.signs.at[channel], mask=pair < half, other=0.0)
-            operand = operand * signs.astype(operand.dtype)[None, :]
-        for matrix in load_parts(rotation, row, channel, channels):
-            sums = sums + triton.float_dot(operand, matrix, 1, 1)
+        sums = _add_product(sums, operand, rotation, row, pair + i * half, channels)
     at = rotated.at[sequence[:, None], head[:, None], place[:, None], row[None, :]]
     stored = exists & (place < group - 2)[:, None] & (row < channels)[None, :]
     triton.store(at, sums * gain, mask=stored)
+
+
+def _check_exact(what: str, x: jax.Array, rotation: Rotation) -> None:
+    """Raises unless products of these are exact."""
+    if x.dtype != rotation.parts.dtype or x.dtype.itemsize != 2:
+        raise ValueError(
+            f"got {what} of {x.dtype} and a rotation of {rotation.parts.dtype}, "
+            "expected one 16-bit type"
+        )
+
+
+def _of_matrix(x: Any) -> Any:
+    """The block of an array of a rotation in a grid whose last axis is the matrices."""
+    if x.ndim == 1:
+        return triton.BlockSpec(x.shape, lambda i, j, h: (0,))
+    return triton.BlockSpec((x.shape[0], None, *x.shape[2:]), lambda i, j, h: (0, h, 0, 0))
+
+
+def _add_product(
+    sums: jax.Array, x: jax.Array, rotation: Any, row: jax.Array, channel: jax.Array, channels: int
+) -> jax.Array:
+    """Sums [vectors, rows] and the product of vectors, 0 beyond their channels, with the matrix."""
+    if rotation.signs is not None:
+        signs = triton.load(rotation.signs.at[channel], mask=channel < channels, other=0.0)
+        x = x * signs.astype(x.dtype)[None, :]
+    for part in load_parts(rotation, row, channel, channels):
+        sums = sums + triton.float_dot(x, part, 1, 1)
+    return sums

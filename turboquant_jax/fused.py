@@ -110,10 +110,7 @@ def turn(
 ) -> tuple[
     Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
 ]:
-    """RoPE of one token per sequence in bfloat16: query, key, value, and the query as `attend`
-
-    takes it in `rotated`.
-    """
+    """RoPE of one token per sequence, in bfloat16: query, key, value and `attend`'s `rotated`."""
     operand = operands.of_codec(cache.codecs[0], layer)
     return rope_and_rotate(qkv, cos, sin, operand, interpret)
 

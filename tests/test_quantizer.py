@@ -193,6 +193,29 @@ def test_given_levels_are_used():
     np.testing.assert_array_equal(gaussian.levels, codebook.lloyd_max(2, None))
 
 
+@pytest.mark.parametrize(("dim", "bits"), [(32, 2), (32, 3), (64, 4), (128, 5)])
+def test_levels_on_the_grid_are_the_nearest_to_those_of_the_sphere(dim, bits):
+    q = quantizer.create(KEY, dim, bits, rotation="identity", codebook="grid")
+    integers, step = codebook.grid_integers(q.levels)
+    np.testing.assert_allclose(np.array(integers) * step, q.levels, rtol=1e-12)
+    sphere, gaussian = codebook.lloyd_max(bits, dim), codebook.lloyd_max(bits, None)
+    assert np.max(np.abs(q.levels - sphere)) <= step / 2 * (1 + 1e-9)
+    assert np.max(np.abs(q.levels - gaussian)) > step / 2, "the grid is too coarse to tell"
+
+
+def test_scales_are_rounded_to_the_nearest_bfloat16_and_ties_to_even():
+    """Vectors of 64 equal numbers: the scale of the norm mode is the number, in all its bits."""
+    unit, little = 2.0**-7, 2.0**-18  # neighbours between 1 and 2 are `unit` apart
+    tie, next_tie = 1 + unit / 2, 1 + 3 * unit / 2
+    numbers = [1, tie - little, tie, tie + little, next_tie - little, next_tie, next_tie + little]
+    rounded = [1, 1, 1, 1 + unit, 1 + unit, 1 + 2 * unit, 1 + 2 * unit]
+    q = quantizer.create(KEY, 64, 2, rotation="identity", scale="norm")
+    x = np.repeat(np.array(numbers, np.float32)[:, None], 64, axis=1)
+    _, scale = jax.jit(quantizer.quantize)(q, x)
+    assert scale.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(scale, np.float64), rounded)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,7 +1,7 @@
 """The trellis code against its definitions: brute force, shift register, parity, bit planes."""
 
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -271,12 +271,19 @@ def test_levels_on_the_grid_cost_next_to_nothing(bits):
     assert error < 1.0004 * squared_errors(y, numbers, bits).mean()
 
 
-def test_search_obeys_or_refuses():
-    """By name; without one, what the device has: the same indices."""
+def test_search_obeys_or_refuses(monkeypatch):
+    """By name; without one, the kernel on a GPU and the definition elsewhere."""
     y, levels = jnp.asarray(sphere(3, 5, 24)), tuple(float(x) for x in trellis.levels(2))
-    np.testing.assert_array_equal(
-        trellis.search(y, levels), trellis.search(y, levels, implementation="xla")
-    )
+
+    def has_kernel(implementation, backend):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: backend)
+            search = partial(trellis.search, levels=levels, implementation=implementation)
+            return "pallas_call" in str(jax.make_jaxpr(search)(y))
+
+    assert not has_kernel(None, "cpu") and not has_kernel("xla", "cpu")
+    assert has_kernel(None, "gpu") and has_kernel("pallas", "gpu")
+    assert not has_kernel("xla", "gpu")
     with pytest.raises(ValueError, match="got 'cuda'"):
         trellis.search(y, levels, implementation="cuda")
     if jax.default_backend() != "gpu":

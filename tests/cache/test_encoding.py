@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import encode
 from tests.layout import QUICK
 from tests.marks import GPU
 from turboquant_jax import cache
@@ -77,16 +78,25 @@ def compressed(config, interpret):
 
 
 def assert_same(config, definition, kernel):
-    """At most one code in 10^4 apart, by one level; scales within a unit of bfloat16."""
+    """At most one code in 10^4 apart, by one level; scales alike in their bits.
+
+    Two sums in float32 may be rounded to neighbouring scales where a tie lies between: a few in a
+    thousand.
+    """
     made = [blocks.unpack(state.codecs, state.pool) for state in (definition, kernel)]
     for side, other in zip(*made, strict=True):
         for (index, scale), (index_other, scale_other) in zip(side, other, strict=True):
             index, index_other = (np.asarray(x, np.int32) for x in (index, index_other))
-            scale, scale_other = (np.asarray(x, np.float32) for x in (scale, scale_other))
-            assert np.any(scale), "nothing was compressed"
+            scale, scale_other = (np.asarray(x) for x in (scale, scale_other))
+            assert scale.dtype == jnp.bfloat16 and np.any(scale), "nothing was compressed"
             usable = np.isfinite(scale)
             np.testing.assert_array_equal(usable, np.isfinite(scale_other))
-            np.testing.assert_allclose(scale[usable], scale_other[usable], rtol=2**-7)
+            bits, bits_other = (
+                x[usable].view(np.uint16).astype(np.int32) for x in (scale, scale_other)
+            )
+            units = np.abs(bits - bits_other)
+            assert units.max() <= 1
+            assert units.mean() < 5e-3
             apart = np.abs(index - index_other)[usable]
             assert apart.max() <= 1
             assert apart.mean() < 1e-4
@@ -101,7 +111,9 @@ def assert_same(config, definition, kernel):
         *(pytest.param(name, False, marks=GPU) for name in COMPILED),
     ],
 )
-def test_the_kernel_makes_the_codes_of_the_definition(name, interpret):
+def test_the_kernel_makes_the_codes_of_the_definition(name, interpret, monkeypatch):
+    if name != "hadamard":  # several blocks of each program, as where there are many jobs
+        monkeypatch.setattr(encode, "PROGRAMS", 4)
     config = cache.CacheConfig(**SMALL | COMPILED[name])
     for definition, kernel in compressed(config, interpret):
         assert_same(config, definition, kernel)

@@ -100,6 +100,11 @@ def test_what_a_file_may_leave_out():
     assert (config.num_kv_heads, config.head_dim, config.eos_ids) == (9, 64, (2,))
     assert config_from_huggingface({**SMOLLM2, "eos_token_id": None}).eos_ids == ()
     assert config_from_huggingface({**SMOLLM2, "head_dim": 32}).head_dim == 32
+    # as `LlamaConfig` of transformers reads such a file
+    absent = "rms_norm_eps", "rope_theta", "bos_token_id", "tie_word_embeddings"
+    config = config_from_huggingface(without(SMOLLM2, *absent))
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 10_000.0)
+    assert (config.bos_id, config.tie_embeddings) == (1, False)
 
 
 @pytest.mark.parametrize(

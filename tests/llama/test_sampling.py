@@ -73,6 +73,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     assert drawn(1.0) == {0, 1, 2, 3}
 
 
+def test_a_nucleus_that_reaches_top_p_exactly_is_large_enough():
+    """Of eight equal tokens, whose probability has no rounding, k reach k / 8."""
+    keys = jax.random.split(jax.random.key(7), 1000)
+    for count in (1, 3, 6):
+        drawn = draw(jnp.zeros((1000, 8)), keys, Sampling(1.0, top_p=count / 8))
+        assert set(np.unique(drawn).tolist()) == set(range(count))
+
+
 def test_greedy_and_top_1_take_the_largest():
     rows = jax.random.normal(jax.random.key(3), (50, VOCAB))
     keys = jax.random.split(jax.random.key(4), 50)

@@ -4,10 +4,12 @@ import argparse
 import csv
 import dataclasses
 import json
+from functools import partial
 from typing import get_args
 
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from turboquant_jax import cache, cli, demo
 from turboquant_jax.bounds import lloyd_max_distortion
@@ -19,6 +21,14 @@ from turboquant_jax.llama.checkpoint import packaged_smollm2
 
 def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli_flags, "TABLE_BITS", (2,))
+    passes = []  # every pass over the text: the model, the tokens and the final hidden vectors
+
+    def kept(run, model, tokens, *rest):
+        passes.append((model, tokens, run(model, tokens, *rest)))
+        return passes[-1][-1]
+
+    for made in ("exact_hidden", "compressed_hidden"):
+        monkeypatch.setattr(demo, made, partial(kept, getattr(demo, made)))
     out = tmp_path / "demo.json"
     flags = ["--bits-k", "5", "--bits-v", "4", "--tokens", "3", "--context", "200"]
     assert cli.main(["demo", *flags, "--json", str(out)]) == 0
@@ -34,11 +44,25 @@ def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
     assert full["bytes_per_token_long"] == 2 * 30 * 3 * 64 * 2
     codes_and_scales = 30 * 3 * (64 * 9 / 8 + 4)
     assert five["bytes_per_token_long"] == pytest.approx(codes_and_scales, rel=2e-4)
+    exact, *others = (log_probabilities(model, hidden) for model, _, hidden in passes)
+    text = np.asarray(passes[0][1])[0, 1:]
+    for row, other in zip(result["cache"], others, strict=True):
+        nll = -np.take_along_axis(other, text[:, None], axis=1)
+        assert row["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
+        kl = stats.entropy(np.exp(exact), np.exp(other), axis=1).mean()
+        assert row["kl"] == pytest.approx(kl, rel=1e-3, abs=2e-6)
+        assert row["top1_agreement"] == np.mean(exact.argmax(1) == other.argmax(1))
     assert full["perplexity"] < 60
-    assert 0 < full["kl"] < five["kl"] < two["kl"]
+    assert full["kl"] < five["kl"] < two["kl"]
     for row in result["theory"]:
         assert row["lloyd_max"] == lloyd_max_distortion(row["bits"], 64)
         assert abs(row["measured"] - row["lloyd_max"]) < 5 * row["standard_error"]
+
+
+def log_probabilities(model, hidden):
+    """Of each token after one of the text but the last, float64, with the tied embedding."""
+    matrix = np.asarray(model.embedding[...], np.float64)
+    return special.log_softmax(np.asarray(hidden, np.float64)[0, :-1] @ matrix.T, axis=1)
 
 
 @pytest.fixture
@@ -143,7 +167,8 @@ def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
     outputs = [f"--{n}={file}" for n, file in zip(("csv", "plot", "json"), files, strict=True)]
     assert cli.main(["bench", "--model", tiny, "--batch", "2", *flags, *outputs]) == 0
     assert "2 x 100" in capsys.readouterr().out
-    rows = json.loads(files[2].read_text())["rows"]
+    result = json.loads(files[2].read_text())
+    rows = result["rows"]
     cases = [(row["phase"], row["bits_k"]) for row in rows]
     assert cases == [("decode", 16), ("prefill", 16), ("decode", 3), ("prefill", 3)]
     for row in rows:
@@ -153,6 +178,13 @@ def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
         assert (row["fraction_of_roofline"] is None) == (row["phase"] == "prefill")
     base = rows[0]["tokens_per_second"]
     assert rows[2]["ratio"] == pytest.approx(rows[2]["tokens_per_second"] / base)
+    # float32 embedding, projections, feed-forward and norms; and bfloat16 keys and values of two
+    # sequences, of which a step sees 101 tokens on average
+    weights = 4 * (300 * 32 + 32 * (4 + 2 + 2 + 4) * 16 + 3 * 32 * 48 + 3 * 32)
+    past = 2 * 101 * 2 * 2 * 16 * 2
+    for row in rows[::2]:  # the window of the compressed one has not let go of a token
+        moved = row["fraction_of_roofline"] * row["milliseconds"] / 1e3 * result["copy_bandwidth"]
+        assert moved == pytest.approx(weights + past)
     # two sequences, bfloat16 keys and values of 2 heads of 16, and 9 numbers a sequence
     assert rows[1]["cache_bytes"] == 2 * (100 * 2 * 2 * 16 * 2 + 9)
     with files[0].open() as file:

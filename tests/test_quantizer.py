@@ -193,7 +193,7 @@ def test_given_levels_are_used():
     np.testing.assert_array_equal(gaussian.levels, codebook.lloyd_max(2, None))
 
 
-@pytest.mark.parametrize(("dim", "bits"), [(32, 2), (32, 3), (64, 4), (128, 5)])
+@pytest.mark.parametrize(("dim", "bits"), [(32, 3), (64, 4), (128, 5)])
 def test_levels_on_the_grid_are_the_nearest_to_those_of_the_sphere(dim, bits):
     q = quantizer.create(KEY, dim, bits, rotation="identity", codebook="grid")
     integers, step = codebook.grid_integers(q.levels)

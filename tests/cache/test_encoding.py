@@ -96,7 +96,7 @@ def assert_same(config, definition, kernel):
             )
             units = np.abs(bits - bits_other)
             assert units.max() <= 1
-            assert units.mean() < 5e-3
+            assert units[bits != 0].mean() < 5e-3  # most pages are empty
             apart = np.abs(index - index_other)[usable]
             assert apart.max() <= 1
             assert apart.mean() < 1e-4

@@ -69,15 +69,19 @@ def all_pairs(factors, tries=30):
 
 def label(setting):
     """A short name, in which a failure can be read."""
-    words = [f"k{setting['key_bits']}v{setting['value_bits']}", setting["code"]]
-    words += [
-        name
-        for name in ("outliers", "center_keys", "softcap", "sink_logits", "paged", "ragged")
-        if setting[name]
-    ]
-    words += [f"{name[0]}{setting[name]}" for name in ("window", "sinks", "head_dim", "group")]
-    words += [f"sliding{setting['sliding_window']}"] * bool(setting["sliding_window"])
-    return "-".join([*words, setting["rotations"][1], setting["dtype"]])
+    words = [f"k{setting['key_bits']}v{setting['value_bits']}", setting["code"], setting["dtype"]]
+    words += [f"h{setting['head_dim']}x{setting['group']}"]
+    words += [f"w{setting['window']}s{setting['sinks']}", setting["rotations"][0]]
+    options = {
+        "outliers": "outliers",
+        "centred": "center_keys",
+        "sliding": "sliding_window",
+        "cap": "softcap",
+        "logits": "sink_logits",
+        "paged": "paged",
+        "ragged": "ragged",
+    }
+    return "-".join([*words, *(word for word, name in options.items() if setting[name])])
 
 
 SETTINGS = {label(setting): setting for setting in all_pairs(FACTORS)}

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import crossed, design
 from turboquant_jax import cache
 
 # conftest's BATCH rows of at most CAPACITY tokens, MOST a chunk
@@ -40,6 +42,18 @@ def test_any_ragged_chunks_give_the_bits_of_single_tokens(compiled, same_bits, s
     lengths = np.asarray(chunked.lengths)
     assert lengths.tolist() == np.minimum(np.sum(steps, 0), CAPACITY).tolist()
     assert not np.any(chunked.overflow)
+
+
+@pytest.mark.parametrize("name", design.SETTINGS)
+def test_chunks_give_the_bits_of_single_tokens_whatever_the_options(name, row_of, same_bits):
+    empty, ragged = crossed.create(name), design.SETTINGS[name]["ragged"]
+    steps = [[100, 37, 1], [90, 100, 63]] if ragged else [[100] * 3, [90] * 3]
+    chunked, singly = crossed.append_both_ways(empty, steps)
+    for row in range(crossed.BATCH):
+        assert int(chunked.lengths[row]) == sum(step[row] for step in steps)
+        same_bits(row_of(chunked, row), row_of(singly, row))
+    if not design.SETTINGS[name]["paged"]:  # whose pages are numbered in the order they are given
+        same_bits(chunked, singly)
 
 
 @relaxed

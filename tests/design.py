@@ -1,0 +1,104 @@
+"""Options crossed: few settings of a cache and a call in which every pair of choices occurs."""
+
+from itertools import combinations
+
+import numpy as np
+
+from turboquant_jax import cache
+
+FACTORS = {
+    "key_bits": (4, 3, 2),
+    "value_bits": (4, 3, 2),
+    "code": ("scalar", "trellis"),
+    "outliers": (False, True),  # half of the channels, in an order of their own, at one bit less
+    "rotations": (("hadamard", "haar"), ("haar", "identity")),  # of keys and of values
+    "window": (0, 20),
+    "sinks": (0, 3),
+    "center_keys": (False, True),
+    "sliding_window": (None, 150),
+    "softcap": (None, 8.0),
+    "sink_logits": (False, True),
+    "dtype": ("float32", "bfloat16"),
+    "head_dim": (32, 48),
+    "group": (1, 3),  # query heads of a kv head
+    "paged": (False, True),
+    "ragged": (False, True),
+}
+
+
+def pairs_of(setting):
+    """Every two choices of a setting."""
+    return set(combinations(setting.items(), 2))
+
+
+def all_pairs(factors, tries=30):
+    """Settings that cover every pair of choices, greedily: of a few candidates the one that covers
+    most pairs not met before; each starts from such a pair and adds the best choice, factor by
+    factor.
+    """
+    rng = np.random.default_rng(0)
+    names, settings = list(factors), []
+    missing = {
+        ((a, x), (b, y)) for a, b in combinations(names, 2) for x in factors[a] for y in factors[b]
+    }
+
+    def candidate():
+        todo = sorted(missing, key=repr)
+        setting = dict(todo[rng.integers(len(todo))])
+        for i in rng.permutation(len(names)):
+            name = names[i]
+            if name not in setting:
+                gain = [
+                    sum(
+                        ((name, level), one) in missing or (one, (name, level)) in missing
+                        for one in setting.items()
+                    )
+                    for level in factors[name]
+                ]
+                setting[name] = factors[name][int(np.argmax(gain))]
+        return {name: setting[name] for name in names}
+
+    while missing:
+        best = max(
+            (candidate() for _ in range(tries)), key=lambda one: len(pairs_of(one) & missing)
+        )
+        settings.append(best)
+        missing -= pairs_of(best)
+    return settings
+
+
+def label(setting):
+    """A short name, in which a failure can be read."""
+    words = [f"k{setting['key_bits']}v{setting['value_bits']}", setting["code"], setting["dtype"]]
+    words += [f"h{setting['head_dim']}x{setting['group']}"]
+    words += [f"w{setting['window']}s{setting['sinks']}", setting["rotations"][0]]
+    options = {
+        "outliers": "outliers",
+        "centred": "center_keys",
+        "sliding": "sliding_window",
+        "cap": "softcap",
+        "logits": "sink_logits",
+        "paged": "paged",
+        "ragged": "ragged",
+    }
+    return "-".join([*words, *(word for word, name in options.items() if setting[name])])
+
+
+SETTINGS = {label(setting): setting for setting in all_pairs(FACTORS)}
+
+
+def config_of(setting):
+    """The cache of a setting: two layers, so that the second one has an offset."""
+    dim = setting["head_dim"]
+    codecs = {}
+    for side, rotation in zip(("key", "value"), setting["rotations"], strict=True):
+        bits = setting[f"{side}_bits"]
+        if setting["outliers"]:
+            bits = ((16, bits), (dim - 16, bits - 1))
+        if rotation == "hadamard" and dim & (dim - 1):
+            rotation = "block_hadamard"
+        codecs[side] = cache.CodecConfig(bits, rotation, code=setting["code"])
+    same = ("window", "sinks", "center_keys", "sliding_window", "dtype", "head_dim")
+    return cache.CacheConfig(
+        num_layers=2, num_kv_heads=2, block=32, **codecs, **{name: setting[name] for name in same}
+    )

@@ -10,6 +10,10 @@ from tests import golden
 RECORDED = json.loads(golden.FILE.read_text())
 
 
+def test_every_setting_is_recorded():
+    assert set(RECORDED["settings"]) == set(golden.SETTINGS)
+
+
 @pytest.mark.skipif(
     jax.__version__ != RECORDED["jax"],
     reason=f"digests are of jax {RECORDED['jax']}, whose sums may round otherwise",

@@ -1,0 +1,179 @@
+"""Calls that the benchmark and a decoder make of the kernels, as functions and shapes.
+
+`lower` lowers them for CUDA on a machine without a GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
+from pallas_kernels import trellis_encode
+from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
+from turboquant_jax import cache, fused, trellis
+from turboquant_jax.attention import attend_pallas
+from turboquant_jax.cache import compression
+from turboquant_jax.cache.state import Exact
+from turboquant_jax.segments import PLAIN
+
+new = jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of arguments known by their shapes, and the kernels that it must contain."""
+
+    function: Callable
+    arguments: tuple
+    kernels: tuple[str, ...] = ("decode_attention", "decode_combine")
+    absent: tuple[str, ...] = ()
+
+
+def lower(function, *arguments):
+    """Lowered for CUDA. From 0.11 jax must be told which GPU it lowers for."""
+    traced = jax.jit(function).trace
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return traced(*arguments).lower(lowering_platforms=("cuda",))
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return traced(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8, code="scalar"):
+    """(q, blocks, table, lengths) as shapes."""
+    counts = [2 ** (b + (code == "trellis")) for b in bits]
+    books = [
+        Codebook(b, tuple(i - n // 2 for i in range(n)), 0.1, code)
+        for b, n in zip(bits, counts, strict=True)
+    ]
+    pages = batch * max_pages
+    rows = (pages, kv_heads, tokens), (pages, kv_heads, channels)
+    blocks = Blocks(
+        tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),
+        tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),
+        new(rows[0], jnp.uint32),
+        *books,
+    )
+    q = new((batch, heads, channels), jnp.bfloat16)
+    return q, blocks, new((batch, max_pages), jnp.int32), new((batch,), jnp.int32)
+
+
+def _benchmark(bits, shape) -> Case:
+    """As the benchmark calls it."""
+    schedule = schedule_of(bits, shape)
+    arguments = shapes(bits, shape[0], shape[1] // 64)
+    return Case(lambda *a: attend.__wrapped__(*a, schedule), arguments)
+
+
+def _search(bits, channels) -> Case:
+    """The search for a trellis code."""
+    levels = tuple(float(x) for x in trellis.grid_levels(bits[0]))
+    rows = new((channels, 100), jnp.float32)
+    return Case(lambda y: trellis_encode.encode(y, levels), (rows,), ("trellis_encode",))
+
+
+def _options(bits, channels, tokens) -> Case:
+    """Wide codes, odd dims and every option."""
+    q, blocks, table, lengths = shapes(bits, 2, 4, channels, tokens, heads=8, kv_heads=2)
+    pages = blocks.scales.shape
+    sketch = Sketch(
+        new((2, 8, 64), jnp.float32), new((*pages, 8), jnp.uint8), new(pages, jnp.bfloat16)
+    )
+    bias, sinks = new((2, 8), jnp.float32), new((8,), jnp.float32)
+
+    def call(q, blocks, table, lengths, sketch, bias, sinks):
+        return decode_attention(
+            q, (blocks,), table, lengths, sm_scale=0.1, soft_cap=30.0, starts=lengths,
+            score_bias=bias, sink_logits=sinks, sketch=sketch,
+        )  # fmt: skip
+
+    return Case(call, (q, blocks, table, lengths, sketch, bias, sinks), ("decode_attention",))
+
+
+def of_cache(bits, head_dim, rotation, dtype) -> dict[str, Case]:
+    """A decoding step over all segments, a commit, a chunk's compression and its decoding."""
+    codec = cache.CodecConfig(bits, rotation)
+    config = cache.CacheConfig(2, 2, head_dim, codec, codec, window=64, dtype=dtype)
+    state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
+
+    def tokens(count, heads):
+        return new((3, count, heads, head_dim), jnp.dtype(dtype))
+
+    def step(state, q, k, v):
+        return attend_pallas(state, jnp.int32(1), q, k, v, PLAIN, None, write=True)
+
+    def commit(state):
+        return compression.compress_single(state, use_kernel=True)
+
+    def chunk(state, k, v):
+        compressed = compression.compress_chunk(state, jnp.int32(1), Exact(k, v), use_kernel=True)
+        return fused.decode(compressed, jnp.int32(1), compressed.page_table, jnp.arange(1))
+
+    def projected(state, qkv, angle):
+        *token, rotated = fused.turn(state, jnp.int32(1), qkv, jnp.cos(angle), jnp.sin(angle))
+        token = (x[:, None] for x in token)
+        return attend_pallas(state, jnp.int32(1), *token, PLAIN, None, write=True, rotated=rotated)
+
+    found = {
+        "step": Case(step, (state, tokens(1, 8), tokens(1, 2), tokens(1, 2))),
+        "commit": Case(commit, (state,), ("encode",)),
+        "chunk": Case(chunk, (state, tokens(200, 2), tokens(200, 2)), ("encode", "decode")),
+    }
+    if dtype == "bfloat16":
+        angle = new((3, head_dim // 2), jnp.float32)
+        kernels = ("rope_and_rotate", "decode_attention")
+        found["projected step"] = Case(
+            projected, (state, tokens(2, 6), angle), kernels, ("rotate_queries",)
+        )
+    return found
+
+
+CACHES = (
+    (4, 128, "hadamard", "bfloat16"),
+    (2, 96, "block_hadamard", "float32"),
+    (8, 80, "haar", "bfloat16"),
+)
+
+
+def _name(*parts) -> str:
+    return " ".join("x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in parts)
+
+
+MAKERS: dict[str, Callable[[], Case]] = {
+    **{
+        _name("attend", bits, shape): partial(_benchmark, bits, shape)
+        for bits in BITS
+        for shape in SHAPES
+        if shape in (SHAPES[0], SHAPES[-1]) or bits == BITS[0]  # else: the same, other sizes
+    },
+    **{
+        _name("trellis", bits, channels): (
+            lambda bits=bits, channels=channels: Case(
+                lambda *a: attend.__wrapped__(*a),
+                shapes(bits, 2, 8, channels, code="trellis"),
+                ("decode_attention",),
+            )
+        )
+        for bits in TRELLIS_BITS
+        for channels in (64, 128)
+    },
+    **{
+        _name("search", bits[0], channels): partial(_search, bits, channels)
+        for bits in TRELLIS_BITS
+        for channels in (64, 128)
+    },
+    "options 8x5": partial(_options, (8, 5), 64, 32),
+    "options 3x1": partial(_options, (3, 1), 80, 128),
+    **{
+        _name("cache", *setting, part): (
+            lambda setting=setting, part=part: of_cache(*setting)[part]
+        )
+        for setting in CACHES
+        for part in ("step", "commit", "chunk", "projected step")
+        if part != "projected step" or setting[3] == "bfloat16"
+    },
+}

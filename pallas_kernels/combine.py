@@ -24,7 +24,6 @@ def combine_kernel(
     gain: float,
     heads: int,
     rows: int,
-    interpret: bool,
 ) -> None:
     """One program of the grid (channel slice, kv head, sequence).
 
@@ -77,16 +76,16 @@ def combine_kernel(
 
     out, total = jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32)
     for i, at in enumerate(tiles):
-        share = triton.exp2(peaks[i] - top[None], interpret)
+        share = triton.exp2(peaks[i] - top[None])
         total = total + ((weights if i == 0 else load("weight", at, 0.0)) * share).sum(axis=0)
         out = out + ((sums if i == 0 else load("sums", at, 0.0)) * share).sum(axis=0)
     if "rotation" in inputs:
         out = unrotate(inputs["rotation"], matrices, gain, out, channel, channels)
     if "recent" in inputs:
-        share = triton.exp2(recent["peak"] - top, interpret)
+        share = triton.exp2(recent["peak"] - top)
         total, out = total + recent["weight"] * share, out + recent["sums"] * share
     if "sinks" in inputs:
-        total = total + triton.exp2(sink - top, interpret)
+        total = total + triton.exp2(sink - top)
     empty = total <= 0.0
     out = out / jnp.where(empty, 1.0, total)
     exists = inside[:, None] & (head < heads)[None, :]
@@ -103,7 +102,6 @@ def combine(
     rotation: Rotation | None,
     heads: int,
     dtype: DTypeLike,
-    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
 
@@ -139,7 +137,6 @@ def combine(
             outputs,
             heads=heads,
             rows=rows,
-            interpret=interpret,
             gain=1.0 if rotation is None else rotation.gain,
         ),
         grid=(-(-channels // rows), kv_heads, batch),
@@ -155,6 +152,5 @@ def combine(
         warps=4,
         stages=1,
         name="decode_combine",
-        interpret=interpret,
     )(inputs)
     return outputs["out"], outputs["lse"]

@@ -23,7 +23,6 @@ def decode(
     heads: Int[Array, " heads"],
     *,
     dtype: DTypeLike = jnp.bfloat16,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "jobs T heads H"], Float[Array, "jobs T heads H"]]:
     """Keys and values of some pages and kv heads: scale * step * level.
 
@@ -62,7 +61,6 @@ def decode(
         warps=4,
         stages=1,
         name="decode",
-        interpret=interpret,
     )(pages.astype(jnp.int32), heads.astype(jnp.int32), inputs, jax.tree.map(jnp.asarray, tables))
 
 

@@ -45,7 +45,6 @@ def decode_attention(
     rotation: Rotation | None = None,
     dtype: DTypeLike = jnp.float32,
     schedule: Schedule | None = None,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Recent | None]:
     """One query token per sequence against its tokens: output, log-sum-exp, `recent` as it is then.
 
@@ -67,8 +66,8 @@ def decode_attention(
     `recent`, are those of so many `layers` one after another. The output has `dtype`, the
     log-sum-exp float32.
 
-    `interpret` runs the kernel on any device in Python. Raises ValueError for shapes that do not
-    fit, NotImplementedError for what the kernel does not serve.
+    Raises ValueError for shapes that do not fit, NotImplementedError for what the kernel does not
+    serve.
     """
     batch, heads, channels = q.shape
     kv_heads, tokens = check(q, groups, page_table, lengths)
@@ -101,7 +100,7 @@ def decode_attention(
             f"expected at least {TILE_TOKENS} tokens"
         )
     plan = make_plan(
-        groups, sketch, per_head, tokens, sm_scale, soft_cap, schedule, interpret,
+        groups, sketch, per_head, tokens, sm_scale, soft_cap, schedule,
         batch=batch, layers=layers, recent=recent is not None,
     )  # fmt: skip
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
@@ -128,7 +127,7 @@ def decode_attention(
     sinks = None
     if sink_logits is not None:
         sinks = sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
-    out, lse = combine(parts, sinks, rotation, per_head, dtype, interpret)
+    out, lse = combine(parts, sinks, rotation, per_head, dtype)
     if recent is not None and stored is not None:
         recent = dataclasses.replace(
             recent,
@@ -146,7 +145,6 @@ def make_plan(
     sm_scale: float,
     soft_cap: float | None,
     schedule: Schedule,
-    interpret: bool,
     *,
     batch: int,
     layers: int,
@@ -179,7 +177,6 @@ def make_plan(
         splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
-        interpret=interpret,
     )
 
 
@@ -260,7 +257,6 @@ def run(
         warps=plan.warps,
         stages=plan.stages,
         name="decode_attention",
-        interpret=plan.interpret,
     )(inputs)
     stored = (outputs.pop("keys"), outputs.pop("values")) if "keys" in outputs else None
     return outputs, stored

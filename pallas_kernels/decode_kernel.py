@@ -8,7 +8,6 @@ digit, so that up to four heads fill the narrowest product without a loss. All s
 are exact.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -58,7 +57,7 @@ def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: li
         words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
         x, y, z = scores(plan, refs, state, page, token, words)
         exponent = value_exponent(words[: len(plan.value_decoders)])
-        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None], plan.interpret)
+        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None])
         found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
     return found
 
@@ -77,22 +76,21 @@ def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[ja
         highest = jnp.maximum(highest, bound)
     tile_peak = highest.max(axis=0)
     new_peak = jnp.maximum(peak, tile_peak)
-    old, new = (triton.exp2(x - new_peak, plan.interpret)[None, :] for x in (peak, tile_peak))
+    old, new = (triton.exp2(x - new_peak)[None, :] for x in (peak, tile_peak))
 
     terms = []
     for bound, exponent, _ in tile:
         down = lax.bitcast_convert_type((127 + BIAS - exponent) << 23, jnp.float32)
-        terms.append(triton.exp2(bound - tile_peak[None, :], plan.interpret) * down[:, None])
-    add = functools.partial(triton.fma, interpret=plan.interpret)
-    weight = add(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
+        terms.append(triton.exp2(bound - tile_peak[None, :]) * down[:, None])
+    weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
     mass, outputs = list(mass), list(outputs)
     for g, decoder in enumerate(plan.value_decoders):
         scales = [value_scale(words[g]) for _, _, words in tile]
         shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
         if decoder.centre:
-            mass[g] = add(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
+            mass[g] = triton.fma(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
         product = value_products(plan, refs, state, g, pages, shares)
-        outputs[g] = add(product, jnp.broadcast_to(new, product.shape), outputs[g] * old)
+        outputs[g] = triton.fma(product, jnp.broadcast_to(new, product.shape), outputs[g] * old)
     return new_peak, weight, tuple(mass), tuple(outputs)
 
 
@@ -117,8 +115,8 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
         return triton.load(place, mask=mask, other=0)
 
     start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)
-    operands = decoder.operands(decoder.load(fetch), state["value_tables"][group], plan.interpret)
-    return weighted(start, operands, interleave(shares, plan.interpret), b_axis=0)
+    operands = decoder.operands(decoder.load(fetch), state["value_tables"][group])
+    return weighted(start, operands, interleave(shares), b_axis=0)
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
@@ -142,7 +140,6 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
         rows = [row] * (len(recent.keys) - 1) + [sequence]
         peak, weight, sums = attend_recent(
             recent, places, rows, plan.columns, plan.heads, plan.scale, plan.soft_cap,
-            plan.interpret,
         )  # fmt: skip
         store_part(outputs["recent"], plan, peak, weight)
         channel = jnp.arange(sums.shape[0])[:, None]

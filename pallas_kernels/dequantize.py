@@ -199,18 +199,16 @@ class PackedDecoder:
             tiles.append(fetch(1, page, byte, mask))
         return tiles
 
-    def operands(self, tiles: Any, table: Any, interpret: bool) -> list[tuple[int, jax.Array]]:
+    def operands(self, tiles: Any, table: Any) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level + centre = sum(weight * operand)."""
-        found = [self._lookup(tiles, v, table, interpret) for v in range(self.variants)]
+        found = [self._lookup(tiles, v, table) for v in range(self.variants)]
         return [(1, beside(found))]
 
-    def _lookup(
-        self, tiles: list[jax.Array], variant: int, table: list[jax.Array], interpret: bool
-    ) -> jax.Array:
+    def _lookup(self, tiles: list[jax.Array], variant: int, table: list[jax.Array]) -> jax.Array:
         bits = self.codebook.bits
         part, group, half = variant // 2 % self.parts, variant // 2 // self.parts, variant % 2
         words = [tiles[part], *tiles[self.parts :]]
-        if interpret:
+        if triton.is_interpreted():
             return self._stand_in(words, part, group, half)
         arguments = words + [jnp.broadcast_to(t, tiles[0].shape) for t in table]
         constraints = "=r" + ",r" * (len(words) + 4 * len(table))

@@ -44,8 +44,6 @@ def encode(
     values: Float[Array, "rows slots K H"],
     jobs: Int[Array, "jobs 5"],
     pool: Pool,
-    *,
-    interpret: bool = False,
 ) -> Pool:
     """Compress blocks of T tokens into pages of the pool, in place if the caller gives it away.
 
@@ -101,7 +99,7 @@ def encode(
     first = len(jax.tree.leaves(inputs[:2]))
     written = triton.call(
         lambda source, constants, old, new: _encode_kernel(
-            source, constants, new, pool=pool, tokens=tokens, programs=programs, interpret=interpret
+            source, constants, new, pool=pool, tokens=tokens, programs=programs
         ),
         # heads side by side: they lie together in memory
         grid=(heads, programs),
@@ -112,7 +110,6 @@ def encode(
         warps=4,
         stages=1,
         name="encode",
-        interpret=interpret,
     )(*inputs)  # fmt: skip
     replace = dataclasses.replace
     return Pool(
@@ -170,7 +167,7 @@ def _check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> i
 
 def _encode_kernel(
     source: dict[str, Any], constants: dict[str, Any], new: dict[str, Any],
-    *, pool: Pool, tokens: int, programs: int, interpret: bool,
+    *, pool: Pool, tokens: int, programs: int,
 ) -> None:  # fmt: skip
     """One program of the grid (kv head, programs): as many jobs as any other, or one less."""
     jobs, program = constants["jobs"], triton.program_id(1)
@@ -183,7 +180,7 @@ def _encode_kernel(
         return Part(
             group=group,
             column=Columns(group.rotation.parts.shape[2], first_channel),
-            levels=Levels.load(group.code.levels, constants["tables"][side][g], interpret),
+            levels=Levels.load(group.code.levels, constants["tables"][side][g]),
             tokens=tokens,
             jobs=jobs,
             vectors=source[side],
@@ -194,17 +191,16 @@ def _encode_kernel(
             planes=new[side][g],
             scales=new["scales"][g],
             shared=side == "values" and g < len(pool.keys),
-            interpret=interpret,
         )
 
     def each(column: int) -> jax.Array:
         return triton.load(jobs.at[jnp.minimum(job, total - 1), column])
 
     filled = (job < stop) & (each(2) >= 0)
-    opens = triton.uniform(jnp.where(filled & (each(4) != 0), 1, 0).max(), interpret)
+    opens = triton.uniform(jnp.where(filled & (each(4) != 0), 1, 0).max())
     # from the first job that fills a page to the last one
-    first = triton.uniform(jnp.where(filled, job, total).min(), interpret)
-    end = triton.uniform(jnp.where(filled, job + 1, 0).max(), interpret)
+    first = triton.uniform(jnp.where(filled, job, total).min())
+    end = triton.uniform(jnp.where(filled, job + 1, 0).max())
 
     @triton.when(first < end)
     def filled_ones() -> None:
@@ -220,4 +216,4 @@ def _encode_kernel(
 
                 compress(own, first, end - first)
                 channel += own.column.dim
-            triton.barrier(interpret)
+            triton.barrier()

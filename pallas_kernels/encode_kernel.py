@@ -78,7 +78,6 @@ class Part:
     planes: tuple[Any, ...]
     scales: Any
     shared: bool
-    interpret: bool
 
     @property
     def tiles(self) -> list[jax.Array]:
@@ -139,7 +138,7 @@ class Part:
             tile = rotate(token)
             missed = missed | unsafe(tile)
             indices, scale = quantize(
-                tile, self.column, self.group.rotation.gain, self.levels, code, self.interpret
+                tile, self.column, self.group.rotation.gain, self.levels, code
             )
             bits = lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16)
             word = bits.astype(jnp.uint32)
@@ -160,7 +159,7 @@ class Part:
 
 def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
     """Jobs `first` to `first + count`, whose means are there."""
-    token, interpret = part.tiles[0], part.interpret
+    token = part.tiles[0]
     start, nothing = part.place(first), jnp.zeros(token.shape, jnp.int32)
     rotation = part.tile(start, token).rotation(part.column.within)
     packing = part.packing_weights()
@@ -172,13 +171,13 @@ def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
         others = part.other_scales(page)
 
         def rotate(token: jax.Array) -> Rotated:
-            return rotated(part.tile(place, token), rotation, interpret)
+            return rotated(part.tile(place, token), rotation)
 
         if len(part.tiles) == 1:  # before the branch, so that it does not wait for the page
             only = rotate(token)
         known = (lambda _: only) if len(part.tiles) == 1 else rotate
         found = lax.cond(
-            triton.uniform(page, interpret) >= 0,
+            triton.uniform(page) >= 0,
             lambda: part.store(page, others, packing, known),
             lambda: nothing,
         )
@@ -190,19 +189,19 @@ def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
     def rare(i: jax.Array, _: None) -> None:
         page, found = part.page(first + i), ((missed >> (i & 31)) & 1).max()
 
-        @triton.when(triton.uniform(jnp.where(page >= 0, found, 0), interpret) > 0)
+        @triton.when(triton.uniform(jnp.where(page >= 0, found, 0)) > 0)
         def again() -> None:
             place = part.place(first + i)
             part.store(
                 page,
                 part.other_scales(page),
                 part.packing_weights(),
-                lambda token: scaled(part.tile(place, token), interpret),
+                lambda token: scaled(part.tile(place, token)),
             )
 
-    @triton.when(triton.uniform(jnp.where(missed != 0, 1, 0).max(), interpret) > 0)
+    @triton.when(triton.uniform(jnp.where(missed != 0, 1, 0).max()) > 0)
     def missed_some() -> None:
-        triton.barrier(interpret)
+        triton.barrier()
         triton.rare_loop(count, rare, None)
 
 
@@ -213,12 +212,12 @@ def open_means(part: Part, first: jax.Array, count: jax.Array) -> None:
         @triton.when((part.page(first + i) >= 0) & (part.of_job(first + i, 4) != 0))
         def opens() -> None:
             place = part.place(first + i)
-            _open_mean(part.tile(place, jnp.arange(part.tokens)), part.interpret)
+            _open_mean(part.tile(place, jnp.arange(part.tokens)))
 
     triton.rare_loop(count, one, None)
 
 
-def _open_mean(tile: Tile, interpret: bool) -> None:
+def _open_mean(tile: Tile) -> None:
     """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
     column = tile.column
 
@@ -236,4 +235,4 @@ def _open_mean(tile: Tile, interpret: bool) -> None:
     place, exists = column.rotated()
     at = tile.rotated_means.at[tile.mean_row, column.first + place]
     triton.store(at, rotated, mask=exists)
-    triton.barrier(interpret)
+    triton.barrier()

@@ -71,11 +71,8 @@ class GatherDecoder:
         """Nothing yet: bytes are fetched one for each element."""
         return fetch
 
-    def operands(
-        self, fetch: Fetch | Any, prepared: Any, interpret: bool
-    ) -> list[tuple[int, jax.Array]]:
+    def operands(self, fetch: Fetch | Any, prepared: Any) -> list[tuple[int, jax.Array]]:
         """int8 operands [rows, columns] with their weights: level = sum(weight * operand)."""
-        del interpret
         page, element, exists = self.elements(jnp.arange(self.columns))
 
         def field(plane: int, back: int) -> jax.Array:

@@ -36,10 +36,10 @@ class Levels:
     edge_table: triton.Table
 
     @classmethod
-    def load(cls, values: tuple[float, ...], ref: Any, interpret: bool) -> "Levels":
+    def load(cls, values: tuple[float, ...], ref: Any) -> "Levels":
         """From the table in memory, inside a kernel."""
         in_lanes = len(values) <= triton.LANES
-        return cls(values, *(triton.Table(ref, row, in_lanes, interpret) for row in range(2)))
+        return cls(values, *(triton.Table(ref, row, in_lanes) for row in range(2)))
 
     @property
     def edges(self) -> np.ndarray:
@@ -87,9 +87,7 @@ def curve(levels: tuple[float, ...]) -> tuple[float, float, float] | None:
     return None
 
 
-def nearest(
-    z: jax.Array, inverse: jax.Array, levels: Levels, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
+def nearest(z: jax.Array, inverse: jax.Array, levels: Levels) -> tuple[jax.Array, jax.Array]:
     """Index and level of z [rows, columns] * inverse [rows]; a tie goes to the lower level.
 
     The index is an int32 as `to_int` makes it.
@@ -97,7 +95,7 @@ def nearest(
     factor = (inverse * STEEP)[:, None]
 
     def above(edge: jax.Array) -> jax.Array:
-        return triton.fma_saturated(z, factor, edge, interpret)
+        return triton.fma_saturated(z, factor, edge)
 
     count = len(levels.values)
     if count <= FEW:
@@ -105,28 +103,24 @@ def nearest(
         for edge, step in zip(levels.edges, np.diff(levels.values), strict=True):
             passed = above(jnp.full((1, 1), -STEEP * edge, jnp.float32))
             index = index + passed
-            level = triton.fma(passed, jnp.full((1, 1), step, jnp.float32), level, interpret)
+            level = triton.fma(passed, jnp.full((1, 1), step, jnp.float32), level)
         return lax.bitcast_convert_type(index, jnp.int32), level
     found = curve(levels.values)
     if found is None:
         index = jnp.full(z.shape, MAGIC)
         for bit in reversed(range((count - 1).bit_length())):
             at = lax.bitcast_convert_type(index, jnp.int32) + (2**bit - 1)
-            index = triton.fma(
-                above(levels.edge_table[at]), jnp.full((1, 1), 2.0**bit), index, interpret
-            )
+            index = triton.fma(above(levels.edge_table[at]), jnp.full((1, 1), 2.0**bit), index)
     else:
         height, linear, cubic = found
         if cubic:
             unit = z * inverse[:, None]
-            slope = triton.fma(
-                unit * unit, jnp.full((1, 1), cubic), jnp.full((1, 1), linear), interpret
-            )
-            guess = triton.tanh(unit * slope, interpret)
+            slope = triton.fma(unit * unit, jnp.full((1, 1), cubic), jnp.full((1, 1), linear))
+            guess = triton.tanh(unit * slope)
         else:
-            guess = triton.tanh(z * (inverse * linear)[:, None], interpret)
+            guess = triton.tanh(z * (inverse * linear)[:, None])
         guess = triton.fma(
-            guess, jnp.full((1, 1), height), jnp.full((1, 1), MAGIC + (count - 2) / 2), interpret
+            guess, jnp.full((1, 1), height), jnp.full((1, 1), MAGIC + (count - 2) / 2)
         )
         index = guess + above(levels.edge_table[lax.bitcast_convert_type(guess, jnp.int32)])
     index = lax.bitcast_convert_type(index, jnp.int32)

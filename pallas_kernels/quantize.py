@@ -47,13 +47,13 @@ class Rotated:
     unit: jax.Array
 
 
-def rotated(tile: Tile, rotation: list[jax.Array], interpret: bool) -> Rotated:
+def rotated(tile: Tile, rotation: list[jax.Array]) -> Rotated:
     """Vectors as they come. Those whose square is not `safe` have to be `scaled` first."""
     products = _products(tile.vectors(tile.column.within), rotation)
     z = sum(products[1:], products[0])
     if tile.centred:
         z = z - tile.rotated_mean()[None, :]
-    square = _length(z, interpret)
+    square = _length(z)
     return Rotated(z, square, jnp.ones_like(square))
 
 
@@ -64,7 +64,7 @@ def unsafe(rotated: Rotated) -> Int[Array, " tokens"]:
 
 
 def quantize(
-    rotated: Rotated, column: Columns, gain: float, levels: Levels, code: Code, interpret: bool
+    rotated: Rotated, column: Columns, gain: float, levels: Levels, code: Code
 ) -> tuple[list[jax.Array], jax.Array]:
     """Indices [tokens, an eighth of the columns], 8 of them, and scales float32 [tokens].
 
@@ -78,11 +78,11 @@ def quantize(
     energy = overlap = jnp.zeros(pieces[0].shape, jnp.float32)
     # eighths whose codes share a byte one after the other, so that few wait in registers
     for i in (0, 4, 2, 6, 1, 5, 3, 7):
-        indices[i], level = nearest(pieces[i], inverse, levels, interpret)
+        indices[i], level = nearest(pieces[i], inverse, levels)
         if column.dim != column.count:
             level = jnp.where(jnp.broadcast_to(exists[None, :], level.shape), level, 0.0)
-        energy = triton.fma(level, level, energy, interpret)
-        overlap = triton.fma(pieces[i], level, overlap, interpret)
+        energy = triton.fma(level, level, energy)
+        overlap = triton.fma(pieces[i], level, overlap)
     scale = _scale(code.scale, square, inverse, energy, overlap, column.dim)
     return [indices[i] for i in range(8)], scale * (rotated.unit * gain)
 
@@ -97,16 +97,16 @@ def eighths(x: jax.Array) -> list[jax.Array]:
     return list(lax.split(x, (x.shape[1] // 8,) * 8, 1))
 
 
-def _length(z: jax.Array, interpret: bool) -> jax.Array:
+def _length(z: jax.Array) -> jax.Array:
     """Sums of squares of the rows."""
     pieces = eighths(z)
     total = pieces[0] * pieces[0]
     for piece in pieces[1:]:
-        total = triton.fma(piece, piece, total, interpret)
+        total = triton.fma(piece, piece, total)
     return total.sum(axis=1)
 
 
-def scaled(tile: Tile, interpret: bool) -> Rotated:
+def scaled(tile: Tile) -> Rotated:
     """Vectors of any magnitude, each brought near 1 by a power of two.
 
     A vector of zeros has z = 0 and a unit of 0; one that is not finite z = 0 and a unit of NaN. A
@@ -145,7 +145,7 @@ def scaled(tile: Tile, interpret: bool) -> Rotated:
     finite = square < jnp.inf
     usable = (square > 0) & finite
     z = jnp.where(jnp.broadcast_to(usable[:, None], z.shape), z, 0.0)
-    square = jnp.where(usable, _length(z, interpret), 1.0)
+    square = jnp.where(usable, _length(z), 1.0)
     return Rotated(z, square, jnp.where(usable, shrink, jnp.where(finite, 0.0, jnp.nan)))
 
 

@@ -80,12 +80,12 @@ def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int, layers: 
         raise ValueError(f"got {recent.keys[-1].shape[1]} newest tokens, expected 1")
 
 
-def capped(logits: jax.Array, soft_cap: float | None, interpret: bool) -> jax.Array:
+def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
     """Scores in nats -> soft-capped, in base 2; scores in base 2 as they are without a cap."""
     if soft_cap is None:
         return logits
     # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is right at both infinities
-    grown = triton.exp2(logits * (2.0 * LOG2E / soft_cap), interpret)
+    grown = triton.exp2(logits * (2.0 * LOG2E / soft_cap))
     return soft_cap * LOG2E * (1.0 - 2.0 / (1.0 + grown))
 
 
@@ -104,7 +104,6 @@ def attend_recent(
     heads: int,
     scale: float,
     soft_cap: float | None,
-    interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(peak, weight [columns], sums [channels, columns]) over all segments, scores in base 2.
 
@@ -137,11 +136,11 @@ def attend_recent(
         seen, k, v = tile
         peak, weight, sums = carry
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
-        scores = capped(scores, soft_cap, interpret)
+        scores = capped(scores, soft_cap)
         scores = jnp.where(seen[:, None], scores, EMPTY)
         new_peak = jnp.maximum(peak, scores.max(axis=0))
-        share = jnp.where(seen[:, None], triton.exp2(scores - new_peak[None, :], interpret), 0.0)
-        old = triton.exp2(peak - new_peak, interpret)
+        share = jnp.where(seen[:, None], triton.exp2(scores - new_peak[None, :]), 0.0)
+        old = triton.exp2(peak - new_peak)
         product = merge(triton.float_dot(v, split(share, dtype, parts), 0, 0), parts)
         return new_peak, weight * old + share.sum(axis=0), sums * old[None, :] + product
 

@@ -43,7 +43,6 @@ class Plan:
     splits: int
     warps: int
     stages: int
-    interpret: bool
 
     @property
     def columns(self) -> int:
@@ -64,7 +63,7 @@ def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier
     row = jnp.arange(2 * plan.columns)
     x = _query_rows(plan, ref, decoder, first, divide(row, 2)[0])
     largest = jnp.maximum(jnp.abs(x).max(axis=1), 1e-30)
-    high, low = digits(x * (0.999999 / largest)[:, None], plan.interpret)
+    high, low = digits(x * (0.999999 / largest)[:, None])
     digit = jnp.where((row & 1 == 0)[:, None], high, low)
     centre = digit.astype(jnp.int32).sum(axis=1) * -decoder.centre
     largest, _ = jnp.unstack(largest.reshape(plan.columns, 2), axis=-1)
@@ -105,7 +104,7 @@ def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array
         return triton.load(rows, mask=mask, other=0)
 
     start = jnp.broadcast_to(centre[None, :], (page.shape[0], centre.shape[0]))
-    operands = decoder.operands(decoder.load(fetch), state["key_tables"][part], plan.interpret)
+    operands = decoder.operands(decoder.load(fetch), state["key_tables"][part])
     return weighted(start, operands, query, b_axis=1)
 
 
@@ -124,6 +123,6 @@ def scores(
         return (*terms[0], zero)
     total = zero if "bias" not in state else zero + state["bias"][None, :]
     for scaled, unit in terms:
-        total = triton.fma(scaled, unit, total, plan.interpret)
-    total = capped(total, plan.soft_cap, plan.interpret)
+        total = triton.fma(scaled, unit, total)
+    total = capped(total, plan.soft_cap)
     return total, jnp.ones_like(total), zero

@@ -175,7 +175,7 @@ class TrellisDecoder(PackedDecoder):
         parts = range(self.parts)
         return tiles, [fetch(0, page, byte + part * self.bytes, mask) for part in parts]
 
-    def operands(self, tiles: Any, table: Any, interpret: bool) -> list[tuple[int, jax.Array]]:
+    def operands(self, tiles: Any, table: Any) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
         path, level_bits = tiles
         if self.unit == 2:
@@ -183,23 +183,21 @@ class TrellisDecoder(PackedDecoder):
         shape = path[0].shape
         wide = {name: jnp.broadcast_to(x, shape) for name, x in table.items() if name != "table"}
         words = [jnp.broadcast_to(word, shape) for word in table["table"]]
-        subsets = [self._subsets(path, wide, part, interpret) for part in range(self.parts)]
+        subsets = [self._subsets(path, wide, part) for part in range(self.parts)]
         if self.codebook.bits == 2 and self.unit == 2:
-            level_bits = [self._moved(self._twice(level_bits[0]), wide["part"], interpret)]
+            level_bits = [self._moved(self._twice(level_bits[0]), wide["part"])]
         halves = 2 if self.codebook.bits == 3 else 1
         return [
             (1, beside([
-                self._level(subsets, level_bits, variant, words, upper, interpret)
+                self._level(subsets, level_bits, variant, words, upper)
                 for variant in range(self.variants)
             ]))
             for upper in range(halves)
         ]  # fmt: skip
 
-    def _subsets(
-        self, path: list[jax.Array], wide: dict[str, jax.Array], part: int, interpret: bool
-    ) -> jax.Array:
+    def _subsets(self, path: list[jax.Array], wide: dict[str, jax.Array], part: int) -> jax.Array:
         """Bytes [rows, cells]: 2 c1 + c0 as a plane of 2 bits, its bytes of this part."""
-        if interpret:
+        if triton.is_interpreted():
             if not self.rows:
                 path = [path[0], *_earlier(path[0], path[1], wide["first"])]
             c0, c1 = path[2], path[0] ^ path[1] ^ path[3]
@@ -223,15 +221,15 @@ class TrellisDecoder(PackedDecoder):
         wide = lax.broadcast_in_dim(split, (rows, self.pages, 2, width), (0, 1, 3))
         return wide.reshape(rows, self.cells)
 
-    def _moved(self, plane: jax.Array, part: jax.Array, interpret: bool) -> jax.Array:
+    def _moved(self, plane: jax.Array, part: jax.Array) -> jax.Array:
         """The words of a 1-bit plane, the bits of a word's part in its even places."""
-        if interpret:
+        if triton.is_interpreted():
             return plane >> jnp.repeat(part[:, ::4], 4, axis=1)
         return triton.assembly("shr.b32 $0, $1, $2;", [plane, part], "=r,r,r", 4, jnp.int8)
 
     def _level(
         self, subsets: list[jax.Array], level_bits: list[jax.Array], variant: int,
-        table: list[jax.Array], upper: int, interpret: bool,
+        table: list[jax.Array], upper: int,
     ) -> jax.Array:  # fmt: skip
         """What one look-up answers; `upper`: in the table of the upper levels."""
         part, group = variant // 2 % self.parts, variant // 2 // self.parts
@@ -239,7 +237,7 @@ class TrellisDecoder(PackedDecoder):
         words = [subsets[part]]
         if self.codebook.bits > 1:
             words.append(level_bits[part if self.codebook.bits == 3 else 0])
-        if interpret:
+        if triton.is_interpreted():
             return self._answer(words, part, group, half, upper)
         if self.codebook.bits == 3:
             text, table = half_table_assembly(group, half, upper), table[2 * upper : 2 * upper + 2]

@@ -24,9 +24,7 @@ LANES = 32
 STEPS = 8
 
 
-def encode(
-    rows: Float[Array, "d vectors"], levels: tuple[float, ...], *, interpret: bool = False
-) -> UInt8[Array, "d vectors"]:
+def encode(rows: Float[Array, "d vectors"], levels: tuple[float, ...]) -> UInt8[Array, "d vectors"]:
     """Indices w | u << (R-1) of the paths of least squared error, every column a vector of its own.
 
     `levels`: the 2^(R+1) sorted levels, R from 1 to 8. Costs are float32 sums in the order of the
@@ -37,7 +35,7 @@ def encode(
         raise ValueError(f"got {len(levels)} levels, expected 4, 8, 16, ... or 512")
     whole = triton.BlockSpec(rows.shape, lambda i: (0, 0))
     return triton.call(
-        functools.partial(_kernel, levels=levels, interpret=interpret),
+        functools.partial(_kernel, levels=levels),
         grid=(-(-rows.shape[1] // LANES),),
         in_specs=[whole],
         out_specs=whole,
@@ -45,11 +43,10 @@ def encode(
         warps=1,
         stages=1,
         name="trellis_encode",
-        interpret=interpret,
     )(rows.astype(jnp.float32))
 
 
-def _kernel(rows: Any, out: Any, *, levels: tuple[float, ...], interpret: bool) -> None:
+def _kernel(rows: Any, out: Any, *, levels: tuple[float, ...]) -> None:
     count = rows.shape[0]
     vector = triton.program_id(0) * LANES + jnp.arange(LANES)
     exists = vector < rows.shape[1]
@@ -87,7 +84,7 @@ def _kernel(rows: Any, out: Any, *, levels: tuple[float, ...], interpret: bool) 
     for s in range(1, STATES):
         state = jnp.where(costs[s] < best, s, state)
         best = jnp.minimum(best, costs[s])
-    triton.barrier(interpret)
+    triton.barrier()
     last = jnp.int32(turns - 1)
     lax.fori_loop(0, turns, backward, (state, fetch(rows, last), fetch(out, last)))
 

@@ -5,11 +5,13 @@ jax deprecates it from 0.11 on without a removal date and says so (DeprecationWa
 `DEPRECATION`) each time a kernel is lowered, which happens in the caller's `jit`; so the one place
 that can silence it is the filter of the program, and the test configuration names this constant.
 
-Everything here takes `interpret`: inline assembly has no rule on a CPU, its stand-in does.
+Under `interpreted` all that follows takes what a CPU has: inline assembly has no rule there, its
+stand-in does.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -30,6 +32,19 @@ when = pl.when
 BlockSpec = pl.BlockSpec
 ds = pl.ds
 
+# Part of the key of every cache of jax, so that nothing traced for a CPU is taken for a GPU.
+_interpreter = jax.make_user_context(default_value=False)
+
+
+def interpreted(on: bool = True) -> AbstractContextManager[None]:
+    """Kernels that are traced in this context run on any device, in Python."""
+    return _interpreter(on)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are traced for that."""
+    return _interpreter.value
+
 
 def call(
     kernel: Callable[..., None],
@@ -41,7 +56,6 @@ def call(
     warps: int,
     stages: int,
     name: str,
-    interpret: bool,
     aliases: dict[int, int] | None = None,
 ) -> Callable[..., Any]:
     """`pallas_call` pinned to Triton: without compiler parameters jax 0.10 would pick Mosaic.
@@ -52,6 +66,7 @@ def call(
     aliases = aliases or {}
 
     def run(*operands: Any) -> Any:
+        interpret = is_interpreted()
         leaves, specs = jax.tree.leaves(operands), jax.tree.leaves(in_specs)
         wide = [] if interpret else [i for i, x in enumerate(leaves) if _needs_64_bits(x)]
         for i in wide:
@@ -137,51 +152,51 @@ def assembly(
     )[0]
 
 
-def barrier(interpret: bool) -> None:
+def barrier() -> None:
     """What the program has stored so far can be loaded from here on."""
-    if not interpret:
+    if not is_interpreted():
         backend.debug_barrier()
 
 
-def exp2(x: jax.Array, interpret: bool) -> jax.Array:
+def exp2(x: jax.Array) -> jax.Array:
     """2**x in one instruction: `jnp.exp2` spends three more on denormal results."""
-    if interpret:
+    if is_interpreted():
         return jnp.exp2(x)
     return assembly("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", 1, jnp.float32)
 
 
-def fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+def fma(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """x * y + z in float32 in one instruction: Triton as XLA runs it fuses none by itself."""
     shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
     x, y, z = (jnp.broadcast_to(a, shape) for a in (x, y, z))
-    if interpret:
+    if is_interpreted():
         return x * y + z
     return assembly("fma.rn.f32 $0, $1, $2, $3;", [x, y, z], "=f,f,f,f", 1, jnp.float32)
 
 
-def fma_saturated(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+def fma_saturated(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """x * y + z in float32, brought into [0, 1], in one instruction; NaN becomes 0."""
     shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
     x, y, z = (jnp.broadcast_to(a, shape) for a in (x, y, z))
-    if interpret:
+    if is_interpreted():
         total = x * y + z
         return jnp.where(total > 0, jnp.minimum(total, 1.0), 0.0)
     return assembly("fma.rn.sat.f32 $0, $1, $2, $3;", [x, y, z], "=f,f,f,f", 1, jnp.float32)
 
 
-def tanh(x: jax.Array, interpret: bool) -> jax.Array:
+def tanh(x: jax.Array) -> jax.Array:
     """Hyperbolic tangent in one instruction, to 2**-11."""
-    if interpret:
+    if is_interpreted():
         return jnp.tanh(x)
     return assembly("tanh.approx.f32 $0, $1;", [x], "=f,f", 1, jnp.float32)
 
 
-def uniform(x: jax.Array, interpret: bool) -> jax.Array:
+def uniform(x: jax.Array) -> jax.Array:
     """An int32 scalar, as the compiler does not see by itself the same in all lanes of a warp.
 
     Behind a branch that might part them, every shuffle would be prepared for that.
     """
-    if interpret:
+    if is_interpreted():
         return x
     first = "shfl.sync.idx.b32 $0, $1, 0, 31, -1;"
     return assembly(first, [jnp.full((1,), x)], "=r,r", 1, jnp.int32).max()
@@ -207,8 +222,8 @@ class Table:
     more are fetched from memory, where the length has to be a power of two.
     """
 
-    def __init__(self, ref: Any, row: int, in_lanes: bool, interpret: bool) -> None:
-        self.ref, self.row, self.shuffled = ref, row, in_lanes and not interpret
+    def __init__(self, ref: Any, row: int, in_lanes: bool) -> None:
+        self.ref, self.row, self.shuffled = ref, row, in_lanes and not is_interpreted()
         if self.shuffled:
             lane = assembly(
                 "mov.u32 $0, %laneid;", [jnp.zeros((1, 1), jnp.int32)], "=r,r", 1, jnp.int32

@@ -41,7 +41,7 @@ def unrotate(
     return out * (signs * gain)[:, None]
 
 
-def rotate(q: Float[Array, "B N H"], rotation: Rotation, interpret: bool) -> Float[Array, "B N H"]:
+def rotate(q: Float[Array, "B N H"], rotation: Rotation) -> Float[Array, "B N H"]:
     """Pi q in float32, signs included, in one kernel where XLA makes three.
 
     Exact products: raises ValueError unless queries and parts have one 16-bit type.
@@ -60,7 +60,6 @@ def rotate(q: Float[Array, "B N H"], rotation: Rotation, interpret: bool) -> Flo
         warps=WARPS,
         stages=1,
         name="rotate_queries",
-        interpret=interpret,
     )(grouped, rotation)
     return turned.reshape(q.shape)
 
@@ -90,7 +89,6 @@ def rope_and_rotate(
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
     rotation: Rotation,
-    interpret: bool,
 ) -> tuple[
     Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
 ]:
@@ -125,7 +123,6 @@ def rope_and_rotate(
         warps=WARPS,
         stages=1,
         name="rope_and_rotate",
-        interpret=interpret,
     )(qkv.reshape(batch, matrices, heads, group, channels), cos, sin, rotation)  # fmt: skip
     queries, keys = (batch, -1, channels), (batch, kv_heads, channels)
     return query.reshape(queries), key.reshape(keys), value.reshape(keys), rotated.reshape(queries)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import schedule
+from pallas_kernels import schedule, triton
 from tests.layout import QUICK, random_parts
 from tests.marks import GPU
 from turboquant_jax import cache, fused
@@ -90,9 +90,8 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
             want = attend(
                 state, layer, q, k, v, scores=scores, sink_logits=sinks, implementation="xla"
             )
-        got, written = attend_pallas(
-            state, layer, q, k, v, scores, sinks, write=True, interpret=interpret
-        )
+        with triton.interpreted(interpret):
+            got, written = attend_pallas(state, layer, q, k, v, scores, sinks, write=True)
         return want, got, cache.write(state, layer, k, v), written
 
     want, got, definition, written = both(state, q, k, v)
@@ -120,11 +119,11 @@ def test_a_step_that_turns_its_own_queries(name, interpret):
         with jax.default_matmul_precision("highest"):
             heads = split_heads(qkv, cos, sin)
             want = attend(state, layer, *heads, implementation="xla")
-        turned = fused.turn(state, layer, qkv[:, 0], cos[:, 0], sin[:, 0], interpret=interpret)
-        q, k, v = (x[:, None] for x in turned[:3])
-        return want, attend_pallas(
-            state, layer, q, k, v, Scores(), None, rotated=turned[3], interpret=interpret
-        )[0]
+        with triton.interpreted(interpret):
+            *token, rotated = fused.turn(state, layer, qkv[:, 0], cos[:, 0], sin[:, 0])
+            token = (x[:, None] for x in token)
+            got = attend_pallas(state, layer, *token, Scores(), None, rotated=rotated)[0]
+        return want, got
 
     want, got = (np.asarray(x, np.float32) for x in both(state, qkv, cos, sin))
     assert np.isfinite(got).all()
@@ -145,7 +144,8 @@ def test_decoded_pages_are_those_of_the_definition(name, interpret):
     state = random_cache(config, np.random.default_rng(5))
     pages = jnp.asarray([[1, 0], [2, 2]], jnp.int32)
     heads = jnp.asarray([1, 0], jnp.int32)
-    found = jax.jit(partial(fused.decode, interpret=interpret))(state, jnp.int32(1), pages, heads)
+    with triton.interpreted(interpret):
+        found = jax.jit(fused.decode)(state, jnp.int32(1), pages, heads)
     groups = blocks.unpack(state.codecs, jax.tree.map(lambda x: x[1], state.pool))
     for got, codec, group in zip(found, state.codecs, groups, strict=True):
         want = codec.dequantize(group)[pages][:, :, heads]  # [B, pages, K, T, H]

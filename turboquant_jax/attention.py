@@ -164,7 +164,6 @@ def attend_pallas(
     *,
     write: bool = False,
     rotated: Float[Array, "B N H"] | None = None,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B 1 N H"], Cache]:
     """All segments in one fused kernel, for one query per sequence; `write` writes the token."""
     config = cache.config
@@ -178,7 +177,6 @@ def attend_pallas(
         sink_logits=sink_logits,
         write=write,
         rotated=rotated,
-        interpret=interpret,
     )
     return output[:, None], cache
 

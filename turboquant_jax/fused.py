@@ -67,7 +67,6 @@ def attend(
     sink_logits: Float[Array, " N"] | None,
     write: bool,
     rotated: Float[Array, "B N H"] | None = None,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Cache]:
     """Attention of one query per sequence over a layer and over the new token's key and value.
 
@@ -80,7 +79,7 @@ def attend(
         for group in value_codec.groups
     )
     if rotated is None:
-        rotated = _rotate_one(key_codec, layer, query, cache.config.num_kv_heads, interpret)
+        rotated = _rotate_one(key_codec, layer, query, cache.config.num_kv_heads)
     output, _, recent = decode_attention(
         rotated,
         groups_of(cache),
@@ -94,7 +93,6 @@ def attend(
         recent=_recent(cache, query, new, write),
         rotation=operands.of_codec(value_codec, layer) if turned_values else None,
         dtype=query.dtype,
-        interpret=interpret,
     )
     return output, cache if recent is None or not write else _written(cache, recent)
 
@@ -105,23 +103,21 @@ def turn(
     qkv: Float[Array, "B K G+2 H"],
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
-    *,
-    interpret: bool = False,
 ) -> tuple[
     Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
 ]:
     """RoPE of one token per sequence, in bfloat16: query, key, value and `attend`'s `rotated`."""
     operand = operands.of_codec(cache.codecs[0], layer)
-    return rope_and_rotate(qkv, cos, sin, operand, interpret)
+    return rope_and_rotate(qkv, cos, sin, operand)
 
 
 def _rotate_one(
-    codec: Codec, layer: Int[Array, ""], query: Float[Array, "B N H"], kv_heads: int, interpret
+    codec: Codec, layer: Int[Array, ""], query: Float[Array, "B N H"], kv_heads: int
 ) -> Float[Array, "B N H"]:
     """One query per sequence in the rotated space of the keys, float32."""
     if query.dtype != jnp.bfloat16:
         return rotate_queries(codec, layer, query[:, None], kv_heads)[:, 0]
-    return rotate_in_kernel(query, operands.of_codec(codec, layer), interpret)
+    return rotate_in_kernel(query, operands.of_codec(codec, layer))
 
 
 def _recent(cache: Cache, query, new, write: bool) -> Recent:
@@ -175,13 +171,11 @@ def decode(
     layer: Int[Array, ""],
     pages: Int[Array, "B pages"],
     heads: Int[Array, " heads"],
-    *,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
     """Keys and values of some pages and heads of a layer in the rotated space, in its dtype."""
     page = pages.ravel() + layer * cache.references.shape[0]
     dtype = cache.config.dtype
-    found = decode_pages(groups_of(cache), page, heads, dtype=dtype, interpret=interpret)
+    found = decode_pages(groups_of(cache), page, heads, dtype=dtype)
     shape = (pages.shape[0], -1, *found[0].shape[2:])
     return found[0].reshape(shape), found[1].reshape(shape)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import triton
 from tests.layout import QUICK
 from tests.marks import GPU
 from turboquant_jax import cache
@@ -62,18 +63,16 @@ def compressed(config, interpret):
         layer = jnp.int32(1)
         begun = cache.begin(state, counts, 150)
         chunks = [
-            compression.compress_chunk(begun, layer, chunk, kernel, interpret)
-            for kernel in (False, True)
+            compression.compress_chunk(begun, layer, chunk, kernel) for kernel in (False, True)
         ]
         full = config.sinks + config.window + config.block - 1
         lengths = jnp.asarray([full, full + 3 * config.block, full + 1], jnp.int32)
         single = cache.begin(replace(state, lengths=lengths), jnp.ones(3, jnp.int32), 1)
-        singles = [
-            compression.compress_single(single, kernel, interpret) for kernel in (False, True)
-        ]
+        singles = [compression.compress_single(single, kernel) for kernel in (False, True)]
         return chunks, singles
 
-    return run(state)
+    with triton.interpreted(interpret):
+        return run(state)
 
 
 def assert_same(config, definition, kernel):

@@ -12,6 +12,7 @@ from experiments.allocation import One
 from experiments.forced_attention import forced_attention
 from experiments.forcing import Rule, Tiling, _attend, _mean, cut
 from experiments.settings import Setting, turbo
+from pallas_kernels import triton
 from turboquant_jax import cache
 from turboquant_jax.cache.accounting import count_bytes
 from turboquant_jax.llama.evaluate import compressed_hidden, exact_hidden
@@ -62,7 +63,8 @@ def test_the_kernel_attends_as_the_definition_does(numbers):
     k, v = (x.astype(jnp.bfloat16) for x in (k, v))
     near = [x.astype(jnp.float32) + 0.3 * y for x, y in zip((k, v), noise)]
     expected = _attend(2 * q, k, v, *near, Rule(*numbers, True).arrays(), Tiling())
-    made = forced_attention(2 * q, k, v, *near, jnp.asarray(numbers, jnp.int32), interpret=True)
+    with triton.interpreted():
+        made = forced_attention(2 * q, k, v, *near, jnp.asarray(numbers, jnp.int32))
     np.testing.assert_allclose(made, expected, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import triton
 from pallas_kernels.decode_attention import Schedule, Sketch, decode_attention
 from tests.pallas_kernels.blocks import arrays, definition, pack, poison, random_blocks
 
@@ -122,8 +123,9 @@ def attend(call, interpret, schedule=None):
     """Jitted, with static options where they must be."""
     static = {k: v for k, v in call.keywords.items() if k in ("sm_scale", "soft_cap")}
     traced = {k: v for k, v in call.keywords.items() if k not in static}
-    run = functools.partial(decode_attention, schedule=schedule, interpret=interpret, **static)
-    return jax.jit(lambda a, k: run(*a, **k)[:2])(arrays(call.arguments), arrays(traced))
+    run = functools.partial(decode_attention, schedule=schedule, **static)
+    with triton.interpreted(interpret):
+        return jax.jit(lambda a, k: run(*a, **k)[:2])(arrays(call.arguments), arrays(traced))
 
 
 def assert_close(call, out, lse):
@@ -203,4 +205,4 @@ def test_refuses(change, error, words):
     """The message says what was got and what was expected."""
     call = make_call(Case(((2, 2),), (64,)))
     with pytest.raises(error, match=words):
-        decode_attention(*arrays(change(*call.arguments)), sm_scale=1.0, interpret=True)
+        decode_attention(*arrays(change(*call.arguments)), sm_scale=1.0)

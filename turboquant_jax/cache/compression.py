@@ -38,7 +38,7 @@ def new_blocks(
     return block % max(slots, 1), filled
 
 
-def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> Cache:
+def compress_single(cache: Cache, use_kernel: bool) -> Cache:
     """Compress what the sequences with one pending token completed, in all layers."""
     config = cache.config
     slot, filled = new_blocks(cache, cache.pending, 1)
@@ -57,9 +57,7 @@ def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> 
             for x in (first * config.block % ring, first == 0)
         )
         window = jax.tree.map(flat, cache.window)
-        return encoding.encode(
-            cache, window, _jobs(row, start, page, row, opens), interpret=interpret
-        )
+        return encoding.encode(cache, window, _jobs(row, start, page, row, opens))
     layers = jnp.arange(config.num_layers)
 
     def compress(i, carry):
@@ -86,9 +84,7 @@ def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> 
     return replace(cache, pool=pool, key_mean=means)
 
 
-def compress_chunk(
-    cache: Cache, layer: Int[Array, ""], new: Exact, use_kernel: bool, interpret: bool = False
-) -> Cache:
+def compress_chunk(cache: Cache, layer: Int[Array, ""], new: Exact, use_kernel: bool) -> Cache:
     """Compress what the sequences with more pending tokens completed, in one layer.
 
     `new` is the chunk [B, T, K, H], which enters the window only after this.
@@ -113,11 +109,11 @@ def compress_chunk(
             [column[:, part] for column in columns] for part in (slice(1), slice(1, None))
         )
         # a sequence's first block alone: the kernel takes its mean, which the next ones need
-        cache = encoding.encode(cache, source, _jobs(*first, opens), interpret=interpret)
+        cache = encoding.encode(cache, source, _jobs(*first, opens))
         if count == 1:
             return cache
         jobs = _jobs(*rest, jnp.zeros_like(rest[0]))
-        return encoding.encode(cache, source, jobs, interpret=interpret)
+        return encoding.encode(cache, source, jobs)
     page = jnp.where(filled, page, pages)  # past the end: dropped
 
     def compress(carry):

@@ -38,8 +38,6 @@ def encode(
     cache: Cache,
     source: Exact,
     jobs: Int[Array, "jobs 5"],
-    *,
-    interpret: bool = False,
 ) -> Cache:
     """Compress blocks of `source`, [rows, slots, K, H], into pages; see `kernel.encode`.
 
@@ -52,7 +50,7 @@ def encode(
         scales=tuple(flat(x) for x in cache.pool.scales),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
     )
-    made = kernel.encode(source.keys, source.values, jobs, pool, interpret=interpret)
+    made = kernel.encode(source.keys, source.values, jobs, pool)
     found = Blocks(
         tuple(group.planes for group in made.keys),
         tuple(group.planes for group in made.values),

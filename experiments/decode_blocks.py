@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codebook import Code, Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
+from pallas_kernels.primitives.codebook import Code, Codebook, level_limits
 
 QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
 SM_SCALE = CHANNELS**-0.5

@@ -36,9 +36,9 @@ from experiments.decode_blocks import (
 )
 from experiments.device_time import copy_bandwidth, device_time
 from experiments.results import write_table
-from pallas_kernels.codebook import Code
 from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
-from pallas_kernels.schedule import default_schedule
+from pallas_kernels.decode_attention.schedule import default_schedule
+from pallas_kernels.primitives.codebook import Code
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))

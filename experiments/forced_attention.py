@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 
 _QUERIES, _KEYS = 128, 64  # of a tile
 _LOG2E = 1.4426950408889634

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import schedule, triton
+from pallas_kernels.decode_attention import schedule
+from pallas_kernels.primitives import triton
 from tests.layout import QUICK, random_parts
 from tests.marks import GPU
 from turboquant_jax import cache, fused

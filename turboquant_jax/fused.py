@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.codebook import Codebook
 from pallas_kernels.decode import decode as decode_pages
-from pallas_kernels.decode_attention import Blocks, Recent, decode_attention
-from pallas_kernels.recent import Places
-from pallas_kernels.turning import rope_and_rotate
-from pallas_kernels.turning import rotate as rotate_in_kernel
+from pallas_kernels.decode_attention import Blocks, Codebook, Places, Recent, decode_attention
+from pallas_kernels.rope import rope_and_rotate
+from pallas_kernels.rope import rotate as rotate_in_kernel
 from turboquant_jax import codebook as codebooks
 from turboquant_jax import trellis
 from turboquant_jax.cache import operands

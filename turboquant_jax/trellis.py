@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from scipy import special
 
-from pallas_kernels import trellis_encode
+from pallas_kernels import trellis as kernel
 from turboquant_jax.trellis_levels import POSITIVE_LEVELS
 
 Implementation = Literal["xla", "pallas"]
@@ -128,7 +128,7 @@ def search(
         )
     if implementation == "xla" or backend != "gpu":
         return encode_with(y, jnp.asarray(levels, jnp.float32))
-    return trellis_encode.encode(_rows(y), levels).T.reshape(y.shape)
+    return kernel.encode(_rows(y), levels).T.reshape(y.shape)
 
 
 @jax.jit

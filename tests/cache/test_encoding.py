@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 from tests.layout import QUICK
 from tests.marks import GPU
 from turboquant_jax import cache

@@ -12,7 +12,7 @@ from experiments.allocation import One
 from experiments.forced_attention import forced_attention
 from experiments.forcing import Rule, Tiling, _attend, _mean, cut
 from experiments.settings import Setting, turbo
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 from turboquant_jax import cache
 from turboquant_jax.cache.accounting import count_bytes
 from turboquant_jax.llama.evaluate import compressed_hidden, exact_hidden

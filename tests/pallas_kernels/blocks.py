@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.codebook import Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
+from pallas_kernels.primitives.codebook import Codebook, level_limits
 
 
 def pack(codes, widths):

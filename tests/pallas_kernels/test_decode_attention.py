@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import triton
 from pallas_kernels.decode_attention import Schedule, Sketch, decode_attention
+from pallas_kernels.primitives import triton
 from tests.pallas_kernels.blocks import arrays, definition, pack, poison, random_blocks
 
 # Relative error of the output norm. Queries and shares are 15-bit integers: measured 1e-4 to 1e-3,

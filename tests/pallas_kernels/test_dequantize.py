@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import triton
-from pallas_kernels.dequantize import PackedDecoder, lookup_assembly, lookup_codes
-from pallas_kernels.gather import GatherDecoder, key_decoder, value_decoders
-from pallas_kernels.trellis import (
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.dequantize import PackedDecoder, lookup_assembly, lookup_codes
+from pallas_kernels.primitives.gather import GatherDecoder, key_decoder, value_decoders
+from pallas_kernels.primitives.trellis import (
     SELECT,
     TrellisDecoder,
     half_table_assembly,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
-from pallas_kernels import trellis_encode
+from pallas_kernels import trellis as trellis_kernel
 from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
 from turboquant_jax import cache, fused, trellis
 from turboquant_jax.attention import attend_pallas
@@ -65,7 +65,7 @@ def test_trellis_lowers(bits, channels):
     assert "decode_attention" in lower(lambda *a: attend.__wrapped__(*a), *arguments)
     levels = tuple(float(x) for x in trellis.grid_levels(bits[0]))
     rows = jax.ShapeDtypeStruct((channels, 100), jnp.float32)
-    assert "trellis_encode" in lower(lambda y: trellis_encode.encode(y, levels), rows)
+    assert "trellis_encode" in lower(lambda y: trellis_kernel.encode(y, levels), rows)
 
 
 @pytest.mark.parametrize(("bits", "channels", "tokens"), [((8, 5), 64, 32), ((3, 1), 80, 128)])

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import triton
-from pallas_kernels.rotation import Rotation
-from pallas_kernels.turning import rope_and_rotate, rotate
+from pallas_kernels.primitives import triton
+from pallas_kernels.rope import Rotation, rope_and_rotate, rotate
 from tests.marks import GPU
 from turboquant_jax.llama.model import split_heads
 

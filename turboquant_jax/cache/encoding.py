@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import encode as kernel
-from pallas_kernels.quantize import Code
 from turboquant_jax.cache import operands
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.operands import flat
@@ -69,7 +68,7 @@ def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel
         kernel.Group(
             tuple(flat(plane) for plane in own),
             operands.with_signs(operands.of_rotation(group.rotation, dtype)),
-            Code(group.levels, group.scale),
+            kernel.Code(group.levels, group.scale),
         )
         for group, own in zip(groups, planes, strict=True)
     )

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.rotation import Rotation as Operand
+from pallas_kernels.rope import Rotation as Operand
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.rotation import Hadamard, Rotation
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels import triton
-from pallas_kernels.nearest import Levels, nearest
-from pallas_kernels.tile import Columns, Tile
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.nearest import Levels, nearest
+from pallas_kernels.primitives.tile import Columns, Tile
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
 # Sums of squares between the inverse of this and this lose nothing in float32.

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels import triton
-from pallas_kernels.dequantize import divide, power_of_two
-from pallas_kernels.digits import UNITS, digits, weighted
-from pallas_kernels.gather import Decoder
-from pallas_kernels.recent import capped
+from pallas_kernels.decode_attention.recent import capped
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.blocks import key_scale
+from pallas_kernels.primitives.dequantize import divide, power_of_two
+from pallas_kernels.primitives.digits import UNITS, digits, weighted
+from pallas_kernels.primitives.gather import Decoder
 
 # The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
 BIAS = 126
@@ -68,18 +68,6 @@ def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier
     centre = digit.astype(jnp.int32).sum(axis=1) * -decoder.centre
     largest, _ = jnp.unstack(largest.reshape(plan.columns, 2), axis=-1)
     return digit, centre, largest * (multiplier / (0.999999 * UNITS))
-
-
-def key_scale(word: jax.Array) -> jax.Array:
-    """The key's scale: the low half of the token's word, or a scale of its own (the sketch)."""
-    if word.dtype == jnp.uint32:
-        return lax.bitcast_convert_type(word << 16, jnp.float32)
-    return word.astype(jnp.float32)
-
-
-def value_scale(word: jax.Array) -> jax.Array:
-    """The value's scale, the high half of the token's word."""
-    return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
 def value_exponent(words: list[jax.Array]) -> jax.Array:

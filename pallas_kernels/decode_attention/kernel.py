@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import triton
-from pallas_kernels.dequantize import power_of_two
-from pallas_kernels.digits import PHASES, UNITS, interleave, total, weighted
-from pallas_kernels.recent import EMPTY, attend_recent, mean_score, write_newest
-from pallas_kernels.scores import (
+from pallas_kernels.decode_attention.recent import EMPTY, attend_recent, mean_score, write_newest
+from pallas_kernels.decode_attention.scores import (
     BIAS,
     Plan,
     Refs,
     prepare_query,
     scores,
     value_exponent,
-    value_scale,
 )
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.blocks import value_scale
+from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.digits import PHASES, UNITS, interleave, total, weighted
 
 
 def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import triton
-from pallas_kernels.dequantize import power_of_two
-from pallas_kernels.recent import EMPTY, LOG2E
-from pallas_kernels.rotation import Rotation
-from pallas_kernels.turning import load_parts, unrotate
+from pallas_kernels.decode_attention.recent import EMPTY, LOG2E
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.rotation import Rotation, load_parts, unrotate
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192

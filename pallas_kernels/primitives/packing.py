@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import triton
-from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.nearest import bits_of, to_float, to_int
-from pallas_kernels.tile import Columns
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.codebook import PLANE_WIDTHS
+from pallas_kernels.primitives.nearest import bits_of, to_float, to_int
+from pallas_kernels.primitives.tile import Columns
 
 
 def packing_matrix(length: int, width: int) -> np.ndarray:

@@ -4,7 +4,7 @@ The steps of a vector follow each other, vectors are independent. Forward, every
 byte, in the place of the index that it will become: bit s says which of its two predecessors the
 best path into state s had. Backward, the best path is read off these bytes.
 
-See `trellis` for the code; a state is u[t] + 2 u[t-1] + 4 u[t-2].
+See `primitives.trellis` for the code; a state is u[t] + 2 u[t-1] + 4 u[t-2].
 """
 
 import functools
@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 
 STATES = 8
 # Vectors of a program: one a thread of its only warp.
@@ -24,29 +23,8 @@ LANES = 32
 STEPS = 8
 
 
-def encode(rows: Float[Array, "d vectors"], levels: tuple[float, ...]) -> UInt8[Array, "d vectors"]:
-    """Indices w | u << (R-1) of the paths of least squared error, every column a vector of its own.
-
-    `levels`: the 2^(R+1) sorted levels, R from 1 to 8. Costs are float32 sums in the order of the
-    coordinates; of equal costs the lower end state wins, then zeros among the older bits, newest
-    first. Raises ValueError.
-    """
-    if len(levels) not in [4 << r for r in range(8)]:
-        raise ValueError(f"got {len(levels)} levels, expected 4, 8, 16, ... or 512")
-    whole = triton.BlockSpec(rows.shape, lambda i: (0, 0))
-    return triton.call(
-        functools.partial(_kernel, levels=levels),
-        grid=(-(-rows.shape[1] // LANES),),
-        in_specs=[whole],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.uint8),
-        warps=1,
-        stages=1,
-        name="trellis_encode",
-    )(rows.astype(jnp.float32))
-
-
-def _kernel(rows: Any, out: Any, *, levels: tuple[float, ...]) -> None:
+def encode_kernel(rows: Any, out: Any, *, levels: tuple[float, ...]) -> None:
+    """One program of the grid (vectors)."""
     count = rows.shape[0]
     vector = triton.program_id(0) * LANES + jnp.arange(LANES)
     exists = vector < rows.shape[1]

@@ -1,4 +1,4 @@
-"""Decode attention over blocks of compressed keys and values: the public function.
+"""Decode attention over blocks of compressed keys and values: the call.
 
 Everything lives in the rotated space: the queries come rotated, the output is to be rotated back.
 """
@@ -11,18 +11,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton
-from pallas_kernels.blocks import Blocks, Sketch, check
-from pallas_kernels.codebook import Codebook
-from pallas_kernels.combine import combine
-from pallas_kernels.decode_kernel import decode_kernel
-from pallas_kernels.gather import key_decoder, value_decoders
-from pallas_kernels.recent import LOG2E, Recent, check_recent
-from pallas_kernels.rotation import Rotation
-from pallas_kernels.schedule import TILE_TOKENS, Schedule, default_schedule
-from pallas_kernels.scores import Plan
-
-__all__ = ["Blocks", "Codebook", "Recent", "Rotation", "Schedule", "Sketch", "decode_attention"]
+from pallas_kernels.decode_attention.combine import combine
+from pallas_kernels.decode_attention.inputs import Sketch, check
+from pallas_kernels.decode_attention.kernel import decode_kernel
+from pallas_kernels.decode_attention.recent import LOG2E, Recent, check_recent
+from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
+from pallas_kernels.decode_attention.scores import Plan
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.blocks import Blocks
+from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.gather import key_decoder, value_decoders
+from pallas_kernels.primitives.rotation import Rotation
 
 SIGNS = Codebook(bits=1, levels=(-1, 1), step=1.0)
 

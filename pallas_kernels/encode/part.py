@@ -1,4 +1,4 @@
-"""What one program of `encode.encode` does: a few blocks of one kv head, keys and then values.
+"""What a program does with the blocks of one group of channels, of keys or of values.
 
 What is rare is kept out of the loop over the blocks, whose registers it would take: a block that
 opens a mean takes it before, and blocks with vectors so small, so large or not finite that sums of
@@ -12,40 +12,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, UInt8
 
-from pallas_kernels import triton
-from pallas_kernels.codebook import PLANE_WIDTHS
-from pallas_kernels.nearest import Levels
-from pallas_kernels.packing import field_of, join, pack, store_keys, store_values, weights
-from pallas_kernels.quantize import (
+from pallas_kernels.encode.pool import Group
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.codebook import PLANE_WIDTHS
+from pallas_kernels.primitives.nearest import Levels
+from pallas_kernels.primitives.packing import (
+    field_of,
+    join,
+    pack,
+    store_keys,
+    store_values,
+    weights,
+)
+from pallas_kernels.primitives.quantize import (
     FEW_COLUMNS,
-    Code,
     Rotated,
     quantize,
     rotated,
     scaled,
     unsafe,
 )
-from pallas_kernels.rotation import Rotation
-from pallas_kernels.tile import Columns, Tile
+from pallas_kernels.primitives.tile import Columns, Tile
 
 # Tokens that a program has in registers at a time.
 TILE = 64
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The channels of one group: pool planes, as `blocks.Blocks` has them, and how to fill them.
-
-    The rotation is one for all heads and has no signs apart; its parts have the dtype of the
-    vectors where that is bfloat16, else float32.
-    """
-
-    planes: tuple[UInt8[Array, "pages K rows _"], ...]
-    rotation: Rotation
-    code: Code = dataclasses.field(metadata=dict(static=True))
 
 
 class Place(NamedTuple):

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import triton
-from pallas_kernels.codebook import Codebook
-from pallas_kernels.dequantize import (
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.dequantize import (
     Fetch,
     PackedDecoder,
     beside,

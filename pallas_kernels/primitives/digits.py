@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 
 # Two digits in base 128, the high one at most 127.
 UNITS = 127 * 128

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import triton
-from pallas_kernels.dequantize import power_of_two
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.dequantize import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)

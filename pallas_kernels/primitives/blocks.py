@@ -1,15 +1,15 @@
-"""Pages of compressed keys and values as the kernel reads them, and the check of their shapes."""
+"""Pages of compressed keys and values as the kernels read them, and the check of their shapes."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8, UInt32
+from jax import lax
+from jaxtyping import Array, UInt8, UInt32
 
-from pallas_kernels.codebook import Codebook
+from pallas_kernels.primitives.codebook import Codebook
 
 PAGE_TOKENS = (32, 64, 128)
-MAX_HEADS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -29,40 +29,16 @@ class Blocks:
     value_codebook: Codebook = dataclasses.field(metadata=dict(static=True))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sketch:
-    """Correction of the scores by signs of projected residuals: + norm * sum(sign * query).
-
-    query [B, N, M], projected and scaled by the caller; signs: the plane uint8 [pages, K, T, M/8]
-    of a 1-bit code (1 is +1, 0 is -1) packed along the projections; norms [pages, K, T].
-    """
-
-    query: Float[Array, "B N M"]
-    signs: UInt8[Array, "pages K T _"]
-    norms: Float[Array, "pages K T"]
+def key_scale(word: jax.Array) -> jax.Array:
+    """The key's scale: the low half of the token's word, or a scale of its own (the sketch)."""
+    if word.dtype == jnp.uint32:
+        return lax.bitcast_convert_type(word << 16, jnp.float32)
+    return word.astype(jnp.float32)
 
 
-def check(
-    q: jax.Array, groups: tuple[Blocks, ...], page_table: jax.Array, lengths: jax.Array
-) -> tuple[int, int]:
-    """(kv heads, tokens of a page), after the shapes were seen to fit."""
-    _, kv_heads, tokens = check_pool(groups)
-    batch, heads, channels = q.shape
-    if heads % kv_heads:
-        raise ValueError(f"got {heads} query heads, expected a multiple of {kv_heads} kv heads")
-    if heads // kv_heads > MAX_HEADS:
-        raise NotImplementedError(
-            f"{heads // kv_heads} query heads per kv head: served are up to {MAX_HEADS}"
-        )
-    if page_table.shape[0] != batch or lengths.shape != (batch,):
-        raise ValueError(
-            f"got page_table {page_table.shape} and lengths {lengths.shape}, expected {batch} rows"
-        )
-    total = sum(group.values[0].shape[2] for group in groups)
-    if total != channels:
-        raise ValueError(f"got queries of {channels} channels, expected the groups' {total}")
-    return kv_heads, tokens
+def value_scale(word: jax.Array) -> jax.Array:
+    """The value's scale, the high half of the token's word."""
+    return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
 def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton
-from pallas_kernels.dequantize import power_of_two
-from pallas_kernels.rotation import merge, split
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.rotation import merge, split
 
 LOG2E = math.log2(math.e)
 # Stands for a score of -inf: exp2 of any difference to it is 0, never NaN.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.primitives import triton
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +40,28 @@ def split(x: jax.Array, dtype: Any, parts: int) -> jax.Array:
     high = x.astype(dtype)
     low = (x - high.astype(jnp.float32)).astype(dtype)
     return jnp.stack([high, low], axis=-1).reshape(x.shape[0], 2 * x.shape[1])
+
+
+def load_parts(refs: Any, row: jax.Array, column: jax.Array, channels: int) -> list[jax.Array]:
+    """Some rows and columns of the parts of one kv head's matrix, 0 beyond the channels."""
+    mask = (row < channels)[:, None] & (column < channels)[None, :]
+    return [
+        triton.load(refs.parts.at[part, row[:, None], column[None, :]], mask=mask, other=0.0)
+        for part in range(refs.parts.shape[0])
+    ]
+
+
+def unrotate(
+    refs: Any, parts: list[jax.Array], gain: float, y: jax.Array, row: jax.Array, channels: int
+) -> jax.Array:
+    """Some rows of Pi^T y, y float32 [H, columns], by the loaded columns of the parts."""
+    dtype = refs.parts.dtype
+    columns = 1 if dtype == jnp.float32 else 2
+    operand = split(y, dtype, columns)
+    out = jnp.zeros((row.shape[0], y.shape[1]), jnp.float32)
+    for matrix in parts:
+        out = out + merge(triton.float_dot(matrix, operand, 0, 0), columns)
+    if refs.signs is None:
+        return out * gain
+    signs = triton.load(refs.signs.at[row], mask=row < channels, other=0.0)
+    return out * (signs * gain)[:, None]

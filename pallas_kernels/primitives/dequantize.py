@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import triton
-from pallas_kernels.codebook import Codebook
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.codebook import Codebook
 
 # The shortest contraction of an 8-bit matrix instruction (m16n8k32).
 MIN_COLUMNS = 32

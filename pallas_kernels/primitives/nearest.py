@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 
 # Of two numbers of magnitude near 1 that are not equal, the difference times this is above 1.
 STEEP = 2.0**100

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import triton
-from pallas_kernels.codebook import Codebook
-from pallas_kernels.dequantize import (
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.dequantize import (
     MIN_COLUMNS,
     Fetch,
     PackedDecoder,
     divide,
     power_of_two,
 )
-from pallas_kernels.trellis import TrellisDecoder, code_number
+from pallas_kernels.primitives.trellis import TrellisDecoder, code_number
 
 DIGIT = 128
 

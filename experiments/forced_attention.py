@@ -54,7 +54,7 @@ def forced_attention(
 
     out = triton.call(
         _kernel,
-        grid=(count // _QUERIES, heads, batch),
+        triton.Launch((count // _QUERIES, heads, batch), warps=8, stages=2),
         in_specs=[
             triton.BlockSpec((3,), lambda i, n, b: (0,)),
             of_queries(),
@@ -63,8 +63,6 @@ def forced_attention(
         ],
         out_specs=of_queries(),
         out_shape=jax.ShapeDtypeStruct(queries.shape, jnp.float32),
-        warps=8,
-        stages=2,
         name="forced_attention",
     )(rule, queries, *keys, *values)
     return out.swapaxes(1, 2)

@@ -31,7 +31,7 @@ from jax import lax
 
 from experiments.device_time import device_time
 from experiments.results import write_table
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import PagedBlocks, Softmax, decode_attention
 from turboquant_jax import attention, cache, fused
 from turboquant_jax.cache import Cache, CacheConfig, CodecConfig
 
@@ -117,8 +117,8 @@ def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Arra
     def blocks(state: Cache, layer: jax.Array, q: jax.Array, new: tuple) -> tuple:
         del new
         out, *_ = decode_attention(
-            q[:, 0], fused.groups_of(state), state.page_table, tokens, sm_scale=CHANNELS**-0.5,
-            layer=layer, layers=LAYERS, dtype=q.dtype,
+            q[:, 0], PagedBlocks(fused.groups_of(state), state.page_table, tokens, layer, LAYERS),
+            Softmax(CHANNELS**-0.5), dtype=q.dtype,
         )  # fmt: skip
         return state, out[:, None]
 

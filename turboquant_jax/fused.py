@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import decode as decode_pages
-from pallas_kernels.decode_attention import Blocks, Codebook, Places, Recent, decode_attention
+from pallas_kernels.decode_attention import (
+    Blocks,
+    Codebook,
+    PagedBlocks,
+    Places,
+    Recent,
+    Softmax,
+    decode_attention,
+)
 from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
 from turboquant_jax import codebook as codebooks
@@ -80,14 +88,10 @@ def attend(
         rotated = _rotate_one(key_codec, layer, query, cache.config.num_kv_heads)
     output, _, recent = decode_attention(
         rotated,
-        groups_of(cache),
-        cache.page_table,
-        cache.lengths,
-        sm_scale=scale,
-        layer=layer,
-        layers=cache.config.num_layers,
-        soft_cap=softcap,
-        sink_logits=sink_logits,
+        PagedBlocks(
+            groups_of(cache), cache.page_table, cache.lengths, layer, cache.config.num_layers
+        ),
+        Softmax(scale, softcap, sink_logits),
         recent=_recent(cache, query, new, write),
         rotation=operands.of_codec(value_codec, layer) if turned_values else None,
         dtype=query.dtype,

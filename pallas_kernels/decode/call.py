@@ -43,7 +43,7 @@ def decode(
         lambda pages, heads, pool, tables, keys, values: decode_kernel(
             pages[0], heads[0], pool, tables, {"keys": keys, "values": values}, groups=groups
         ),
-        grid=(pages.shape[0], heads.shape[0]),
+        triton.Launch((pages.shape[0], heads.shape[0]), warps=4, stages=1),
         in_specs=(
             triton.BlockSpec((1,), lambda i, h: (i,)),
             triton.BlockSpec((1,), lambda i, h: (h,)),
@@ -53,8 +53,6 @@ def decode(
         ),
         out_specs=(spec, spec),
         out_shape=(out, out),
-        warps=4,
-        stages=1,
         name="decode",
     )(pages.astype(jnp.int32), heads.astype(jnp.int32), inputs, jax.tree.map(jnp.asarray, tables))
 

@@ -9,16 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.decode_attention.combine import combine
-from pallas_kernels.decode_attention.inputs import Sketch, check
+from pallas_kernels.decode_attention.inputs import (
+    PagedBlocks,
+    Sketch,
+    Softmax,
+    check,
+    check_rotation,
+)
 from pallas_kernels.decode_attention.kernel import decode_kernel
 from pallas_kernels.decode_attention.recent import LOG2E, Recent, check_recent
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
 from pallas_kernels.decode_attention.scores import Plan
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import Blocks
 from pallas_kernels.primitives.codebook import Codebook
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
 from pallas_kernels.primitives.rotation import Rotation
@@ -28,81 +33,44 @@ SIGNS = Codebook(bits=1, levels=(-1, 1), step=1.0)
 
 def decode_attention(
     q: Float[Array, "B N H"],
-    groups: tuple[Blocks, ...],
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    blocks: PagedBlocks,
+    softmax: Softmax,
     *,
-    sm_scale: float,
-    starts: Int[Array, " B"] | None = None,
-    soft_cap: float | None = None,
-    sink_logits: Float[Array, " N"] | None = None,
-    score_bias: Float[Array, "B N"] | None = None,
-    sketch: Sketch | None = None,
-    layer: Int[Array, ""] | None = None,
-    layers: int = 1,
     recent: Recent | None = None,
+    sketch: Sketch | None = None,
     rotation: Rotation | None = None,
     dtype: DTypeLike = jnp.float32,
     schedule: Schedule | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Recent | None]:
     """One query token per sequence against its tokens: output, log-sum-exp, `recent` as it is then.
 
-    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many; the
-    channels of the `groups` follow each other in q and in the output. Sequence b has `lengths[b]`
-    tokens in blocks; block j lies in the page that `page_table[b]` has in slot j modulo its slots.
-    Those before `starts[b]` are not seen (sliding window). Slots of unseen blocks are never used.
-
-    score = sm_scale * q.k + score_bias, then soft_cap * tanh(score / soft_cap) if given.
-    `sink_logits` add exp(sink) to the softmax denominator. The log-sum-exp is in nats, -inf for
-    a sequence of no tokens, whose output is 0; parts merge by it. Queries and probabilities
-    enter the products as 15-bit integers, levels are exact and sums are float32 or exact.
+    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many. The
+    log-sum-exp is in nats, -inf for a sequence of no tokens, whose output is 0; parts merge by it.
+    Queries and probabilities enter the products as 15-bit integers, levels are exact and sums are
+    float32 or exact.
 
     `recent`: further tokens, in full precision; returned with the newest written where it says, in
     place if the caller gives the arrays away. Then `recent.places` says which tokens of the blocks
-    are seen, and `lengths` are whatever it takes. `rotation`, of the values: its transpose
+    are seen, and `blocks.lengths` are whatever it takes. `rotation`, of the values: its transpose
     multiplies the output of the blocks, so that it leaves the rotated space, where those of
-    `recent` never were; without it everything is in one space. `layer`: the pool, and the rows of
-    `recent`, are those of so many `layers` one after another. The output has `dtype`, the
+    `recent` never were; without it everything is in one space. The output has `dtype`, the
     log-sum-exp float32.
 
     Raises ValueError for shapes that do not fit, NotImplementedError for what the kernel does not
     serve.
     """
     batch, heads, channels = q.shape
-    kv_heads, tokens = check(q, groups, page_table, lengths)
+    kv_heads = check(q, blocks)
     if recent is not None:
-        check_recent(recent, batch, heads, kv_heads, layers)
-        if starts is not None:
-            raise ValueError("got starts beside recent tokens, whose places say what is seen")
-    if rotation is not None and rotation.parts.shape[1:] not in [
-        (n, channels, channels) for n in (1, kv_heads)
-    ]:
-        raise ValueError(
-            f"got parts of a rotation {rotation.parts.shape}, expected "
-            f"[parts, 1 or {kv_heads}, {channels}, {channels}]"
-        )
+        check_recent(recent, batch, heads, kv_heads, blocks.layers)
+    if rotation is not None:
+        check_rotation(rotation, kv_heads, channels)
     per_head = heads // kv_heads
     if schedule is None:
-        schedule = default_schedule(
-            batch=batch,
-            kv_heads=kv_heads,
-            heads=per_head,
-            channels=max(group.values[0].shape[2] for group in groups),
-            bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
-            tokens=tokens,
-            max_pages=page_table.shape[1],
-            recent=0 if recent is None else sum(x.shape[1] for x in recent.keys),
-        )
-    if schedule.pages * tokens < TILE_TOKENS:
-        raise ValueError(
-            f"got tiles of {schedule.pages} pages of {tokens} tokens, "
-            f"expected at least {TILE_TOKENS} tokens"
-        )
-    plan = make_plan(
-        groups, sketch, per_head, tokens, sm_scale, soft_cap, schedule,
-        batch=batch, layers=layers, recent=recent is not None,
-    )  # fmt: skip
+        schedule = _schedule(blocks, recent, kv_heads, per_head)
+    plan = make_plan(blocks, sketch, softmax, schedule, heads=per_head, recent=recent is not None)
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
+    groups = blocks.groups
     inputs: dict[str, Any] = {
         "queries": [grouped(q)] + ([grouped(sketch.query)] if sketch else []),
         "keys": [g.keys for g in groups] + ([(sketch.signs,)] if sketch else []),
@@ -110,22 +78,17 @@ def decode_attention(
         "scales": [g.scales for g in groups] + ([sketch.norms] if sketch else []),
         "key_tables": [part[0].tables() for part in plan.key_parts],
         "value_tables": [decoder.tables() for decoder in plan.value_decoders],
-        "page_table": page_table,
-        "lengths": lengths,
+        "page_table": blocks.page_table,
+        "lengths": blocks.lengths,
     }
     if recent is not None:
         inputs["recent"] = dataclasses.replace(recent, query=grouped(recent.query))
-    if layer is not None:
-        inputs["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
-    if starts is not None:
-        inputs["starts"] = starts
-    if score_bias is not None:
-        bias = score_bias.astype(jnp.float32) * (1.0 if soft_cap is not None else LOG2E)
-        inputs["bias"] = grouped(bias)
+    if blocks.layer is not None:
+        inputs["layer"] = jnp.asarray(blocks.layer, jnp.int32).reshape(1)
     parts, stored = run(plan, inputs, kv_heads, channels)
     sinks = None
-    if sink_logits is not None:
-        sinks = sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
+    if softmax.sink_logits is not None:
+        sinks = softmax.sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
     out, lse = combine(parts, sinks, rotation, per_head, dtype)
     if recent is not None and stored is not None:
         recent = dataclasses.replace(
@@ -136,30 +99,48 @@ def decode_attention(
     return out.reshape(q.shape), lse.reshape(batch, heads), recent
 
 
+def _schedule(blocks: PagedBlocks, recent: Recent | None, kv_heads: int, heads: int) -> Schedule:
+    batch, max_pages = blocks.page_table.shape
+    groups = blocks.groups
+    return default_schedule(
+        batch=batch,
+        kv_heads=kv_heads,
+        heads=heads,
+        channels=max(group.values[0].shape[2] for group in groups),
+        bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
+        tokens=groups[0].scales.shape[2],
+        max_pages=max_pages,
+        recent=0 if recent is None else sum(x.shape[1] for x in recent.keys),
+    )
+
+
 def make_plan(
-    groups: tuple[Blocks, ...],
+    blocks: PagedBlocks,
     sketch: Sketch | None,
-    heads: int,
-    tokens: int,
-    sm_scale: float,
-    soft_cap: float | None,
+    softmax: Softmax,
     schedule: Schedule,
     *,
-    batch: int,
-    layers: int,
+    heads: int,
     recent: bool,
 ) -> Plan:
-    """The static half of a call."""
-    base = 1.0 if soft_cap is not None else LOG2E
+    """The static half of a call; ValueError for tiles that are too short."""
+    groups = blocks.groups
+    pages, _, tokens = groups[0].scales.shape
+    if schedule.pages * tokens < TILE_TOKENS:
+        raise ValueError(
+            f"got tiles of {schedule.pages} pages of {tokens} tokens, "
+            f"expected at least {TILE_TOKENS} tokens"
+        )
+    scale = softmax.scale * (1.0 if softmax.soft_cap is not None else LOG2E)
     key_parts, first = [], 0
     for group in groups:
         count = group.values[0].shape[2]
         decoder = key_decoder(group.key_codebook, count)
-        key_parts.append((decoder, 0, first, sm_scale * base * group.key_codebook.step))
+        key_parts.append((decoder, 0, first, scale * group.key_codebook.step))
         first += count
     if sketch is not None:
         decoder = key_decoder(SIGNS, sketch.query.shape[-1])
-        key_parts.append((decoder, 1, 0, sm_scale * base))
+        key_parts.append((decoder, 1, 0, scale))
     codebooks = tuple(group.value_codebook for group in groups)
     return Plan(
         tokens=tokens,
@@ -168,10 +149,10 @@ def make_plan(
         key_parts=tuple(key_parts),
         value_decoders=value_decoders(codebooks, tokens, schedule.pages),
         value_channels=tuple(group.values[0].shape[2] for group in groups),
-        scale=sm_scale * base,
-        soft_cap=soft_cap,
-        batch=batch,
-        layer_pages=groups[0].scales.shape[0] // layers,
+        scale=scale,
+        soft_cap=softmax.soft_cap,
+        batch=blocks.page_table.shape[0],
+        layer_pages=pages // blocks.layers,
         recent_tiles=schedule.recent_tiles if recent else 0,
         splits=schedule.splits,
         warps=schedule.warps,
@@ -207,7 +188,7 @@ def run(
             (*x.shape[:-2], None, x.shape[-1]), lambda i, h, j: (0,) * (x.ndim - 2) + (h, 0)
         )
 
-    kinds = {"queries": of_head, "keys": paged, "values": paged, "scales": paged, "bias": of_head}
+    kinds = {"queries": of_head, "keys": paged, "values": paged, "scales": paged}
     kinds |= {"key_tables": shared, "value_tables": shared, "layer": shared}
     in_specs = {
         name: jax.tree.map(kinds.get(name, of_sequence), value)
@@ -248,13 +229,11 @@ def run(
     inputs = jax.tree.map(jnp.asarray, inputs)
     outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plan=plan),
-        grid=(splits, kv_heads, batch),
+        triton.Launch((splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
         in_specs=(in_specs,),
         out_specs=out_specs,
         out_shape=out_shape,
         aliases=_aliases(inputs, out_shape),
-        warps=plan.warps,
-        stages=plan.stages,
         name="decode_attention",
     )(inputs)
     stored = (outputs.pop("keys"), outputs.pop("values")) if "keys" in outputs else None

@@ -138,7 +138,7 @@ def combine(
             rows=rows,
             gain=1.0 if rotation is None else rotation.gain,
         ),
-        grid=(-(-channels // rows), kv_heads, batch),
+        triton.Launch((-(-channels // rows), kv_heads, batch), warps=4, stages=1),
         in_specs=(in_specs,),
         out_specs={
             "out": triton.BlockSpec((None, None, heads, channels), lambda i, h, j: (j, h, 0, 0)),
@@ -148,8 +148,6 @@ def combine(
             "out": jax.ShapeDtypeStruct((batch, kv_heads, heads, channels), dtype),
             "lse": jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
         },
-        warps=4,
-        stages=1,
         name="decode_combine",
     )(inputs)
     return outputs["out"], outputs["lse"]

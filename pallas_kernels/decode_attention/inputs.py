@@ -1,13 +1,45 @@
-"""What decode attention takes beside blocks, and the check of its shapes."""
+"""What decode attention takes, and the check of its shapes."""
 
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.primitives.blocks import Blocks, check_pool
+from pallas_kernels.primitives.rotation import Rotation
 
 MAX_HEADS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedBlocks:
+    """The compressed tokens of some sequences, in the pages of a pool.
+
+    The channels of the `groups` follow each other. Sequence b has `lengths[b]` tokens; its block j
+    lies in the page that `page_table[b]` has in slot j modulo its slots. Slots of unseen blocks are
+    never used. With a `layer` the pool has the pages of so many `layers` one after another, and the
+    table counts within each.
+    """
+
+    groups: tuple[Blocks, ...]
+    page_table: Int[Array, "B max_pages"]
+    lengths: Int[Array, " B"]
+    layer: Int[Array, ""] | None = None
+    layers: int = dataclasses.field(default=1, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """score = scale * q.k, then soft_cap * tanh(score / soft_cap) if there is a cap.
+
+    `sink_logits`, of each query head, add exp(sink) to the denominator.
+    """
+
+    scale: float = dataclasses.field(metadata=dict(static=True))
+    soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
+    sink_logits: Float[Array, " N"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -24,11 +56,9 @@ class Sketch:
     norms: Float[Array, "pages K T"]
 
 
-def check(
-    q: jax.Array, groups: tuple[Blocks, ...], page_table: jax.Array, lengths: jax.Array
-) -> tuple[int, int]:
-    """(kv heads, tokens of a page), after the shapes were seen to fit."""
-    _, kv_heads, tokens = check_pool(groups)
+def check(q: jax.Array, blocks: PagedBlocks) -> int:
+    """The number of kv heads, after the shapes were seen to fit."""
+    _, kv_heads, _ = check_pool(blocks.groups)
     batch, heads, channels = q.shape
     if heads % kv_heads:
         raise ValueError(f"got {heads} query heads, expected a multiple of {kv_heads} kv heads")
@@ -36,11 +66,21 @@ def check(
         raise NotImplementedError(
             f"{heads // kv_heads} query heads per kv head: served are up to {MAX_HEADS}"
         )
-    if page_table.shape[0] != batch or lengths.shape != (batch,):
+    if blocks.page_table.shape[0] != batch or blocks.lengths.shape != (batch,):
         raise ValueError(
-            f"got page_table {page_table.shape} and lengths {lengths.shape}, expected {batch} rows"
+            f"got page_table {blocks.page_table.shape} and lengths {blocks.lengths.shape}, "
+            f"expected {batch} rows"
         )
-    total = sum(group.values[0].shape[2] for group in groups)
+    total = sum(group.values[0].shape[2] for group in blocks.groups)
     if total != channels:
         raise ValueError(f"got queries of {channels} channels, expected the groups' {total}")
-    return kv_heads, tokens
+    return kv_heads
+
+
+def check_rotation(rotation: Rotation, kv_heads: int, channels: int) -> None:
+    """Raises unless it is one of these channels, for all heads or for each."""
+    if rotation.parts.shape[1:] not in [(n, channels, channels) for n in (1, kv_heads)]:
+        raise ValueError(
+            f"got parts of a rotation {rotation.parts.shape}, expected "
+            f"[parts, 1 or {kv_heads}, {channels}, {channels}]"
+        )

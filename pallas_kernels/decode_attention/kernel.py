@@ -129,8 +129,7 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
     if "layer" in inputs:
         row = sequence + inputs["layer"][0] * plan.batch
     if "recent" not in inputs:
-        start = inputs["starts"][0] if "starts" in inputs else 0
-        attend_blocks(inputs, outputs, plan, split, row, (start, length))
+        attend_blocks(inputs, outputs, plan, split, row, (0, length))
         return
     recent = inputs["recent"]
     places = recent.places(length, recent.pending[0])
@@ -203,12 +202,8 @@ def attend_blocks(
         decoder.prepare(refs)
         for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
     ]
-    if "bias" in inputs:
-        head = jnp.arange(plan.columns)
-        state["bias"] = triton.load(inputs["bias"].at[head], mask=head < plan.heads, other=0.0)
     if "recent" in inputs and inputs["recent"].key_mean is not None:
-        mean = mean_score(inputs["recent"], row, plan.columns, plan.heads, plan.scale)
-        state["bias"] = state["bias"] + mean if "bias" in state else mean
+        state["mean"] = mean_score(inputs["recent"], row, plan.columns, plan.heads, plan.scale)
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)

@@ -107,9 +107,9 @@ def scores(
         unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
         terms.append((scaled, unit))
     zero = jnp.zeros_like(terms[0][0])
-    if len(terms) == 1 and "bias" not in state and plan.soft_cap is None:
+    if len(terms) == 1 and "mean" not in state and plan.soft_cap is None:
         return (*terms[0], zero)
-    total = zero if "bias" not in state else zero + state["bias"][None, :]
+    total = zero if "mean" not in state else zero + state["mean"][None, :]
     for scaled, unit in terms:
         total = triton.fma(scaled, unit, total)
     total = capped(total, plan.soft_cap)

@@ -83,13 +83,11 @@ def encode(
             source, constants, new, pool=pool, tokens=tokens, programs=programs
         ),
         # heads side by side: they lie together in memory
-        grid=(heads, programs),
+        triton.Launch((heads, programs), warps=4, stages=1),
         in_specs=specs,
         out_specs=jax.tree.map(planes, targets),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), targets),
         aliases={first + i: i for i in range(len(jax.tree.leaves(targets)))},
-        warps=4,
-        stages=1,
         name="encode",
     )(*inputs)  # fmt: skip
     replace = dataclasses.replace

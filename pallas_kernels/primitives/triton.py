@@ -46,15 +46,22 @@ def is_interpreted() -> bool:
     return _interpreter.value
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """The programs of a kernel: their grid, the warps of each, the stages of their loops' loads."""
+
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+
+
 def call(
     kernel: Callable[..., None],
+    launch: Launch,
     *,
-    grid: tuple[int, ...],
     in_specs: Any,
     out_specs: Any,
     out_shape: Any,
-    warps: int,
-    stages: int,
     name: str,
     aliases: dict[int, int] | None = None,
 ) -> Callable[..., Any]:
@@ -77,14 +84,16 @@ def call(
                 raise NotImplementedError(f"{name}: a new array {x.shape} of 2**31 to 2**32 bytes")
         result = pl.pallas_call(
             _through_inputs(kernel, len(operands), overwritten) if overwritten else kernel,
-            grid=grid,
+            grid=launch.grid,
             in_specs=jax.tree.unflatten(jax.tree.structure(in_specs), specs),
             out_specs=out_specs,
             out_shape=out_shape,
             interpret=interpret,
             input_output_aliases=aliases,
             name=name,
-            compiler_params=backend.CompilerParams(num_warps=warps, num_stages=stages),
+            compiler_params=backend.CompilerParams(
+                num_warps=launch.warps, num_stages=launch.stages
+            ),
         )(*operands)
         if not all(specs[i].asked for i in wide):
             raise NotImplementedError(f"{name}: jax {jax.__version__} asks for no block mapping")

@@ -30,12 +30,10 @@ def rotate(q: Float[Array, "B N H"], rotation: Rotation) -> Float[Array, "B N H"
     of_head = triton.BlockSpec((batch, None, *grouped.shape[2:]), lambda i, j, h: (0, h, 0, 0))
     turned = triton.call(
         functools.partial(rotate_kernel, gain=rotation.gain),
-        grid=(-(-channels // ROWS), -(-batch * grouped.shape[2] // VECTORS), matrices),
+        _launch(channels, batch * grouped.shape[2], matrices),
         in_specs=(of_head, jax.tree.map(_of_matrix, rotation)),
         out_specs=of_head,
         out_shape=jax.ShapeDtypeStruct(grouped.shape, jnp.float32),
-        warps=WARPS,
-        stages=1,
         name="rotate_queries",
     )(grouped, rotation)
     return turned.reshape(q.shape)
@@ -68,21 +66,25 @@ def rope_and_rotate(
     types = [qkv.dtype] * 3 + [jnp.float32]
     query, key, value, rotated = triton.call(
         functools.partial(rope_and_rotate_kernel, gain=rotation.gain),
-        grid=(-(-channels // ROWS), -(-batch * heads * group // VECTORS), matrices),
+        _launch(channels, batch * heads * group, matrices),
         in_specs=(
-            of_head(heads, group, channels), angles, angles, jax.tree.map(_of_matrix, rotation),
+            of_head(heads, group, channels), (angles, angles), jax.tree.map(_of_matrix, rotation),
         ),
         out_specs=[of_head(*shape) for shape in shapes],
         out_shape=[
             jax.ShapeDtypeStruct((batch, matrices, *shape), dtype)
             for shape, dtype in zip(shapes, types, strict=True)
         ],
-        warps=WARPS,
-        stages=1,
         name="rope_and_rotate",
-    )(qkv.reshape(batch, matrices, heads, group, channels), cos, sin, rotation)  # fmt: skip
+    )(qkv.reshape(batch, matrices, heads, group, channels), (cos, sin), rotation)  # fmt: skip
     queries, keys = (batch, -1, channels), (batch, kv_heads, channels)
     return query.reshape(queries), key.reshape(keys), value.reshape(keys), rotated.reshape(queries)
+
+
+def _launch(channels: int, vectors: int, matrices: int) -> triton.Launch:
+    """Programs (rows of the matrix, vectors, matrices)."""
+    grid = (-(-channels // ROWS), -(-vectors // VECTORS), matrices)
+    return triton.Launch(grid, warps=WARPS, stages=1)
 
 
 def _check_exact(what: str, x: jax.Array, rotation: Rotation) -> None:

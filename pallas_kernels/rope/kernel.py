@@ -35,10 +35,10 @@ def rotate_kernel(q: Any, rotation: Any, out: Any, *, gain: float) -> None:
 
 
 def rope_and_rotate_kernel(
-    qkv: Any, cos: Any, sin: Any, rotation: Any,
+    qkv: Any, angles: tuple[Any, Any], rotation: Any,
     query: Any, key: Any, value: Any, rotated: Any, *, gain: float,
 ) -> None:  # fmt: skip
-    """One program of the grid (rows of the matrix, vectors, matrices).
+    """One program of the grid (rows of the matrix, vectors, matrices); `angles`: cos and sin.
 
     Halves of vectors, which meet only in the sums of the product.
     """
@@ -59,8 +59,7 @@ def rope_and_rotate_kernel(
     raw = [load(pair), load(pair + half)]
     first, second = (x.astype(jnp.float32) for x in raw)
     c, s = (
-        triton.load(x.at[sequence[:, None], pair[None, :]], mask=mask, other=0.0)
-        for x in (cos, sin)
+        triton.load(x.at[sequence[:, None], pair[None, :]], mask=mask, other=0.0) for x in angles
     )
     turned = [first * c - second * s, second * c + first * s]
     turned = [x.astype(qkv.dtype) for x in turned]

@@ -22,11 +22,9 @@ def encode(rows: Float[Array, "d vectors"], levels: tuple[float, ...]) -> UInt8[
     whole = triton.BlockSpec(rows.shape, lambda i: (0, 0))
     return triton.call(
         functools.partial(encode_kernel, levels=levels),
-        grid=(-(-rows.shape[1] // LANES),),
+        triton.Launch((-(-rows.shape[1] // LANES),), warps=1, stages=1),
         in_specs=[whole],
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.uint8),
-        warps=1,
-        stages=1,
         name="trellis_encode",
     )(rows.astype(jnp.float32))

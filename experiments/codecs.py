@@ -194,14 +194,14 @@ Coder = Turbo | Sketched | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
 
 @partial(_compiled, static_argnames="short")
 def _through(codec, x: Float[Array, "B T K H"], short: bool) -> Float[Array, "B T K H"]:
-    layer = jnp.int32(0)
-    groups = codec.quantize(layer, x)
+    rows = jnp.arange(x.shape[2])
+    groups = codec.quantize(rows, x)
     if short:
         groups = tuple(
             (indices, lax.reduce_precision(scale.astype(jnp.float32), 5, 3))
             for indices, scale in groups
         )
-    return codec.unrotate(layer, codec.dequantize(groups))
+    return codec.unrotate(rows, codec.dequantize(groups))
 
 
 @_compiled

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from turboquant_jax import llama
-from turboquant_jax.segments import Scores, attend_exact
+from turboquant_jax.attention.segments import Scores, attend_exact
 
 
 class MissingDataError(Exception):
@@ -124,7 +124,8 @@ def _capture(model: llama.Llama, ids: Int[Array, "1 T"]) -> tuple[Array, Array, 
     config, length = model.config, ids.shape[1]
     visible = jnp.tril(jnp.ones((length, length), bool))[None, :, :]
 
-    def attend(state, layer, q, k, v):
+    def attend(state, layer, projection):
+        q, k, v = projection.heads()
         state = tuple(kept.at[layer].set(x[0]) for kept, x in zip(state, (q, k, v), strict=True))
         return attend_exact(q, k, v, visible, Scores())[0], state
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codebook import Code, Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
+from pallas_kernels.primitives.codebook import Code, Codebook, level_limits
 
 QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
 SM_SCALE = CHANNELS**-0.5
@@ -31,12 +31,12 @@ def random_blocks(
     rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
     planes = [
         tuple(
-            jax.random.bits(keys[4 * side + i], (pages, KV_HEADS, r, n * w // 8), jnp.uint8)
+            jax.random.bits(keys[4 * side + i], (KV_HEADS, pages, r, n * w // 8), jnp.uint8)
             for i, w in enumerate(books[side].widths)
         )
         for side, (r, n) in enumerate(rows)
     ]
-    scale = jax.random.uniform(keys[3], (2, pages, KV_HEADS, tokens), minval=0.5, maxval=1.5)
+    scale = jax.random.uniform(keys[3], (2, KV_HEADS, pages, tokens), minval=0.5, maxval=1.5)
     words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     return Blocks(
         keys=planes[0],
@@ -73,7 +73,7 @@ def definition(q: jax.Array, blocks: Blocks, table: jax.Array, lengths: jax.Arra
     k = unpack(blocks.keys, blocks.key_codebook, -1) * to_float(blocks.scales << 16)[..., None]
     v = unpack(blocks.values, blocks.value_codebook, -2).swapaxes(2, 3)
     v = v * to_float((blocks.scales >> 16) << 16)[..., None]
-    k, v = (x[table].swapaxes(1, 2).reshape(table.shape[0], KV_HEADS, -1, CHANNELS) for x in (k, v))
+    k, v = (x[:, table].swapaxes(0, 1).reshape(len(table), KV_HEADS, -1, CHANNELS) for x in (k, v))
     split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
     high = jax.lax.Precision.HIGHEST
     score = jnp.einsum("bkgh,bksh->bkgs", split, k, precision=high) * SM_SCALE

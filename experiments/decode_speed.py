@@ -36,9 +36,15 @@ from experiments.decode_blocks import (
 )
 from experiments.device_time import copy_bandwidth, device_time
 from experiments.results import write_table
-from pallas_kernels.codebook import Code
-from pallas_kernels.decode_attention import Blocks, Schedule, decode_attention
-from pallas_kernels.schedule import default_schedule
+from pallas_kernels.decode_attention import (
+    Blocks,
+    PagedBlocks,
+    Schedule,
+    Softmax,
+    decode_attention,
+    default_schedule,
+)
+from pallas_kernels.primitives.codebook import Code
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
@@ -85,7 +91,8 @@ def attend(
     schedule: Schedule | None = None,
 ) -> jax.Array:
     """The kernel's output."""
-    return decode_attention(q, (blocks,), table, lengths, sm_scale=SM_SCALE, schedule=schedule)[0]
+    held = PagedBlocks((blocks,), table, lengths)
+    return decode_attention(q, held, Softmax(SM_SCALE), schedule=schedule)[0]
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from experiments.device_time import copy_bandwidth, device_time
 from experiments.results import write_table
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, encoding
+from turboquant_jax.cache.compression import with_pools
 from turboquant_jax.cache.state import Exact
 
 KV_HEADS, CHANNELS, BLOCK = 8, 128, 64
@@ -86,7 +87,7 @@ def jobs(tokens: int) -> jax.Array:
 
 def by_kernel(state: cache.Cache, source: Exact) -> cache.Cache:
     """All blocks in one call."""
-    return encoding.encode(state, source, jobs(source.keys.shape[1]))
+    return encoding.encode_jobs(state, 0, source, jobs(source.keys.shape[1]))
 
 
 def by_definition(state: cache.Cache, source: Exact) -> cache.Cache:
@@ -95,18 +96,18 @@ def by_definition(state: cache.Cache, source: Exact) -> cache.Cache:
     if state.key_mean is not None:
         keys = keys - state.key_mean[0][:, None]
     shape = (source.keys.shape[1] // BLOCK, BLOCK, KV_HEADS, CHANNELS)
-    layer = jnp.int32(0)
+    rows, (codecs,) = jnp.arange(KV_HEADS), [part.codecs for part in state.parts]
     packed = blocks.pack(
-        state.codecs,
-        state.codecs[0].quantize(layer, keys.reshape(shape)),
-        state.codecs[1].quantize(layer, source.values.reshape(shape)),
+        codecs,
+        codecs[0].quantize(rows, keys.reshape(shape), "xla"),
+        codecs[1].quantize(rows, source.values.reshape(shape), "xla"),
     )
-    return dataclasses.replace(state, pool=jax.tree.map(lambda x: x[None], packed))
+    return with_pools(state, (jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), packed),))
 
 
 def apart(state: cache.Cache, other: cache.Cache) -> float:
     """Part of the codes that differ."""
-    found = [blocks.unpack(each.codecs, each.pool) for each in (state, other)]
+    found = [blocks.unpack(each.parts[0].codecs, each.parts[0].pool) for each in (state, other)]
     pairs = [(a[0], b[0]) for x, y in zip(*found, strict=True) for a, b in zip(x, y, strict=True)]
     return float(sum(jnp.mean(a != b) for a, b in pairs) / len(pairs))
 
@@ -213,7 +214,7 @@ def main() -> None:
 
 def blocks_bytes(state: cache.Cache) -> int:
     """Bytes of the packed blocks."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.pool))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.parts[0].pool))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 
 _QUERIES, _KEYS = 128, 64  # of a tile
 _LOG2E = 1.4426950408889634
@@ -25,7 +25,6 @@ def forced_attention(
     approximate_k: Float[Array, "B T K H"],
     approximate_v: Float[Array, "B T K H"],
     rule: Int[Array, " 3"],
-    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Outputs in float32.
 
@@ -34,7 +33,6 @@ def forced_attention(
       k, v: what is seen in full precision, in 16 or 32 bits.
       approximate_k, approximate_v: what is seen of the compressed tokens, in 16 or 32 bits.
       rule: window, sinks and block, in tokens.
-      interpret: run on any device, in Python.
 
     Raises:
       ValueError: texts that are no whole tiles of 128 queries.
@@ -55,8 +53,8 @@ def forced_attention(
         return triton.BlockSpec((None, None, *shape), lambda i, n, b: (b, n // per_head, 0, 0))
 
     out = triton.call(
-        partial(_kernel, interpret=interpret),
-        grid=(count // _QUERIES, heads, batch),
+        _kernel,
+        triton.Launch((count // _QUERIES, heads, batch), warps=8, stages=2),
         in_specs=[
             triton.BlockSpec((3,), lambda i, n, b: (0,)),
             of_queries(),
@@ -65,15 +63,12 @@ def forced_attention(
         ],
         out_specs=of_queries(),
         out_shape=jax.ShapeDtypeStruct(queries.shape, jnp.float32),
-        warps=8,
-        stages=2,
         name="forced_attention",
-        interpret=interpret,
     )(rule, queries, *keys, *values)
     return out.swapaxes(1, 2)
 
 
-def _kernel(rule, query, exact_k, near_k, exact_v, near_v, out, *, interpret: bool) -> None:
+def _kernel(rule, query, exact_k, near_k, exact_v, near_v, out) -> None:
     window, sinks, block = (rule[i] for i in range(3))
     first = triton.program_id(0) * _QUERIES
     row = first + lax.broadcasted_iota(jnp.int32, (_QUERIES, 1), 0)
@@ -83,27 +78,26 @@ def _kernel(rule, query, exact_k, near_k, exact_v, near_v, out, *, interpret: bo
         return sinks + jnp.maximum(position - sinks - window, 0) // block * block
 
     q, end = query[...], edge(row)
-    dot = partial(_dot, interpret=interpret)
 
     def turn(i, carry, whole: bool):
         out, top, total = carry
         at = lax.mul(i, jnp.int32(_KEYS))
         key, value = (_keys(near_k, at), _values(near_v, at))
-        scores = dot(q, key)
+        scores = _dot(q, key)
         if not whole:
             position = at + column
             held = (position >= sinks) & (position < end)
-            exact = jnp.where(position <= row, dot(q, _keys(exact_k, at)), -jnp.inf)
+            exact = jnp.where(position <= row, _dot(q, _keys(exact_k, at)), -jnp.inf)
             scores = jnp.where(held, scores, exact)
         highest = jnp.maximum(top, jnp.max(scores, axis=1))
-        weight = triton.exp2(scores - highest[:, None], interpret)
-        fade = triton.exp2(top - highest, interpret)
+        weight = triton.exp2(scores - highest[:, None])
+        fade = triton.exp2(top - highest)
         out = out * fade[:, None]
         if whole:
-            out += dot(weight, value)
+            out += _dot(weight, value)
         else:
-            out += dot(jnp.where(held, weight, 0.0), value)
-            out += dot(jnp.where(held, 0.0, weight), _values(exact_v, at))
+            out += _dot(jnp.where(held, weight, 0.0), value)
+            out += _dot(jnp.where(held, 0.0, weight), _values(exact_v, at))
         return out, highest, total * fade + jnp.sum(weight, axis=1)
 
     # the sinks' tiles, those that every query of this tile sees compressed, and the rest
@@ -130,13 +124,13 @@ def _values(ref, at):
     return triton.load(ref.at[:, triton.ds(at, _KEYS)]).astype(jnp.float32)
 
 
-def _dot(a, b, interpret: bool):
+def _dot(a, b):
     """[M, C] times [N, C] transposed; a CPU has no TensorFloat-32."""
     rough = lax.DotAlgorithmPreset.TF32_TF32_F32
     return lax.dot_general(
         a,
         b,
         (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if interpret else rough,
+        precision=lax.Precision.HIGHEST if triton.is_interpreted() else rough,
         preferred_element_type=jnp.float32,
     )

@@ -20,10 +20,11 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
 from experiments.forced_attention import forced_attention
+from turboquant_jax.attention.projection import apply_rope
+from turboquant_jax.attention.segments import Scores, attend_exact, merge
 from turboquant_jax.llama.evaluate import Comparison, compare
 from turboquant_jax.llama.model import Layer, Llama, rms_norm, unstack
-from turboquant_jax.llama.rope import apply_rope, rotation_angles
-from turboquant_jax.segments import Scores, attend_exact, merge
+from turboquant_jax.llama.rope import rotation_angles
 
 Trip = Callable[[Float[Array, "B T K H"]], Float[Array, "B T K H"]]
 """Keys (centred), or values, of a layer through compression and back, float32."""
@@ -191,7 +192,8 @@ def _embed(model, tokens):
     return model.embedding[...][tokens]
 
 
-def _no_attention(state, index, q, k, v):
+def _no_attention(state, index, projection):
+    q, k, v = projection.heads()
     return jnp.zeros_like(q), (q, k, v)
 
 
@@ -203,7 +205,7 @@ def _project(layer, hidden, angles, dtype):
 
 @jax.jit
 def _finish(layer, hidden, angles, out):
-    def attend(state, index, q, k, v):
+    def attend(state, index, projection):
         return out, state
 
     return layer(hidden, *angles, jnp.int32(0), (), attend)[0]

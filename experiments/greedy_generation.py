@@ -9,9 +9,9 @@ import numpy as np
 
 from experiments.experiment import Row
 from turboquant_jax import cache
-from turboquant_jax.attention import Implementation
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.demo import default_text
+from turboquant_jax.implementation import Implementation
 from turboquant_jax.llama import Checkpoint, load
 from turboquant_jax.llama.generate import decode, prefill
 from turboquant_jax.llama.past import compressed

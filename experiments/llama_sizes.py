@@ -3,7 +3,7 @@
 import re
 
 from turboquant_jax.cache import CacheConfig
-from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
+from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.plan import tokens_that_fit
 
 _BESIDE = 2**21  # bytes that a sequence takes beside its past: logits, and what makes them

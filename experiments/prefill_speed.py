@@ -93,7 +93,7 @@ def compressed(
         return cache.commit(state), out[0, -1, 0, 0]
 
     nothing = jnp.zeros(1, jnp.int32)
-    state = dataclasses.replace(state, lengths=nothing, overflow=nothing > 0)
+    state = state.with_table(lengths=nothing, overflow=nothing > 0)
     state, outs = lax.scan(step, state, jnp.arange(0, q.shape[1], chunk))
     return state, outs.astype(jnp.float32).sum()
 

@@ -18,7 +18,7 @@ from experiments.codecs import (
 )
 from experiments.forcing import Rule, Trips
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
+from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.llama import LlamaConfig
 from turboquant_jax.quantizer import Code
 

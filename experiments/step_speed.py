@@ -31,9 +31,12 @@ from jax import lax
 
 from experiments.device_time import device_time
 from experiments.results import write_table
-from pallas_kernels.decode_attention import decode_attention
-from turboquant_jax import attention, cache, fused
+from pallas_kernels.decode_attention import PagedBlocks, Softmax, decode_attention
+from turboquant_jax import attention, cache
+from turboquant_jax.attention import triton
 from turboquant_jax.cache import Cache, CacheConfig, CodecConfig
+from turboquant_jax.cache.blocks import Blocks
+from turboquant_jax.cache.compression import with_pools
 
 SHAPES = ((8, 32768), (32, 4096))
 BITS = (4, 3, 2)
@@ -62,21 +65,18 @@ def filled(bits: int, batch: int, tokens: int, layers: int = LAYERS) -> Cache:
     @jax.jit
     def make() -> Cache:
         state = cache.create(config, batch, tokens + STEPS, key=jax.random.key(0))
+        (part,) = state.parts
         codes = jax.tree.map(
             lambda x: jax.random.bits(next(keys), x.shape, x.dtype),
-            (state.pool.keys, state.pool.values),
+            (part.pool.keys, part.pool.values),
         )
-        scales = jax.tree.map(lambda x: jnp.full_like(x, 0x3F803F80), state.pool.scales)  # 1.0
+        scales = jax.tree.map(lambda x: jnp.full_like(x, 0x3F803F80), part.pool.scales)  # 1.0
         window = jax.tree.map(
             lambda x: jax.random.normal(next(keys), x.shape, x.dtype), (state.sinks, state.window)
         )
-        return dataclasses.replace(
-            state,
-            pool=dataclasses.replace(state.pool, keys=codes[0], values=codes[1], scales=scales),
-            sinks=window[0],
-            window=window[1],
-            lengths=lengths_of(batch, tokens),
-        )
+        state = dataclasses.replace(state, sinks=window[0], window=window[1])
+        state = with_pools(state, (Blocks(codes[0], codes[1], scales),))
+        return state.with_lengths(lengths_of(batch, tokens))
 
     return make()
 
@@ -117,8 +117,13 @@ def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Arra
     def blocks(state: Cache, layer: jax.Array, q: jax.Array, new: tuple) -> tuple:
         del new
         out, *_ = decode_attention(
-            q[:, 0], fused.groups_of(state), state.page_table, tokens, sm_scale=CHANNELS**-0.5,
-            layer=layer, layers=LAYERS, dtype=q.dtype,
+            q[:, 0],
+            PagedBlocks(
+                triton.groups_of(state.parts[0]), state.table.page_table, tokens,
+                layer * KV_HEADS, KV_HEADS,
+            ),
+            Softmax(CHANNELS**-0.5),
+            dtype=q.dtype,
         )  # fmt: skip
         return state, out[:, None]
 
@@ -145,7 +150,7 @@ def model_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array
 
 def layer_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array]:
     """All layers of one token; the tokens are pending, and never counted."""
-    state = dataclasses.replace(state, pending=jnp.ones_like(state.lengths))
+    state = state.with_table(pending=jnp.ones_like(state.lengths))
     return over_layers(attend_and_write)(state, q, new)
 
 
@@ -160,7 +165,7 @@ PARTS = {
 def loop(step: Callable, tokens: int, state: Cache, q: jax.Array, new: tuple) -> tuple:
     """STEPS steps from the same lengths on."""
     lengths = lengths_of(q.shape[0], tokens)
-    state = dataclasses.replace(state, lengths=lengths, pending=jnp.zeros_like(lengths))
+    state = state.with_table(lengths=lengths, pending=jnp.zeros_like(lengths))
     return lax.fori_loop(0, STEPS, lambda _, carry: step(*carry, new), (state, q))
 
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import schedule
+from pallas_kernels.decode_attention import schedule
+from pallas_kernels.primitives import triton
 from tests.design import SETTINGS, config_of
 from tests.layout import QUICK, decoded, random_parts
 from turboquant_jax import cache
-from turboquant_jax.attention import attend, attend_pallas
-from turboquant_jax.segments import Scores
+from turboquant_jax.attention import Scores, attend, attend_and_write
+from turboquant_jax.cache.layout import block_slots
 
 BATCH, CAPACITY, COUNT, LAYER = 3, 300, 3, 1
 LARGE = 60.0  # of the first query head: logits far above 88, where exp overflows
@@ -47,7 +48,7 @@ def create(name):
         every = np.tile(np.arange(config.head_dim, dtype=np.int32), (2, 2, 1))
         options = {f"{side}_order": rng.permuted(every, axis=-1) for side in ("key", "value")}
     if setting["paged"]:
-        options["num_pages"] = BATCH * cache.state.block_slots(config, CAPACITY) + 3
+        options["num_pages"] = BATCH * block_slots(config, CAPACITY) + 3
     make = lambda: cache.create(config, BATCH, CAPACITY, key=jax.random.key(2), **options)  # noqa: E731
     return jax.jit(make, compiler_options=QUICK)()
 
@@ -85,14 +86,12 @@ class Case:
         empty = create(name)
         self.config = config = empty.config
         lengths = [0, 57, CAPACITY - COUNT] if setting["ragged"] else [CAPACITY - 9] * BATCH
-        slots, pages = empty.page_table.shape[1], empty.references.shape[0]
+        slots, pages = empty.table.page_table.shape[1], empty.table.references.shape[0]
         table = rng.permutation(pages)[: BATCH * slots].reshape(BATCH, slots)
         if setting["paged"]:  # what no sequence has filled has no page
             held = config.num_blocks(np.asarray(lengths))[:, None]
             table = np.where(np.arange(slots)[None] < held, table, -1)
-        self.state = replace(
-            empty,
-            **random_parts(empty, rng),
+        self.state = replace(empty, **random_parts(empty, rng)).with_table(
             page_table=jnp.asarray(table, jnp.int32),
             lengths=jnp.asarray(lengths, jnp.int32),
             pending=jnp.asarray([1, 1, 0], jnp.int32),
@@ -137,7 +136,7 @@ class Case:
 
     def splits(self):
         """Programs that share the blocks of a sequence."""
-        slots, block = self.state.page_table.shape[1], self.config.block
+        slots, block = self.state.table.page_table.shape[1], self.config.block
         return slots * block // schedule.TILE_TOKENS // schedule.MIN_TILES
 
     def definition(self):
@@ -157,13 +156,13 @@ class Case:
 
         @partial(jax.jit, compiler_options=QUICK)
         def run(state, *new):
-            layer = jnp.int32(LAYER)
-            out, written = attend_pallas(
-                state, layer, *new, self.scores, self.sinks, write=True, interpret=True
-            )
-            return out, written, cache.write(state, layer, *new[1:])
+            options = dict(scores=self.scores, sink_logits=self.sinks)
+            out, written = attend_and_write(state, LAYER, *new, **options, implementation="pallas")
+            return out, written, cache.write(state, LAYER, *new[1:], implementation="xla")
 
-        out, *caches = run(self.state, *(jnp.asarray(x[:, :1]) for x in (self.q, self.k, self.v)))
+        with triton.interpreted():
+            new = (jnp.asarray(x[:, :1]) for x in (self.q, self.k, self.v))
+            out, *caches = run(self.state, *new)
         return np.asarray(out), *caches
 
 

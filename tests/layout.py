@@ -1,5 +1,7 @@
 """A cache decoded by its documented layout, with nothing of the library but the levels."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +31,11 @@ def random_parts(state, rng):
             return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
         return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
 
-    names = ("pool", "sinks", "window", "key_mean")
-    return {name: jax.tree.map(filled, getattr(state, name)) for name in names}
+    names = ("sinks", "window", "key_mean")
+    parts = [replace(part, pool=jax.tree.map(filled, part.pool)) for part in state.parts]
+    return {name: jax.tree.map(filled, getattr(state, name)) for name in names} | {
+        "parts": tuple(parts)
+    }
 
 
 def unpack(planes, bits, count):
@@ -74,15 +79,33 @@ def widths(group):
     return digits if group.code == "scalar" else [*digits, 1]
 
 
+def row_of_head(state, layer, head):
+    """(part, row) of a head: the rows of a part are its layers' heads, one after another."""
+    places = [
+        own * state.config.num_kv_heads if len(own) == 1 else own for own in state.config.places
+    ]
+    part = places[layer][head]
+    before = [p for own in places[:layer] for p in own] + list(places[layer][:head])
+    return state.parts[part], before.count(part)
+
+
 def decoded_page(state, layer, page, values):
     """Keys, or values, of a page: [K, T, H] in the natural order of channels, not rotated."""
-    codec, block = state.codecs[int(values)], state.config.block
+    heads = range(state.config.num_kv_heads)
+    return np.stack(
+        [decoded_row(state, *row_of_head(state, layer, head), page, values) for head in heads]
+    )
+
+
+def decoded_row(state, part, row, page, values):
+    """Keys, or values, of a page of one head: [T, H]."""
+    codec, block = part.codecs[int(values)], state.config.block
     parts = []
     for g, group in enumerate(codec.groups):
-        planes = [p[layer, page] for p in (state.pool.values if values else state.pool.keys)[g]]
+        planes = [p[row, page] for p in (part.pool.values if values else part.pool.keys)[g]]
         index = unpack(planes, widths(group), block if values else group.dim)
         index = np.swapaxes(index, -1, -2) if values else index
-        word = np.asarray(state.pool.scales[g][layer, page]).astype(np.uint32)
+        word = np.asarray(part.pool.scales[g][row, page]).astype(np.uint32)
         half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
         scale = half.view(jnp.bfloat16).astype(np.float64)
         parts.append(scale[..., None] * (levels_of(group, index) @ matrix(group.rotation)))
@@ -90,16 +113,14 @@ def decoded_page(state, layer, page, values):
     if codec.order is None:
         return ordered
     natural = np.empty_like(ordered)
-    order = np.asarray(codec.order[layer])
-    for head in range(order.shape[0]):
-        natural[head][:, order[head]] = ordered[head]
+    natural[:, np.asarray(codec.order[row])] = ordered
     return natural
 
 
 def decoded(state, layer, row):
     """Position -> (key, value), each [K, H], of everything the cache holds of a sequence."""
     config, length = state.config, int(state.lengths[row])
-    slots = state.page_table.shape[1]
+    slots = state.table.page_table.shape[1]
     count = max(0, length - config.sinks - config.window) // config.block
     tokens, edge = {}, config.sinks + count * config.block
     ring = state.window.keys.shape[2]
@@ -112,7 +133,7 @@ def decoded(state, layer, row):
             continue
         tokens[p] = [np.asarray(x[layer, row, slot], np.float64) for x in jax.tree.leaves(segment)]
     for block in range(max(0, count - slots), count):
-        page = int(state.page_table[row, block % slots])
+        page = int(state.table.page_table[row, block % slots])
         key, value = (decoded_page(state, layer, page, values) for values in (False, True))
         if state.key_mean is not None:
             key = key + np.asarray(state.key_mean[layer, row], np.float64)[:, None]

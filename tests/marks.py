@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from pallas_kernels.triton import DEPRECATION
+from pallas_kernels.primitives.triton import DEPRECATION
 
 GPU = [
     pytest.mark.gpu,

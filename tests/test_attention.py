@@ -23,8 +23,7 @@ from tests.layout import (
     random_tokens,
 )
 from turboquant_jax import cache
-from turboquant_jax.attention import attend
-from turboquant_jax.segments import Scores
+from turboquant_jax.attention import Scores, attend
 
 ALL_BITS = tuple((8, bits) for bits in range(1, 9))
 PLAIN = dict(head_dim=16, key=CODEC(4), value=CODEC(2))
@@ -47,13 +46,11 @@ def random_cache(config, rng):
     options = dict(key_order=orders[0], value_order=orders[1]) if mixed else {}
     state = empty_cache(config, BATCH, **options)
 
-    table = rng.permutation(state.page_table.size).astype(np.int32)
+    slots = state.table.page_table.shape[1]
+    table = rng.permutation(BATCH * slots).astype(np.int32).reshape(BATCH, slots)
     lengths = np.array([0, 1, CAPACITY - 3, rng.integers(20, CAPACITY - 3)], np.int32)
-    return replace(
-        state,
-        **random_parts(state, rng),
-        page_table=jnp.asarray(table.reshape(state.page_table.shape)),
-        lengths=jnp.asarray(lengths),
+    return replace(state, **random_parts(state, rng)).with_table(
+        page_table=jnp.asarray(table), lengths=jnp.asarray(lengths)
     )
 
 
@@ -87,7 +84,7 @@ def test_a_chunk_still_sees_the_ring_blocks_that_its_fork_replaces():
         **SMALL | dict(head_dim=16, key=CODEC(4), value=CODEC(4), sliding_window=40, window=2)
     )
     state = random_cache(config, np.random.default_rng(4))
-    state = replace(state, lengths=jnp.asarray([50, 0, 0, 0], jnp.int32))
+    state = state.with_lengths(jnp.asarray([50, 0, 0, 0], jnp.int32))
     q, k, v = random_tokens(config, 16, 4)
     four = jnp.zeros(4, jnp.int32)  # the same chunk for every row
 
@@ -96,10 +93,10 @@ def test_a_chunk_still_sees_the_ring_blocks_that_its_fork_replaces():
         begun = cache.begin(state, counts, 16)
         return begun, attend(begun, 1, q[four], k[1][four], v[1][four])
 
-    owned = replace(state, references=jnp.ones_like(state.references))
+    owned = state.with_table(references=jnp.ones_like(state.table.references))
     _, alone = run(owned, jnp.asarray([16, 0, 0, 0]))
     begun, out = run(cache.fork(owned, 0, 1), jnp.asarray([16, 16, 0, 0]))
-    assert not np.array_equal(begun.pending_pages[0], begun.pending_pages[1])
+    assert not np.array_equal(*begun.table.pending_pages[:2])
     np.testing.assert_array_equal(out[0], alone[0])
     np.testing.assert_array_equal(out[1], alone[0])
 
@@ -115,15 +112,15 @@ def test_what_other_sequences_left_behind_poisons_nobody():
     state, qkv = random_step(config, np.random.default_rng(8))
     empty = state.lengths == 0
     assert empty.tolist() == [True, False, False, False]
-    table = jnp.where(empty[:, None], -1, state.page_table)  # row 0 was freed
-    clean = replace(state, page_table=table)
-    pages = np.asarray(state.page_table[0])
-    nan = jnp.uint32(0x7FC07FC0)
+    table = state.table.page_table
+    clean = state.with_table(page_table=jnp.where(empty[:, None], -1, table))  # row 0 was freed
+    (part,), pages, nan = state.parts, np.asarray(table[0]), jnp.uint32(0x7FC07FC0)
+    scales = tuple(x.at[:, pages].set(nan) for x in part.pool.scales)
     bad = replace(
         clean,
         window=jax.tree.map(lambda x: x.at[:, 0].set(jnp.nan), clean.window),
         sinks=jax.tree.map(lambda x: x.at[:, 0].set(jnp.nan), clean.sinks),
-        pool=replace(clean.pool, scales=tuple(x.at[:, pages].set(nan) for x in state.pool.scales)),
+        parts=(replace(part, pool=replace(part.pool, scales=scales)),),
     )
     one, other = attend_one(clean, 0, *qkv), attend_one(bad, 0, *qkv)
     assert np.isfinite(one).all()
@@ -135,11 +132,11 @@ def test_permuted_pages_hold_the_same_blocks():
     rng = np.random.default_rng(8)
     state, qkv = random_step(config, rng)
     for _ in range(5):
-        move = rng.permutation(state.references.shape[0]).astype(np.int32)
-        moved = replace(
-            state,
-            page_table=jnp.asarray(move)[state.page_table],
-            pool=jax.tree.map(lambda x, move=move: x.at[:, move].set(x), state.pool),
+        move = rng.permutation(state.table.references.shape[0]).astype(np.int32)
+        (part,) = state.parts
+        pool = jax.tree.map(lambda x, move=move: x.at[:, move].set(x), part.pool)
+        moved = replace(state, parts=(replace(part, pool=pool),)).with_table(
+            page_table=jnp.asarray(move)[state.table.page_table]
         )
         one, other = attend_one(state, 0, *qkv), attend_one(moved, 0, *qkv)
         np.testing.assert_array_equal(one, other)
@@ -149,16 +146,21 @@ def test_shapes_that_do_not_fit_are_refused():
     config = cache.CacheConfig(**SMALL | dict(head_dim=16))
     state = jax.eval_shape(lambda: cache.create(config, 2, 40, key=jax.random.key(0)))
 
-    def call(q, k, **options):
-        q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q, k, (2, 1, 2, 16)))
-        jax.eval_shape(partial(attend, **options), state, 0, q, k, v)
+    def call(*arrays, **options):
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in arrays)
+        jax.eval_shape(partial(attend, **options), state, 0, *arrays)
 
-    for q, k, says in [
-        ((2, 1, 3, 16), (2, 1, 2, 16), "multiple of 2"),
-        ((1, 1, 4, 16), (2, 1, 2, 16), r"queries must be \(2, T, N, 16\)"),
-        ((2, 1, 4, 16), (2, 1, 2, 8), "keys and values must be"),
+    fits = (2, 1, 2, 16)
+    for *arrays, says in [
+        ((2, 1, 3, 16), fits, fits, "expected .B, T, N, 16. with N a multiple of 2"),
+        ((2, 1, 4, 8), fits, fits, r"queries: got \(2, 1, 4, 8\)"),
+        (*[(1, 1, 2, 16)] * 3, "queries: got 1 sequences, expected the cache's 2"),
+        ((1, 1, 4, 16), fits, fits, r"keys and values: .*, expected \(1, 1, 2, 16\)"),
+        ((2, 1, 4, 16), (2, 1, 2, 8), fits, r"got \(2, 1, 2, 8\) and"),
+        ((2, 1, 4, 16), fits, (2, 1, 1, 16), r"and \(2, 1, 1, 16\), expected \(2, 1, 2, 16\)"),
     ]:
         with pytest.raises(ValueError, match=says):
-            call(q, k)
-    with pytest.raises(ValueError, match="'xla', 'pallas', 'cudnn' or None, got 'cuda'"):
-        call((2, 1, 4, 16), (2, 1, 2, 16), implementation="cuda")
+            call(*arrays)
+    names = "'xla', 'pallas', 'cudnn' or None"
+    with pytest.raises(ValueError, match=f"implementation: got 'cuda', expected {names}"):
+        call((2, 1, 4, 16), fits, fits, implementation="cuda")

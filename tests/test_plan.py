@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from turboquant_jax import cache, cli, plan
-from turboquant_jax.cache.accounting import planned_bytes
+from turboquant_jax.cache.bytes import planned_bytes
 from turboquant_jax.llama.checkpoint import packaged_smollm2
 from turboquant_jax.llama.config import parameter_count
 from turboquant_jax.llama.presets import PRESETS
@@ -129,8 +129,8 @@ def test_fewer_weight_bits_leave_room():
         (["--model", "{}/list"], "list/config.json: got a list, expected a JSON object"),
         (["--model", "{}/foreign.gguf"], "foreign.gguf: got magic"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
-        (["--bits", "9"], "between 1 and 8, got 9"),
-        (["--window", "-1"], "window must be at least 0"),
+        (["--bits", "9"], "key.bits: got 9, expected between 1 and 8"),
+        (["--window", "-1"], "window: got -1, expected at least 0"),
         (["--weight-bits", "0"], "weight bits must be above 0"),
         (["--weight-bits", "nan"], "weight bits must be above 0"),
         (["--json", "{}/no/where.json"], "no such folder"),

@@ -1,7 +1,5 @@
 """Attention of a chunk by tiles, on any vendor's attention, is the definition's in 16 bits."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,9 @@ import pytest
 
 from tests.marks import GPU
 from tests.test_fused import SHAPE, random_cache
-from turboquant_jax import cache, prefill
-from turboquant_jax.attention import attend, attend_and_write
-from turboquant_jax.segments import Scores
+from turboquant_jax import cache
+from turboquant_jax.attention import Scores, attend, attend_and_write, cudnn
+from turboquant_jax.cache.state import rows_of
 
 CODEC = cache.CodecConfig
 SETTINGS = {
@@ -43,26 +41,26 @@ RAGGED, LONG = ((0, 3, 399), 10**6), ((399, 300, 331), 1)
         *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),
     ],
 )
-def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, past):
-    lengths, rows = past
+def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, past, monkeypatch):
     config = cache.CacheConfig(**SHAPE | SETTINGS[name])
-    state = random_cache(config, np.random.default_rng(6))
+    lengths, rows = past
+    for constant, value in (("VENDOR", vendor), ("TILE", 2 * config.block), ("ROWS", rows)):
+        monkeypatch.setattr(cudnn, constant, value)
+    state = random_cache(config, np.random.default_rng(7))
     scores = Scores(scale=0.2)
     sinks = jnp.asarray(np.linspace(-1, 1, 2 * config.num_kv_heads), jnp.float32)
 
     @jax.jit
     def both(state, q, k, v):
-        layer = jnp.int32(1)
         with jax.default_matmul_precision("highest"):
-            want = attend(
-                state, layer, q, k, v, scores=scores, sink_logits=sinks, implementation="xla"
-            )
-        return want, prefill.attend(
-            state, layer, q, k, v, scores, sinks, vendor=vendor, tile=2 * config.block, rows=rows
+            want = attend(state, 1, q, k, v, scores=scores, sink_logits=sinks, implementation="xla")
+        decode_by = "pallas" if vendor == "cudnn" else "xla"
+        return want, cudnn.attend(
+            state, rows_of(state, 1), q, k, v, scores, sinks, decode_by=decode_by
         )
 
     for past in (lengths, (0, 0, 0)):  # later chunks, and a first one
-        state = replace(state, lengths=jnp.asarray(past, jnp.int32))
+        state = state.with_lengths(jnp.asarray(past, jnp.int32))
         with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes
             want, got = both(state, *chunk(config, 16, jnp.bfloat16))
         want, got = (np.asarray(x, np.float32) for x in (want, got))

@@ -8,12 +8,16 @@ import pytest
 from tests.layout import CAPACITY, CODEC, QUICK, SMALL, decoded, empty_cache, random_tokens
 from turboquant_jax import cache
 from turboquant_jax.attention import attend
-from turboquant_jax.teacher_forcing import teacher_forced
+from turboquant_jax.attention.teacher_forcing import teacher_forced
+
+CHANGES = {
+    "global": {},
+    "local": dict(sliding_window=24, window=4, sinks=0),
+    "heads of several bits": dict(allocation=cache.Allocation((7, (6, 7)), (8, (7, 8)))),
+}
 
 
-@pytest.mark.parametrize(
-    "change", [{}, dict(sliding_window=24, window=4, sinks=0)], ids=["global", "local"]
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_decoding_gives_what_teacher_forcing_gives(change):
     """And what was appended can be decoded: layout, rotation and mean belong to the same token."""
     config = cache.CacheConfig(**SMALL | dict(head_dim=32, key=CODEC(6), value=CODEC(7)) | change)
@@ -28,8 +32,8 @@ def test_decoding_gives_what_teacher_forcing_gives(change):
     tokens = (jnp.moveaxis(q, 1, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0))
     run = jax.jit(lambda state: jax.lax.scan(step, state, tokens), compiler_options=QUICK)
     final, out = run(state)
-    force = jax.jit(teacher_forced, static_argnums=0, compiler_options=QUICK)
-    forced = force(config, state.codecs, 1, q, k[1], v[1])
+    force = jax.jit(teacher_forced, static_argnums=1, compiler_options=QUICK)
+    forced = force(state, 1, q, k[1], v[1])
     np.testing.assert_allclose(np.moveaxis(out, 0, 1), forced, rtol=0, atol=1e-5)
     for row in range(2):
         found = decoded(final, 1, row)

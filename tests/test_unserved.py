@@ -1,5 +1,6 @@
 """Every reason why a kernel does not serve a call, on a device that would."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -8,14 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turboquant_jax import cache, fused, prefill
-from turboquant_jax.cache import encoding
-from turboquant_jax.segments import PLAIN, Scores
+from turboquant_jax import cache
+from turboquant_jax.cache.choose import (
+    Attention,
+    Compression,
+    choose_attention,
+    choose_compression,
+)
 
 CODEC = cache.CodecConfig
 SERVED = dict(num_layers=2, num_kv_heads=2, head_dim=32, block=32, window=5, sinks=2)
 GROUPS = CODEC(((16, 4), (16, 3)))
 ORDER = np.tile(np.arange(32, dtype=np.int32), (2, 2, 1))
+LAYERS = cache.Allocation((4, 3), (3, 4))
+HEADS = cache.Allocation((4, (4, 3)), (3, 3))
+OF_HEADS = "heads of one layer in several formats"
 
 
 def shapes(change, **options):
@@ -28,8 +36,9 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-def says(found, words):
-    assert found is None if words is None else found is not None and words in found, found
+def refused(words):
+    """With these words; None: it is not."""
+    return nullcontext() if words is None else pytest.raises(NotImplementedError, match=words)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +47,11 @@ def says(found, words):
         (1, {}, None),
         (1, dict(dtype="float32"), None),
         (1, dict(key=GROUPS, value=GROUPS), None),
-        (2, {}, "2 query tokens per sequence, served is 1"),
+        (1, dict(allocation=LAYERS), None),
+        (2, {}, "'pallas' got 2 query tokens per sequence, served is 1"),
         (1, dict(dtype="float8_e4m3fn"), "a full precision of float8_e4m3fn"),
         (1, dict(window=100), "a cache without blocks"),
+        (1, dict(allocation=HEADS), OF_HEADS),
         (1, dict(key=GROUPS), "different groups of channels"),
         (
             1,
@@ -49,31 +60,39 @@ def says(found, words):
         ),
         (1, dict(key=CODEC(codebook="lloyd_max")), "a codebook off the kernel's grid"),
         (1, dict(value=CODEC(codebook="gaussian")), "a codebook off the kernel's grid"),
+        (
+            1,
+            dict(key=CODEC(codebook="gaussian"), allocation=LAYERS),
+            "a codebook off the kernel's grid",
+        ),
     ],
 )
 def test_decoding(queries, change, words, on_gpu):
-    says(fused.unserved(shapes(change), queries), words)
+    with refused(words):
+        chosen = choose_attention(shapes(change), queries, None, "pallas")
+        assert chosen.attend == chosen.pages == "pallas"
 
 
 @pytest.mark.parametrize(
-    ("queries", "change", "scores", "words"),
+    ("queries", "change", "softcap", "words"),
     [
-        (4, {}, PLAIN, None),
-        (4, dict(head_dim=128, dtype="float16"), Scores(scale=1.0), None),
-        (1, {}, PLAIN, "one query token per sequence"),
-        (4, dict(dtype="float32"), PLAIN, "a full precision of float32"),
-        (4, dict(head_dim=20, key=CODEC(rotation="haar")), PLAIN, "a head dim of 20"),
-        (4, dict(head_dim=256), PLAIN, "a head dim of 256"),
-        (4, {}, Scores(softcap=5.0), "a soft cap"),
-        (4, dict(sliding_window=40), PLAIN, "a sliding window"),
+        (4, {}, None, None),
+        (4, dict(head_dim=128, dtype="float16"), None, None),
+        (4, dict(allocation=LAYERS), None, None),
+        (1, {}, None, "'cudnn' got one query token per sequence"),
+        (4, dict(dtype="float32"), None, "a full precision of float32"),
+        (4, dict(head_dim=20, key=CODEC(rotation="haar")), None, "a head dim of 20"),
+        (4, dict(head_dim=256), None, "a head dim of 256"),
+        (4, {}, 5.0, "a soft cap"),
+        (4, dict(sliding_window=40), None, "a sliding window"),
+        (4, dict(allocation=HEADS), None, OF_HEADS),
     ],
 )
-def test_a_chunk(queries, change, scores, words, on_gpu):
+def test_a_chunk(queries, change, softcap, words, on_gpu):
     if change.get("head_dim") == 20:
         change = change | dict(value=CODEC(rotation="haar"))
-    state = shapes(change)
-    q = jax.ShapeDtypeStruct((1, queries, 4, state.config.head_dim), jnp.bfloat16)
-    says(prefill.unserved(state, q, scores), words)
+    with refused(words):
+        assert choose_attention(shapes(change), queries, softcap, "cudnn").attend == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -81,34 +100,64 @@ def test_a_chunk(queries, change, scores, words, on_gpu):
     [
         ({}, (), None),
         (dict(key=GROUPS), (), None),
-        (dict(block=8), (), "blocks of 8 tokens"),
+        (dict(allocation=LAYERS), (), None),
+        (dict(block=8), (), "'pallas' got blocks of 8 tokens"),
         ({}, ("key_order",), "channels in an order of their own"),
         ({}, ("value_order",), "channels in an order of their own"),
         (dict(value=CODEC(2, code="trellis")), (), "a trellis code"),
+        (dict(value=CODEC(code="trellis"), allocation=LAYERS), (), "a trellis code"),
         (dict(key=CODEC(((20, 4), (12, 3)), "haar")), (), "a group of 20 channels"),
+        (dict(allocation=HEADS), (), OF_HEADS),
     ],
 )
 def test_compression(change, orders, words, on_gpu):
-    says(encoding.unserved(shapes(change, **dict.fromkeys(orders, ORDER))), words)
+    with refused(words):
+        chosen = choose_compression(shapes(change, **dict.fromkeys(orders, ORDER)), "pallas")
+        assert chosen == Compression("pallas", "pallas")
 
 
 def test_compression_to_other_scales(on_gpu):
     state = shapes({})
-    key, value = state.codecs
+    (part,) = state.parts
+    key, value = part.codecs
     group = replace(value.groups[0], scale_dtype=jnp.dtype("float16"))
-    other = replace(state, codecs=(key, replace(value, groups=(group,))))
-    says(encoding.unserved(other), "scales in float16")
+    other = replace(state, parts=(replace(part, codecs=(key, replace(value, groups=(group,)))),))
+    with refused("scales in float16"):
+        choose_compression(other, "pallas")
+
+
+def test_the_first_that_serves_is_taken(on_gpu):
+    kernel = Compression("pallas", "pallas")
+    state = shapes({})
+    assert choose_attention(state, 1, None, None) == Attention("pallas", "pallas", kernel)
+    assert choose_attention(state, 4, None, None) == Attention("cudnn", "pallas", kernel)
+    assert choose_attention(state, 4, 5.0, None) == Attention(
+        "xla", "xla", Compression("xla", "xla")
+    )
+    # the paths of a trellis are searched by a kernel where the blocks are not made by one
+    trellis = shapes(dict(key=CODEC(code="trellis")))
+    assert choose_compression(trellis, None) == Compression("xla", "pallas")
+    # and the vendor reads pages that only XLA decodes
+    off_grid = shapes(dict(key=CODEC(codebook="gaussian")))
+    assert choose_attention(off_grid, 4, None, None) == Attention("cudnn", "xla", kernel)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_what_xla_was_asked_for_contains_no_kernel(queries, on_gpu):
+    plain = Compression("xla", "xla")
+    state = shapes(dict(key=CODEC(code="trellis")))
+    assert choose_compression(state, "xla") == plain
+    assert choose_attention(state, queries, None, "xla") == Attention("xla", "xla", plain)
 
 
 def test_any_other_device():
     if jax.default_backend() == "gpu":
         pytest.skip("it is served here")
-    state = shapes({})
-    q = jax.ShapeDtypeStruct((1, 4, 4, 32), jnp.bfloat16)
     calls = [
-        partial(fused.unserved, state, 1),
-        partial(prefill.unserved, state, q, PLAIN),
-        partial(encoding.unserved, state),
+        partial(choose_attention, shapes({}), 1, None, "pallas"),
+        partial(choose_attention, shapes({}), 4, None, "cudnn"),
+        partial(choose_compression, shapes({}), "pallas"),
     ]
     for call in calls:
-        says(call(), "the backend 'cpu', served is 'gpu'")
+        with refused("the backend 'cpu', served is 'gpu'"):
+            call()

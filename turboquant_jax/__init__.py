@@ -3,12 +3,11 @@
 Importing this package touches no device and no global configuration.
 """
 
-from turboquant_jax.attention import attend
+from turboquant_jax.attention import Scores, attend, merge
 from turboquant_jax.cache import Cache, CacheConfig, CodecConfig, append, preset
 from turboquant_jax.cache import create as create_cache
 from turboquant_jax.quantizer import Codes, Quantizer, decode, encode, straight_through
 from turboquant_jax.quantizer import create as create_quantizer
-from turboquant_jax.segments import Scores, merge
 
 __all__ = [
     "Cache",

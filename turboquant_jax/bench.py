@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, MixedCache, mixed
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.llama import Llama, dense, timing
-from turboquant_jax.llama.past import COMPRESSED, MIXED
+from turboquant_jax.llama.generate import Past
+from turboquant_jax.llama.past import COMPRESSED
 from turboquant_jax.quantizer import Code
 
 FULL = 16
@@ -116,36 +116,34 @@ def name(bits_k: float, bits_v: float) -> str:
 def _mean(bits: Bits) -> tuple[float, float]:
     """Bits of keys and of values, the mean over the layers where each has its own."""
     if isinstance(bits, Allocation):
-        return fmean(bits.keys), fmean(bits.values)
+        return bits.means
     return bits
 
 
 def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
     config, full = _config(model, grid, bits), bits == (FULL, FULL)
     sizes = batch, context, context + grid.steps + 1
-    make, past = _past(
-        bits,
-        partial(timing.filled_dense, model.config, *sizes),
-        partial(timing.filled_cache, config, *sizes),
-        lambda layers: _filled(config, layers, sizes),
-    )
+    make: Callable[[], Any]
+    past: Past[Any]
+    if full:
+        make, past = partial(timing.filled_dense, model.config, *sizes), dense.DENSE
+    else:
+        make, past = partial(timing.filled_cache, config, *sizes), COMPRESSED
     timed = timing.time_decode(model, make, past, steps=grid.steps, repeats=grid.repeats)
-    parts = mixed.split(config, bits)[0] if isinstance(bits, Allocation) else (config,)
-    length = context + grid.steps / 2
-    read = sum(timing.past_bytes(part, length, not full) for part in parts) * batch
+    read = timing.past_bytes(config, context + grid.steps / 2, not full) * batch
     ideal = (timing.weight_bytes(model) + read) / bandwidth
     return _row("decode", bits, batch, context, timed.median, batch, ideal / timed.median, make)
 
 
 def _prefill(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
-    config, sizes = _config(model, grid, bits), (batch, context)
-    key = jax.random.key(0)
-    make, past = _past(
-        bits,
-        partial(dense.create, model.config, *sizes),
-        partial(cache.create, config, *sizes, key=key),
-        lambda layers: mixed.create(config, layers, *sizes, key=key),
-    )
+    sizes = batch, context
+    make: Callable[[], Any]
+    past: Past[Any]
+    if bits == (FULL, FULL):
+        make, past = partial(dense.create, model.config, *sizes), dense.DENSE
+    else:
+        config = _config(model, grid, bits)
+        make, past = partial(cache.create, config, *sizes, key=jax.random.key(0)), COMPRESSED
     chunk = min(grid.chunk, context)
     timed = timing.time_prefill(
         model, make, batch, context, past, chunk=chunk, repeats=grid.repeats
@@ -160,25 +158,16 @@ def _row(
     return Row(phase, *_mean(bits), batch, context, seconds * 1e3, each, None, share, _nbytes(make))
 
 
-def _past(bits: Bits, full: Callable, uniform: Callable, layers: Callable[[Allocation], Any]):
-    """How the past of these bits is made, and how it is used."""
-    if isinstance(bits, Allocation):
-        return partial(layers, bits), MIXED
-    return (full, dense.DENSE) if bits == (FULL, FULL) else (uniform, COMPRESSED)
-
-
-def _filled(config: CacheConfig, layers: Allocation, sizes: tuple[int, int, int]) -> MixedCache:
-    parts, places = mixed.split(config, layers)
-    return mixed.join([timing.filled_cache(part, *sizes) for part in parts], places)
-
-
 def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
     """Of full precision only the sizes are used; bits of each layer are the allocation's."""
     sizes = model.config.num_layers, model.config.num_kv_heads, model.config.head_dim
     codec = {"rotation": grid.rotation, "code": grid.code}
+    allocation = bits if isinstance(bits, Allocation) else None
     pair = (4, 4) if isinstance(bits, Allocation) or bits == (FULL, FULL) else bits
     key, value = (CodecConfig(b, **codec) for b in pair)
-    return CacheConfig(*sizes, key, value, window=grid.window, sinks=grid.sinks)
+    return CacheConfig(
+        *sizes, key, value, window=grid.window, sinks=grid.sinks, allocation=allocation
+    )
 
 
 def _nbytes(make: Callable[[], Any]) -> int:

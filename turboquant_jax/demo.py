@@ -15,7 +15,7 @@ import numpy as np
 from turboquant_jax import bounds, cache, quantizer
 from turboquant_jax import rotation as rotations
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.accounting import (
+from turboquant_jax.cache.bytes import (
     bytes_per_compressed_token,
     exact_bytes_per_token,
     planned_bytes,
@@ -148,8 +148,8 @@ class Fidelity:
 
     def _row(self, key_bits, value_bits, config: CacheConfig) -> dict:
         count = self.tokens.shape[1]
-        state = cache.create(config, 1, count, key=jax.random.key(self.seed))
-        hidden = compressed_hidden(self.model, self.tokens, config, state.codecs)
+        state = cache.create(config, 1, 1, key=jax.random.key(self.seed))
+        hidden = compressed_hidden(self.model, self.tokens, state)
         result = compare(self.model, self.tokens, self.exact, hidden)
         exact = exact_bytes_per_token(config)
         here = planned_bytes(config, 1, count).total / count

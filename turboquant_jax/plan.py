@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.accounting import (
+from turboquant_jax.cache.bytes import (
     bytes_per_compressed_token,
     exact_bytes_per_token,
     planned_bytes,

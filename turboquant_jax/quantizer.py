@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, UInt8
 from turboquant_jax import codebook as codebooks
 from turboquant_jax import direction, packing, trellis
 from turboquant_jax import rotation as rotations
+from turboquant_jax.implementation import Implementation
 from turboquant_jax.rotation import Rotation
 
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
@@ -156,7 +157,10 @@ def _scalar_levels(codebook: Codebook | np.ndarray, bits: int, dim: int) -> np.n
 
 
 def quantize(
-    quantizer: Quantizer, x: Float[Array, "*batch d"]
+    quantizer: Quantizer,
+    x: Float[Array, "*batch d"],
+    *,
+    implementation: Implementation | None = None,
 ) -> tuple[UInt8[Array, "*batch d"], Float[Array, "*batch"]]:
     """Indices and scales of vectors, not yet packed.
 
@@ -167,7 +171,7 @@ def quantize(
       ValueError: vectors of another dimension.
     """
     norm, z = normalize(quantizer, x)
-    indices = assign(quantizer, z)
+    indices = assign(quantizer, z, implementation=implementation)
     scale = norm * correction(quantizer, z, code_levels(quantizer, indices))
     return indices, scale.astype(quantizer.scale_dtype)
 
@@ -179,9 +183,14 @@ def dequantize(
     return code_levels(quantizer, indices) * _column(scale)
 
 
-def encode(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Codes:
+def encode(
+    quantizer: Quantizer,
+    x: Float[Array, "*batch d"],
+    *,
+    implementation: Implementation | None = None,
+) -> Codes:
     """Compress vectors of any leading shape; see `quantize` for zeros, NaN and infinity."""
-    indices, scale = quantize(quantizer, x)
+    indices, scale = quantize(quantizer, x, implementation=implementation)
     return Codes(packing.pack(indices, quantizer.plane_widths), scale, quantizer.dim)
 
 
@@ -192,7 +201,12 @@ def decode(quantizer: Quantizer, codes: Codes) -> Float[Array, "*batch d"]:
     return quantizer.rotation.invert(code_levels(quantizer, indices)) * _column(codes.scale)
 
 
-def straight_through(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+def straight_through(
+    quantizer: Quantizer,
+    x: Float[Array, "*batch d"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d"]:
     """decode(encode(x)) with an unrounded scale, and identity gradients through the rounding.
 
     The gradient flows through the norm, the rotation and the scale; only the step from z to its
@@ -200,16 +214,25 @@ def straight_through(quantizer: Quantizer, x: Float[Array, "*batch d"]) -> Float
     identity gradients the error |x - x~| does not depend on it (`learned` holds the codes fixed).
     """
     norm, z = normalize(quantizer, x)
-    indices = lax.stop_gradient(assign(quantizer, lax.stop_gradient(z)))
+    found = assign(quantizer, lax.stop_gradient(z), implementation=implementation)
+    indices = lax.stop_gradient(found)
     c = z + lax.stop_gradient(code_levels(quantizer, indices) - z)
     scale = norm * correction(quantizer, z, c)
     return quantizer.rotation.invert(c) * _column(scale)
 
 
-def assign(quantizer: Quantizer, z: Float[Array, "*batch d"]) -> UInt8[Array, "*batch d"]:
-    """Indices of unit-variance coordinates; a tie goes to the lower level."""
+def assign(
+    quantizer: Quantizer,
+    z: Float[Array, "*batch d"],
+    *,
+    implementation: Implementation | None = None,
+) -> UInt8[Array, "*batch d"]:
+    """Indices of unit-variance coordinates; a tie goes to the lower level.
+
+    `implementation` is that of `trellis.search`; scalar codes have one.
+    """
     if quantizer.code == "trellis":
-        return trellis.search(z, quantizer.levels)
+        return trellis.search(z, quantizer.levels, implementation=implementation)
     edges = codebooks.thresholds(np.asarray(quantizer.levels)).astype(np.float32)
     if len(edges) <= 31:  # few comparisons that fuse into one pass beat a search
         return sum(((z > edge).astype(jnp.uint8) for edge in edges), jnp.zeros(z.shape, jnp.uint8))

@@ -16,7 +16,6 @@ An index is a byte `w | u << (R-1)` below 2^R, packed like that of a scalar code
 
 import math
 from functools import cache, partial, reduce
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from scipy import special
 
-from pallas_kernels import trellis_encode
+from pallas_kernels import trellis as kernel
+from turboquant_jax.implementation import Implementation, no_gpu, resolve
 from turboquant_jax.trellis_levels import POSITIVE_LEVELS
-
-Implementation = Literal["xla", "pallas"]
 
 _STATES = 8  # state = u[t-1] + 2 u[t-2] + 4 u[t-3]
 
@@ -119,16 +117,9 @@ def search(
       ValueError: another implementation, or a number of levels that is no power of two from 4 on.
       NotImplementedError: "pallas" without a GPU.
     """
-    if implementation not in ("xla", "pallas", None):
-        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
-    backend = jax.default_backend()
-    if implementation == "pallas" and backend != "gpu":
-        raise NotImplementedError(
-            f"implementation='pallas' got the backend {backend!r}, served is 'gpu'"
-        )
-    if implementation == "xla" or backend != "gpu":
+    if resolve(implementation, {"pallas": no_gpu(), "xla": None}) == "xla":
         return encode_with(y, jnp.asarray(levels, jnp.float32))
-    return trellis_encode.encode(_rows(y), levels).T.reshape(y.shape)
+    return kernel.encode(_rows(y), levels).T.reshape(y.shape)
 
 
 @jax.jit

@@ -79,18 +79,19 @@ def row_of():
 
 def _row_of(state, b):
     config, length = state.config, int(state.lengths[b])
-    blocks, slots = int(config.num_blocks(length)), state.page_table.shape[1]
+    blocks, slots = int(config.num_blocks(length)), state.table.page_table.shape[1]
     edge = config.sinks + blocks * config.block
     window = [(p - config.sinks) % state.window.keys.shape[2] for p in range(edge, length)]
     sinks = np.arange(min(config.sinks, length))
-    held = [state.page_table[b, j % slots] for j in range(max(0, blocks - slots), blocks)]
+    held = [state.table.page_table[b, j % slots] for j in range(max(0, blocks - slots), blocks)]
     pages = np.asarray(held, np.int32)
     parts = {"length": length, "overflow": bool(state.overflow[b])}
     parts["sinks"] = jax.tree.map(lambda x: np.asarray(x)[:, b, sinks], state.sinks)
     parts["window"] = jax.tree.map(
         lambda x: np.asarray(x)[:, b, np.asarray(window, np.int32)], state.window
     )
-    parts["blocks"] = jax.tree.map(lambda x: np.asarray(x)[:, pages], state.pool)
+    pools = [part.pool for part in state.parts]
+    parts["blocks"] = jax.tree.map(lambda x: np.asarray(x)[:, pages], pools)
     if blocks and state.key_mean is not None:
         parts["mean"] = np.asarray(state.key_mean)[:, b]
     return parts

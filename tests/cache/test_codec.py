@@ -9,19 +9,20 @@ from scipy import stats
 from turboquant_jax import bounds, cache, rotation
 from turboquant_jax.cache import codec, operands
 
-LAYER = jnp.int32(0)
+HEADS = jnp.arange(2)  # rows of the codec
 SPLIT = ((32, 3), (96, 2))
 
 
 @jax.jit
 def round_trip(made, x):
-    return made.unrotate(LAYER, made.dequantize(made.quantize(LAYER, x)))
+    rows = HEADS[: x.shape[1]]
+    return made.unrotate(rows, made.dequantize(made.quantize(rows, x)))
 
 
 def split_codec():
     """Two groups whose channels lie differently in each of two heads."""
     rng = np.random.default_rng(1)
-    order = np.stack([rng.permutation(128) for _ in range(2)])[None].astype(np.int32)
+    order = np.stack([rng.permutation(128) for _ in range(2)]).astype(np.int32)
     config = cache.CodecConfig(SPLIT, "haar", scale="norm")
     return codec.create(jax.random.key(0), config, 128, jnp.asarray(order))
 
@@ -34,7 +35,7 @@ def test_groups_have_the_distortion_of_their_own_dimension():
     for head in range(2):
         start = 0
         for channels, bits in SPLIT:
-            place = np.asarray(made.order)[0, head, start : start + channels]
+            place = np.asarray(made.order)[head, start : start + channels]
             start += channels
             error = lost[:, head, place].sum(-1) / (x[:, head, place].astype(float) ** 2).sum(-1)
             exact = bounds.lloyd_max_distortion(bits, channels)
@@ -45,7 +46,7 @@ def test_groups_have_the_distortion_of_their_own_dimension():
 def test_keys_and_values_have_the_scale_mode_asked_for(modes):
     """At 1 bit, where the modes are far apart, to the rounding of a scale to bfloat16."""
     config = cache.CacheConfig(1, 1, 64, *(cache.CodecConfig(1, scale=mode) for mode in modes))
-    codecs = cache.create(config, 1, 8, key=jax.random.key(0)).codecs
+    codecs = cache.create(config, 1, 8, key=jax.random.key(0)).parts[0].codecs
     x = np.random.default_rng(3).normal(size=(50, 1, 64)).astype(np.float32)
     for mode, made in zip(modes, codecs, strict=True):
         y = np.asarray(round_trip(made, x), np.float64)
@@ -65,7 +66,7 @@ def test_the_bfloat16_parts_of_a_rotation_sum_to_its_float32_matrix():
     haar = rotation.create("haar", jax.random.key(4), 64)
     made = split_codec()
     of_rotation = jax.jit(lambda r: operands.of_rotation(r, jnp.bfloat16))(haar)
-    of_codec = jax.jit(operands.of_codec)(made, LAYER)
-    for operand, matrix in ((of_rotation, haar.matrix[None]), (of_codec, made.matrix(LAYER))):
+    of_codec = jax.jit(operands.of_codec)(made, HEADS)
+    for operand, matrix in ((of_rotation, haar.matrix[None]), (of_codec, made.matrix(HEADS))):
         assert operand.parts.dtype == jnp.bfloat16 and operand.gain == 1 and operand.signs is None
         np.testing.assert_array_equal(np.asarray(operand.parts, np.float64).sum(0), matrix)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.state import block_slots
+from turboquant_jax.cache.layout import block_slots
 
 sizes = st.fixed_dictionaries(
     {
@@ -55,18 +55,18 @@ def _seen_blocks(config, length):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(block=12), "block must be a multiple of 8 tokens, got 12"),
-        (dict(block=0), "block must be at least 1"),
-        (dict(window=-1), "window must be at least 0"),
-        (dict(sinks=-1), "sinks must be at least 0"),
-        (dict(sliding_window=0), "sliding_window must be at least 1"),
-        (dict(dtype="int8"), "dtype must be a floating type, got int8"),
-        (dict(dtype="bf15"), "dtype must be a floating type, got 'bf15'"),
-        (dict(key=CodecConfig(9)), "key.bits must be between 1 and 8, got 9"),
+        (dict(block=12), "block: got 12, expected a multiple of 8 tokens"),
+        (dict(block=0), "block: got 0, expected at least 1"),
+        (dict(window=-1), "window: got -1, expected at least 0"),
+        (dict(sinks=-1), "sinks: got -1, expected at least 0"),
+        (dict(sliding_window=0), "sliding_window: got 0, expected at least 1"),
+        (dict(dtype="int8"), "dtype: got int8, expected a floating type"),
+        (dict(dtype="bf15"), "dtype: got 'bf15', expected a floating type"),
+        (dict(key=CodecConfig(9)), "key.bits: got 9, expected between 1 and 8"),
         (dict(value=CodecConfig(((4, 2), (3, 1)))), "add up to head_dim 8"),
-        (dict(value=CodecConfig(2.5)), "an integer or .* got 2.5"),
+        (dict(value=CodecConfig(2.5)), "got .*2.5.*, expected an integer or"),
         (dict(value=CodecConfig([(8, 2)])), "an integer or"),
-        (dict(num_layers=0), "num_layers must be at least 1"),
+        (dict(num_layers=0), "num_layers: got 0, expected at least 1"),
     ],
 )
 def test_what_is_refused(change, says):

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import encode
+from pallas_kernels.encode import call
+from pallas_kernels.primitives import triton
 from tests.layout import QUICK
 from tests.marks import GPU
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, compression
-from turboquant_jax.cache.state import Exact
+from turboquant_jax.cache.choose import Compression
+from turboquant_jax.cache.state import Exact, rows_of
 
 CODEC = cache.CodecConfig
+BOTH = Compression("xla", "xla"), Compression("pallas", "xla")
 SMALL = dict(num_layers=2, num_kv_heads=2, block=32, window=5, sinks=2)
 SETTINGS = {
     "hadamard": dict(head_dim=32, key=CODEC(4), value=CODEC(3)),
@@ -52,7 +55,7 @@ def keys_and_values(config, count, seed):
 def compressed(config, interpret):
     """The pools after a chunk of layer 1 and after single tokens, by definition and by kernel."""
     state = cache.create(config, 3, 320, key=jax.random.key(0))
-    state = replace(state, lengths=jnp.asarray([0, 40, 150], jnp.int32))
+    state = state.with_lengths(jnp.asarray([0, 40, 150], jnp.int32))
     window = keys_and_values(config, state.window.keys.shape[2], 1)
     state = replace(state, window=jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), window))
     chunk = keys_and_values(config, 150, 2)
@@ -60,21 +63,16 @@ def compressed(config, interpret):
 
     @partial(jax.jit, compiler_options=QUICK if interpret else None)
     def run(state):
-        layer = jnp.int32(1)
         begun = cache.begin(state, counts, 150)
-        chunks = [
-            compression.compress_chunk(begun, layer, chunk, kernel, interpret)
-            for kernel in (False, True)
-        ]
+        chunks = [compression.compress_chunk(begun, rows_of(begun, 1), chunk, by) for by in BOTH]
         full = config.sinks + config.window + config.block - 1
         lengths = jnp.asarray([full, full + 3 * config.block, full + 1], jnp.int32)
-        single = cache.begin(replace(state, lengths=lengths), jnp.ones(3, jnp.int32), 1)
-        singles = [
-            compression.compress_single(single, kernel, interpret) for kernel in (False, True)
-        ]
+        single = cache.begin(state.with_lengths(lengths), jnp.ones(3, jnp.int32), 1)
+        singles = [compression.compress_single(single, by) for by in BOTH]
         return chunks, singles
 
-    return run(state)
+    with triton.interpreted(interpret):
+        return run(state)
 
 
 def assert_same(config, definition, kernel):
@@ -83,7 +81,11 @@ def assert_same(config, definition, kernel):
     Two sums in float32 may be rounded to neighbouring scales where a tie lies between: a few in a
     thousand.
     """
-    made = [blocks.unpack(state.codecs, state.pool) for state in (definition, kernel)]
+    made = [
+        blocks.unpack(part.codecs, part.pool)
+        for state in (definition, kernel)
+        for part in state.parts
+    ]
     for side, other in zip(*made, strict=True):
         for (index, scale), (index_other, scale_other) in zip(side, other, strict=True):
             index, index_other = (np.asarray(x, np.int32) for x in (index, index_other))
@@ -113,7 +115,7 @@ def assert_same(config, definition, kernel):
 )
 def test_the_kernel_makes_the_codes_of_the_definition(name, interpret, monkeypatch):
     if name != "hadamard":  # several blocks of each program, as where there are many jobs
-        monkeypatch.setattr(encode, "PROGRAMS", 4)
+        monkeypatch.setattr(call, "PROGRAMS", 4)
     config = cache.CacheConfig(**SMALL | COMPILED[name])
     for definition, kernel in compressed(config, interpret):
         assert_same(config, definition, kernel)

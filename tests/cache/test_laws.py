@@ -1,7 +1,5 @@
 """Laws of the cache, for any schedule of appends: hypothesis looks for one that breaks them."""
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,7 +101,7 @@ def test_freed_rows_start_anew(compiled, row_of, same_bits, first, second, rows)
     kept = compiled.extend(compiled.empty, np.where(rows, 0, first))
     for row in range(BATCH):
         same_bits(row_of(state, row), row_of(kept, row))
-    slots = state.page_table.shape[1]
+    slots = state.table.page_table.shape[1]
     assert int(cache.free_pages(state)) == slots * sum(rows)
     room = CAPACITY - np.asarray(state.lengths)
     second = np.minimum(second, room)
@@ -118,9 +116,9 @@ def test_a_full_pool_raises_the_flag_and_writes_nothing(
     compiled, row_of, same_bits, first, second, pages
 ):
     ample, small = compiled.empty, compiled.free(compiled.empty, jnp.ones(BATCH, bool))
-    slots = small.page_table.shape[1]
+    slots = small.table.page_table.shape[1]
     taken = jnp.arange(BATCH * slots) >= pages  # a stranger holds all but `pages` pages
-    small = replace(small, references=taken.astype(jnp.int32))
+    small = small.with_table(references=taken.astype(jnp.int32))
     for step in (first, second):
         before, small = small, compiled.extend(small, step)
         ample = compiled.extend(ample, step)
@@ -130,14 +128,14 @@ def test_a_full_pool_raises_the_flag_and_writes_nothing(
                 same_bits(row_of(small, row) | unlike, row_of(before, row) | unlike)
             else:
                 same_bits(row_of(small, row), row_of(ample, row))
-        used = np.asarray(small.page_table)
+        used = np.asarray(small.table.page_table)
         used = used[used >= 0]
         lengths = np.asarray(small.lengths)
         assert len(used) == np.minimum(small.config.num_blocks(lengths), slots).sum()
         assert len(set(used.tolist())) == len(used), "a page was given twice"
         assert not np.any(np.asarray(taken)[used]), "a page was taken from its owner"
         np.testing.assert_array_equal(
-            small.references, np.bincount(used, minlength=len(taken)) + np.asarray(taken)
+            small.table.references, np.bincount(used, minlength=len(taken)) + np.asarray(taken)
         )
     wanted = np.minimum(small.config.num_blocks(np.asarray(ample.lengths)), slots).sum()
     assert np.any(small.overflow) == (wanted > pages), "the flag goes up where, and only where"

@@ -46,7 +46,8 @@ def run(state, operations):
             ],
             state,
         )
-        return state, (state.lengths, state.overflow, state.references, state.page_table)
+        table = state.table
+        return state, (table.lengths, table.overflow, table.references, table.page_table)
 
     return lax.scan(step, state, operations)
 
@@ -54,7 +55,7 @@ def run(state, operations):
 def numbers_in(state, row):
     """What the arrays hold of a sequence, position by position; -1 for what a ring gave up."""
     config, length = state.config, int(state.lengths[row])
-    blocks, slots = int(config.num_blocks(length)), state.page_table.shape[1]
+    blocks, slots = int(config.num_blocks(length)), state.table.page_table.shape[1]
     found = np.full(length, -1)
     for position in range(length):
         place = position - config.sinks
@@ -67,10 +68,10 @@ def numbers_in(state, row):
             low, high = state.window.keys[0, row, slot], state.window.values[0, row, slot]
             found[position] = number(low[0] > 0, high[0] > 0)
         elif block >= blocks - slots:
-            page = state.page_table[row, block % slots]
+            page = state.table.page_table[row, block % slots]
             assert page >= 0
-            key = state.pool.keys[0][0][0, page, 0, token]  # 16 channels: 2 bytes
-            value = state.pool.values[0][0][0, page, 0]  # 16 channels of 8 tokens: 1 byte
+            key = state.parts[0].pool.keys[0][0][0, page, token]  # 16 channels: 2 bytes
+            value = state.parts[0].pool.values[0][0][0, page]  # 16 channels of 8 tokens: 1 byte
             low = [(key[i % 2] >> (i // 2)) & 1 for i in range(16)]
             high = [(value[i, 0] >> token) & 1 for i in range(16)]
             found[position] = number(low, high)
@@ -153,8 +154,8 @@ def test_no_token_is_lost_and_none_seen_twice(config, count):
     operations = draw(rng, count)
     scarce = {"num_pages": 14} if config is PAGED else {}  # of the 24 that 4 rows could fill
     state = cache.create(config, BATCH, CAPACITY, key=jax.random.key(0), **scarce)
-    slots = state.page_table.shape[1]
-    model = Model(config, state.references.shape[0], slots)
+    slots = state.table.page_table.shape[1]
+    model = Model(config, state.table.references.shape[0], slots)
     if config is RING:  # as if all had been used and freed: pages belong to nobody
         state = cache.free(state, jnp.ones(BATCH, bool))
     overflowed, shared = 0, 0

@@ -9,7 +9,7 @@ from experiments.experiment import where
 from experiments.settings import turbo
 from turboquant_jax import cache
 from turboquant_jax.cache import presets
-from turboquant_jax.cache.accounting import exact_bytes_per_token, planned_bytes
+from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.llama import LlamaConfig
 
 SMOLLM2 = 30, 3, 64

@@ -84,9 +84,11 @@ def test_what_belongs_elsewhere_is_refused(saved, like, model, says):
 
 def test_other_levels_are_another_config(saved):
     state, path = saved
-    key, value = state.codecs
+    (part,) = state.parts
+    key, value = part.codecs
     group = replace(key.groups[0], levels=tuple(1.01 * x for x in key.groups[0].levels))
-    other = replace(state, codecs=(replace(key, groups=(group,)), value))
+    part = replace(part, codecs=(replace(key, groups=(group,)), value))
+    other = replace(state, parts=(part,))
     with pytest.raises(ValueError, match="got config"):
         restore(other, path, model="smollm2-135m")
 
@@ -141,6 +143,10 @@ def test_other_files_are_refused(saved, tmp_path):
     save_file({"x": np.zeros(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="got format None"):
         restore(like, tmp_path / "weights.safetensors", model="m")
+    older = {"format": "turboquant-jax cache 1", "model": "m"}
+    save_file({"x": np.zeros(3)}, tmp_path / "older", older)
+    with pytest.raises(ValueError, match=r"0\.1, .* prefill its prompt and save it again"):
+        restore(like, tmp_path / "older", model="m")
 
 
 def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch, same_bits):

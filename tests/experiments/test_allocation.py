@@ -32,7 +32,7 @@ def test_the_allocation_is_the_best_of_all():
 
 
 def test_a_budget_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="4 bits is too small for 5 parts"):
+    with pytest.raises(ValueError, match="got 4 bits, expected at least the fewest of 5 parts"):
         allocate([{1: 0.5, 2: 0.1}] * 5, 4)
 
 

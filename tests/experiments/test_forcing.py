@@ -12,10 +12,12 @@ from experiments.allocation import One
 from experiments.forced_attention import forced_attention
 from experiments.forcing import Rule, Tiling, _attend, _mean, cut
 from experiments.settings import Setting, turbo
+from pallas_kernels.primitives import triton
 from turboquant_jax import cache
-from turboquant_jax.cache.accounting import count_bytes
+from turboquant_jax.attention.projection import apply_rope
+from turboquant_jax.cache.bytes import count_bytes
 from turboquant_jax.llama.evaluate import compressed_hidden, exact_hidden
-from turboquant_jax.llama.rope import apply_rope, rotation_angles
+from turboquant_jax.llama.rope import rotation_angles
 
 CONTEXT = 90
 SETTINGS = [
@@ -34,7 +36,7 @@ def test_layer_by_layer_is_the_library_s_teacher_forcing(tiny, setting):
     tokens = prepared.random_texts(2, CONTEXT)
     config = dataclasses.replace(setting.cache_config(tiny.config), dtype="float32")
     state = cache.create(config, 2, CONTEXT, key=jax.random.key(5))
-    expected = compressed_hidden(tiny, jnp.asarray(tokens), config, state.codecs)
+    expected = compressed_hidden(tiny, jnp.asarray(tokens), state)
     forcing = cut(tiny, dtype="float32", tiling=Tiling(queries=40, reach=32, sinks=6))
     trips = setting.trips(5, tiny.config)
     made = forcing.run(tokens, setting.rule, trips, errors=True)
@@ -62,7 +64,8 @@ def test_the_kernel_attends_as_the_definition_does(numbers):
     k, v = (x.astype(jnp.bfloat16) for x in (k, v))
     near = [x.astype(jnp.float32) + 0.3 * y for x, y in zip((k, v), noise)]
     expected = _attend(2 * q, k, v, *near, Rule(*numbers, True).arrays(), Tiling())
-    made = forced_attention(2 * q, k, v, *near, jnp.asarray(numbers, jnp.int32), interpret=True)
+    with triton.interpreted():
+        made = forced_attention(2 * q, k, v, *near, jnp.asarray(numbers, jnp.int32))
     np.testing.assert_allclose(made, expected, atol=1e-5)
 
 

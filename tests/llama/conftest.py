@@ -52,8 +52,9 @@ def dense_begin(state, counts, most):
     return state._replace(pending=counts)
 
 
-def dense_attend(state, layer, q, k, v):
+def dense_attend(state, layer, projection):
     """Store the pending tokens, then attend to everything up to each query, in float32."""
+    q, k, v = projection.heads()
     batch, tokens, heads, dim = q.shape
     size, kv_heads = state.keys.shape[2:4]
     steps = jnp.arange(tokens, dtype=jnp.int32)[None, :]

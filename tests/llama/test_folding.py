@@ -40,11 +40,11 @@ def test_compression_is_that_of_a_cache_which_rotates(model, tokens):
         3, 2, 16, CodecConfig(3), CodecConfig(2), block=8, window=8, sinks=2, dtype="float32"
     )
     state = cache.create(inside, 2, 60, key=jax.random.key(2))
-    want = compressed_hidden(model, tokens, inside, state.codecs)
-    folded = fold_value_rotation(model, state.codecs[1].groups[0].rotation)
+    want = compressed_hidden(model, tokens, state)
+    folded = fold_value_rotation(model, state.parts[0].codecs[1].groups[0].rotation)
     outside = dataclasses.replace(inside, value=CodecConfig(2, rotation="identity"))
-    codecs = cache.create(outside, 2, 60, key=jax.random.key(2)).codecs
-    got = compressed_hidden(folded, tokens, outside, codecs)
+    other = cache.create(outside, 1, 1, key=jax.random.key(2))
+    got = compressed_hidden(folded, tokens, other)
     plain = exact_hidden(model, tokens)
 
     def distance(x, y):

@@ -80,9 +80,9 @@ def test_bfloat16_parameters_mean_bfloat16_computation(tiny, past, empty):
     tokens = jnp.arange(10, dtype=jnp.int32)[None]
     seen = []
 
-    def attend(state, layer, q, k, v):
-        seen.append({q.dtype, k.dtype, v.dtype})
-        return past.attend(state, layer, q, k, v)
+    def attend(state, layer, projection):
+        seen.append({x.dtype for x in projection.heads()})
+        return past.attend(state, layer, projection)
 
     @jax.jit
     def run(model):

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, mixed
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.llama.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.llama.generate import NO_TOKEN, decode, pad_prompts, prefill
 from turboquant_jax.llama.model import Llama, unstack
-from turboquant_jax.llama.past import COMPRESSED, MIXED
+from turboquant_jax.llama.past import COMPRESSED
 
 TOKENS = 75
 
@@ -49,7 +49,7 @@ def test_token_by_token_equals_one_pass(model, config, tokens):
     # search of a trellis may take another path
     config = dataclasses.replace(config, dtype="float32")
     state = cache.create(config, 2, TOKENS, key=jax.random.key(2))
-    hidden = compressed_hidden(model, tokens, config, state.codecs)
+    hidden = compressed_hidden(model, tokens, state)
     lengths = jnp.full(2, TOKENS, jnp.int32)
     logits, state = prefill(model, tokens, lengths, state, COMPRESSED, chunk=1)
     chex.assert_trees_all_close(model.logits(hidden)[:, -1], logits, atol=2e-5)
@@ -62,8 +62,8 @@ def test_token_by_token_equals_one_pass(model, config, tokens):
 def test_full_precision_is_a_window_that_never_lets_go(model, config, tokens):
     full = dataclasses.replace(config, window=TOKENS, dtype="float32")
     state = cache.create(full, 2, TOKENS, key=jax.random.key(2))
-    assert state.references.size == 0
-    hidden = compressed_hidden(model, tokens, full, state.codecs)
+    assert state.table.references.size == 0
+    hidden = compressed_hidden(model, tokens, state)
     exact = exact_hidden(model, tokens)
     chex.assert_trees_all_close(hidden, exact, atol=1e-5)
     same = compare(model, tokens, exact, hidden)
@@ -104,9 +104,8 @@ MIXED_CONFIG = CacheConfig(3, 2, 16, CodecConfig(3), CodecConfig(2), block=8, wi
 
 
 def mixed_cache(keys, values, batch=2):
-    return mixed.create(
-        MIXED_CONFIG, Allocation(keys, values), batch, TOKENS, key=jax.random.key(2)
-    )
+    config = dataclasses.replace(MIXED_CONFIG, allocation=Allocation(keys, values))
+    return cache.create(config, batch, TOKENS, key=jax.random.key(2))
 
 
 def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
@@ -114,15 +113,15 @@ def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
     tokens, lengths = map(jnp.asarray, pad_prompts([[5, 6, 7] * 9, [11, 12]]))
     unstacked, drawn = unstack(model), jax.random.split(jax.random.key(0), 2)
 
-    def run(state, past):
-        logits, state = prefill(unstacked, tokens, lengths, state, past, chunk=10)
-        return decode(unstacked, logits, lengths, drawn, state, past, max_tokens=40)
+    def run(state):
+        logits, state = prefill(unstacked, tokens, lengths, state, COMPRESSED, chunk=10)
+        return decode(unstacked, logits, lengths, drawn, state, COMPRESSED, max_tokens=40)
 
-    plain = run(cache.create(MIXED_CONFIG, 2, TOKENS, key=jax.random.key(2)), COMPRESSED)
-    made = run(mixed_cache((3, 3, 3), (2, 2, 2)), MIXED)
+    plain = run(cache.create(MIXED_CONFIG, 2, TOKENS, key=jax.random.key(2)))
+    made = run(mixed_cache((3, 3, 3), (2, 2, 2)))
     np.testing.assert_array_equal(made.tokens, plain.tokens)
-    chex.assert_trees_all_equal(mixed.select(made.state, 0)[0], plain.state)
-    other = run(mixed_cache((3, 1, 3), (2, 1, 2)), MIXED)
+    chex.assert_trees_all_equal(jax.tree.leaves(made.state), jax.tree.leaves(plain.state))
+    other = run(mixed_cache((3, 1, 3), (2, 1, 2)))
     np.testing.assert_array_equal(other.state.lengths, plain.state.lengths)
     assert not np.array_equal(other.tokens, plain.tokens)
 
@@ -131,11 +130,11 @@ def test_layers_of_the_same_bits_are_lowered_once(model):
     state = mixed_cache((3, 1, 3), (2, 1, 2))
     one, key = jnp.ones(2, jnp.int32), jax.random.split(jax.random.key(0), 2)
     logits = jnp.zeros((2, model.config.vocab_size))
-    text = decode.lower(unstack(model), logits, one, key, state, MIXED, max_tokens=3).as_text()
+    text = decode.lower(unstack(model), logits, one, key, state, COMPRESSED, max_tokens=3).as_text()
     assert text.count("func.func private @attend") == 2
 
 
 def test_a_scanned_decoder_cannot_have_bits_of_each_layer(model):
     state = mixed_cache((3, 1, 3), (2, 1, 2), batch=1)
     with pytest.raises(ValueError, match="unstack the decoder"):
-        prefill(model, jnp.zeros((1, 3), jnp.int32), jnp.full(1, 3, jnp.int32), state, MIXED)
+        prefill(model, jnp.zeros((1, 3), jnp.int32), jnp.full(1, 3, jnp.int32), state, COMPRESSED)

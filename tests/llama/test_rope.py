@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from turboquant_jax.attention.projection import apply_rope
 from turboquant_jax.llama.presets import PRESETS
-from turboquant_jax.llama.rope import apply_rope, inverse_frequencies, rotation_angles
+from turboquant_jax.llama.rope import inverse_frequencies, rotation_angles
 
 
 def test_frequencies_by_hand(tiny_config):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.accounting import planned_bytes
+from turboquant_jax.cache.bytes import planned_bytes
 from turboquant_jax.llama import PRESETS, dense, timing
 from turboquant_jax.llama.dense import DENSE
 from turboquant_jax.llama.model import unstack
@@ -35,7 +35,10 @@ def test_weights_of_a_step_leave_out_an_embedding_that_is_only_looked_up(tiny_co
 def test_filled_pasts_hold_their_tokens(tiny_config):
     state = timing.filled_cache(CONFIG, 2, 61, 70)
     np.testing.assert_array_equal(state.lengths, [61, 61])
-    assert len(np.unique(state.pool.keys[0][0])) > 100 and jnp.isfinite(state.window.keys).all()
+    assert (
+        len(np.unique(state.parts[0].pool.keys[0][0])) > 100
+        and jnp.isfinite(state.window.keys).all()
+    )
     full = timing.filled_dense(tiny_config, 2, 61, 70)
     np.testing.assert_array_equal(full.lengths, [61, 61])
     assert full.nbytes == dense.create(tiny_config, 2, 70).nbytes

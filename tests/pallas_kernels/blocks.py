@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.codebook import Codebook, level_limits
 from pallas_kernels.decode_attention import Blocks
+from pallas_kernels.primitives.codebook import Codebook, level_limits
 
 
 def pack(codes, widths):
@@ -65,9 +65,9 @@ def random_blocks(rng, pages, kv_heads, tokens, channels, bits, codes=("scalar",
     ]
     key_scale, value_scale = (s.view(np.uint16).astype(np.uint32) for s in scales)
     blocks = Blocks(
-        keys=pack(codes[0], books[0].widths),
-        values=pack(codes[1].swapaxes(2, 3), books[1].widths),
-        scales=key_scale | value_scale << np.uint32(16),
+        keys=pack(codes[0].swapaxes(0, 1), books[0].widths),
+        values=pack(codes[1].swapaxes(0, 1).swapaxes(2, 3), books[1].widths),
+        scales=(key_scale | value_scale << np.uint32(16)).swapaxes(0, 1),
         key_codebook=books[0],
         value_codebook=books[1],
     )
@@ -76,23 +76,22 @@ def random_blocks(rng, pages, kv_heads, tokens, channels, bits, codes=("scalar",
 
 def poison(blocks, table, lengths):
     """The blocks with random codes and NaN scales wherever no sequence has a token."""
-    pages, _, tokens = blocks.scales.shape
+    _, pages, tokens = blocks.scales.shape
     used = np.zeros((pages, tokens), bool)
     for row, length in zip(table, lengths, strict=True):
         for i in range(-(-int(length) // tokens)):
             used[row[i]] |= np.arange(tokens) < length - i * tokens
-    scales = np.where(used[:, None, :], blocks.scales, np.uint32(0x7FC07FC0))
+    scales = np.where(used[None], blocks.scales, np.uint32(0x7FC07FC0))
     clear = ~used.any(axis=1)
     keys, values = (
-        tuple(np.where(clear[:, None, None, None], np.uint8(0xA7), p) for p in planes)
+        tuple(np.where(clear[None, :, None, None], np.uint8(0xA7), p) for p in planes)
         for planes in (blocks.keys, blocks.values)
     )
     return Blocks(keys, values, scales, blocks.key_codebook, blocks.value_codebook)
 
 
 def definition(
-    q, keys, values, table, lengths, sm_scale, *, starts=None, soft_cap=None, sink_logits=None,
-    score_bias=None, extra=None,
+    q, keys, values, table, lengths, sm_scale, *, soft_cap=None, sink_logits=None, extra=None
 ):  # fmt: skip
     """q [B, N, H], keys and values [pages, K, T, H] -> output [B, N, H], log-sum-exp [B, N].
 
@@ -104,12 +103,12 @@ def definition(
     for b, n in np.ndindex(batch, heads):
         h = n // (heads // kv_heads)
         used = table[b, : -(-int(lengths[b]) // tokens)]
-        seen = slice(0 if starts is None else int(starts[b]), int(lengths[b]))
+        seen = slice(int(lengths[b]))
         k, v = (x[used, h].reshape(-1, x.shape[-1])[seen] for x in (keys, values))
         score = k @ q[b, n].astype(np.float64)
         if extra is not None:
             score = score + extra[used, h, :, b, n].reshape(-1)[seen]
-        score = score * sm_scale + (0.0 if score_bias is None else score_bias[b, n])
+        score = score * sm_scale
         if soft_cap is not None:
             score = soft_cap * np.tanh(score / soft_cap)
         weights = np.exp(score)

@@ -11,13 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
-from pallas_kernels import trellis_encode
-from pallas_kernels.decode_attention import Blocks, Codebook, Sketch, decode_attention
-from turboquant_jax import cache, fused, trellis
-from turboquant_jax.attention import attend_pallas
+from pallas_kernels.decode_attention import (
+    Blocks,
+    Codebook,
+    PagedBlocks,
+    Sketch,
+    Softmax,
+    decode_attention,
+)
+from pallas_kernels.trellis import encode
+from turboquant_jax import cache, trellis
+from turboquant_jax.attention import PLAIN, Projection, triton
 from turboquant_jax.cache import compression
-from turboquant_jax.cache.state import Exact
-from turboquant_jax.segments import PLAIN
+from turboquant_jax.cache.choose import Compression
+from turboquant_jax.cache.state import Exact, rows_of
 
 new = jax.ShapeDtypeStruct
 
@@ -51,7 +58,7 @@ def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8
         for b, n in zip(bits, counts, strict=True)
     ]
     pages = batch * max_pages
-    rows = (pages, kv_heads, tokens), (pages, kv_heads, channels)
+    rows = (kv_heads, pages, tokens), (kv_heads, pages, channels)
     blocks = Blocks(
         tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),
         tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),
@@ -73,7 +80,7 @@ def _search(bits, channels) -> Case:
     """The search for a trellis code."""
     levels = tuple(float(x) for x in trellis.grid_levels(bits[0]))
     rows = new((channels, 100), jnp.float32)
-    return Case(lambda y: trellis_encode.encode(y, levels), (rows,), ("trellis_encode",))
+    return Case(lambda y: encode(y, levels), (rows,), ("trellis_encode",))
 
 
 def _options(bits, channels, tokens) -> Case:
@@ -83,15 +90,13 @@ def _options(bits, channels, tokens) -> Case:
     sketch = Sketch(
         new((2, 8, 64), jnp.float32), new((*pages, 8), jnp.uint8), new(pages, jnp.bfloat16)
     )
-    bias, sinks = new((2, 8), jnp.float32), new((8,), jnp.float32)
 
-    def call(q, blocks, table, lengths, sketch, bias, sinks):
-        return decode_attention(
-            q, (blocks,), table, lengths, sm_scale=0.1, soft_cap=30.0, starts=lengths,
-            score_bias=bias, sink_logits=sinks, sketch=sketch,
-        )  # fmt: skip
+    def call(q, blocks, table, lengths, sketch, sinks):
+        held = PagedBlocks((blocks,), table, lengths)
+        return decode_attention(q, held, Softmax(0.1, 30.0, sinks), sketch=sketch)
 
-    return Case(call, (q, blocks, table, lengths, sketch, bias, sinks), ("decode_attention",))
+    arguments = q, blocks, table, lengths, sketch, new((8,), jnp.float32)
+    return Case(call, arguments, ("decode_attention",))
 
 
 def of_cache(bits, head_dim, rotation, dtype) -> dict[str, Case]:
@@ -100,23 +105,25 @@ def of_cache(bits, head_dim, rotation, dtype) -> dict[str, Case]:
     config = cache.CacheConfig(2, 2, head_dim, codec, codec, window=64, dtype=dtype)
     state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
 
+    by = Compression("pallas", "pallas")
+
     def tokens(count, heads):
         return new((3, count, heads, head_dim), jnp.dtype(dtype))
 
     def step(state, q, k, v):
-        return attend_pallas(state, jnp.int32(1), q, k, v, PLAIN, None, write=True)
+        return triton.attend(state, rows_of(state, 1), (q, k, v), PLAIN, None, write=True)
 
     def commit(state):
-        return compression.compress_single(state, use_kernel=True)
+        return compression.compress_single(state, by)
 
     def chunk(state, k, v):
-        compressed = compression.compress_chunk(state, jnp.int32(1), Exact(k, v), use_kernel=True)
-        return fused.decode(compressed, jnp.int32(1), compressed.page_table, jnp.arange(1))
+        rows = rows_of(state, 1)
+        state = compression.compress_chunk(state, rows, Exact(k, v), by)
+        return triton.decode_pages(state, rows, state.table.page_table, jnp.arange(1))
 
     def projected(state, qkv, angle):
-        *token, rotated = fused.turn(state, jnp.int32(1), qkv, jnp.cos(angle), jnp.sin(angle))
-        token = (x[:, None] for x in token)
-        return attend_pallas(state, jnp.int32(1), *token, PLAIN, None, write=True, rotated=rotated)
+        projection = Projection(qkv, jnp.cos(angle), jnp.sin(angle))
+        return triton.attend_projection(state, rows_of(state, 1), projection, PLAIN, None)
 
     found = {
         "step": Case(step, (state, tokens(1, 8), tokens(1, 2), tokens(1, 2))),
@@ -124,10 +131,13 @@ def of_cache(bits, head_dim, rotation, dtype) -> dict[str, Case]:
         "chunk": Case(chunk, (state, tokens(200, 2), tokens(200, 2)), ("encode", "decode")),
     }
     if dtype == "bfloat16":
-        angle = new((3, head_dim // 2), jnp.float32)
+        angle = new((3, 1, head_dim // 2), jnp.float32)
         kernels = ("rope_and_rotate", "decode_attention")
         found["projected step"] = Case(
-            projected, (state, tokens(2, 6), angle), kernels, ("rotate_queries",)
+            projected,
+            (state, new((3, 1, 2, 6, head_dim), jnp.bfloat16), angle),
+            kernels,
+            ("rotate_queries",),
         )
     return found
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels.triton import DEPRECATION
+from pallas_kernels.primitives.triton import DEPRECATION
 
 
 def pytest_collection_modifyitems(items):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels.codebook import Codebook, level_limits
+from pallas_kernels.primitives.codebook import Codebook, level_limits
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -1,13 +1,19 @@
 """The decode kernel against its definition in float64: interpreted on a CPU, compiled on a GPU."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import Schedule, Sketch, decode_attention
+from pallas_kernels.decode_attention import (
+    PagedBlocks,
+    Schedule,
+    Sketch,
+    Softmax,
+    decode_attention,
+)
+from pallas_kernels.primitives import triton
 from tests.pallas_kernels.blocks import arrays, definition, pack, poison, random_blocks
 
 # Relative error of the output norm. Queries and shares are 15-bit integers: measured 1e-4 to 1e-3,
@@ -39,19 +45,19 @@ class Case:
         return f"{bits}-h{self.channels}-t{self.tokens}-g{self.heads}-{','.join(self.options)}"
 
 
-OPTIONS = ("starts", "soft_cap", "sink_logits", "score_bias")
+OPTIONS = ("soft_cap", "sink_logits")
 TRELLIS = ("trellis", "trellis")
 CASES = [
     Case(),
-    Case(((3, 2),), (64,), heads=1, options=("starts",)),
-    Case(((1, 4),), (128,), tokens=32, heads=3, options=("soft_cap", "score_bias")),
+    Case(((3, 2),), (64,), heads=1),
+    Case(((1, 4),), (128,), tokens=32, heads=3, options=("soft_cap",)),
     Case(((2, 3),), (80,), tokens=128, options=("sink_logits",)),
     Case(((6, 5),), (64,), heads=2),
     Case(((3, 4), (2, 1)), (32, 96), heads=5),
     Case(((4, 2),), (64,), options=("sketch", *OPTIONS)),
     Case(((3, 2),), codes=TRELLIS),
     Case(((1, 3),), (64,), tokens=32, heads=3, codes=TRELLIS),
-    Case(((2, 4), (4, 3)), (32, 64), options=("starts",), codes=TRELLIS),
+    Case(((2, 4), (4, 3)), (32, 64), codes=TRELLIS),
     Case(((4, 3),), (80,), codes=("scalar", "trellis")),
 ]
 GPU_CASES = [
@@ -93,10 +99,8 @@ def make_call(case, seed=0):
     lengths = np.array([0, 3 * case.tokens + 5, slots * case.tokens], np.int32)
     heads = q.shape[1]
     every = {
-        "starts": np.array([0, case.tokens + 9, 2 * case.tokens], np.int32),
         "soft_cap": 3.0,
         "sink_logits": rng.standard_normal(heads).astype(np.float32),
-        "score_bias": rng.standard_normal((3, heads)).astype(np.float32),
     }
     keywords = {name: every[name] for name in OPTIONS if name in case.options}
     keywords["sm_scale"] = 0.5 / np.sqrt(q.shape[2])
@@ -107,7 +111,8 @@ def make_call(case, seed=0):
         query = rng.standard_normal((3, heads, 64)).astype(np.float32)
         dots = np.einsum("pktm,bnm->pktbn", 2.0 * signs - 1.0, query)
         extra = dots * norms[..., None, None]
-        keywords["sketch"] = Sketch(query, pack(signs, (1,))[0], norms)
+        plane = pack(signs.swapaxes(0, 1), (1,))[0]
+        keywords["sketch"] = Sketch(query, plane, norms.swapaxes(0, 1))
     options = {k: v for k, v in keywords.items() if k not in ("sketch", "sm_scale")}
     out, lse = definition(
         q, keys, values, table, lengths, keywords["sm_scale"], extra=extra, **options
@@ -119,11 +124,15 @@ def make_call(case, seed=0):
 
 
 def attend(call, interpret, schedule=None):
-    """Jitted, with static options where they must be."""
-    static = {k: v for k, v in call.keywords.items() if k in ("sm_scale", "soft_cap")}
-    traced = {k: v for k, v in call.keywords.items() if k not in static}
-    run = functools.partial(decode_attention, schedule=schedule, interpret=interpret, **static)
-    return jax.jit(lambda a, k: run(*a, **k)[:2])(arrays(call.arguments), arrays(traced))
+    """Jitted."""
+    q, *held = call.arguments
+    options = {k: v for k, v in call.keywords.items() if k not in ("sketch", "sm_scale")}
+    softmax = Softmax(call.keywords["sm_scale"], **options)
+    inputs = arrays((q, PagedBlocks(*held), softmax, call.keywords.get("sketch")))
+    with triton.interpreted(interpret):
+        return jax.jit(lambda *x: decode_attention(*x[:3], sketch=x[3], schedule=schedule)[:2])(
+            *inputs
+        )
 
 
 def assert_close(call, out, lse):
@@ -161,22 +170,22 @@ def test_same_bits_twice_and_whatever_lies_in_unused_pages(interpret):
     q, groups, table, lengths = call.arguments
     keep = np.zeros(20, bool)
     keep[table[table < 20]] = True
-    clean = jax.tree.map(lambda x: np.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0), groups)
+    clean = jax.tree.map(lambda x: np.where(keep.reshape(-1, *[1] * (x.ndim - 2)), x, 0), groups)
     again = attend(dataclasses.replace(call, arguments=(q, clean, table, lengths)), interpret)
     for x, y in zip(first, again, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
-def test_windows_merge_by_log_sum_exp(interpret):
-    """[0, c) and [c, length) merge into the whole."""
+def test_parts_merge_by_log_sum_exp(interpret):
+    """The first block, or less of it, and what follows merge into the whole."""
     call = make_call(Case(((2, 2),), (64,)))
     whole, whole_lse = attend(call, interpret)
     q, groups, table, lengths = call.arguments
-    cut = np.minimum(lengths, 77).astype(np.int32)
+    cut = np.minimum(lengths, 64).astype(np.int32)
     left, left_lse = attend(dataclasses.replace(call, arguments=(q, groups, table, cut)), interpret)
-    call.keywords["starts"] = cut
-    right, right_lse = attend(call, interpret)
+    rest = (q, groups, table[:, 1:], lengths - cut)
+    right, right_lse = attend(dataclasses.replace(call, arguments=rest), interpret)
     merged = np.logaddexp(left_lse, right_lse)
     shares = [np.exp(np.where(np.isneginf(x), -1e9, x - merged)) for x in (left_lse, right_lse)]
     out = shares[0][..., None] * left + shares[1][..., None] * right
@@ -203,4 +212,5 @@ def test_refuses(change, error, words):
     """The message says what was got and what was expected."""
     call = make_call(Case(((2, 2),), (64,)))
     with pytest.raises(error, match=words):
-        decode_attention(*arrays(change(*call.arguments)), sm_scale=1.0, interpret=True)
+        q, *held = arrays(change(*call.arguments))
+        decode_attention(q, PagedBlocks(*held), Softmax(1.0))

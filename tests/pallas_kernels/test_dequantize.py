@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dequantize import PackedDecoder, lookup_assembly, lookup_codes
-from pallas_kernels.gather import GatherDecoder, key_decoder, value_decoders
-from pallas_kernels.trellis import (
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.dequantize import PackedDecoder, lookup_assembly, lookup_codes
+from pallas_kernels.primitives.gather import GatherDecoder, key_decoder, value_decoders
+from pallas_kernels.primitives.trellis import (
     SELECT,
     TrellisDecoder,
     half_table_assembly,
@@ -96,7 +97,8 @@ def decode(decoder, codes):
     prepared = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
     if isinstance(decoder, PackedDecoder):
         prepared = None
-    operands = decoder.operands(decoder.load(fetch), prepared, True)
+    with triton.interpreted():
+        operands = decoder.operands(decoder.load(fetch), prepared)
     total = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
     return total - decoder.centre, decoder.elements(jnp.arange(decoder.columns))
 
@@ -203,7 +205,8 @@ def test_trellis_decoders_follow_the_path(bits, length, rows):
 
     tables = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
     prepared = {name: x if name == "table" else x[None, :] for name, x in tables.items()}
-    operands = decoder.operands(decoder.load(fetch), prepared, True)
+    with triton.interpreted():
+        operands = decoder.operands(decoder.load(fetch), prepared)
     got = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
     _, element, exists = (np.asarray(x) for x in decoder.elements(jnp.arange(decoder.columns)))
     want = levels_of(book, codes.T).T if rows else levels_of(book, codes)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import trellis_encode
+from pallas_kernels.primitives import triton
+from pallas_kernels.trellis import encode
 from tests.marks import GPU
 from turboquant_jax import trellis
 
@@ -29,11 +30,12 @@ def test_the_kernel_equals_the_definition(bits, vectors, dim, interpret):
     y[2, ::2] *= 1e3
     levels = tuple(float(level) for level in trellis.grid_levels(bits))
     rows = jnp.asarray(y.T)
-    got = jax.jit(partial(trellis_encode.encode, levels=levels, interpret=interpret))(rows)
+    with triton.interpreted(interpret):
+        got = jax.jit(partial(encode, levels=levels))(rows)
     want = trellis.encode_with(jnp.asarray(y), jnp.asarray(levels, jnp.float32))
     np.testing.assert_array_equal(got.T, want)
 
 
 def test_levels_are_a_power_of_two():
     with pytest.raises(ValueError, match="got 6 levels"):
-        trellis_encode.encode(jnp.zeros((8, 32)), (0.0,) * 6)
+        encode(jnp.zeros((8, 32)), (0.0,) * 6)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import triton
+from pallas_kernels.primitives import triton
 from tests.pallas_kernels.test_lowering import lower
 
 WIDE = (2**16 + 1, 2**15)  # of bytes: more than 2**31, less than 2**32
@@ -19,9 +19,9 @@ def call(shape, **options):
 
     spec = triton.BlockSpec(shape, lambda i: (0, 0))
     return triton.call(
-        kernel, grid=(1,), in_specs=(spec,), out_specs=spec,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.uint8), warps=1, stages=1, name="copy",
-        **dict(interpret=False, aliases={0: 0}) | options,
+        kernel, triton.Launch((1,), warps=1, stages=1), in_specs=(spec,), out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.uint8), name="copy",
+        **dict(aliases={0: 0}) | options,
     )  # fmt: skip
 
 
@@ -53,9 +53,28 @@ def test_a_jax_that_does_not_ask_is_refused(monkeypatch):
 
 def test_the_aliased_input_stands_in_for_the_output():
     x = jnp.arange(128, dtype=jnp.uint8).reshape(2, 64)
-    moved = call((2, 64), interpret=True)(x)
+    with triton.interpreted():
+        moved = call((2, 64))(x)
     assert moved[0, :32].tolist() == list(range(64, 96)) and moved[1, 0] == 64
     seen = []
     run = triton._through_inputs(lambda a, b, out: seen.append((a, b, out)), 2, {0: 1})
     run("a", "b", "out")
     assert seen == [("a", "b", "b")]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_what_is_traced_for_a_cpu_is_not_taken_for_a_gpu(loop):
+    """Nor from the caches of what a jitted function calls."""
+    seen = []
+
+    def body(carry, x):
+        seen.append(triton.is_interpreted())
+        return carry + x, None
+
+    inner = jax.jit(lambda x: jax.lax.scan(body, x, x[None])[0] if loop else body(x, x)[0])
+    x = jnp.zeros(3)
+    for _ in range(2):
+        with triton.interpreted():
+            jax.jit(lambda x: inner(x))(x)
+        jax.jit(lambda x: inner(x))(x)
+    assert seen == [True, False]

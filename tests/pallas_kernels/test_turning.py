@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.rotation import Rotation
-from pallas_kernels.turning import rope_and_rotate, rotate
+from pallas_kernels.primitives import triton
+from pallas_kernels.rope import Rotation, rope_and_rotate, rotate
 from tests.marks import GPU
-from turboquant_jax.llama.model import split_heads
+from turboquant_jax.attention import Projection
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,8 @@ def test_equals_the_product(parts, matrices, channels, heads, signs):
     made = jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16)
     plus = jnp.asarray(rng.choice([-1.0, 1.0], channels), jnp.float32) if signs else None
     q = jnp.asarray(rng.normal(0, 1, (3, heads, channels)), jnp.bfloat16)
-    got = jax.jit(lambda q, r: rotate(q, r, interpret=True))(q, Rotation(made, plus, gain=0.5))
+    with triton.interpreted():
+        got = jax.jit(rotate)(q, Rotation(made, plus, gain=0.5))
     x = np.asarray(q, np.float64) * (np.asarray(plus) if signs else 1.0)
     matrix = np.repeat(np.asarray(made, np.float64).sum(axis=0), heads // matrices, axis=0)
     want = 0.5 * np.einsum("nij,bnj->bni", matrix, x)
@@ -36,7 +37,7 @@ def test_equals_the_product(parts, matrices, channels, heads, signs):
     [(1, 1, 2, 3, 64, True), (3, 2, 2, 3, 80, False), (1, 1, 1, 1, 32, False)],
 )
 def test_rope_on_the_way(parts, matrices, kv_heads, per_head, channels, signs, interpret):
-    """As `split_heads` turns, but for a rounding to bfloat16 here and there, then as `rotate`."""
+    """As `Projection.heads` turns, but for a rounding here and there, then as `rotate`."""
     rng = np.random.default_rng(4)
     shape = (parts, matrices, channels, channels)
     made = jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16)
@@ -45,22 +46,23 @@ def test_rope_on_the_way(parts, matrices, kv_heads, per_head, channels, signs, i
     qkv = jnp.asarray(rng.normal(0, 1, (5, kv_heads, per_head + 2, channels)), jnp.bfloat16)
     angle = rng.uniform(-9, 9, (5, channels // 2))
     cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
-    run = jax.jit(rope_and_rotate, static_argnames="interpret")
-    q, k, v, rotated = run(qkv, cos, sin, rotation, interpret=interpret)
-    want = [x[:, 0] for x in split_heads(qkv[:, None], cos[:, None], sin[:, None])]
+    with triton.interpreted(interpret):
+        q, k, v, rotated = jax.jit(rope_and_rotate)(qkv, cos, sin, rotation)
+        expected = np.asarray(jax.jit(rotate)(q, rotation))
+    projection = Projection(*(x[:, None] for x in (qkv, cos, sin)))
+    want = [x[:, 0] for x in projection.heads()]
     for got, exact in zip((q, k), want, strict=False):
         got, exact = (np.asarray(x, np.float32) for x in (got, exact))
         np.testing.assert_allclose(got, exact, rtol=2**-7, atol=1e-6)
         assert np.mean(got != exact) < 0.01
     np.testing.assert_array_equal(v, want[2])
-    expected = np.asarray(jax.jit(rotate, static_argnums=2)(q, rotation, interpret))
     np.testing.assert_allclose(rotated, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_types_that_would_round_are_refused():
     rotation = Rotation(jnp.ones((1, 1, 16, 16), jnp.bfloat16))
     with pytest.raises(ValueError, match="queries of float32 and a rotation of bfloat16"):
-        rotate(jnp.ones((1, 2, 16)), rotation, interpret=True)
+        rotate(jnp.ones((1, 2, 16)), rotation)
     with pytest.raises(ValueError, match="projections of float32 and a rotation of bfloat16"):
         angles = jnp.ones((1, 8))
-        rope_and_rotate(jnp.ones((1, 1, 3, 16)), angles, angles, rotation, interpret=True)
+        rope_and_rotate(jnp.ones((1, 1, 3, 16)), angles, angles, rotation)

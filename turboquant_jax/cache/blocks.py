@@ -26,25 +26,24 @@ from turboquant_jax.cache.codec import Codec, Group
 @register_dataclass
 @dataclass(frozen=True)
 class Blocks:
-    """Packed blocks of any leading shape, up to the axis K of KV heads.
+    """Packed blocks of any leading shape.
 
-    `keys[g][p]` is uint8 [*lead, K, T, bytes], `values[g][p]` uint8 [*lead, K, H_g, bytes] and
-    `scales[g]` uint32 [*lead, K, T], for group g of channels and plane p of its bits.
+    `keys[g][p]` is uint8 [*lead, T, bytes], `values[g][p]` uint8 [*lead, H_g, bytes] and
+    `scales[g]` uint32 [*lead, T], for group g of channels and plane p of its bits.
     """
 
-    keys: tuple[tuple[UInt8[Array, "*lead K T bytes"], ...], ...]
-    values: tuple[tuple[UInt8[Array, "*lead K H bytes"], ...], ...]
-    scales: tuple[UInt32[Array, "*lead K T"], ...]
+    keys: tuple[tuple[UInt8[Array, "*lead T _"], ...], ...]
+    values: tuple[tuple[UInt8[Array, "*lead _ _"], ...], ...]
+    scales: tuple[UInt32[Array, "*lead T"], ...]
 
 
-def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], heads: int, tokens: int) -> Blocks:
-    """Blocks of zeros; `lead` is (layers, pages) in a cache."""
+def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], tokens: int) -> Blocks:
+    """Blocks of zeros; `lead` is (rows, pages) in a cache."""
     key, value = codecs
-    shape = (*lead, heads)
 
     def planes(count, group, rows):
         return tuple(
-            jnp.zeros((*shape, rows, packing.plane_bytes(count, width)), jnp.uint8)
+            jnp.zeros((*lead, rows, packing.plane_bytes(count, width)), jnp.uint8)
             for width in group.plane_widths
         )
 
@@ -52,12 +51,15 @@ def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], heads: int, tokens
     return Blocks(
         tuple(planes(group.dim, group, tokens) for group in key.groups),
         tuple(planes(tokens, group, group.dim) for group in value.groups),
-        tuple(jnp.zeros((*shape, tokens), jnp.uint32) for _ in range(words)),
+        tuple(jnp.zeros((*lead, tokens), jnp.uint32) for _ in range(words)),
     )
 
 
 def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Group, ...]) -> Blocks:
-    """Pack quantized groups, indices [*lead, T, K, channels] and scales [*lead, T, K]."""
+    """Pack quantized groups, indices [*lead, T, K, channels] and scales [*lead, T, K].
+
+    The blocks are [*lead, K, ...].
+    """
     key_codec, value_codec = codecs
     packed_keys = tuple(
         packing.pack(jnp.swapaxes(indices, -3, -2), group.plane_widths)
@@ -78,7 +80,7 @@ def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Gro
 
 
 def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
-    """Invert `pack`: groups of keys and of values, indices [*lead, K, T, channels]."""
+    """Invert `pack`: groups of keys and of values, indices [*lead, T, channels]."""
     key_codec, value_codec = codecs
     tokens = blocks.scales[0].shape[-1]
     keys = tuple(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from turboquant_jax import quantizer as quantizers
 from turboquant_jax.cache.config import CodecConfig
+from turboquant_jax.implementation import Implementation
 from turboquant_jax.quantizer import Quantizer
 
 Group = tuple[UInt8[Array, "*batch channels"], Float[Array, "*batch"]]
@@ -20,21 +21,22 @@ Group = tuple[UInt8[Array, "*batch channels"], Float[Array, "*batch"]]
 class Codec:
     """One quantizer per group of channels; `order` lists the channels group by group.
 
-    `order` is int32 [layers, K, H], or None for the natural order. The *rotated space* of a codec
-    is the concatenation of its groups' rotated channels.
+    `order` is int32 [rows, H], a row for each head of each layer, or None for the natural order;
+    the functions say with `rows` whose channels they are given. The *rotated space* of a codec is
+    the concatenation of its groups' rotated channels.
     """
 
     groups: tuple[Quantizer, ...]
-    order: Int[Array, "layers K H"] | None
+    order: Int[Array, "rows H"] | None
 
-    def rotate(self, layer: Int[Array, ""], x: Float[Array, "*batch K H"]):
+    def rotate(self, rows: Int[Array, " K"], x: Float[Array, "*batch K H"]):
         """Into the rotated space, float32: scores and outputs are computed there."""
-        parts = self._split(self._reorder(layer, x.astype(jnp.float32)))
+        parts = self._split(self._reorder(rows, x.astype(jnp.float32)))
         return jnp.concatenate(
             [group.rotation.apply(part) for group, part in zip(self.groups, parts, strict=True)], -1
         )
 
-    def unrotate(self, layer: Int[Array, ""], y: Float[Array, "*batch K H"]):
+    def unrotate(self, rows: Int[Array, " K"], y: Float[Array, "*batch K H"]):
         """Back from the rotated space, float32."""
         parts = self._split(y)
         x = jnp.concatenate(
@@ -43,21 +45,27 @@ class Codec:
         )
         if self.order is None:
             return x
-        order = jnp.argsort(self.order[layer], axis=-1)
+        order = jnp.argsort(self.order[rows], axis=-1)
         return jnp.take_along_axis(x, _broadcast(order, x), axis=-1)
 
-    def matrix(self, layer: Int[Array, ""]) -> Float[Array, "heads H H"]:
+    def matrix(self, rows: Int[Array, " K"]) -> Float[Array, "heads H H"]:
         """The whole rotation, dense: of each head if their channels are ordered, else of all."""
         matrix = linalg.block_diag(*(group.rotation.matrix for group in self.groups))
         if self.order is None:
             return matrix[None]
-        return jnp.moveaxis(matrix[:, jnp.argsort(self.order[layer], axis=-1)], 0, 1)
+        return jnp.moveaxis(matrix[:, jnp.argsort(self.order[rows], axis=-1)], 0, 1)
 
-    def quantize(self, layer: Int[Array, ""], x: Float[Array, "*batch K H"]) -> tuple[Group, ...]:
-        """Indices and scales of each group of channels."""
-        parts = self._split(self._reorder(layer, x))
+    def quantize(
+        self,
+        rows: Int[Array, " K"],
+        x: Float[Array, "*batch K H"],
+        search: Implementation | None = None,
+    ) -> tuple[Group, ...]:
+        """Indices and scales of each group of channels; `search` finds the path of a trellis."""
+        parts = self._split(self._reorder(rows, x))
         return tuple(
-            quantizers.quantize(group, part) for group, part in zip(self.groups, parts, strict=True)
+            quantizers.quantize(group, part, implementation=search)
+            for group, part in zip(self.groups, parts, strict=True)
         )
 
     def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*batch H"]:
@@ -70,10 +78,10 @@ class Codec:
             axis=-1,
         )
 
-    def _reorder(self, layer, x):
+    def _reorder(self, rows, x):
         if self.order is None:
             return x
-        return jnp.take_along_axis(x, _broadcast(self.order[layer], x), axis=-1)
+        return jnp.take_along_axis(x, _broadcast(self.order[rows], x), axis=-1)
 
     def _split(self, x):
         edges, parts = 0, []
@@ -84,7 +92,7 @@ class Codec:
 
 
 def create(
-    key: Array, config: CodecConfig, head_dim: int, order: Int[Array, "layers K H"] | None = None
+    key: Array, config: CodecConfig, head_dim: int, order: Int[Array, "rows H"] | None = None
 ) -> Codec:
     """Draw the rotations of a codec.
 

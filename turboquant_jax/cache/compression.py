@@ -8,150 +8,133 @@ none does next to nothing.
 
 from dataclasses import replace
 from functools import partial
-from math import ceil
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
+from jaxtyping import Array, Float, Int
 
 from turboquant_jax.cache import blocks, encoding
 from turboquant_jax.cache.blocks import Blocks
-from turboquant_jax.cache.operands import flat
-from turboquant_jax.cache.state import Cache, Exact
+from turboquant_jax.cache.choose import Compression
+from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part, heads_of
+from turboquant_jax.implementation import Implementation
 
 
-def new_blocks(
-    cache: Cache, counts: Int[Array, " B"], most: int
-) -> tuple[Int[Array, "B n"], Bool[Array, "B n"]]:
-    """Slots of the blocks that `counts` tokens complete, and which of the n candidates they are.
-
-    Of more new blocks than a sliding window has slots only the newest count.
-    """
-    first = cache.config.num_blocks(cache.lengths)
-    last = cache.config.num_blocks(cache.lengths + counts)
-    slots = cache.page_table.shape[1]
-    candidates = ceil(most / cache.config.block) if slots else 0
-    block = first[:, None] + jnp.arange(candidates, dtype=jnp.int32)[None, :]
-    filled = (block < last[:, None]) & (block >= last[:, None] - slots)
-    return block % max(slots, 1), filled
-
-
-def compress_single(cache: Cache, use_kernel: bool, interpret: bool = False) -> Cache:
+def compress_single(cache: Cache, by: Compression) -> Cache:
     """Compress what the sequences with one pending token completed, in all layers."""
-    config = cache.config
-    slot, filled = new_blocks(cache, cache.pending, 1)
-    complete = filled[:, 0] & (cache.pending == 1)
+    config, table, layout = cache.config, cache.table, cache.layout
+    slot, filled = layout.completed(table.lengths, table.pending, 1)
+    complete = filled[:, 0] & (table.pending == 1)
+    pages = jnp.take_along_axis(table.pending_pages, slot, axis=1)[:, 0]
+    first = config.num_blocks(table.lengths)
+    start, opens = layout.window_slot(layout.block_start(first)), first == 0
+    if by.blocks == "pallas":
+        return encoding.encode_window(cache, start, jnp.where(complete, pages, -1), opens)
     rows = jnp.nonzero(complete, size=complete.shape[0], fill_value=0)[0]
-    pages = jnp.take_along_axis(cache.pending_pages, slot, axis=1)[:, 0]
-    first = config.num_blocks(cache.lengths)
-    if use_kernel:
-        layers = jnp.arange(config.num_layers, dtype=jnp.int32)[:, None]
-        page = pages[None, :] + layers * cache.references.shape[0]
-        page = jnp.where(complete[None, :], page, -1)
-        row = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape)
-        ring = cache.window.keys.shape[2]
-        start, opens = (
-            jnp.broadcast_to(x[None, :], page.shape)
-            for x in (first * config.block % ring, first == 0)
-        )
-        window = jax.tree.map(flat, cache.window)
-        return encoding.encode(
-            cache, window, _jobs(row, start, page, row, opens), interpret=interpret
-        )
-    layers = jnp.arange(config.num_layers)
 
     def compress(i, carry):
-        pool, means = carry
+        pools, means = carry
         row = rows[i]
-        place = first[row] * config.block + jnp.arange(config.block)
-        place = place % cache.window.keys.shape[2]
+        place = (start[row] + jnp.arange(config.block)) % layout.ring
         block = Exact(cache.window.keys[:, row, place], cache.window.values[:, row, place])
-        mean = None
         if means is not None:
-            mean = jnp.where(first[row] == 0, jax.vmap(_mean)(block.keys), means[:, row])
+            mean = jnp.where(opens[row], jax.vmap(_mean)(block.keys), means[:, row])
             means = lax.dynamic_update_index_in_dim(means, mean, row, axis=1)
-        packed = jax.vmap(partial(_encode, cache.codecs))(layers, block, mean)
-        pool = jax.tree.map(
-            lambda old, new: lax.dynamic_update_index_in_dim(
-                old, _in_order(new), pages[row], axis=1
-            ),
-            pool,
-            packed,
-        )
-        return pool, means
+        found = []
+        for number, (part, pool) in enumerate(zip(cache.parts, pools, strict=True)):
+            own = partial(_rows_of_part, cache, number)
+            mean_rows = None if means is None else own(mean[:, None])[0]
+            packed = _encode(
+                part, jnp.arange(pool.scales[0].shape[0]), jax.tree.map(own, block), mean_rows,
+                by.search,
+            )  # fmt: skip
+            found.append(
+                jax.tree.map(
+                    lambda old, new: lax.dynamic_update_index_in_dim(
+                        old, _in_order(new), pages[row], axis=1
+                    ),
+                    pool,
+                    packed,
+                )
+            )
+        return tuple(found), means
 
-    pool, means = lax.fori_loop(0, jnp.sum(complete), compress, (cache.pool, cache.key_mean))
-    return replace(cache, pool=pool, key_mean=means)
+    pools = tuple(part.pool for part in cache.parts)
+    pools, means = lax.fori_loop(0, jnp.sum(complete), compress, (pools, cache.key_mean))
+    return with_pools(replace(cache, key_mean=means), pools)
 
 
-def compress_chunk(
-    cache: Cache, layer: Int[Array, ""], new: Exact, use_kernel: bool, interpret: bool = False
-) -> Cache:
+def compress_chunk(cache: Cache, rows: LayerRows, new: Exact, by: Compression) -> Cache:
     """Compress what the sequences with more pending tokens completed, in one layer.
 
     `new` is the chunk [B, T, K, H], which enters the window only after this.
     """
-    slot, filled = new_blocks(cache, cache.pending, new.keys.shape[1])
-    filled = filled & (cache.pending > 1)[:, None]
-    page = jnp.take_along_axis(cache.pending_pages, slot, axis=1)
-    pages = cache.references.shape[0]
-    opens = (cache.config.num_blocks(cache.lengths) == 0) & jnp.any(filled, axis=1)
-    batch, count = slot.shape
-
-    if use_kernel:
-        block = _gather(cache, layer, new, count)
-        source = jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[3:]), block)
-        row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], slot.shape)
-        start = jnp.broadcast_to(
-            cache.config.block * jnp.arange(count, dtype=jnp.int32)[None, :], slot.shape
-        )
-        page = jnp.where(filled, page + layer * pages, -1)
-        columns = row, start, page, layer * batch + row
-        first, rest = (
-            [column[:, part] for column in columns] for part in (slice(1), slice(1, None))
-        )
-        # a sequence's first block alone: the kernel takes its mean, which the next ones need
-        cache = encoding.encode(cache, source, _jobs(*first, opens), interpret=interpret)
-        if count == 1:
-            return cache
-        jobs = _jobs(*rest, jnp.zeros_like(rest[0]))
-        return encoding.encode(cache, source, jobs, interpret=interpret)
-    page = jnp.where(filled, page, pages)  # past the end: dropped
+    table, layer = cache.table, rows.layer
+    slot, filled = cache.layout.completed(table.lengths, table.pending, new.keys.shape[1])
+    filled = filled & (table.pending > 1)[:, None]
+    page = jnp.take_along_axis(table.pending_pages, slot, axis=1)
+    opens = (cache.config.num_blocks(table.lengths) == 0) & jnp.any(filled, axis=1)
+    if by.blocks == "pallas":
+        block = _gather(cache, layer, new, slot.shape[1])
+        return encoding.encode_chunk(cache, rows, block, jnp.where(filled, page, -1), opens)
+    page = jnp.where(filled, page, table.references.shape[0])  # past the end: dropped
 
     def compress(carry):
-        pool, means = carry
-        block = _gather(cache, layer, new, count)
-        mean = None
+        pools, means = carry
+        block = _gather(cache, layer, new, slot.shape[1])
         if means is not None:
             of_first = jax.vmap(_mean)(block.keys[:, 0])
             mean = jnp.where(opens[:, None, None], of_first, means[layer])
             means = means.at[layer].set(mean)
-        encode = partial(_encode, cache.codecs, layer)
-        packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(block, mean)
-        pool = jax.tree.map(
-            lambda old, rows: old.at[layer, page].set(rows, mode="drop"), pool, packed
-        )
-        return pool, means
+        found = list(pools)
+        for member in rows.members:
+            own = member.of(cache.kv_heads)
+            encode = partial(_encode, cache.parts[member.part], own, search=by.search)
+            some = jax.tree.map(partial(member.pick, axis=-2), block)
+            mean_rows = None if means is None else member.pick(mean, axis=-2)
+            packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(some, mean_rows)
+            place = own[:, None, None], page[None]
+            found[member.part] = jax.tree.map(
+                lambda old, new, place=place: old.at[place].set(
+                    jnp.moveaxis(new, 2, 0), mode="drop"
+                ),
+                found[member.part],
+                packed,
+            )
+        return tuple(found), means
 
-    pool, means = lax.cond(
-        jnp.any(filled), compress, lambda carry: carry, (cache.pool, cache.key_mean)
+    pools = tuple(part.pool for part in cache.parts)
+    pools, means = lax.cond(jnp.any(filled), compress, lambda carry: carry, (pools, cache.key_mean))
+    return with_pools(replace(cache, key_mean=means), pools)
+
+
+def with_pools(cache: Cache, pools: tuple[Blocks, ...]) -> Cache:
+    """The cache with other blocks."""
+    parts = (replace(part, pool=pool) for part, pool in zip(cache.parts, pools, strict=True))
+    return replace(cache, parts=tuple(parts))
+
+
+def _rows_of_part(cache: Cache, part: int, x: Float[Array, "layers T K H"]):
+    """[T, rows, H] of the layers and heads of a part."""
+    if len(cache.parts) == 1:
+        return jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1, x.shape[3])
+    layer, head = (
+        jnp.asarray(index)
+        for index in zip(*heads_of(cache.config, part, cache.kv_heads), strict=True)
     )
-    return replace(cache, pool=pool, key_mean=means)
-
-
-def _jobs(*columns: Array) -> Int[Array, "jobs 5"]:
-    return jnp.stack([column.astype(jnp.int32).ravel() for column in columns], axis=1)
+    return jnp.moveaxis(x, 1, 0)[:, layer, head]
 
 
 def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, count: int) -> Exact:
     """The next `count` blocks [B, count, block, K, H] of each sequence, from window and chunk."""
-    config = cache.config
-    start = config.sinks + config.block * config.num_blocks(cache.lengths)
+    config, layout, lengths = cache.config, cache.layout, cache.lengths
+    start = layout.block_start(config.num_blocks(lengths))
     position = start[:, None] + jnp.arange(count * config.block)[None, :]
-    in_chunk = position - cache.lengths[:, None]
-    ring = (position - config.sinks) % cache.window.keys.shape[2]
+    in_chunk = position - lengths[:, None]
+    ring = layout.window_slot(position)
 
     def take(window: Float[Array, "layers B slots K H"], chunk: Float[Array, "B T K H"]):
         index = jnp.clip(in_chunk, 0, chunk.shape[1] - 1)
@@ -169,7 +152,7 @@ def _in_order(x: Array) -> Array:
     Left to choose, XLA on a GPU turns the whole pool around to the layout that the values of a
     block come in, and back behind the loop.
     """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return with_layout_constraint(x, MemoryLayout(tuple(range(x.ndim))))
 
 
 def _mean(keys: Float[Array, "T K H"]) -> Float[Array, "K H"]:
@@ -177,11 +160,17 @@ def _mean(keys: Float[Array, "T K H"]) -> Float[Array, "K H"]:
 
 
 def _encode(
-    codecs, layer: Int[Array, ""], block: Exact, mean: Float[Array, "K H"] | None
+    part: Part,
+    rows: Int[Array, " K"],
+    block: Exact,
+    mean: Float[Array, "K H"] | None,
+    search: Implementation,
 ) -> Blocks:
-    """One block of one layer, [T, K, H]: the same arithmetic for a chunk and for single tokens."""
-    key_codec, value_codec = codecs
+    """One block of some rows, [T, K, H]: the same arithmetic for a chunk and for single tokens."""
+    key_codec, value_codec = part.codecs
     keys = block.keys if mean is None else block.keys.astype(jnp.float32) - mean[None]
     return blocks.pack(
-        codecs, key_codec.quantize(layer, keys), value_codec.quantize(layer, block.values)
+        part.codecs,
+        key_codec.quantize(rows, keys, search),
+        value_codec.quantize(rows, block.values, search),
     )

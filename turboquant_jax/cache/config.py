@@ -1,10 +1,12 @@
 """Everything static about a cache, in two frozen dataclasses that hash and compare by value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax.numpy as jnp
 
 from turboquant_jax import rotation as rotations
+from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.quantizer import Code, Codebook, ScaleMode
 
 Groups = tuple[tuple[int, int], ...]
@@ -40,8 +42,18 @@ class CodecConfig:
         if not isinstance(groups, tuple) or not all(
             isinstance(group, tuple) and list(map(type, group)) == [int, int] for group in groups
         ):
-            raise ValueError(f"bits must be an integer or ((channels, bits), ...), got {groups!r}")
+            raise ValueError(
+                f"bits: got {groups!r}, expected an integer or ((channels, bits), ...)"
+            )
         return groups
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the keys and the values of a kv head are coded."""
+
+    key: CodecConfig
+    value: CodecConfig
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class CacheConfig:
       sliding_window: tokens that a query sees, itself included, in models with local attention;
         None = all of them. Blocks beyond it are given up and their pages used again.
       dtype: of everything in full precision.
+      allocation: bits of every layer, or of every head, in the place of the codecs' own.
     """
 
     num_layers: int
@@ -80,6 +93,7 @@ class CacheConfig:
     center_keys: bool = True
     sliding_window: int | None = None
     dtype: str = "bfloat16"
+    allocation: Allocation | None = None
 
     def __post_init__(self):
         for name in ("num_layers", "num_kv_heads", "head_dim", "block"):
@@ -92,9 +106,11 @@ class CacheConfig:
         try:
             dtype = jnp.dtype(self.dtype)
         except TypeError as error:
-            raise ValueError(f"dtype must be a floating type, got {self.dtype!r}") from error
+            raise ValueError(f"dtype: got {self.dtype!r}, expected a floating type") from error
         _require(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", self.dtype)
         object.__setattr__(self, "dtype", dtype.name)  # compares, hashes and is saved as its name
+        if self.allocation is not None:
+            self.allocation.check(self.num_layers, self.num_kv_heads)
         for name in ("key", "value"):
             groups = getattr(self, name).groups(self.head_dim)
             _require(
@@ -105,6 +121,24 @@ class CacheConfig:
             )
             for _, bits in groups:
                 _require(1 <= bits <= 8, f"{name}.bits", "between 1 and 8", bits)
+
+    @cached_property
+    def formats(self) -> tuple[Format, ...]:
+        """The different formats of the heads, in the order in which layers and heads meet them."""
+        if self.allocation is None:
+            return (Format(self.key, self.value),)
+        return tuple(
+            Format(replace(self.key, bits=key), replace(self.value, bits=value))
+            for key, value in self.allocation.kinds
+        )
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Of every layer the number of its format, or those of its heads where they differ."""
+        if self.allocation is None:
+            return ((0,),) * self.num_layers
+        kinds = self.allocation.kinds
+        return tuple(tuple(map(kinds.index, layer)) for layer in self.allocation.layers)
 
     def compressed_tokens(self, length):
         """C(length): works on ints and on arrays."""
@@ -118,4 +152,4 @@ class CacheConfig:
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {expected}, got {got}")
+        raise ValueError(f"{name}: got {got}, expected {expected}")

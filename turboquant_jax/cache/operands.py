@@ -11,8 +11,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.rotation import Rotation as Operand
+from pallas_kernels.decode_attention import Codebook
+from pallas_kernels.rope import Rotation as Operand
+from turboquant_jax import codebook as codebooks
+from turboquant_jax import trellis
 from turboquant_jax.cache.codec import Codec
+from turboquant_jax.quantizer import Quantizer
 from turboquant_jax.rotation import Hadamard, Rotation
 
 
@@ -32,11 +36,11 @@ def of_rotation(rotation: Rotation, dtype: DTypeLike) -> Operand:
     return _split(rotation.matrix[None], dtype)
 
 
-def of_codec(codec: Codec, layer: Int[Array, ""]) -> Operand:
-    """The whole rotation of a layer's keys or values, in bfloat16 parts."""
+def of_codec(codec: Codec, rows: Int[Array, " K"]) -> Operand:
+    """The whole rotation of the keys, or values, of some rows, in bfloat16 parts."""
     if len(codec.groups) == 1 and codec.order is None:
         return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
-    return _split(codec.matrix(layer), jnp.bfloat16)
+    return _split(codec.matrix(rows), jnp.bfloat16)
 
 
 def with_signs(operand: Operand) -> Operand:
@@ -45,6 +49,13 @@ def with_signs(operand: Operand) -> Operand:
         return operand
     signs = operand.signs.astype(operand.parts.dtype)[None, None, None, :]
     return replace(operand, parts=operand.parts * signs, signs=None)
+
+
+def codebook_of(group: Quantizer) -> Codebook | None:
+    """The levels of a quantizer as integers times a step, or None if they are not."""
+    limit = trellis.grid_limit(group.bits) if group.code == "trellis" else None
+    integers = codebooks.grid_integers(group.levels, limit)
+    return None if integers is None else Codebook(group.bits, *integers, group.code)
 
 
 def _split(matrix: Float[Array, "heads H H"], dtype: DTypeLike) -> Operand:

@@ -22,40 +22,40 @@ def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | in
     beams of a search, or to start many sequences from one prefix.
     """
     source, target = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
-    held = jnp.arange(cache.page_table.shape[1]) < cache.config.num_blocks(cache.lengths[source])
-    shared = jnp.where(held, cache.page_table[source], pages.UNASSIGNED)
-    references = pages.share(cache.references, shared)
-    references = pages.release(references, cache.page_table[target])
+    table = cache.table
+    held = jnp.arange(cache.layout.slots) < cache.config.num_blocks(table.lengths[source])
+    shared = jnp.where(held, table.page_table[source], pages.UNASSIGNED)
+    references = pages.share(table.references, shared)
+    references = pages.release(references, table.page_table[target])
 
     def copy_row(array, axis: int):
         row = jnp.take(array, source, axis=axis)
         return array.at[target].set(row) if axis == 0 else array.at[:, target].set(row)
 
-    return replace(
-        cache,
+    exact = {
+        name: jax.tree.map(lambda array: copy_row(array, 1), getattr(cache, name))
+        for name in ("sinks", "window", "key_mean")
+    }
+    return replace(cache, **exact).with_table(
         references=references,
-        page_table=cache.page_table.at[target].set(shared),
-        lengths=copy_row(cache.lengths, 0),
-        overflow=copy_row(cache.overflow, 0),
-        **{
-            name: jax.tree.map(lambda array: copy_row(array, 1), getattr(cache, name))
-            for name in ("sinks", "window", "key_mean")
-        },
+        page_table=table.page_table.at[target].set(shared),
+        lengths=copy_row(table.lengths, 0),
+        overflow=copy_row(table.overflow, 0),
     )
 
 
 def free(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
     """Empty these sequences; pages that nobody else refers to are free again."""
-    given_up = jnp.where(rows[:, None], cache.page_table, pages.UNASSIGNED)
-    return replace(
-        cache,
-        references=pages.release(cache.references, given_up),
-        page_table=jnp.where(rows[:, None], pages.UNASSIGNED, cache.page_table),
-        lengths=jnp.where(rows, 0, cache.lengths),
-        overflow=cache.overflow & ~rows,
+    table = cache.table
+    given_up = jnp.where(rows[:, None], table.page_table, pages.UNASSIGNED)
+    return cache.with_table(
+        references=pages.release(table.references, given_up),
+        page_table=jnp.where(rows[:, None], pages.UNASSIGNED, table.page_table),
+        lengths=jnp.where(rows, 0, table.lengths),
+        overflow=table.overflow & ~rows,
     )
 
 
 def free_pages(cache: Cache) -> Int[Array, ""]:
     """Pages of the pool that no sequence refers to."""
-    return jnp.sum(cache.references == 0)
+    return jnp.sum(cache.table.references == 0)

@@ -1,24 +1,28 @@
 """The compressed cache: an immutable pytree, and how an empty one is made.
 
-Three segments hold a sequence (`config.CacheConfig` says which token lies where): sinks and recent
-window in full precision, and whole blocks of compressed tokens in a pool of pages. A page holds the
-block of every layer, so that one page table serves all layers; a dense cache is one whose table is
-the identity. `blocks` has the layout of a page, `appending` the way in.
+Three segments hold a sequence (`layout` says which token lies where): sinks and recent window in
+full precision, of all layers and heads alike, and whole blocks of compressed tokens in pages. The
+heads of one format are a *part*, whose rows are (layer, kv head) pairs in their order. A page holds
+the block of every row of every part, so that one page table serves them all; a dense cache is one
+whose table is the identity. `blocks` has the layout of a page, `updating` the way in.
 """
 
-from dataclasses import dataclass, field
-from math import ceil
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.cache import blocks, codec, pages
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.codec import Codec
-from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.cache.config import CacheConfig, Format
+from turboquant_jax.cache.layout import Layout, block_slots
 
 
 @register_dataclass
@@ -31,14 +35,11 @@ class Exact:
 
 
 @register_dataclass
-@dataclass(frozen=True, repr=False)
-class Cache:
-    """The cache of all layers for B sequences. Immutable: every function returns a new one.
+@dataclass(frozen=True)
+class Table:
+    """How long the sequences are, and which pages they have.
 
     Attributes:
-      config: everything static.
-      capacity: most tokens a sequence may have.
-      codecs: of the keys and of the values.
       lengths: int32 [B], tokens of each sequence.
       pending: int32 [B], tokens being appended between `begin` and `commit`.
       overflow: bool [B]; True once an append did not fit. **Look at it**: that append, and every
@@ -47,43 +48,197 @@ class Cache:
       pending_pages: int32 [B, slots], pages of the blocks that the pending tokens complete. They
         enter the table at `commit`: until then queries still see what the table says.
       references: int32 [pages], how many table entries refer to each page; 0 = free.
-      sinks, window: the full-precision segments; token p lies in window slot (p - sinks) mod slots.
-      pool: the packed blocks [layers, pages, ...].
-      key_mean: float32 [layers, B, K, H], or None without key centring.
     """
 
-    config: CacheConfig = field(metadata={"static": True})
-    capacity: int = field(metadata={"static": True})
-    codecs: tuple[Codec, Codec]
     lengths: Int[Array, " B"]
     pending: Int[Array, " B"]
     overflow: Bool[Array, " B"]
     page_table: Int[Array, "B slots"]
     pending_pages: Int[Array, "B slots"]
     references: Int[Array, " pages"]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Part:
+    """The heads of one format: the codecs of keys and values, and the blocks [rows, pages, ...]."""
+
+    codecs: tuple[Codec, Codec]
+    pool: Blocks
+
+
+@register_dataclass
+@dataclass(frozen=True, repr=False)
+class Cache:
+    """The cache of all layers for B sequences. Immutable: every function returns a new one.
+
+    Attributes:
+      config: everything static.
+      capacity: most tokens a sequence may have.
+      tables: one for each kind of window that the layers have; today there is one kind.
+      sinks, window: the full-precision segments.
+      key_mean: float32 [layers, B, K, H], or None without key centring.
+      parts: the compressed blocks, by format.
+    """
+
+    config: CacheConfig = field(metadata={"static": True})
+    capacity: int = field(metadata={"static": True})
+    tables: tuple[Table, ...]
     sinks: Exact
     window: Exact
-    pool: Blocks
     key_mean: Float[Array, "layers B K H"] | None
+    parts: tuple[Part, ...]
+
+    @property
+    def table(self) -> Table:
+        """The one table."""
+        (table,) = self.tables
+        return table
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        """Tokens of each sequence."""
+        return self.table.lengths
+
+    @property
+    def overflow(self) -> Bool[Array, " B"]:
+        """Which sequences an append did not fit: see `Table`."""
+        return self.table.overflow
+
+    @property
+    def kv_heads(self) -> int:
+        """K, of the arrays: those of a shard are fewer than the model's."""
+        return self.sinks.keys.shape[3]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return self.sinks.keys.shape[0]
+
+    @property
+    def layout(self) -> Layout:
+        """The rule of place for the sizes of this cache."""
+        sinks, ring = (segment.keys.shape[2] for segment in (self.sinks, self.window))
+        return Layout(self.config, sinks, ring, self.table.page_table.shape[1])
 
     @property
     def nbytes(self) -> int:
         """Bytes of every array of the pytree."""
         return nbytes_of(self)
 
+    def with_table(self, **changes: Any) -> "Cache":
+        """The cache with other arrays in its table."""
+        return replace(self, tables=(replace(self.table, **changes),))
+
+    def with_lengths(self, lengths: Int[Array, " B"]) -> "Cache":
+        """As if every sequence had so many tokens: whatever lies in their places counts."""
+        return self.with_table(lengths=lengths)
+
     def __repr__(self) -> str:
         c = self.config
+        keys, values = (
+            ", ".join(str(getattr(form, name).bits) for form in c.formats)
+            for name in ("key", "value")
+        )
         parts = [
             f"layers={c.num_layers}, capacity={self.capacity}, kv_heads={c.num_kv_heads}, "
-            f"head_dim={c.head_dim}, key={c.key.bits} bits, value={c.value.bits} bits, "
+            f"head_dim={c.head_dim}, key={keys} bits, value={values} bits, "
             f"block={c.block}, window={c.window}, sinks={c.sinks}"
         ]
         # JAX also fills this pytree with shardings, axes or nothing at all, and prints it in errors
-        if all(hasattr(leaf, "shape") and leaf.shape for leaf in (self.lengths, self.references)):
-            parts.append(f"batch={self.lengths.shape[-1]}, pages={self.references.shape[-1]}")
-        if all(hasattr(leaf, "size") for leaf in jax.tree.leaves(self)):
-            parts.append(f"nbytes={self.nbytes:,}")
+        leaves = jax.tree.leaves(self)
+        if leaves and all(hasattr(leaf, "size") for leaf in leaves):
+            batch, pages = self.lengths.shape[-1], self.table.references.shape[-1]
+            parts.append(f"batch={batch}, pages={pages}, nbytes={self.nbytes:,}")
         return f"Cache({', '.join(parts)})"
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a part that heads of one layer have: they follow each other, from `first` on.
+
+    Attributes:
+      part: number of the part.
+      heads: kv heads of the layer, or None for all of them.
+      first: row of the first of them.
+    """
+
+    part: int = field(metadata={"static": True})
+    heads: tuple[int, ...] | None = field(metadata={"static": True})
+    first: Int[Array, ""]
+
+    def of(self, kv_heads: int) -> Int[Array, " heads"]:
+        """Every row, in a layer of so many kv heads."""
+        count = kv_heads if self.heads is None else len(self.heads)
+        return self.first + jnp.arange(count, dtype=jnp.int32)
+
+    def pick(self, x: Array, axis: int) -> Array:
+        """The heads of an array whose axis is those of the layer."""
+        if self.heads is None:
+            return x
+        return jnp.take(x, np.asarray(self.heads), axis=axis)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class LayerRows:
+    """Where a layer lies in a cache.
+
+    Layers whose heads have the same formats differ in arrays alone, so that what is compiled for
+    one serves the others.
+
+    Attributes:
+      layer: its number, in the segments in full precision.
+      members: its rows, one entry for each format of its heads.
+    """
+
+    layer: Int[Array, ""]
+    members: tuple[Rows, ...]
+
+    def join(self, arrays: Sequence[Array], axis: int) -> Array:
+        """All heads in their order, of the arrays that `Rows.pick` would give for each member."""
+        if len(arrays) == 1:
+            return arrays[0]
+        order = np.argsort([head for member in self.members for head in member.heads or ()])
+        return jnp.take(jnp.concatenate(arrays, axis=axis), order, axis=axis)
+
+
+def rows_of(cache: Cache, layer: int | Int[Array, ""]) -> LayerRows:
+    """The rows of a layer; it may be traced where all layers have one format.
+
+    Raises:
+      ValueError: no such layer, or one that is not known while tracing.
+    """
+    places, heads = cache.config.places, cache.kv_heads
+    if len(cache.parts) == 1:
+        layer = jnp.asarray(layer, jnp.int32)
+        return LayerRows(layer, (Rows(0, None, layer * heads),))
+    try:
+        number = operator.index(layer)
+    except TypeError as error:
+        raise ValueError(
+            f"layer: got {layer}, expected one that is known while tracing: layers that differ "
+            "cannot be scanned, unstack the decoder"
+        ) from error
+    if not 0 <= number < len(places):
+        raise ValueError(f"layer: got {number}, expected 0 to {len(places) - 1}")
+    own, members = places[number], []
+    for part in dict.fromkeys(own):
+        first = sum(heads if p == (part,) else p.count(part) for p in places[:number])
+        which = None if len(own) == 1 else tuple(h for h, p in enumerate(own) if p == part)
+        members.append(Rows(part, which, jnp.int32(first)))
+    return LayerRows(jnp.int32(number), tuple(members))
+
+
+def heads_of(config: CacheConfig, part: int, kv_heads: int) -> tuple[tuple[int, int], ...]:
+    """(layer, kv head) of every row of a part."""
+    return tuple(
+        (layer, head)
+        for layer, own in enumerate(config.places)
+        for head, p in enumerate(own * kv_heads if len(own) == 1 else own)
+        if p == part
+    )
 
 
 def nbytes_of(tree: Any) -> int:
@@ -121,51 +276,49 @@ def create(
     num_pages = batch * slots if num_pages is None else num_pages
     if batch < 1 or capacity < 1 or num_pages < min(slots, 1):
         raise ValueError(
-            "batch, capacity and num_pages must be positive, "
-            f"got {batch}, {capacity} and {num_pages}"
+            f"batch, capacity and num_pages: got {batch}, {capacity} and {num_pages}, "
+            "expected positive ones"
         )
-    for order in (key_order, value_order):
-        expected = (config.num_layers, config.num_kv_heads, config.head_dim)
-        if order is not None and order.shape != expected:
-            raise ValueError(f"an order of channels must be {expected}, got {order.shape}")
-    key_key, value_key = jax.random.split(key)
-    codecs = (
-        codec.create(key_key, config.key, config.head_dim, key_order),
-        codec.create(value_key, config.value, config.head_dim, value_order),
-    )
-    nothing = jnp.full((batch, slots), pages.UNASSIGNED, jnp.int32)
-    identity = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
     heads, dim = config.num_kv_heads, config.head_dim
+    for order in (key_order, value_order):
+        expected = (config.num_layers, heads, dim)
+        if order is not None and order.shape != expected:
+            raise ValueError(f"order of channels: got {order.shape}, expected {expected}")
+
+    def part(number: int, form: Format) -> Part:
+        rows = heads_of(config, number, heads)
+        layer, head = np.transpose(rows)
+        key_codec, value_codec = (
+            codec.create(
+                own, codecs, dim, None if order is None else jnp.asarray(order)[layer, head]
+            )
+            for own, codecs, order in zip(
+                jax.random.split(key), (form.key, form.value), (key_order, value_order), strict=True
+            )
+        )
+        codecs = key_codec, value_codec
+        return Part(codecs, blocks.empty(codecs, (len(rows), num_pages), config.block))
 
     def exact(count: int) -> Exact:
         shape = (config.num_layers, batch, count, heads, dim)
         return Exact(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
-    return Cache(
-        config=config,
-        capacity=capacity,
-        codecs=codecs,
+    nothing = jnp.full((batch, slots), pages.UNASSIGNED, jnp.int32)
+    identity = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
+    table = Table(
         lengths=jnp.zeros(batch, jnp.int32),
         pending=jnp.zeros(batch, jnp.int32),
         overflow=jnp.zeros(batch, bool),
         page_table=identity if dense else jnp.copy(nothing),
         pending_pages=nothing,
         references=jnp.full(num_pages, int(dense), jnp.int32),
+    )
+    return Cache(
+        config=config,
+        capacity=capacity,
+        tables=(table,),
         sinks=exact(min(config.sinks, capacity)),
         window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
-        pool=blocks.empty(codecs, (config.num_layers, num_pages), heads, config.block),
         key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.center_keys else None,
+        parts=tuple(part(number, form) for number, form in enumerate(config.formats)),
     )
-
-
-def block_slots(config: CacheConfig, capacity: int) -> int:
-    """Most blocks that a sequence holds at a time.
-
-    With local attention the blocks are a ring. Of the W = `sliding_window` tokens that the next
-    query sees, itself included, the newest `window` before it at least are not compressed, and the
-    blocks end where those begin: ceil((W - 1 - window) / block) of them cover the rest.
-    """
-    slots = config.num_blocks(capacity)
-    if config.sliding_window is None:
-        return slots
-    return min(slots, max(0, ceil((config.sliding_window - 1 - config.window) / config.block)))

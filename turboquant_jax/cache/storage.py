@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,13 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from turboquant_jax.cache.mixed import MixedCache
 from turboquant_jax.cache.state import Cache
 
-FORMAT = "turboquant-jax cache 1"
+FORMAT = "turboquant-jax cache 2"
+_FORMAT_1 = "turboquant-jax cache 1"  # pages of all heads of a layer together
 
-AnyCache = TypeVar("AnyCache", Cache, MixedCache)
 
-
-def save(cache: Cache | MixedCache, path: str | Path, *, model: str) -> None:
+def save(cache: Cache, path: str | Path, *, model: str) -> None:
     """Write the cache to `path`, whole or not at all. `model` names what filled it."""
     path = Path(path)
     leaves, _ = tree_flatten_with_path(cache)
@@ -43,7 +41,7 @@ def save(cache: Cache | MixedCache, path: str | Path, *, model: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def restore(like: AnyCache, path: str | Path, *, model: str) -> AnyCache:
+def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
     """Read a cache saved by `save`.
 
     Args:
@@ -60,6 +58,11 @@ def restore(like: AnyCache, path: str | Path, *, model: str) -> AnyCache:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a saved cache")
     metadata, arrays = _read(path)
+    if metadata.get("format") == _FORMAT_1:
+        raise ValueError(
+            f"{path}: got a cache of turboquant-jax 0.1, whose pages are laid out otherwise, "
+            f"expected {FORMAT!r}: prefill its prompt and save it again"
+        )
     for name, expected in (("format", FORMAT), ("model", model), ("config", _describe(like))):
         if metadata.get(name) != expected:
             raise ValueError(f"{path}: got {name} {metadata.get(name)}, expected {expected}")
@@ -95,17 +98,14 @@ def _stored(dtype: Any) -> np.dtype:
     return np.dtype(np.uint16 if dtype == jnp.bfloat16 else dtype)
 
 
-def _describe(cache: Cache | MixedCache) -> str:
+def _describe(cache: Cache) -> str:
     """Everything static. The levels are in it, so that codes keep their meaning."""
-
-    def one(cache: Cache) -> dict[str, Any]:
-        levels = [[group.levels for group in codec.groups] for codec in cache.codecs]
-        return asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}
-
-    if isinstance(cache, MixedCache):
-        parts = [one(part) for part in cache.parts]
-        return json.dumps({"places": cache.places, "parts": parts}, sort_keys=True)
-    return json.dumps(one(cache), sort_keys=True)
+    levels = [
+        [[group.levels for group in codec.groups] for codec in part.codecs] for part in cache.parts
+    ]
+    return json.dumps(
+        asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}, sort_keys=True
+    )
 
 
 def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

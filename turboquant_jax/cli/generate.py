@@ -150,16 +150,16 @@ def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int, all
     import jax
 
     from turboquant_jax import cache
-    from turboquant_jax.cache import mixed
     from turboquant_jax.demo import cache_config
     from turboquant_jax.llama import dense
-    from turboquant_jax.llama.past import COMPRESSED, MIXED
+    from turboquant_jax.llama.past import COMPRESSED
 
     key = jax.random.key(arguments.seed)
     if allocation is not None:
         layers, code = allocation
-        alike = cache_config(config, 4, 4, code=code, **flags.segments(arguments))
-        return mixed.create(alike, layers, batch, capacity, key=key), MIXED
+        options = {"code": code, "allocation": layers, **flags.segments(arguments)}
+        compressed = cache_config(config, 4, 4, **options)
+        return cache.create(compressed, batch, capacity, key=key), COMPRESSED
     bits = flags.asked_bits(arguments)
     if bits == (FULL, FULL):
         return dense.create(config, batch, capacity, flags.dtype(arguments.dtype)), dense.DENSE

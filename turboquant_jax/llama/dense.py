@@ -14,9 +14,10 @@ from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from turboquant_jax.attention.projection import Projection
+from turboquant_jax.attention.segments import PLAIN, attend_exact
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.generate import Past
-from turboquant_jax.segments import PLAIN, attend_exact
 
 
 @register_dataclass
@@ -45,6 +46,10 @@ class Dense:
         """Bytes of every array."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
+    def with_lengths(self, lengths: Int[Array, " B"]) -> "Dense":
+        """As if every sequence had so many tokens."""
+        return replace(self, lengths=lengths)
+
 
 def create(
     config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
@@ -70,9 +75,7 @@ def begin(state: Dense, counts: Int[Array, " B"], most: int) -> Dense:
 def attend(
     state: Dense,
     layer: Int[Array, ""] | int,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    projection: Projection,
 ) -> tuple[Float[Array, "B T N H"], Dense]:
     """Write the pending tokens of a layer, then attend to all up to and with each query.
 
@@ -85,6 +88,7 @@ def attend(
         index = operator.index(layer)
     except TypeError as error:
         raise ValueError("got a stacked decoder, expected stacked=False") from error
+    q, k, v = projection.heads()
     slots, written = state.keys[index].shape[1], []
     token = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     position = state.lengths[:, None] + token

@@ -12,11 +12,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.cache.codec import Codec
-from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.attention.segments import PLAIN, attend_exact
+from turboquant_jax.attention.teacher_forcing import teacher_forced
+from turboquant_jax.cache import Cache
 from turboquant_jax.llama.model import Llama
-from turboquant_jax.segments import PLAIN, attend_exact
-from turboquant_jax.teacher_forcing import teacher_forced
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,26 @@ def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D
     seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
     visible = jnp.broadcast_to(seen[None, :, :], (tokens.shape[0], *seen.shape))
 
-    def attend(state, _, q, k, v):
+    def attend(state, _, projection):
+        q, k, v = projection.heads()
         return attend_exact(q, k, v, visible, PLAIN)[0], state
 
     return model(tokens, _positions(tokens), (), attend)[0]
 
 
+@jax.jit
 def compressed_hidden(
-    model: Llama, tokens: Int[Array, "B T"], config: CacheConfig, codecs: tuple[Codec, Codec]
+    model: Llama, tokens: Int[Array, "B T"], cache: Cache
 ) -> Float[Array, "B T D"]:
-    """Final hidden vectors with a compressed cache, as if decoded token by token."""
-    return _compressed_hidden(model, tokens, codecs, config)
+    """Final hidden vectors with a compressed cache, as if decoded token by token.
+
+    Of the cache only config and codecs are used: make it for one token.
+    """
+
+    def attend(cache, layer, projection):
+        return teacher_forced(cache, layer, *projection.heads()), cache
+
+    return model(tokens, _positions(tokens), cache, attend)[0]
 
 
 def compare(
@@ -67,16 +75,6 @@ def compare(
     """Compare the predictions of tokens[:, 1:] from two sets of final hidden vectors."""
     nll, kl, agrees = _compare(model, tokens, exact, other)
     return Comparison(*(np.asarray(x).ravel() for x in (nll, kl, agrees)))
-
-
-def _compressed(model, tokens, codecs, config):
-    def attend(codecs, layer, q, k, v):
-        return teacher_forced(config, codecs, layer, q, k, v), codecs
-
-    return model(tokens, _positions(tokens), codecs, attend)[0]
-
-
-_compressed_hidden = jax.jit(_compressed, static_argnums=3)
 
 
 @jax.jit

@@ -1,15 +1,14 @@
 """The Llama decoder in `flax.nnx`, used functionally: parameters inside, everything else passed.
 
-The decoder knows nothing of any cache. It hands the rotated queries, keys and values of a layer
-to an `attend` callable together with an opaque state, so that one model serves full-precision,
-compressed and teacher-forced evaluation.
+The decoder knows nothing of any cache. It hands what a layer projects to an `attend` callable
+together with an opaque state, so that one model serves full-precision, compressed and
+teacher-forced evaluation.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from turboquant_jax.attention.projection import Projection
 from turboquant_jax.llama.config import LlamaConfig
-from turboquant_jax.llama.rope import apply_rope, rotation_angles
+from turboquant_jax.llama.rope import rotation_angles
 
 State = TypeVar("State")
 
@@ -28,38 +28,11 @@ Attend = Callable[
     [
         State,
         Int[Array, ""],  # index of the layer: a tracer under `lax.scan`, else a number
-        Float[Array, "B T N H"],  # queries, after RoPE
-        Float[Array, "B T K H"],  # keys, after RoPE
-        Float[Array, "B T K H"],  # values
+        Projection,  # of the new tokens
     ],
     tuple[Float[Array, "B T N H"], State],
 ]
 """Attention of one layer over whatever `State`, any pytree, holds: outputs and the new state."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BeforeRope(Generic[State]):
-    """An `Attend` that a layer may also give what it projected, to turn it together with more.
-
-    `project(state, layer, qkv [B, T, K, G+2, H], cos, sin [B, T, H/2])` returns what `attend` does
-    of `split_heads(qkv, cos, sin)`.
-    """
-
-    attend: Attend[State]
-    project: Callable[..., tuple[Float[Array, "B T N H"], State]]
-
-    def __call__(self, *arguments: Any) -> tuple[Float[Array, "B T N H"], State]:
-        """`attend`."""
-        return self.attend(*arguments)
-
-
-def split_heads(
-    qkv: Float[Array, "B T K G+2 H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries and keys after RoPE, and values, of projections that have them side by side."""
-    batch, tokens, *_, head_dim = qkv.shape
-    q = qkv[..., :-2, :].reshape(batch, tokens, -1, head_dim)
-    return apply_rope(q, cos, sin), apply_rope(qkv[..., -2, :], cos, sin), qkv[..., -1, :]
 
 
 def rms_norm(
@@ -111,10 +84,7 @@ class Layer(nnx.Module):
         epsilon = self.config.rms_norm_eps
         x = rms_norm(hidden, self.attention_norm[...], epsilon)
         qkv = project("BTD,DKGH->BTKGH", x, self.qkv[...])
-        if isinstance(attend, BeforeRope):
-            out, state = attend.project(state, index, qkv, cos, sin)
-        else:
-            out, state = attend(state, index, *split_heads(qkv, cos, sin))
+        out, state = attend(state, index, Projection(qkv, cos, sin))
         hidden = hidden + project("BTNH,NHD->BTD", out.astype(hidden.dtype), self.o[...])
         x = rms_norm(hidden, self.ffn_norm[...], epsilon)
         gate_up = project("BTD,DCF->BTCF", x, self.gate_up[...])

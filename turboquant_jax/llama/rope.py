@@ -40,13 +40,3 @@ def rotation_angles(
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
-) -> Float[Array, "B T N H"]:
-    """Rotate the channel pairs (i, i + H/2) of every head; computed in float32, cast back."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

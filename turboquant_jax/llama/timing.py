@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from turboquant_jax import cache
 from turboquant_jax.cache import Cache, CacheConfig
-from turboquant_jax.cache.accounting import bytes_per_compressed_token, exact_bytes_per_token
+from turboquant_jax.cache.bytes import bytes_per_compressed_token, exact_bytes_per_token
+from turboquant_jax.cache.compression import with_pools
 from turboquant_jax.llama import dense
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.dense import Dense
@@ -36,10 +37,10 @@ def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -
     keys = map(jax.random.key, itertools.count(1))
 
     def codes(pool: Array) -> Array:
-        # layer by layer in place: all at once, XLA wants room for a second pool
+        # a share of the rows at a time in place: all at once, XLA wants room for a second pool
         pattern = jax.random.bits(next(keys), (_PATTERN, *pool.shape[2:]), pool.dtype)
-        for layer in range(pool.shape[0]):
-            pool = _repeat(pool, pattern, layer)
+        for layer in range(config.num_layers):
+            pool = _repeat(pool, pattern, layer, config.num_layers)
         return pool
 
     def exact(segment: Array) -> Array:
@@ -47,26 +48,30 @@ def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -
         return _spread(segment, token)
 
     ones = functools.partial(_spread, value=jnp.uint32(_ONES))
-    pool = dataclasses.replace(
-        state.pool,
-        keys=jax.tree.map(codes, state.pool.keys),
-        values=jax.tree.map(codes, state.pool.values),
-        scales=jax.tree.map(ones, state.pool.scales),
+    pools = tuple(
+        dataclasses.replace(
+            part.pool,
+            keys=jax.tree.map(codes, part.pool.keys),
+            values=jax.tree.map(codes, part.pool.values),
+            scales=jax.tree.map(ones, part.pool.scales),
+        )
+        for part in state.parts
     )
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
-        pool=pool,
         sinks=jax.tree.map(exact, state.sinks),
         window=jax.tree.map(exact, state.window),
-        lengths=jnp.full(batch, context, jnp.int32),
     )
+    return with_pools(state, pools).with_lengths(jnp.full(batch, context, jnp.int32))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _repeat(pool: Array, pattern: Array, layer: Array | int) -> Array:
-    """The pool with a layer of pages that repeat, in another order than the layer before."""
-    pages = (jnp.arange(pool.shape[1]) + 7 * layer) % _PATTERN
-    return pool.at[layer].set(pattern[pages])
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _repeat(pool: Array, pattern: Array, share: Array | int, shares: int) -> Array:
+    """The pool with a share of its rows filled with pages that repeat, each in another order."""
+    count = -(-pool.shape[0] // shares)
+    row = jnp.minimum(share * count + jnp.arange(count), pool.shape[0] - 1)
+    page = (jnp.arange(pool.shape[1])[None, :] + 7 * row[:, None]) % _PATTERN
+    return pool.at[row].set(pattern[page])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -161,7 +166,7 @@ class DecodeLoop:
           ValueError: a past without room for the steps.
         """
         model, logits, lengths, keys = self._arguments
-        state = dataclasses.replace(self._state, lengths=jnp.asarray(lengths))
+        state = self._state.with_lengths(jnp.asarray(lengths))
         positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
         jax.block_until_ready((state, positions))
         begin = time.perf_counter()

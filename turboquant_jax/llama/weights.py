@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.model import Llama
 
 
+@runtime_checkable
 class TensorFile(Protocol):
     """What the formats have in common: matrices are (out, in), as in torch."""
 

@@ -1,0 +1,262 @@
+"""Decode attention over blocks of compressed keys and values: the call.
+
+Everything lives in the rotated space: the queries come rotated, the output is to be rotated back.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.decode_attention.combine import combine
+from pallas_kernels.decode_attention.inputs import (
+    PagedBlocks,
+    Sketch,
+    Softmax,
+    check,
+    check_rotation,
+)
+from pallas_kernels.decode_attention.kernel import decode_kernel
+from pallas_kernels.decode_attention.recent import LOG2E, Recent, check_recent
+from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
+from pallas_kernels.decode_attention.scores import Plan
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.blocks import flat
+from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.gather import key_decoder, value_decoders
+from pallas_kernels.primitives.rotation import Rotation
+
+SIGNS = Codebook(bits=1, levels=(-1, 1), step=1.0)
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    blocks: PagedBlocks,
+    softmax: Softmax,
+    *,
+    recent: Recent | None = None,
+    sketch: Sketch | None = None,
+    rotation: Rotation | None = None,
+    dtype: DTypeLike = jnp.float32,
+    schedule: Schedule | None = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Recent | None]:
+    """One query token per sequence against its tokens: output, log-sum-exp, `recent` as it is then.
+
+    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many. The
+    log-sum-exp is in nats, -inf for a sequence of no tokens, whose output is 0; parts merge by it.
+    Queries and probabilities enter the products as 15-bit integers, levels are exact and sums are
+    float32 or exact.
+
+    `recent`: further tokens, in full precision; returned with the newest written where it says, in
+    place if the caller gives the arrays away. Then `recent.places` says which tokens of the blocks
+    are seen, and `blocks.lengths` are whatever it takes. `rotation`, of the values: its transpose
+    multiplies the output of the blocks, so that it leaves the rotated space, where those of
+    `recent` never were; without it everything is in one space. The output has `dtype`, the
+    log-sum-exp float32.
+
+    Raises ValueError for shapes that do not fit, NotImplementedError for what the kernel does not
+    serve.
+    """
+    batch, heads, channels = q.shape
+    kv_heads = check(q, blocks)
+    if recent is not None:
+        check_recent(recent, batch, heads, kv_heads)
+    if rotation is not None:
+        check_rotation(rotation, kv_heads, channels)
+    per_head = heads // kv_heads
+    if schedule is None:
+        schedule = _schedule(blocks, recent, kv_heads, per_head)
+    plan = make_plan(blocks, sketch, softmax, schedule, heads=per_head, recent=recent is not None)
+    grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
+    groups = blocks.groups
+    inputs: dict[str, Any] = {
+        "queries": [grouped(q)] + ([grouped(sketch.query)] if sketch else []),
+        "keys": [tuple(map(flat, g.keys)) for g in groups]
+        + ([(flat(sketch.signs),)] if sketch else []),
+        "values": [tuple(map(flat, g.values)) for g in groups],
+        "scales": [flat(g.scales) for g in groups] + ([flat(sketch.norms)] if sketch else []),
+        "key_tables": [part[0].tables() for part in plan.key_parts],
+        "value_tables": [decoder.tables() for decoder in plan.value_decoders],
+        "page_table": blocks.page_table,
+        "lengths": blocks.lengths,
+    }
+    if recent is not None:
+        inputs["recent"] = dataclasses.replace(recent, query=grouped(recent.query))
+    layer = None if recent is None else recent.layer
+    if layer is not None or blocks.row is not None:  # side by side: one read
+        numbers = [0 if x is None else x for x in (blocks.row, layer)]
+        inputs["place"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
+    parts, stored = run(plan, inputs, kv_heads, channels)
+    sinks = None
+    if softmax.sink_logits is not None:
+        sinks = softmax.sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
+    out, lse = combine(parts, sinks, rotation, per_head, dtype)
+    if recent is not None and stored is not None:
+        recent = dataclasses.replace(
+            recent,
+            keys=(*stored[0], recent.keys[-1]),
+            values=(*stored[1], recent.values[-1]),
+        )
+    return out.reshape(q.shape), lse.reshape(batch, heads), recent
+
+
+def _schedule(blocks: PagedBlocks, recent: Recent | None, kv_heads: int, heads: int) -> Schedule:
+    batch, max_pages = blocks.page_table.shape
+    groups = blocks.groups
+    return default_schedule(
+        batch=batch,
+        kv_heads=kv_heads,
+        heads=heads,
+        channels=max(group.values[0].shape[2] for group in groups),
+        bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
+        tokens=groups[0].scales.shape[2],
+        max_pages=max_pages,
+        recent=0 if recent is None else sum(x.shape[1] for x in recent.keys),
+    )
+
+
+def make_plan(
+    blocks: PagedBlocks,
+    sketch: Sketch | None,
+    softmax: Softmax,
+    schedule: Schedule,
+    *,
+    heads: int,
+    recent: bool,
+) -> Plan:
+    """The static half of a call; ValueError for tiles that are too short."""
+    groups = blocks.groups
+    _, pages, tokens = groups[0].scales.shape
+    if schedule.pages * tokens < TILE_TOKENS:
+        raise ValueError(
+            f"got tiles of {schedule.pages} pages of {tokens} tokens, "
+            f"expected at least {TILE_TOKENS} tokens"
+        )
+    scale = softmax.scale * (1.0 if softmax.soft_cap is not None else LOG2E)
+    key_parts, first = [], 0
+    for group in groups:
+        count = group.values[0].shape[2]
+        decoder = key_decoder(group.key_codebook, count)
+        key_parts.append((decoder, 0, first, scale * group.key_codebook.step))
+        first += count
+    if sketch is not None:
+        decoder = key_decoder(SIGNS, sketch.query.shape[-1])
+        key_parts.append((decoder, 1, 0, scale))
+    codebooks = tuple(group.value_codebook for group in groups)
+    return Plan(
+        tokens=tokens,
+        pages=schedule.pages,
+        heads=heads,
+        key_parts=tuple(key_parts),
+        value_decoders=value_decoders(codebooks, tokens, schedule.pages),
+        value_channels=tuple(group.values[0].shape[2] for group in groups),
+        scale=scale,
+        soft_cap=softmax.soft_cap,
+        batch=blocks.page_table.shape[0],
+        row_pages=pages,
+        recent_tiles=schedule.recent_tiles if recent else 0,
+        splits=schedule.splits,
+        warps=schedule.warps,
+        stages=schedule.stages,
+    )
+
+
+def run(
+    plan: Plan, inputs: dict[str, Any], kv_heads: int, channels: int
+) -> tuple[dict[str, Any], tuple | None]:
+    """Calls the kernel on the grid (splits, kv heads, sequences)."""
+    batch, splits, columns = plan.batch, plan.splits, plan.columns
+
+    def of_head(x):
+        return triton.BlockSpec(
+            (None, None, *x.shape[2:]), lambda i, h, j: (j, h) + (0,) * (x.ndim - 2)
+        )
+
+    def of_sequence(x):
+        block = (1,) if x.ndim == 1 else (None, *x.shape[1:])
+        return triton.BlockSpec(block, lambda i, h, j: (j,) + (0,) * (x.ndim - 1))
+
+    def shared(x):
+        return triton.BlockSpec(x.shape, lambda i, h, j: (0,) * x.ndim)
+
+    def segment(x):  # of one kv head, whatever the row
+        return triton.BlockSpec(
+            (*x.shape[:-2], None, x.shape[-1]), lambda i, h, j: (0,) * (x.ndim - 2) + (h, 0)
+        )
+
+    pool = dict.fromkeys(("keys", "values", "scales"), shared)
+    kinds = pool | {"queries": of_head, "key_tables": shared, "value_tables": shared}
+    kinds["place"] = shared
+    in_specs = {
+        name: jax.tree.map(kinds.get(name, of_sequence), value)
+        for name, value in inputs.items()
+        if name != "recent"
+    }
+    shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
+
+    def of_part(shape, *lead):  # of a split, or of the recent tokens
+        return jax.ShapeDtypeStruct((batch, kv_heads, *lead, *shape), jnp.float32)
+
+    out_shape: dict[str, Any] = {name: of_part(shape, splits) for name, shape in shapes.items()}
+    out_specs: dict[str, Any] = {
+        name: triton.BlockSpec(
+            (None, None, None, *shape),
+            lambda i, h, j, shape=shape: (j, h, i) + (0,) * len(shape),
+        )
+        for name, shape in shapes.items()
+    }
+    if "recent" in inputs:
+        recent = inputs["recent"]
+        in_specs["recent"] = Recent(
+            query=of_head(recent.query),
+            keys=tuple(segment(x) for x in recent.keys),
+            values=tuple(segment(x) for x in recent.values),
+            pending=of_sequence(recent.pending),
+            places=recent.places,
+            key_mean=None if recent.key_mean is None else segment(recent.key_mean),
+            write=recent.write,
+        )
+        inputs = inputs | {"recent": dataclasses.replace(recent, layer=None)}
+        out_shape["recent"] = {name: of_part(shape) for name, shape in shapes.items()}
+        out_specs["recent"] = jax.tree.map(of_head, out_shape["recent"])
+        if recent.write:
+            for name in ("keys", "values"):
+                stored = getattr(recent, name)[:-1]
+                out_specs[name] = tuple(segment(x) for x in stored)
+                out_shape[name] = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    outputs = triton.call(
+        lambda inputs, outputs: decode_kernel(inputs, outputs, plan=plan),
+        triton.Launch((splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
+        in_specs=(in_specs,),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        aliases=_aliases(inputs, out_shape),
+        name="decode_attention",
+    )(inputs)
+    stored = (outputs.pop("keys"), outputs.pop("values")) if "keys" in outputs else None
+    return outputs, stored
+
+
+def _aliases(inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[int, int]:
+    """Which flat input is overwritten by which flat output: the segments that are written to."""
+    if "keys" not in outputs:
+        return {}
+
+    def places(tree: Any, root: str, field: str) -> list[int]:
+        paths = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+        return [i for i, path in enumerate(paths) if path.startswith(f"{root}{field}[")]
+
+    return {
+        i: o
+        for name in ("keys", "values")
+        for i, o in zip(
+            places(inputs, "['recent']", f".{name}"), places(outputs, "", f"['{name}']"),
+            strict=False,  # but for the segment of the newest token
+        )
+    }  # fmt: skip

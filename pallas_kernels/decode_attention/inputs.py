@@ -1,0 +1,88 @@
+"""What decode attention takes, and the check of its shapes."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.primitives.blocks import Blocks, check_pool
+from pallas_kernels.primitives.rotation import Rotation
+
+MAX_HEADS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedBlocks:
+    """The compressed tokens of some sequences, in the pages of a pool.
+
+    The channels of the `groups` follow each other. Sequence b has `lengths[b]` tokens; its block j
+    lies in the page that `page_table[b]` has in slot j modulo its slots. Slots of unseen blocks are
+    never used. The kv heads are the rows from `row` on, so many as there are, or all rows.
+    """
+
+    groups: tuple[Blocks, ...]
+    page_table: Int[Array, "B max_pages"]
+    lengths: Int[Array, " B"]
+    row: Int[Array, ""] | None = None
+    kv_heads: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """score = scale * q.k, then soft_cap * tanh(score / soft_cap) if there is a cap.
+
+    `sink_logits`, of each query head, add exp(sink) to the denominator.
+    """
+
+    scale: float = dataclasses.field(metadata=dict(static=True))
+    soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
+    sink_logits: Float[Array, " N"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """Correction of the scores by signs of projected residuals: + norm * sum(sign * query).
+
+    query [B, N, M], projected and scaled by the caller; signs: the plane uint8 [rows, pages, T,
+    M/8] of a 1-bit code (1 is +1, 0 is -1) packed along the projections; norms [rows, pages, T].
+    """
+
+    query: Float[Array, "B N M"]
+    signs: UInt8[Array, "rows pages T _"]
+    norms: Float[Array, "rows pages T"]
+
+
+def check(q: jax.Array, blocks: PagedBlocks) -> int:
+    """The number of kv heads, after the shapes were seen to fit."""
+    rows, _, _ = check_pool(blocks.groups)
+    kv_heads = rows if blocks.kv_heads is None else blocks.kv_heads
+    if not 1 <= kv_heads <= rows:
+        raise ValueError(f"got {kv_heads} kv heads, expected 1 to the {rows} rows")
+    batch, heads, channels = q.shape
+    if heads % kv_heads:
+        raise ValueError(f"got {heads} query heads, expected a multiple of {kv_heads} kv heads")
+    if heads // kv_heads > MAX_HEADS:
+        raise NotImplementedError(
+            f"{heads // kv_heads} query heads per kv head: served are up to {MAX_HEADS}"
+        )
+    if blocks.page_table.shape[0] != batch or blocks.lengths.shape != (batch,):
+        raise ValueError(
+            f"got page_table {blocks.page_table.shape} and lengths {blocks.lengths.shape}, "
+            f"expected {batch} rows"
+        )
+    total = sum(group.values[0].shape[2] for group in blocks.groups)
+    if total != channels:
+        raise ValueError(f"got queries of {channels} channels, expected the groups' {total}")
+    return kv_heads
+
+
+def check_rotation(rotation: Rotation, kv_heads: int, channels: int) -> None:
+    """Raises unless it is one of these channels, for all heads or for each."""
+    if rotation.parts.shape[1:] not in [(n, channels, channels) for n in (1, kv_heads)]:
+        raise ValueError(
+            f"got parts of a rotation {rotation.parts.shape}, expected "
+            f"[parts, 1 or {kv_heads}, {channels}, {channels}]"
+        )

@@ -1,0 +1,237 @@
+"""The decode kernel: a program attends with one query group to one split of one sequence.
+
+Tokens lie on the rows of the scores (S^T = K q^T) and channels on the rows of the output
+(O^T = V^T P^T), so that codes are the left operand of both products: they go from shared memory to
+registers, become int8 levels there and feed the tensor cores. The right operands, q and P, are
+15-bit integers in two base-128 digits; a head owns two neighbouring columns, high digit and low
+digit, so that up to four heads fill the narrowest product without a loss. All sums over integers
+are exact.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.decode_attention.recent import EMPTY, attend_recent, mean_score, write_newest
+from pallas_kernels.decode_attention.scores import (
+    BIAS,
+    Plan,
+    Refs,
+    prepare_query,
+    scores,
+    value_exponent,
+)
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.blocks import value_scale
+from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.digits import PHASES, UNITS, interleave, total, weighted
+
+
+def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
+    """The page id of each row or column of a tile of several pages."""
+    found = jnp.full(which.shape, pages[0], jnp.int32)
+    for i, page in enumerate(pages[1:], start=1):
+        found = jnp.where(which == i, page, found)
+    return found
+
+
+def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array]):
+    """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
+
+    Row r of phase j is the token in column 2 r + j of the values' operand.
+    """
+    order = plan.value_decoders[0]
+    found = []
+    for phase in range(PHASES):
+        column = PHASES * jnp.arange(order.columns // PHASES) + phase
+        which, token, _ = order.elements(column)
+        page = pick(pages, which)
+        place = (block + which) * plan.tokens + token
+        seen = place < state["length"]
+        if "start" in state:
+            seen = seen & (place >= state["start"])
+        # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
+        places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
+        words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
+        x, y, z = scores(plan, refs, state, page, token, words)
+        exponent = value_exponent(words[: len(plan.value_decoders)])
+        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None])
+        found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
+    return found
+
+
+def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry):
+    """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
+
+    The integers of P are units of this tile's peak, not of the running one: a rounding error is at
+    most 2**-15 of the largest term of its own tile. The peak counts the value's scale in, by its
+    exponent, so that every share of a value stays below 1.
+    """
+    peak, weight, mass, outputs = carry
+    tile = tile_scores(plan, refs, state, block, pages)
+    highest = tile[0][0]
+    for bound, _, _ in tile[1:]:
+        highest = jnp.maximum(highest, bound)
+    tile_peak = highest.max(axis=0)
+    new_peak = jnp.maximum(peak, tile_peak)
+    old, new = (triton.exp2(x - new_peak)[None, :] for x in (peak, tile_peak))
+
+    terms = []
+    for bound, exponent, _ in tile:
+        down = lax.bitcast_convert_type((127 + BIAS - exponent) << 23, jnp.float32)
+        terms.append(triton.exp2(bound - tile_peak[None, :]) * down[:, None])
+    weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
+    mass, outputs = list(mass), list(outputs)
+    for g, decoder in enumerate(plan.value_decoders):
+        scales = [value_scale(words[g]) for _, _, words in tile]
+        shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
+        if decoder.centre:
+            mass[g] = triton.fma(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
+        product = value_products(plan, refs, state, g, pages, shares)
+        outputs[g] = triton.fma(product, jnp.broadcast_to(new, product.shape), outputs[g] * old)
+    return new_peak, weight, tuple(mass), tuple(outputs)
+
+
+def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, shares):
+    """float32 [channels, heads]: level times share, summed over the tokens of a tile."""
+    decoder = plan.value_decoders[group]
+    count = plan.value_channels[group]
+    channel = jnp.arange(max(16, power_of_two(count)))
+    exists = None if count == channel.shape[0] else (channel < count)[:, None]
+    planes = refs["values"][group]
+
+    def fetch(plane, which, byte, mask, back=0):  # `back` channels before each
+        del mask  # the tokens of whole pages always fill their columns
+        row = (channel if not back else jnp.maximum(channel - back, 0))[:, None]
+        place = planes[plane].at[pick(pages, which)[None, :], row, byte[None, :]]
+        inside = exists if not back else (channel >= back)[:, None]
+        if inside is None:
+            return triton.load(place)
+        if back and exists is not None:
+            inside = inside & exists
+        mask = jnp.broadcast_to(inside, (channel.shape[0], byte.shape[0]))
+        return triton.load(place, mask=mask, other=0)
+
+    start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)
+    operands = decoder.operands(decoder.load(fetch), state["value_tables"][group])
+    return weighted(start, operands, interleave(shares), b_axis=0)
+
+
+def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
+    """One program of the grid (split, kv head, sequence); writes the sums of its split.
+
+    The last one also attends to the tokens in full precision, and has fewer blocks for it.
+    """
+    split, sequence, length = triton.program_id(0), triton.program_id(2), inputs["lengths"][0]
+    row = sequence
+    if "place" in inputs:
+        row = sequence + inputs["place"][1] * plan.batch
+    if "recent" not in inputs:
+        attend_blocks(inputs, outputs, plan, split, row, (0, length))
+        return
+    recent = inputs["recent"]
+    places = recent.places(length, recent.pending[0])
+
+    @triton.when(split == plan.splits - 1)
+    def _() -> None:
+        rows = [row] * (len(recent.keys) - 1) + [sequence]
+        peak, weight, sums = attend_recent(
+            recent, places, rows, plan.columns, plan.heads, plan.scale, plan.soft_cap,
+        )  # fmt: skip
+        store_part(outputs["recent"], plan, peak, weight)
+        channel = jnp.arange(sums.shape[0])[:, None]
+        exists = jnp.broadcast_to(channel < sum(plan.value_channels), sums.shape)
+        column = jnp.arange(plan.columns)[None, :]
+        triton.store(outputs["recent"]["sums"].at[channel, column], sums, mask=exists)
+        if "keys" in outputs:
+            write_newest(recent, places, rows, outputs["keys"], outputs["values"])
+
+    attend_blocks(inputs, outputs, plan, split, row, places.blocks)
+
+
+def store_part(refs: Refs, plan: Plan, peak: jax.Array, weight: jax.Array) -> None:
+    """What a split leaves, but for its sums."""
+    column = jnp.arange(plan.columns)
+    triton.store(refs["peak"].at[column], peak)
+    triton.store(refs["weight"].at[column], weight)
+
+
+def attend_blocks(
+    inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array, row: jax.Array, seen: tuple
+) -> None:
+    """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen."""
+    start, length = seen
+    every = isinstance(start, int) and start == 0
+    first = jnp.int32(0) if every else lax.div(start, plan.tokens)
+    blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
+    tiles = lax.div(blocks + plan.pages - 1, plan.pages)
+    work = tiles + plan.recent_tiles
+    begin = jnp.minimum(lax.div(split * work, plan.splits), tiles)
+    end = jnp.minimum(lax.div((split + 1) * work, plan.splits), tiles)
+    slots, head = inputs["page_table"].shape[0], triton.program_id(1)
+    if "place" in inputs:
+        head = head + inputs["place"][0]
+    first_page = head * plan.row_pages
+
+    def pages_of(i):  # beyond the last block its page stands in, unseen
+        last = jnp.maximum(first + blocks - 1, 0)
+        block = [jnp.minimum(first + i * plan.pages + j, last) for j in range(plan.pages)]
+        found = [inputs["page_table"][lax.rem(x, slots)] for x in block]
+        return [page + first_page for page in found]
+
+    def body(i, carry):
+        # The page ids of the next tile are read a turn ahead: read in the turn that loads the
+        # pages, they would be copied to shared memory first and cost the pipeline a stage.
+        sums, pages = carry
+        ahead = pages_of(i + 1)
+        return attend(plan, inputs, state, first + i * plan.pages, pages, sums), ahead
+
+    pages = pages_of(begin)
+    state: Refs = {"length": length} | ({} if every else {"start": start})
+    state["queries"] = [
+        prepare_query(plan, inputs["queries"][source], decoder, channel, multiplier)
+        for decoder, source, channel, multiplier in plan.key_parts
+    ]
+    state["key_tables"] = [
+        part[0].prepare(refs)
+        for part, refs in zip(plan.key_parts, inputs["key_tables"], strict=True)
+    ]
+    state["value_tables"] = [
+        decoder.prepare(refs)
+        for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
+    ]
+    if "recent" in inputs and inputs["recent"].key_mean is not None:
+        state["mean"] = mean_score(inputs["recent"], row, plan.columns, plan.heads, plan.scale)
+
+    columns = plan.columns
+    zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
+    accumulators = tuple(
+        jnp.zeros((max(16, power_of_two(n)), columns), jnp.float32) for n in plan.value_channels
+    )
+    carry = (
+        jnp.full((columns,), EMPTY, jnp.float32),
+        zeros,
+        tuple(zeros if decoder.centre else None for decoder in plan.value_decoders),
+        accumulators,
+    )
+    (peak, weight, mass, sums), _ = lax.fori_loop(begin, end, body, (carry, pages))
+    store_part(outputs, plan, peak - BIAS, weight.sum(axis=0))
+    write_output(plan, outputs["sums"], mass, sums)
+
+
+def write_output(plan: Plan, ref: Any, mass: tuple, sums: tuple) -> None:
+    """Takes the centre out, and stores the groups of channels one after the other."""
+    first = 0
+    for decoder, count, lost, output in zip(
+        plan.value_decoders, plan.value_channels, mass, sums, strict=True
+    ):
+        output = output * (1.0 / UNITS)
+        if decoder.centre:
+            output = output - (lost.sum(axis=0) * decoder.centre)[None, :]
+        channel = jnp.arange(output.shape[0])[:, None]
+        place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
+        exists = jnp.broadcast_to(channel < count, output.shape)
+        triton.store(place, output * decoder.codebook.step, mask=exists)
+        first += count

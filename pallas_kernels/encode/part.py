@@ -1,0 +1,232 @@
+"""What a program does with the blocks of one group of channels, of keys or of values.
+
+What is rare is kept out of the loop over the blocks, whose registers it would take: a block that
+opens a mean takes it before, and blocks with vectors so small, so large or not finite that sums of
+their squares lose something are made once more after it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.encode.pool import Group
+from pallas_kernels.primitives import triton
+from pallas_kernels.primitives.codebook import PLANE_WIDTHS
+from pallas_kernels.primitives.nearest import Levels
+from pallas_kernels.primitives.packing import (
+    field_of,
+    join,
+    pack,
+    store_keys,
+    store_values,
+    weights,
+)
+from pallas_kernels.primitives.quantize import (
+    FEW_COLUMNS,
+    Rotated,
+    quantize,
+    rotated,
+    scaled,
+    unsafe,
+)
+from pallas_kernels.primitives.tile import Columns, Tile
+
+# Tokens that a program has in registers at a time.
+TILE = 64
+
+
+class Place(NamedTuple):
+    """Where the tokens of a block lie, and its mean; int32 scalars."""
+
+    row: jax.Array
+    slot: jax.Array
+    mean: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A group of keys or of values, as a program sees it.
+
+    jobs [jobs, 5]; `first_page` of the kv head, among those of the first one's row; vectors [rows,
+    slots, H]; parts [parts, 1, H, H] of the rotation; packing
+    matrices of the planes, of values only; means and rotated_means [rows, H], or None where nothing
+    is taken off; `scales` [pages, tokens], of which another part has the other half if `shared`.
+    """
+
+    group: Group
+    column: Columns
+    levels: Levels
+    tokens: int
+    jobs: Any
+    first_page: jax.Array
+    vectors: Any
+    parts: Any
+    packing: list[Any] | None
+    means: Any
+    rotated_means: Any
+    planes: tuple[Any, ...]
+    scales: Any
+    shared: bool
+
+    @property
+    def tiles(self) -> list[jax.Array]:
+        """Tokens of the tiles of a block."""
+        rows = min(TILE, self.tokens)
+        return [start + jnp.arange(rows) for start in range(0, self.tokens, rows)]
+
+    def of_job(self, number: jax.Array, column: int) -> jax.Array:
+        """A number of a job, or of the last one."""
+        return self.jobs[jnp.minimum(number, self.jobs.shape[0] - 1), column]
+
+    def place(self, number: jax.Array) -> Place:
+        """Where a job's block lies."""
+        return Place(*(self.of_job(number, column) for column in (0, 1, 3)))
+
+    def page(self, number: jax.Array) -> jax.Array:
+        """Which page it becomes, counted through all rows; negative: none."""
+        page = self.of_job(number, 2)
+        return jnp.where(page < 0, page, page + self.first_page)
+
+    def tile(self, place: Place, token: jax.Array) -> Tile:
+        """Some tokens of a block."""
+        return Tile(
+            source=self.vectors,
+            row=place.row,
+            slot=place.slot,
+            token=token,
+            column=self.column,
+            parts=self.parts,
+            means=self.means,
+            rotated_means=self.rotated_means,
+            mean_row=place.mean,
+        )
+
+    def other_scales(self, page: jax.Array) -> list[jax.Array]:
+        """What has to stay in the words of the scales."""
+        if not self.shared:
+            return [jnp.zeros(token.shape, jnp.uint32) for token in self.tiles]
+        at = self.scales.at
+        words = [triton.load(at[jnp.maximum(page, 0), token]) for token in self.tiles]
+        return [word & jnp.uint32(0xFFFF) for word in words]
+
+    def packing_weights(self) -> list[list[jax.Array]]:
+        """Of the planes of values, for each tile."""
+        return [[weights(matrix, token) for matrix in self.packing or []] for token in self.tiles]
+
+    def store(
+        self,
+        page: jax.Array,
+        others: list[jax.Array],
+        weights: list[list[jax.Array]],
+        rotate: Callable[[jax.Array], Rotated],
+    ) -> jax.Array:
+        """Quantize a block and write its page; 1 for each row of a tile that is unsafe in one."""
+        code, widths = self.group.code, PLANE_WIDTHS[self.group.code.bits]
+        packed: list[Any] = [0.0] * len(widths)
+        missed = jnp.zeros(self.tiles[0].shape, jnp.int32)
+        for token, other, own in zip(self.tiles, others, weights, strict=True):
+            tile = rotate(token)
+            missed = missed | unsafe(tile)
+            indices, scale = quantize(
+                tile, self.column, self.group.rotation.gain, self.levels, code
+            )
+            bits = lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16)
+            word = bits.astype(jnp.uint32)
+            if self.packing is not None:  # values have the high half
+                word = other | (word << jnp.uint32(16))
+            triton.store(self.scales.at[page, token], word)
+            for i, width in enumerate(widths):
+                fields = [field_of(index, i, code.bits) for index in indices]
+                if self.packing is None:
+                    store_keys(self.planes[i], page, token, fields, width, self.column)
+                else:
+                    packed[i] = packed[i] + pack(join(fields), own[i])
+        if self.packing is not None:
+            for plane, whole in zip(self.planes, packed, strict=True):
+                store_values(plane, page, whole, self.column)
+        return missed
+
+
+def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
+    """Jobs `first` to `first + count`, whose means are there."""
+    token = part.tiles[0]
+    start, nothing = part.place(first), jnp.zeros(token.shape, jnp.int32)
+    rotation = part.tile(start, token).rotation(part.column.within)
+    packing = part.packing_weights()
+
+    def usual(i: jax.Array, carry: tuple[Place, jax.Array]) -> tuple[Place, jax.Array]:
+        place, missed = carry
+        # a turn ahead, so that the vectors do not wait for it
+        ahead, page = part.place(first + i + 1), part.page(first + i)
+        others = part.other_scales(page)
+
+        def rotate(token: jax.Array) -> Rotated:
+            return rotated(part.tile(place, token), rotation)
+
+        if len(part.tiles) == 1:  # before the branch, so that it does not wait for the page
+            only = rotate(token)
+        known = (lambda _: only) if len(part.tiles) == 1 else rotate
+        found = lax.cond(
+            triton.uniform(page) >= 0,
+            lambda: part.store(page, others, packing, known),
+            lambda: nothing,
+        )
+        return ahead, missed | (found << (i & 31))
+
+    # for each row of a tile, in which blocks it is unsafe: a bit stands for every 32nd
+    _, missed = lax.fori_loop(0, count, usual, (start, nothing))
+
+    def rare(i: jax.Array, _: None) -> None:
+        page, found = part.page(first + i), ((missed >> (i & 31)) & 1).max()
+
+        @triton.when(triton.uniform(jnp.where(page >= 0, found, 0)) > 0)
+        def again() -> None:
+            place = part.place(first + i)
+            part.store(
+                page,
+                part.other_scales(page),
+                part.packing_weights(),
+                lambda token: scaled(part.tile(place, token)),
+            )
+
+    @triton.when(triton.uniform(jnp.where(missed != 0, 1, 0).max()) > 0)
+    def missed_some() -> None:
+        triton.barrier()
+        triton.rare_loop(count, rare, None)
+
+
+def open_means(part: Part, first: jax.Array, count: jax.Array) -> None:
+    """Of the blocks among these jobs that open one."""
+
+    def one(i: jax.Array, _: None) -> None:
+        @triton.when((part.page(first + i) >= 0) & (part.of_job(first + i, 4) != 0))
+        def opens() -> None:
+            place = part.place(first + i)
+            _open_mean(part.tile(place, jnp.arange(part.tokens)))
+
+    triton.rare_loop(count, one, None)
+
+
+def _open_mean(tile: Tile) -> None:
+    """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
+    column = tile.column
+
+    def add(i: jax.Array, rotated: jax.Array) -> jax.Array:
+        within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
+        mean = tile.vectors(within).astype(jnp.float32).sum(axis=0) / tile.token.shape[0]
+        at = tile.means.at[tile.mean_row, column.first + within]
+        triton.store(at, mean, mask=within < column.dim)
+        for part in tile.rotation(within):
+            rotated = rotated + (part.astype(jnp.float32) * mean[None, :]).sum(axis=1)
+        return rotated
+
+    turns = column.count // FEW_COLUMNS
+    rotated = triton.rare_loop(turns, add, jnp.zeros(column.count, jnp.float32))
+    place, exists = column.rotated()
+    at = tile.rotated_means.at[tile.mean_row, column.first + place]
+    triton.store(at, rotated, mask=exists)
+    triton.barrier()

@@ -1,0 +1,65 @@
+"""Pages to be filled, how to fill them, and the check of their shapes."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, UInt8, UInt32
+
+from pallas_kernels.primitives.blocks import PAGE_TOKENS, check_planes
+from pallas_kernels.primitives.codebook import PLANE_WIDTHS
+from pallas_kernels.primitives.quantize import Code
+from pallas_kernels.primitives.rotation import Rotation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The channels of one group: pool planes, as `blocks.Blocks` has them, and how to fill them.
+
+    The rotation is one for all heads and has no signs apart; its parts have the dtype of the
+    vectors where that is bfloat16, else float32.
+    """
+
+    planes: tuple[UInt8[Array, "rows pages _ _"], ...]
+    rotation: Rotation
+    code: Code = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Where the blocks go: groups of keys and of values, and their scales."""
+
+    keys: tuple[Group, ...]
+    values: tuple[Group, ...]
+    scales: tuple[UInt32[Array, "rows pages T"], ...]
+    key_mean: Float[Array, "rows K H"] | None
+
+
+def check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:
+    """Tokens of a page, after the shapes were seen to fit."""
+    rows, pages, tokens = pool.scales[0].shape
+    if tokens not in PAGE_TOKENS:
+        raise NotImplementedError(f"pages of {tokens} tokens: served are {PAGE_TOKENS}")
+    if keys.shape != values.shape or keys.dtype != values.dtype:
+        raise ValueError(
+            f"got keys {keys.dtype}{list(keys.shape)} and values {values.dtype}"
+            f"{list(values.shape)}, expected both [rows, slots, K, H]"
+        )
+    if keys.shape[1] < tokens or jobs.ndim != 2 or jobs.shape[1] != 5:
+        raise ValueError(
+            f"got {keys.shape[1]} slots and jobs {jobs.shape}, "
+            f"expected at least {tokens} slots and jobs of 5 numbers"
+        )
+    for side, groups in (("keys", pool.keys), ("values", pool.values)):
+        total = sum(group.rotation.parts.shape[2] for group in groups)
+        if total != keys.shape[3]:
+            raise ValueError(f"got {side} of {keys.shape[3]} channels, expected {total}")
+        for group in groups:
+            dim = group.rotation.parts.shape[2]
+            if dim % 8:
+                raise ValueError(f"got a group of {dim} channels, expected a multiple of 8")
+            lines, length = (tokens, dim) if side == "keys" else (dim, tokens)
+            widths = PLANE_WIDTHS[group.code.bits]
+            check_planes(side, group.planes, widths, (rows, pages, lines), length)
+    return tokens

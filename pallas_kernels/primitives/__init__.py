@@ -1,0 +1,1 @@
+"""Parts of kernels that know no operation, and `triton`, the one door to the backend."""

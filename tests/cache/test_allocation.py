@@ -1,0 +1,310 @@
+"""A cache whose layers, or heads, have bits of their own: head by head that of uniform bits."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.crossed import softmax_attention
+from tests.layout import QUICK, decoded, random_parts, row_of_head
+from turboquant_jax import cache
+from turboquant_jax.attention import Scores, attend, attend_and_write
+from turboquant_jax.cache import Allocation, CodecConfig
+from turboquant_jax.cache.bytes import bytes_per_compressed_token, count_bytes, planned_bytes
+from turboquant_jax.cache.storage import restore, save
+
+BY_LAYER = Allocation((3, 1, 3), (2, 4, 2))  # two parts, of two layers and of one
+# three parts: of two heads, of a head and a layer, and of one head
+BY_HEAD = Allocation(((3, 1), 1, (1, 3)), (2, 2, (4, 2)))
+BOTH = pytest.mark.parametrize("allocation", [BY_LAYER, BY_HEAD], ids=["by layer", "by head"])
+LAYERS, HEADS = 3, 2
+CONFIG = cache.CacheConfig(
+    LAYERS, HEADS, 8, CodecConfig(8, "haar"), CodecConfig(8), block=8, window=5, sinks=2
+)
+BATCH, CAPACITY = 3, 44
+COUNTS = [([20, 7, 0], 20), ([1, 1, 1], 1), ([11, 20, 3], 20), *[([1, 1, 0], 1)] * 9]
+
+
+def empty(allocation, config=CONFIG, **options):
+    config = replace(config, allocation=allocation)
+    return cache.create(config, BATCH, CAPACITY, key=jax.random.key(1), **options)
+
+
+def uniform(kind, **options):
+    """A cache of these bits everywhere."""
+    key, value = (
+        replace(own, bits=bits) for own, bits in zip((CONFIG.key, CONFIG.value), kind, strict=True)
+    )
+    config = replace(CONFIG, key=key, value=value)
+    return cache.create(config, BATCH, CAPACITY, key=jax.random.key(1), **options)
+
+
+def tokens(most, seed):
+    shape = (LAYERS, BATCH, most, HEADS, 8)
+    k, v = np.random.default_rng(seed).normal(1, 1, (2, *shape)).astype(np.float32)
+    shape = (LAYERS, BATCH, most, 2 * HEADS, 8)
+    q = np.random.default_rng(seed + 99).normal(0, 1, shape).astype(np.float32)
+    return map(jnp.asarray, (q, k, v))
+
+
+@partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
+def step(state, q, k, v, counts):
+    """A pass through all layers, as a decoder makes it."""
+    state, outputs = cache.begin(state, counts, q.shape[2]), []
+    for layer in range(LAYERS):
+        output, state = attend_and_write(state, layer, q[layer], k[layer], v[layer])
+        outputs.append(output)
+    return cache.commit(state), jnp.stack(outputs)
+
+
+def kind_of(allocation, layer, head):
+    """(bits of keys, bits of values) of a head, by the entries as they were given."""
+    entries = allocation.keys[layer], allocation.values[layer]
+    return tuple(entry[head] if isinstance(entry, tuple) else entry for entry in entries)
+
+
+def assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits):
+    """Every block, bit by bit, and the codec it was made with; and what all heads share."""
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            held = []
+            for one in (state, others[kind_of(allocation, layer, head)]):
+                part, row = row_of_head(one, layer, head)
+                held.append((part.codecs, jax.tree.map(lambda x, row=row: x[row], part.pool)))
+            same_bits(*held)
+    for other in others.values():
+        for name in ("sinks", "window", "key_mean", "tables"):
+            same_bits(getattr(state, name), getattr(other, name))
+
+
+@BOTH
+def test_a_head_is_that_of_uniform_bits_bit_by_bit(allocation, same_bits):
+    """Ragged chunks and steps, donated; what is shared, and what does not fit, too."""
+    state = empty(allocation)
+    others = {kind: uniform(kind) for kind in allocation.kinds}
+    for seed, (counts, most) in enumerate([*COUNTS, ([20, 2, 1], 20)]):
+        q, k, v = tokens(most, seed)
+        counts = jnp.asarray(counts)
+        state, outputs = step(state, q, k, v, counts)
+        expected = {}
+        for kind in others:
+            others[kind], expected[kind] = step(others[kind], q, k, v, counts)
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                of_head = np.s_[layer, :, :, 2 * head : 2 * head + 2]
+                made, own = outputs[of_head], expected[kind_of(allocation, layer, head)][of_head]
+                if allocation is BY_LAYER:
+                    np.testing.assert_array_equal(made, own)
+                else:  # sums of fewer heads at a time may be taken in another order
+                    np.testing.assert_allclose(made, own, rtol=1e-5, atol=1e-6)
+    assert state.overflow.tolist() == [True, False, False]
+    assert CONFIG.num_blocks(np.asarray(state.lengths)).tolist() == [4, 4, 0]
+    assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
+
+
+@BOTH
+def test_chunks_give_the_bits_of_single_tokens(allocation, same_bits):
+    chunked, singly = empty(allocation), empty(allocation)
+    counts = np.asarray([20, 17, 3])
+    q, k, v = tokens(20, 0)
+    chunked, _ = step(chunked, q, k, v, jnp.asarray(counts))
+    for i in range(20):
+        now = (x[:, :, i : i + 1] for x in (q, k, v))
+        singly, _ = step(singly, *now, jnp.asarray(i < counts, jnp.int32))
+    assert CONFIG.num_blocks(counts).tolist() == [1, 1, 0]
+    same_bits(chunked, singly)
+
+
+@BOTH
+def test_append_fork_and_free_are_those_of_uniform_bits(allocation, same_bits):
+    _, k, v = tokens(20, 0)
+
+    def run(state):
+        append = jax.jit(cache.append, compiler_options=QUICK)
+        state = append(state, k, v, jnp.asarray([20, 20, 9]))
+        state = append(cache.fork(state, 0, 2), k, v, jnp.asarray([2, 2, 2]))
+        state = cache.free(state, jnp.asarray([False, True, False]))
+        return append(state, k, v, jnp.asarray([19, 0, 9]))
+
+    state = run(empty(allocation, num_pages=7))
+    others = {kind: run(uniform(kind, num_pages=7)) for kind in allocation.kinds}
+    assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
+    assert np.asarray(state.table.references).max() == 2, "a page is shared"
+    with pytest.raises(ValueError, match=r"got \(2, .*, expected \[3 layers, B, T, K, H\]"):
+        cache.append(state, k[:2], v[:2])
+
+
+@BOTH
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_attention_is_that_over_the_decoded_vectors(allocation, sliding_window):
+    """In float64, of any bytes; to the rounding of float32."""
+    config = replace(CONFIG, dtype="float32", sliding_window=sliding_window)
+    state, rng = empty(allocation, config), np.random.default_rng(7)
+    lengths = [CAPACITY - 3, 30, 4]
+    state = replace(state, **random_parts(state, rng)).with_lengths(jnp.asarray(lengths))
+    scores, sink_logits = Scores(0.3, 5.0), rng.normal(2, 1, 2 * HEADS).astype(np.float32)
+    q, k, v = (x[:, :, :3] for x in tokens(20, 1))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(state, q, k, v):
+        options = dict(scores=scores, sink_logits=jnp.asarray(sink_logits), implementation="xla")
+        return [attend(state, i, q[i], k[i], v[i], **options) for i in range(LAYERS)]
+
+    for layer, output in enumerate(run(state, q, k, v)):
+        for row, length in enumerate(lengths):
+            held = decoded(state, layer, row)
+            new = (np.asarray(x[layer, row], np.float64) for x in (k, v))
+            held |= {length + t: pair for t, pair in enumerate(zip(*new, strict=True))}
+            for t in range(3):
+                query = np.asarray(q[layer, row, t], np.float64)
+                expected = softmax_attention(
+                    config, held, query, length + t, scores, sink_logits.astype(np.float64)
+                )
+                np.testing.assert_allclose(output[row, t], expected, rtol=2e-5, atol=2e-5)
+
+
+@BOTH
+def test_write_is_write(allocation):
+    _, k, v = tokens(1, 0)
+    begun = cache.begin(empty(allocation), jnp.ones(BATCH, jnp.int32), 1)
+    written = cache.write(begun, 2, k[2], v[2])
+    np.testing.assert_array_equal(written.sinks.keys[2, :, 0], k[2, :, 0].astype(jnp.bfloat16))
+    assert not begun.sinks.keys.any() and not written.sinks.keys[:2].any()
+
+
+def test_a_part_has_the_heads_of_its_bits():
+    """`pool` has a row for each of them; a page is one in every part."""
+    state = jax.eval_shape(partial(empty, BY_HEAD))
+    assert BY_HEAD.kinds == ((3, 2), (1, 2), (1, 4))
+    assert state.config.places == ((0, 1), (1,), (2, 0))
+    pages = state.table.references.shape[0]
+    assert [part.pool.scales[0].shape for part in state.parts] == [
+        (rows, pages, 8) for rows in (2, 3, 1)
+    ]
+    for part, (key, value) in zip(state.parts, BY_HEAD.kinds, strict=True):
+        rows = part.pool.scales[0].shape[0]
+        assert sum(plane.size for plane in part.pool.keys[0]) == rows * pages * 8 * key
+        assert sum(plane.size for plane in part.pool.values[0]) == rows * pages * 8 * value
+    assert state.sinks.keys.shape[0] == LAYERS and state.sinks.keys.shape[3] == HEADS
+
+
+def test_equal_bits_are_one_part_that_can_be_scanned():
+    alike = Allocation((3, (3, 3), 3), (2, 2, (2, 2)))
+    state = jax.eval_shape(partial(empty, alike))
+    plain = jax.eval_shape(partial(uniform, (3, 2)))
+    assert jax.tree.leaves(state) == jax.tree.leaves(plain)
+    q, k, v = jax.eval_shape(lambda: tuple(tokens(1, 0)))
+
+    def scanned(state, *new):
+        return jax.lax.scan(lambda s, x: (s, attend(s, *x)), state, (jnp.arange(LAYERS), *new))
+
+    assert jax.eval_shape(scanned, state, q, k, v)[1].shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("config", "allocation"),
+    [
+        (CONFIG, BY_LAYER),
+        (CONFIG, BY_HEAD),
+        (replace(CONFIG, sinks=0), BY_HEAD),
+        (cache.CacheConfig(LAYERS, 3, 64), BY_LAYER),
+        (cache.CacheConfig(LAYERS, 3, 64), Allocation((8, (1, 5, 1), 7), ((3, 2, 1), 4, 4))),
+    ],
+)
+def test_planned_is_allocated(config, allocation):
+    config = replace(config, allocation=allocation)
+    state = jax.jit(lambda: cache.create(config, 2, 517, key=jax.random.key(0)))()
+    planned = planned_bytes(config, 2, 517)
+    assert planned == count_bytes(state)
+    assert planned.total == state.nbytes == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "parts"),
+    [
+        (Allocation((4, 2, 1, 5), (2, 2, 3, 1)), 4),
+        (Allocation(((4, 2, 3), 3, (1, 3, 5), 3), (2, (1, 2, 3), 2, 2)), 7),
+    ],
+    ids=["by layer", "by head"],
+)
+def test_bytes_are_those_of_uniform_bits_in_the_same_sum(allocation, parts):
+    """Page tables and windows are there once; a part's signs of 64 channels are not."""
+    config = cache.CacheConfig(4, 3, 64, CodecConfig(3), CodecConfig(2))
+    own = replace(config, allocation=allocation)
+    plain, planned = planned_bytes(config, 2, 4000), planned_bytes(own, 2, 4000)
+    assert replace(planned, codecs=plain.codecs) == plain
+    assert planned.codecs == parts * plain.codecs
+    assert bytes_per_compressed_token(own) == bytes_per_compressed_token(config)
+
+
+@BOTH
+def test_a_donated_step_allocates_nothing_of_the_size_of_the_cache(allocation):
+    config = replace(CONFIG, allocation=allocation)
+    shapes = jax.eval_shape(partial(cache.create, config, BATCH, 9000, key=jax.random.key(0)))
+    _, k, v = jax.eval_shape(lambda: tuple(tokens(1, 0)))
+    counts = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    compiled = jax.jit(cache.append, donate_argnums=0).lower(shapes, k, v, counts).compile()
+    memory = compiled.memory_analysis()
+    fresh = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert fresh < 8 * 4 * shapes.table.page_table.size < shapes.nbytes / 5
+
+
+@BOTH
+def test_it_comes_back_bit_by_bit(allocation, tmp_path, same_bits):
+    state, rng = empty(allocation), np.random.default_rng(0)
+    state = replace(state, **random_parts(state, rng)).with_lengths(jnp.asarray([44, 3, 20]))
+    save(state, tmp_path / "prompt", model="m")
+    same_bits(restore(empty(allocation), tmp_path / "prompt", model="m"), state)
+    swapped = {  # arrays of the same shapes
+        BY_LAYER: Allocation((3, 3, 1), (2, 2, 4)),
+        BY_HEAD: Allocation(((3, 1), 1, (3, 1)), (2, 2, (2, 4))),
+    }[allocation]
+    same_shapes = jax.tree.leaves(jax.eval_shape(partial(empty, swapped)))
+    assert same_shapes == jax.tree.leaves(jax.eval_shape(lambda: state))
+    for other in (empty(swapped), uniform((3, 2))):
+        with pytest.raises(ValueError, match="got config"):
+            restore(other, tmp_path / "prompt", model="m")
+
+
+@BOTH
+def test_a_layer_that_is_not_known_while_tracing_is_refused(allocation):
+    state, (q, k, v) = jax.eval_shape(partial(empty, allocation)), tokens(1, 0)
+
+    def scanned(state, q, k, v):
+        def one(state, layer):
+            return state, attend(state, layer, q[0], k[0], v[0])
+
+        return jax.lax.scan(one, state, jnp.arange(LAYERS))
+
+    with pytest.raises(ValueError, match="expected one that is known while tracing"):
+        jax.eval_shape(scanned, state, q, k, v)
+    for layer in (3, -1):
+        with pytest.raises(ValueError, match=f"layer: got {layer}, expected 0 to 2"):
+            cache.write(empty(allocation), layer, k[0], v[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "says"),
+    [
+        ((), (), "got bits of 0 and 0 layers, expected as many"),
+        ((3, 2), (3,), "got bits of 2 and 1 layers, expected as many"),
+        ((3, 9), (3, 3), "got 9 for the keys of layer 1, expected integers between 1 and 8"),
+        ((3, 3), (0, 3), "got 0 for the values of layer 0, expected integers between 1 and 8"),
+        ((3, 3), (3, (3, 9)), "got 9 for the values of layer 1"),
+        ((3, True), (3, 3), "got True for the keys of layer 1, expected integers"),
+        ((3, 3), (3, 3), "got bits of 2 layers, expected 3"),
+        ((3, 3, (3, 2, 1)), (3, 3, 3), "got 3 heads for the keys of layer 2, expected 2"),
+        ((3, 3, 3), ((), 3, 3), "got 0 heads for the values of layer 0, expected 2"),
+    ],
+)
+def test_allocations_that_cannot_be(keys, values, says):
+    with pytest.raises(ValueError, match=says):
+        replace(CONFIG, allocation=Allocation(keys, values))
+
+
+def test_it_prints_a_summary():
+    text = repr(jax.eval_shape(partial(empty, BY_LAYER)))
+    assert "key=3, 1 bits, value=2, 4 bits" in text and "nbytes=" in text

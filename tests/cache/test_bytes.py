@@ -1,0 +1,86 @@
+"""Planned bytes are the bytes of a cache that is really allocated, part by part."""
+
+import doctest
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from turboquant_jax import cache
+from turboquant_jax.cache.bytes import (
+    bytes_per_compressed_token,
+    count_bytes,
+    exact_bytes_per_token,
+    planned_bytes,
+)
+
+CODEC = cache.CodecConfig
+CONFIGS = {
+    "default": cache.CacheConfig(2, 3, 64),
+    "uneven": cache.CacheConfig(3, 1, 16, CODEC(3), CODEC(5), block=8, window=5, sinks=0),
+    "trellis": cache.CacheConfig(1, 2, 32, CODEC(2, code="trellis"), CODEC(1), window=0),
+    "outliers": cache.CacheConfig(
+        1, 1, 128, CODEC(((32, 3), (96, 2)), "haar"), CODEC(4), center_keys=False
+    ),
+    "local": cache.CacheConfig(2, 1, 16, CODEC(4), CODEC(4), block=16, window=8, sliding_window=50),
+    "float32": cache.CacheConfig(1, 1, 8, block=8, window=16, dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_planned_is_allocated(name):
+    config = CONFIGS[name]
+    state = jax.jit(partial(cache.create, config, 2, 517, key=jax.random.key(0)))()
+    planned = planned_bytes(config, 2, 517)
+    assert planned == count_bytes(state)
+    assert planned.total == state.nbytes
+    leaves = jax.tree.leaves(state)
+    assert planned.total == sum(np.asarray(leaf).nbytes for leaf in leaves)
+    assert planned.total == sum(x.on_device_size_in_bytes() for x in leaves), "the device's word"
+
+
+def by_hand(config, capacity):
+    """The parts of one sequence from the documented layout, without a cache."""
+    c, layers, heads, dim = config, config.num_layers, config.num_kv_heads, config.head_dim
+    pages = (capacity - c.sinks - c.window) // c.block
+    vectors = layers * pages * c.block * heads
+    item = {"float32": 4, "bfloat16": 2}[c.dtype]
+    return {
+        "key_codes": vectors * dim * c.key.bits // 8,
+        "value_codes": vectors * dim * c.value.bits // 8,
+        "scales": vectors * 4,
+        "window": 2 * layers * (c.window + c.block) * heads * dim * item,
+        "sinks": 2 * layers * c.sinks * heads * dim * item,
+        "key_mean": layers * heads * dim * 4,
+        "tables": 12 * pages + 4 + 4 + 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["default", "uneven", "float32"])
+def test_the_parts_are_what_the_layout_says(name):
+    config = CONFIGS[name]
+    planned = planned_bytes(config, 1, 1000)
+    for part, count in by_hand(config, 1000).items():
+        assert getattr(planned, part) == count, part
+
+
+def test_bytes_of_a_further_token():
+    """d = 128, 4 bits: 2 (64 + 2) bytes a head against 2 * 256; and 12 bytes of tables a block."""
+    config = cache.CacheConfig(32, 8, 128)
+    assert exact_bytes_per_token(config) == 32 * 8 * 2 * 256
+    assert bytes_per_compressed_token(config) == 32 * 8 * 2 * 66 + 12 / 64
+    ring = cache.CacheConfig(32, 8, 128, sliding_window=4096)
+    assert bytes_per_compressed_token(ring) == 0
+
+
+def test_the_bytes_of_a_sliding_window_stop_growing():
+    sizes = [planned_bytes(CONFIGS["local"], 2, n).total for n in (20, 50, 80, 10**3, 10**6)]
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3] == sizes[4]
+
+
+def test_the_numbers_in_the_documentation():
+    path = Path(__file__).parents[2] / "docs" / "cache.md"
+    failed, tried = doctest.testfile(str(path), module_relative=False)
+    assert tried > 3 and not failed

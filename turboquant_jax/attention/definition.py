@@ -1,0 +1,90 @@
+"""Attention over a compressed cache, in `jnp`: the specification that every kernel equals.
+
+Compressed blocks never leave the rotated space: <q, x~> = s <Pi q, c>, so the query is rotated once
+and the output rotated back once (TurboQuant, arXiv:2504.19874; theory in the identities of its
+section 3). The centre of the keys adds <q, mean> to every score of the compressed segment.
+"""
+
+import jax.numpy as jnp
+from jax import tree
+from jaxtyping import Array, Float
+
+from turboquant_jax.attention import rotated
+from turboquant_jax.attention.segments import Scores, SegmentPart, attend_exact, merge, sink_part
+from turboquant_jax.cache import blocks as block_layout
+from turboquant_jax.cache.layout import sees
+from turboquant_jax.cache.state import Cache, LayerRows, Rows
+
+
+def attend(
+    cache: Cache,
+    rows: LayerRows,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    scores: Scores,
+    sink_logits: Float[Array, " N"] | None,
+) -> Float[Array, "B T N H"]:
+    """What `api.attend` says."""
+    parts = [_exact(cache, rows, q, k, v, scores)]
+    if cache.layout.slots:
+        own = [
+            _blocks(cache, rows, member, rotated.pick_queries(member, q, cache.kv_heads), scores)
+            for member in rows.members
+        ]
+        parts.append(rotated.join_heads(rows, own, cache.kv_heads))
+    if sink_logits is not None:
+        parts.append(sink_part(sink_logits, q.shape))
+    return merge(parts)[0].astype(q.dtype)
+
+
+def _exact(cache: Cache, rows: LayerRows, q, k, v, scores: Scores) -> SegmentPart:
+    """Sinks, window and the new tokens themselves: everything in full precision."""
+    dtype, layer = cache.config.dtype, rows.layer
+    keys = [cache.sinks.keys[layer], cache.window.keys[layer], k.astype(dtype)]
+    values = [cache.sinks.values[layer], cache.window.values[layer], v.astype(dtype)]
+    lengths = cache.lengths[:, None]
+    query = lengths + jnp.arange(q.shape[1])[None, :]
+    position, held = cache.layout.exact_positions(lengths)
+    position = jnp.concatenate([position, query], axis=1)
+    held = jnp.concatenate([held, query >= 0], axis=1)
+    visible = held[:, None, :] & sees(cache.config, query, position)
+    return attend_exact(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
+
+
+def _blocks(cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores) -> SegmentPart:
+    """The compressed blocks of the heads that have one format, for their queries."""
+    part, own = cache.parts[member.part], member.of(cache.kv_heads)
+    key_codec, value_codec = part.codecs
+    heads, dim = own.shape[0], q.shape[3]
+    table = jnp.maximum(cache.table.page_table, 0)
+    place = own[:, None, None], table[None]
+    pages = tree.map(lambda pool: pool[place], part.pool)  # [heads, B, slots, ...]
+    keys, values = block_layout.unpack(part.codecs, pages)
+
+    def by_token(vectors):  # [heads, B, slots, T, H] -> [B, S, heads, H]
+        return jnp.moveaxis(vectors, 0, 3).reshape(table.shape[0], -1, heads, dim)
+
+    position, held = cache.layout.block_positions(cache.lengths[:, None])
+    query = cache.lengths[:, None] + jnp.arange(q.shape[1])[None, :]
+    output, lse = attend_exact(
+        rotated.rotate_queries(key_codec, own, q),
+        by_token(key_codec.dequantize(keys)),
+        by_token(value_codec.dequantize(values)),
+        held[:, None, :] & sees(cache.config, query, position),
+        scores,
+        rotated.mean_products(cache, rows, member, q),
+    )
+    return rotated.unrotate_outputs(value_codec, own, output), lse
+
+
+def check_heads(cache: Cache, q, k, v) -> None:
+    """ValueError unless queries, keys and values [B, T, heads, H] fit the heads of a cache."""
+    heads, dim = cache.kv_heads, cache.config.head_dim
+    expected = (*q.shape[:2], heads, dim)
+    if k.shape != expected or v.shape != expected:
+        raise ValueError(f"keys and values: got {k.shape} and {v.shape}, expected {expected}")
+    if q.shape[3] != dim or q.shape[2] % heads:
+        raise ValueError(
+            f"queries: got {q.shape}, expected (B, T, N, {dim}) with N a multiple of {heads}"
+        )

@@ -1,0 +1,95 @@
+"""Attention over one segment of tokens, and the rule that joins segments.
+
+Each segment gives its normalised output and the log-sum-exp of its scores; `merge` joins segments,
+and would join the splits of one device or the shards of many, by
+
+    lse = logaddexp(lse_i),    o = sum_i exp(lse_i - lse) o_i.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+SegmentPart = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores come from products: scale <q, k>, then soft-capped where `softcap` is given.
+
+    Attributes:
+      scale: multiplies every product; 1 / sqrt(head_dim) if None.
+      softcap: c in c tanh(score / c), as Gemma uses it.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+    def factor(self, head_dim: int) -> float:
+        """What multiplies the products."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    def of(self, products: Float[Array, "..."], head_dim: int) -> Float[Array, "..."]:
+        """Scores of float32 products."""
+        scores = products * self.factor(head_dim)
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+
+PLAIN = Scores()
+"""Scaled by 1 / sqrt(head_dim), without a cap."""
+
+
+def merge(parts: list[SegmentPart]) -> SegmentPart:
+    """Join the outputs of disjoint sets of tokens by their log-sum-exp (-inf for an empty set)."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0][1]
+    for _, lse in parts[1:]:
+        total = jnp.logaddexp(total, lse)
+    output = jnp.zeros(parts[0][0].shape, jnp.float32)
+    for part, lse in parts:
+        # a part without tokens must not make NaN of -inf - (-inf), nor pass on what it holds
+        weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - total))
+        seen = jnp.where(jnp.isneginf(lse)[..., None], 0.0, part.astype(jnp.float32))
+        output = output + weight[..., None] * seen
+    return output, total
+
+
+def attend_exact(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visible: Bool[Array, "B T S"],
+    scores: Scores,
+    bias: Float[Array, "B T N"] | None = None,
+) -> SegmentPart:
+    """Softmax attention in float32, with the log-sum-exp; a query that sees nothing gives 0, -inf.
+
+    `bias` is added to the products of a query before they are scaled.
+    """
+    batch, count, heads, dim = q.shape
+    grouped = q.astype(jnp.float32).reshape(batch, count, k.shape[2], -1, dim)
+    products = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32))
+    if bias is not None:
+        by_group = jnp.moveaxis(bias.reshape(batch, count, k.shape[2], -1), 1, -1)
+        products = products + by_group[..., None]
+    logits = scores.of(products, dim)
+    logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    finite_top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.exp(logits - finite_top[..., None])
+    total = jnp.sum(weight, axis=-1)
+    # 0 * NaN is NaN: what nobody sees may be left over from another sequence
+    seen = jnp.any(visible, axis=1)[..., None, None]
+    output = jnp.einsum("bkgts,bskh->btkgh", weight, jnp.where(seen, v.astype(jnp.float32), 0.0))
+    nonzero = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, finite_top + jnp.log(nonzero), -jnp.inf)
+    output = output / jnp.moveaxis(nonzero, -1, 1)[..., None]
+    return output.reshape(q.shape), jnp.moveaxis(lse, -1, 1).reshape(batch, count, heads)
+
+
+def sink_part(sink_logits: Float[Array, " N"], shape: tuple[int, ...]) -> SegmentPart:
+    """Sinks as a part of an output of this shape [B, T, N, H]: a score for each head, no value."""
+    lse = jnp.broadcast_to(sink_logits.astype(jnp.float32), shape[:-1])
+    return jnp.zeros(shape, jnp.float32), lse

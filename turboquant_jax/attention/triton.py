@@ -1,0 +1,165 @@
+"""A cache as the GPU kernels take it: one step of decoding over all segments, and decoded pages.
+
+Everything is passed as it lies in the cache, the rows of all layers as one; nothing is copied.
+What depends on the lengths is computed inside the kernel: kernels beside it would take longer.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode import decode as decode_in_kernel
+from pallas_kernels.decode_attention import (
+    Blocks,
+    PagedBlocks,
+    Places,
+    Recent,
+    Softmax,
+    decode_attention,
+)
+from pallas_kernels.rope import rope_and_rotate
+from pallas_kernels.rope import rotate as rotate_in_kernel
+from turboquant_jax.attention.projection import Heads, Projection
+from turboquant_jax.attention.rotated import rotate_queries
+from turboquant_jax.attention.segments import Scores
+from turboquant_jax.cache import operands
+from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.layout import Layout, locate
+from turboquant_jax.cache.operands import flat
+from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part
+from turboquant_jax.rotation import Identity
+
+
+def attend(
+    cache: Cache,
+    rows: LayerRows,
+    heads: Heads,
+    scores: Scores,
+    sink_logits: Float[Array, " N"] | None,
+    *,
+    write: bool,
+    rotated: Float[Array, "B N H"] | None = None,
+) -> tuple[Float[Array, "B 1 N H"], Cache]:
+    """Attention of one query per sequence over a layer and over the new token's key and value.
+
+    The output has the dtype of the query. `write` also writes the token where it is pending.
+    `rotated`: the query in the rotated space of the keys, where that has been made already.
+    """
+    (member,) = rows.members
+    part, own, dtype = cache.parts[member.part], member.of(cache.kv_heads), cache.config.dtype
+    key_codec, value_codec = part.codecs
+    query, new = heads[0][:, 0], Exact(heads[1].astype(dtype), heads[2].astype(dtype))
+    rotated_values = value_codec.order is not None or not all(
+        isinstance(group.rotation, Identity) for group in value_codec.groups
+    )
+    if rotated is None:
+        rotated = _rotate(key_codec, own, query)
+    output, _, recent = decode_attention(
+        rotated,
+        PagedBlocks(
+            groups_of(part), cache.table.page_table, cache.lengths, member.first, cache.kv_heads
+        ),
+        Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
+        recent=_recent(cache, rows.layer, query, new, write),
+        rotation=operands.of_codec(value_codec, own) if rotated_values else None,
+        dtype=query.dtype,
+    )
+    return output[:, None], cache if recent is None or not write else _written(cache, recent)
+
+
+def turns(projection: Projection) -> bool:
+    """Whether the kernel does RoPE and rotation of a projection, whose products are then exact."""
+    return projection.qkv.dtype == jnp.bfloat16
+
+
+def attend_projection(
+    cache: Cache,
+    rows: LayerRows,
+    projection: Projection,
+    scores: Scores,
+    sink_logits: Float[Array, " N"] | None,
+) -> tuple[Float[Array, "B 1 N H"], Cache]:
+    """`attend` of a projection of one token per sequence, in bfloat16; the token is written."""
+    (member,) = rows.members
+    codec = cache.parts[member.part].codecs[0]
+    operand = operands.of_codec(codec, member.of(cache.kv_heads))
+    qkv, cos, sin = (x[:, 0] for x in (projection.qkv, projection.cos, projection.sin))
+    q, k, v, rotated = rope_and_rotate(qkv, cos, sin, operand)
+    heads = q[:, None], k[:, None], v[:, None]
+    return attend(cache, rows, heads, scores, sink_logits, write=True, rotated=rotated)
+
+
+def decode_pages(
+    cache: Cache, rows: LayerRows, pages: Int[Array, "B pages"], heads: Int[Array, " heads"]
+) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
+    """Keys and values of some pages and heads of a layer in the rotated space, in its dtype."""
+    (member,) = rows.members
+    found = decode_in_kernel(
+        groups_of(cache.parts[member.part]),
+        pages.ravel(),
+        member.first + heads,
+        dtype=cache.config.dtype,
+    )
+    shape = (pages.shape[0], -1, *found[0].shape[2:])
+    return found[0].reshape(shape), found[1].reshape(shape)
+
+
+def _rotate(
+    codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B N H"]
+) -> Float[Array, "B N H"]:
+    """One query per sequence in the rotated space of the keys, float32."""
+    if query.dtype != jnp.bfloat16:
+        return rotate_queries(codec, rows, query[:, None])[:, 0]
+    return rotate_in_kernel(query, operands.of_codec(codec, rows))
+
+
+def _recent(cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool) -> Recent:
+    held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
+    return Recent(
+        query=query,
+        keys=(*(flat(part.keys) for part in held), new.keys),
+        values=(*(flat(part.values) for part in held), new.values),
+        pending=cache.table.pending,
+        places=partial(_places, cache.layout),
+        key_mean=None if cache.key_mean is None else flat(cache.key_mean),
+        write=write,
+        layer=layer,
+    )
+
+
+def _places(layout: Layout, length: Any, pending: Any) -> Places:
+    """Where the tokens of a sequence lie, as the kernel asks it: of the segments that there are."""
+    place = locate(layout, length, pending)
+    segments: list[tuple[Any, Any, Any]] = []
+    if layout.sinks:
+        segments.append((*place.sinks, place.sink_slot))
+    if layout.ring:
+        segments.append((*place.window, place.window_slot))
+    return Places(place.blocks, (*segments, (0, 1, 0)))
+
+
+def _written(cache: Cache, recent: Recent) -> Cache:
+    """The cache with the segments of `recent`, which hold the new token."""
+    stored = zip(recent.keys[:-1], recent.values[:-1], strict=True)
+    parts: dict[str, Any] = {}
+    for name in ("sinks", "window"):
+        old = getattr(cache, name)
+        if old.keys.shape[2]:
+            keys, values = next(stored)
+            parts[name] = Exact(keys.reshape(old.keys.shape), values.reshape(old.values.shape))
+    return replace(cache, **parts)
+
+
+def groups_of(part: Part) -> tuple[Blocks, ...]:
+    """The blocks of all rows, as the kernels read them."""
+    found = []
+    for g, (key, value) in enumerate(zip(*(codec.groups for codec in part.codecs), strict=True)):
+        books = [operands.codebook_of(group) for group in (key, value)]
+        if books[0] is None or books[1] is None:
+            raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
+        pool = part.pool
+        found.append(Blocks(pool.keys[g], pool.values[g], pool.scales[g], books[0], books[1]))
+    return tuple(found)

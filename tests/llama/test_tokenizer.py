@@ -1,13 +1,10 @@
 """Tokenizers of both formats: round trips, streams, chats and refusals."""
 
-import json
-
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from turboquant_jax.llama.tokenizer import (
-    Tokenizer,
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
@@ -62,37 +59,6 @@ def test_chat_template(tokenizer):
     assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
     own = [{"role": "system", "content": "Be brief."}, *messages]
     assert tokenizer.apply_chat(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
-
-
-def with_template(tokenizer, template):
-    return Tokenizer(tokenizer.backend, 1, (2,), False, template)
-
-
-def test_templates_have_what_they_are_written_for(tokenizer):
-    template = (
-        "{% for m in messages %}\n"
-        "    {% if loop.index > 1 %}{% continue %}{% endif %}\n"
-        "{{ bos_token }}{{ m.content | trim }}{{ eos_token }}{{ strftime_now('%Y') | length }}"
-        "{% endfor %}"
-    )
-    messages = [{"role": "user", "content": " a "}, {"role": "user", "content": "b"}]
-    rendered = with_template(tokenizer, template).apply_chat(messages)
-    assert rendered == "<|im_start|>a<|im_end|>4"
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "got a checkpoint without a chat template"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% if %}", "chat template: got TemplateSyntaxError"),
-        ("{{ ''.__class__.__mro__ }}", "chat template: got SecurityError"),
-        ("{{ messages.append(1) }}", "chat template: got SecurityError"),
-    ],
-)
-def test_bad_templates_are_refused(tokenizer, template, message):
-    with pytest.raises(ValueError, match=message):
-        with_template(tokenizer, template).apply_chat([])
 
 
 def gguf_metadata(**changes):
@@ -164,27 +130,7 @@ def test_folder(folder):
     assert tokenizer_from_folder(folder, 0, (1,)).encode("a b") == [0, 2, 3]
 
 
-def test_where_a_folder_keeps_its_template(folder):
-    def template():
-        return tokenizer_from_folder(folder, 0, (1,)).chat_template
-
-    config = folder / "tokenizer_config.json"
-    config.write_text("{}")
-    assert template() is None
-    config.write_text(json.dumps({"chat_template": "one"}))
-    assert template() == "one"
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "two"}]
-    config.write_text(json.dumps({"chat_template": named}))
-    assert template() == "two"
-    (folder / "chat_template.jinja").write_text("three")
-    assert template() == "three"
-
-
 def test_folder_refusals(folder):
-    for text in ("{", "[]", '{"chat_template": [3]}', '{"chat_template": 3}'):
-        (folder / "tokenizer_config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json: got .*, expected JSON"):
-            tokenizer_from_folder(folder, 0, (1,))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: got .*, expected a tokenizer\.json"):
         tokenizer_from_folder(folder, 0, (1,))

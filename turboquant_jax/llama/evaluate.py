@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.llama.model import Llama
+from turboquant_jax.llama.token_ids import require_token_ids
 from turboquant_jax.segments import PLAIN, attend_exact
 from turboquant_jax.teacher_forcing import teacher_forced
 
@@ -39,9 +40,14 @@ class Comparison:
         return float(np.exp(self.nll.mean(dtype=np.float64)))
 
 
-@jax.jit
 def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Final hidden vectors with attention in full precision."""
+    require_token_ids(tokens, model.config.vocab_size)
+    return _exact_hidden(model, tokens)
+
+
+@jax.jit
+def _exact_hidden(model, tokens):
     seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
     visible = jnp.broadcast_to(seen[None, :, :], (tokens.shape[0], *seen.shape))
 
@@ -55,6 +61,7 @@ def compressed_hidden(
     model: Llama, tokens: Int[Array, "B T"], config: CacheConfig, codecs: tuple[Codec, Codec]
 ) -> Float[Array, "B T D"]:
     """Final hidden vectors with a compressed cache, as if decoded token by token."""
+    require_token_ids(tokens, model.config.vocab_size)
     return _compressed_hidden(model, tokens, codecs, config)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from turboquant_jax.llama.model import Attend, Llama, State
 from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
+from turboquant_jax.llama.token_ids import require_token_ids
 
 CHUNK = 8192
 """Tokens of a pass over a prompt: so many queries pay for decoding the past that they share."""
@@ -65,7 +66,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("past", "chunk"), donate_argnames="state")
 def prefill(
     model: Llama,
     tokens: Int[Array, "B T"],
@@ -82,7 +82,27 @@ def prefill(
     on. A forward pass takes `chunk` tokens at a time, which bounds the memory; the past that
     a chunk attends to is compressed already.
     The state is donated: use the one returned.
+
+    Raises:
+      ValueError: an id that the embedding has no row for, where the values are at hand: not under
+        `jax.jit`.
     """
+    require_token_ids(tokens, model.config.vocab_size, lengths)
+    return compiled_prefill(model, tokens, lengths, state, past, start=start, chunk=chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("past", "chunk"), donate_argnames="state")
+def compiled_prefill(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    state: State,
+    past: Past[State],
+    *,
+    start: Int[Array, "B"] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B V"], State]:
+    """`prefill` of tokens that were looked at."""
     batch, length = tokens.shape
     chunk = min(length, chunk)
     if chunk < 1:

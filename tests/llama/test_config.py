@@ -38,6 +38,8 @@ def test_parameter_counts_are_the_published_ones():
         ({"hidden_size": 2.5}, "hidden_size: got 2.5"),
         ({"vocab_size": True}, "vocab_size: got True"),
         ({"rope_theta": -1.0}, "rope_theta: got -1.0, expected a positive number"),
+        ({"rope_theta": float("inf")}, "rope_theta: got inf"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: got '1e-5'"),
         ({"num_kv_heads": 3}, "num_heads: got 4, expected a multiple of num_kv_heads = 3"),
         ({"eos_ids": (97,)}, "eos_ids: got 97, expected integers below 97"),

@@ -1,5 +1,7 @@
 """Tokenizers of both formats: round trips, streams, chats and refusals."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
@@ -137,3 +139,43 @@ def test_folder_refusals(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
         tokenizer_from_folder(folder, 0, (1,))
+
+
+@pytest.fixture
+def changed(folder):
+    """`changed(**parts)`: the tokenizer of the folder, parts of its file replaced."""
+
+    def load(**parts):
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+        return tokenizer_from_folder(folder, 0, (1,))
+
+    return load
+
+
+def test_a_tokenizer_that_panics_is_refused(changed):
+    """The panic of the package is a BaseException, which no `except Exception` sees."""
+    ours = changed(decoder={"type": "Strip", "content": "a", "start": 0, "stop": 3})
+    with pytest.raises(BaseException) as caught:
+        ours.backend.decode([2])
+    assert not isinstance(caught.value, Exception)
+    with pytest.raises(ValueError, match=r"tokenizer: got .*, expected one that serves this"):
+        ours.decode([2])
+    with pytest.raises(ValueError, match=r"tokenizer: got .*, expected one that serves this"):
+        list(ours.stream([2]))
+
+
+def test_a_tokenizer_without_a_token_for_a_text_is_refused(changed):
+    model = {"type": "WordLevel", "vocab": {"a": 2}, "unk_token": "gone"}
+    ours = changed(model=model)
+    assert ours.encode("a") == [2]
+    with pytest.raises(ValueError, match="tokenizer: got WordLevel error: Missing"):
+        ours.encode("zebra")
+
+
+def test_nothing_is_cut_or_padded(changed):
+    """As in transformers: what `tokenizer.json` says of it is for batches of training."""
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    assert changed(truncation=cut, padding=pad).encode("a b a") == [2, 3, 2]

@@ -180,10 +180,10 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
         raise FileNotFoundError(f"{path}: no such file, expected the tokenizer")
     with _refusing(str(path), "a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_file(str(path))
+        # What a tokenizer was trained or served with would cut a prompt short without a word.
+        backend.no_truncation()
+        backend.no_padding()
         first = backend.encode("").ids[:1]
-    # What a tokenizer was trained or served with would cut a prompt short without a word.
-    backend.no_truncation()
-    backend.no_padding()
     stop = eos_ids[0] if eos_ids else None
     return Tokenizer(
         backend=backend,

@@ -1,9 +1,10 @@
 """The decoder from a file of tensors, of whatever format, one tensor in memory at a time."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -124,8 +125,7 @@ def _read(
     stacked: bool,
 ) -> Llama:
     _require_shapes(source, names, _file_shapes(config), config.num_layers, ignored)
-    abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype, stacked))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    leaves, structure = _abstract(config, np.dtype(dtype), stacked)
     layers = range(config.num_layers)
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -143,6 +143,13 @@ def _read(
         return jax.device_put(filled)
 
     return jax.tree.unflatten(structure, [fill(path, leaf) for path, leaf in leaves])
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(config: LlamaConfig, dtype: np.dtype, stacked: bool) -> tuple[list, Any]:
+    """Paths and shapes of the parameters, and the tree; tracing takes longer than a small file."""
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype, stacked))
+    return jax.tree_util.tree_flatten_with_path(model)
 
 
 def _layers(

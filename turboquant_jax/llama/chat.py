@@ -7,7 +7,7 @@ and nothing else.
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,14 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     old = "added_tokens_decoder" not in config and path.is_file()
     usual = _LLAMA_TOKENS if config.get("tokenizer_class") in _LLAMA_CLASSES else {}
     entries = {**usual, **config, **(read_json_object(path) if old else {})}
-    tokens = {name: entries[name] for name in _SPECIAL_TOKENS if entries.get(name) is not None}
-    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{folder}: {name}: got {tokens[name]!r}, expected a token's text")
+    texts: dict[str, str] = {}
+    for name in _SPECIAL_TOKENS:
+        token = entries.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            texts[name] = text
+        elif token is not None:
+            raise ValueError(f"{folder}: {name}: got {token!r}, expected a token's text")
     return texts
 
 
@@ -162,14 +165,12 @@ def _to_json(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
-    separators: Iterable[str] | None = None,
+    separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own escapes for HTML and sorts the keys; a prompt is no web page."""
-    pair = None if separators is None else tuple(separators)
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys
-    )
+    options: dict[str, Any] = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(message: str) -> None:

@@ -79,17 +79,11 @@ def read_huggingface(
     """
     # Old checkpoints store RoPE's frequencies too; `rope` computes them.
     ignored = {n for n in source.shapes if _FREQUENCIES.fullmatch(n)}
-    if config.tie_embeddings and _same(source, "embedding", "head"):
-        ignored.add(HUGGINGFACE_NAMES["head"])
+    embedding, head = (HUGGINGFACE_NAMES[matrix] for matrix in ("embedding", "head"))
+    stored_twice = config.tie_embeddings and {embedding, head} <= source.shapes.keys()
+    if stored_twice and np.array_equal(source.read(embedding), source.read(head)):
+        ignored.add(head)
     return _read(config, source, HUGGINGFACE_NAMES, ignored, lambda matrix, w: w, dtype, stacked)
-
-
-def _same(source: TensorFile, *matrices: str) -> bool:
-    """Whether both are there and hold the same numbers."""
-    names = [HUGGINGFACE_NAMES[matrix] for matrix in matrices]
-    if not source.shapes.keys() >= set(names):
-        return False
-    return np.array_equal(*(source.read(name) for name in names))
 
 
 def read_gguf(

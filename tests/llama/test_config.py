@@ -39,6 +39,7 @@ def test_parameter_counts_are_the_published_ones():
         ({"vocab_size": True}, "vocab_size: got True"),
         ({"rope_theta": -1.0}, "rope_theta: got -1.0, expected a positive number"),
         ({"rope_theta": float("inf")}, "rope_theta: got inf"),
+        ({"rope_theta": 10**400}, "rope_theta: got 1000"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: got '1e-5'"),
         ({"num_kv_heads": 3}, "num_heads: got 4, expected a multiple of num_kv_heads = 3"),

@@ -95,7 +95,7 @@ def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
         require_rows(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    name = source.metadata.get("general.name", path.stem)
+    name = str(source.metadata.get("general.name", path.stem))
     return Checkpoint(name, config, read_gguf(config, source, dtype, stacked), tokenizer)
 
 

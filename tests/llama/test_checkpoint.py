@@ -85,6 +85,12 @@ def test_bad_files(tmp_path, tiny, gguf_tensors, write_gguf):
         assert str(path) in str(caught.value)
 
 
+def test_a_name_of_several_lines_is_told_in_one(tmp_path, tiny, gguf_tensors, write_gguf):
+    path = write_gguf(tmp_path / "m.gguf", tiny.config, gguf_tensors(tiny), **{"llama.a\nb": 1})
+    with pytest.raises(ValueError, match=r"m\.gguf: llama\.a b: got 1, expected no such key"):
+        load(path)
+
+
 def test_divisors_of_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf):
     """Divisors that no Llama-3 scaling gives are refused, all ones are the smallest of them."""
     tensors = gguf_tensors(tiny) | {"rope_freqs.weight": np.ones(6, np.float32)}

@@ -165,6 +165,17 @@ def test_a_tokenizer_that_panics_is_refused(changed):
         list(ours.stream([2]))
 
 
+def test_a_tokenizer_that_panics_at_its_first_use_is_refused_at_load(changed):
+    """A template of special tokens that names one which it does not have."""
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single}
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got .*, expected a tokenizer\.json"):
+        changed(post_processor=template | {"special_tokens": {}})
+
+
 def test_a_tokenizer_without_a_token_for_a_text_is_refused(changed):
     model = {"type": "WordLevel", "vocab": {"a": 2}, "unk_token": "gone"}
     ours = changed(model=model)

@@ -57,11 +57,15 @@ def load(
     if isinstance(path, str) and path.startswith(_RANDOM):
         return _random(path, dtype, stacked)
     path = packaged_smollm2() if path is None else Path(path)
-    if path.is_dir():
-        return _load_folder(path, dtype, stacked)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected a GGUF file or a folder")
-    return _load_gguf(path, dtype, stacked)
+    try:
+        return (_load_folder if path.is_dir() else _load_gguf)(path, dtype, stacked)
+    except ValueError as error:
+        lines = str(error).splitlines()
+        if len(lines) == 1:
+            raise
+        raise ValueError(" ".join(lines)) from error  # names in a damaged file hold anything
 
 
 def _random(name: str, dtype: DTypeLike, stacked: bool) -> Checkpoint:

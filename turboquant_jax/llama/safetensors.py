@@ -75,9 +75,11 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     names = read_json_object(index).get("weight_map")
-    for name in names.values() if isinstance(names, dict) else [names]:
-        if not (isinstance(name, str) and name == Path(name).name and isinstance(names, dict)):
-            raise ValueError(f"{index}: weight_map: got {name!r}, expected plain file names")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: weight_map: got {names!r}, expected file names of tensors")
+    for name in names.values():
+        if not (isinstance(name, str) and name == Path(name).name):
+            raise ValueError(f"{index}: weight_map: got {name!r}, expected a plain file name")
     return names
 
 

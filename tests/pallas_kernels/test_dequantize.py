@@ -80,12 +80,12 @@ def test_assembly_equals_stand_in(bits):
     parts, groups = decoder.parts, decoder.variants // 2 // decoder.parts
     for part, group, half in np.ndindex(parts, groups, 2):
         text = lookup_assembly(bits, part, group, half)
-        for _ in range(100):
-            words = [int(x) for x in rng.integers(0, 2**32, 2 if bits == 3 else 1)]
-            got = emulate(text, words + [int(t) for t in np.repeat(table, 4)])
-            pair = [jnp.uint32(x) for x in words] + [None]
-            codes = [int(c) for c in lookup_codes(pair[0], pair[1], bits, part, group, half)]
-            assert [got >> (8 * i) & 255 for i in range(4)] == [entries[c] for c in codes]
+        words = rng.integers(0, 2**32, (2 if bits == 3 else 1, 100), dtype=np.uint32)
+        pair = [jnp.asarray(x) for x in words] + [None]
+        codes = np.array(lookup_codes(pair[0], pair[1], bits, part, group, half))
+        for given, expected in zip(words.T.tolist(), entries[codes].T.tolist(), strict=True):
+            got = emulate(text, given + np.repeat(table, 4).tolist())
+            assert [got >> (8 * i) & 255 for i in range(4)] == expected
 
 
 def decode(decoder, codes):
@@ -184,9 +184,10 @@ def test_half_tables_by_assembly(group, half, upper):
     table = decoder.tables()["table"]
     tables = [int(t) & MASK for t in np.repeat(table[2 * upper : 2 * upper + 2], 4)]
     entries = table.view(np.int8)
-    for low, high in rng.integers(0, 2**32, (100, 2)).tolist():
-        got = emulate(half_table_assembly(group, half, upper), [low, high, *tables])
-        codes = [int(c) for c in half_table_codes(jnp.uint32(low), jnp.uint32(high), group, half)]
+    words = rng.integers(0, 2**32, (2, 100), dtype=np.uint32)
+    found = np.array(half_table_codes(*map(jnp.asarray, words), group, half))
+    for pair, codes in zip(words.T.tolist(), found.T.tolist(), strict=True):
+        got = emulate(half_table_assembly(group, half, upper), [*pair, *tables])
         want = [int(entries[c]) if c // 8 == upper else upper - 1 for c in codes]
         assert [got >> (8 * i) & 255 for i in range(4)] == [x & 255 for x in want]
 

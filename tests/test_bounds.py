@@ -82,7 +82,7 @@ def test_prod_variance_equals_the_table(dim, sketch):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="sketch must be 'gaussian' or 'orthogonal', got 'rows'"):
+    with pytest.raises(ValueError, match="sketch: got 'rows', expected 'gaussian' or 'orthogonal'"):
         bounds.prod_variance(2, 64, "rows")
-    with pytest.raises(ValueError, match="bits must be positive and dim at least 2"):
+    with pytest.raises(ValueError, match=r"bits and dim: got .* expected above 0 and at least 2"):
         bounds.sphere_distortion(0, 64)

@@ -14,6 +14,7 @@ from turboquant_jax.cache.bytes import planned_bytes
 from turboquant_jax.llama.checkpoint import packaged_smollm2
 from turboquant_jax.llama.config import parameter_count
 from turboquant_jax.llama.presets import PRESETS
+from turboquant_jax.units import parse_memory
 
 SMALL = "smollm2-135m"
 HUGGING_FACE = {
@@ -69,6 +70,8 @@ def test_no_memory_beside_the_weights_means_no_tokens():
     ("text", "count"),
     [
         ("24GB", 24 * 10**9),
+        ("24G", 24 * 10**9),
+        ("24Gi", 24 * 2**30),
         ("24 gib", 24 * 2**30),
         ("1.5KiB", 1536),
         ("0.1TB", 10**11),
@@ -78,18 +81,27 @@ def test_no_memory_beside_the_weights_means_no_tokens():
     ],
 )
 def test_memory_in_both_kinds_of_units(text, count):
-    assert plan.parse_memory(text) == count
+    assert parse_memory(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24gigs", "-3GB", "3iB", "nan", "0.5B", "1e9", "2 4GB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "24gigs", "24i", "-3GB", "3iB", "nan", "0.5B", "1e9", "2 4GB"]
+)
 def test_memory_that_is_none(text):
     with pytest.raises(ValueError, match="memory must be"):
-        plan.parse_memory(text)
+        parse_memory(text)
 
 
 def test_every_source_of_a_model_says_the_same(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HUGGING_FACE))
-    sources = [SMALL, str(tmp_path), str(tmp_path / "config.json"), str(packaged_smollm2())]
+    sources = [
+        SMALL,
+        "SmolLM2-135M",
+        f"random:{SMALL}",
+        str(tmp_path),
+        str(tmp_path / "config.json"),
+        str(packaged_smollm2()),
+    ]
     plans = [plan.plan(s, "1GB", 1, [(4, 4)], window=128, sinks=4) for s in sources]
     assert len({p.rows for p in plans}) == 1
     assert len({(p.weight_bytes, p.max_position) for p in plans}) == 1
@@ -113,6 +125,22 @@ def test_llama_3_in_24_gigabytes(tmp_path, capsys):
         assert row["bytes_per_token"] == 32 * 8 * vectors + 12 / 64
 
 
+def test_a_head_dim_that_is_no_power_of_two(tmp_path, capsys):
+    """The default rotation serves it, is named, and its bytes are those of the cache."""
+    sizes = HUGGING_FACE | {"head_dim": 96}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    what = ["plan", "--model", str(tmp_path), "--memory", "2GB", "--json"]
+    assert cli.main([*what, str(tmp_path / "plan.json")]) == 0
+    assert "haar rotation" in " ".join(capsys.readouterr().out.split())
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert result["rotation"] == "haar"
+    row = next(r for r in result["rows"] if r["bits_k"] == 4)
+    codec = cache.CodecConfig(4, "haar")
+    config = cache.CacheConfig(30, 3, 96, codec, codec, window=128, sinks=4)
+    assert planned_bytes(config, 1, row["tokens"]).total == row["cache_bytes"]
+    assert plan.plan(SMALL, "1GB", 1, [(4, 4)], window=128, sinks=4).rotation == "hadamard"
+
+
 def test_fewer_weight_bits_leave_room():
     four = plan.plan(SMALL, "300MB", 1, [(4, 4)], window=128, sinks=4, weight_bits=4.5)
     assert four.weight_bytes == -(-parameter_count(PRESETS[SMALL]) * 9 // 16)
@@ -129,7 +157,7 @@ def test_fewer_weight_bits_leave_room():
         (["--model", "{}/list"], "list/config.json: got a list, expected a JSON object"),
         (["--model", "{}/foreign.gguf"], "foreign.gguf: got magic"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
-        (["--bits", "9"], "key.bits: got 9, expected between 1 and 8"),
+        (["--bits", "9"], "got 9, expected between 1 and 8"),
         (["--window", "-1"], "window: got -1, expected at least 0"),
         (["--weight-bits", "0"], "weight bits must be above 0"),
         (["--weight-bits", "nan"], "weight bits must be above 0"),

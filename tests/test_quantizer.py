@@ -219,13 +219,19 @@ def test_scales_are_rounded_to_the_nearest_bfloat16_and_ties_to_even():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 9}, "bits must be between 1 and 8, got 9"),
-        ({"scale": "l2"}, "scale must be one of norm, .* got 'l2'"),
-        ({"code": "vector"}, "code must be one of scalar, trellis, got 'vector'"),
-        ({"codebook": "kmeans"}, "codebook must be one of .* got 'kmeans'"),
-        ({"codebook": np.array([1.0, 0.0])}, "2 bits has 4 strictly ascending levels"),
-        ({"codebook": "uniform", "code": "trellis"}, "lloyd_max or grid, got 'uniform'"),
-        ({"code": "trellis", "bits": 5}, "bits must be 1, 2, 3 or 4"),
+        ({"bits": 9}, "bits: got 9, expected between 1 and 8"),
+        ({"scale": "l2"}, "scale: got 'l2', expected one of norm, "),
+        ({"code": "vector"}, "code: got 'vector', expected one of scalar, trellis"),
+        ({"codebook": "kmeans"}, "codebook: got 'kmeans', expected one of .* or levels"),
+        (
+            {"codebook": np.array([1.0, 0.0])},
+            "codebook: got .* expected 4 strictly ascending levels",
+        ),
+        (
+            {"codebook": "uniform", "code": "trellis"},
+            "codebook: got 'uniform', expected lloyd_max or grid",
+        ),
+        ({"code": "trellis", "bits": 5}, "bits: got 5, expected 1, 2, 3 or 4"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -234,5 +240,5 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_vectors_of_another_dimension_are_refused():
-    with pytest.raises(ValueError, match=r"must have dim 64, got shape \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"vectors: got shape \(3, 32\), expected dim 64"):
         quantizer.encode(quantizer.create(KEY, 64, 2), jnp.zeros((3, 32)))

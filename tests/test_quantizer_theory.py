@@ -56,7 +56,6 @@ def relative_error(q: quantizer.Quantizer, x):
     return jnp.sum(jnp.square(x - back), axis=-1) / jnp.sum(jnp.square(x), axis=-1)
 
 
-@cache
 def sphere_errors(dim: int, kind: str) -> np.ndarray:
     """Relative errors [bits - 1, vectors] in norm mode of 80,000 uniform directions."""
 
@@ -70,21 +69,19 @@ def sphere_errors(dim: int, kind: str) -> np.ndarray:
     return np.concatenate(errors, axis=-1)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("kind", ["haar", "hadamard"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_error_on_the_sphere_is_the_exact_distortion(dim, kind, bits):
-    errors = sphere_errors(dim, kind)[bits - 1]
-    standard_error = np.std(errors) / np.sqrt(len(errors))
-    exact = bounds.lloyd_max_distortion(bits, dim)
-    assert standard_error < 0.01 * exact  # enough vectors to see 4 %, at 4 bits .7 %
-    assert abs(np.mean(errors) - exact) < 4 * standard_error
+def test_error_on_the_sphere_is_the_exact_distortion(dim, kind):
+    for bits, errors in enumerate(sphere_errors(dim, kind), 1):
+        standard_error = np.std(errors) / np.sqrt(len(errors))
+        exact = bounds.lloyd_max_distortion(bits, dim)
+        assert standard_error < 0.01 * exact, bits  # enough to see 4 %, at 4 bits .7 %
+        assert abs(np.mean(errors) - exact) < 4 * standard_error, bits
 
 
-@cache
 def mode_errors(dim: int) -> np.ndarray:
     """Relative errors [bits - 1, mode, vectors]; directions are uniform without a rotation."""
-    x = np.random.default_rng(dim).normal(size=(3_000_000 // dim, dim)).astype(np.float32)
+    x = np.random.default_rng(dim).normal(size=(1_500_000 // dim, dim)).astype(np.float32)
 
     @jax.jit
     def measure(x):
@@ -97,23 +94,21 @@ def mode_errors(dim: int) -> np.ndarray:
     return np.asarray(measure(x))
 
 
-@pytest.mark.parametrize(("dim", "bits"), ERROR_BY_MODE)
-def test_error_by_scale_mode_equals_the_table(dim, bits):
-    for mode, errors, printed in zip(MODES, mode_errors(dim)[bits - 1], ERROR_BY_MODE[dim, bits]):
-        variance = np.var(errors) / len(errors)
-        if mode != "norm":  # the norm column is exact
-            variance += (PUBLISHED_RELATIVE_SE * printed) ** 2
-        assert abs(np.mean(errors) - printed) < 4 * np.sqrt(variance), mode
-
-
 @pytest.mark.parametrize("dim", [64, 128, 256, 1536])
-def test_least_squares_at_one_bit_is_exact(dim):
-    errors = mode_errors(dim)[0, MODES.index("least_squares")]
+def test_error_by_scale_mode_equals_the_table(dim):
+    found = mode_errors(dim)
+    for bits, by_mode in enumerate(found, 1):
+        for mode, errors, printed in zip(MODES, by_mode, ERROR_BY_MODE[dim, bits]):
+            variance = np.var(errors) / len(errors)
+            if mode != "norm":  # the norm column is exact
+                variance += (PUBLISHED_RELATIVE_SE * printed) ** 2
+            assert abs(np.mean(errors) - printed) < 4 * np.sqrt(variance), (bits, mode)
+    # at one bit least squares is exact too
+    errors = found[0, MODES.index("least_squares")]
     exact = (1 - 2 / np.pi) * (1 - 1 / dim)
     assert abs(np.mean(errors) - exact) < 4 * np.std(errors) / np.sqrt(len(errors))
 
 
-@cache
 def slopes(dim: int, bits: int) -> dict[str, np.ndarray]:
     """Slope of <v, x~> on <v, x> through the origin, for each of 32 rotations and 3000 pairs.
 
@@ -153,27 +148,19 @@ def assert_slope(per_batch: np.ndarray, expected: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_slope_of_the_unbiased_scale_is_one(bits):
-    assert_slope(slopes(64, bits)["unbiased"], 1.0)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_slope_of_the_norm_mode_is_one_minus_the_distortion(bits):
-    assert_slope(slopes(64, bits)["norm"], 1 - bounds.lloyd_max_distortion(bits, 64))
-
-
-@pytest.mark.parametrize("bits", [1, 2])
-def test_a_biased_slope_is_noticed(bits):
-    """The test above has teeth: every other mode fails it."""
-    for mode in ("norm", "least_squares", "matched"):
+def test_slope_by_scale_mode(bits):
+    """Unbiased mode has slope 1, norm mode 1 - D. At 1 and 2 bits every biased mode is noticed."""
+    found = slopes(64, bits)
+    assert_slope(found["unbiased"], 1.0)
+    assert_slope(found["norm"], 1 - bounds.lloyd_max_distortion(bits, 64))
+    for mode in ("norm", "least_squares", "matched") if bits < 4 else ():
         with pytest.raises(AssertionError):
-            assert_slope(slopes(64, bits)[mode], 1.0)
+            assert_slope(found[mode], 1.0)
 
 
 FAMILIES = ("dense", "offset", "sparse", "one-hot")
 
 
-@cache
 def family_errors(kind: str) -> np.ndarray:
     """Relative errors [bits - 1, family, rotations], a mean over 32 vectors each, d = 64."""
     rng = np.random.default_rng(9)
@@ -193,14 +180,14 @@ def family_errors(kind: str) -> np.ndarray:
     return np.moveaxis(np.asarray(errors), 0, -1)
 
 
-@pytest.mark.parametrize("bits", range(1, 5))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_theorem_1_holds_for_every_family_under_haar(family, bits):
-    errors = family_errors("haar")[bits - 1, FAMILIES.index(family)]
-    standard_error = stats.sem(errors)
-    assert np.mean(errors) + 4 * standard_error < bounds.mse_upper_bound(bits)
-    # and the rotation makes the mean what it is on the sphere
-    assert abs(np.mean(errors) - bounds.lloyd_max_distortion(bits, 64)) < 4 * standard_error
+def test_theorem_1_holds_for_every_family_under_haar():
+    for bits, by_family in enumerate(family_errors("haar"), 1):
+        for family, errors in zip(FAMILIES, by_family, strict=True):
+            standard_error = stats.sem(errors)
+            assert np.mean(errors) + 4 * standard_error < bounds.mse_upper_bound(bits), family
+            # and the rotation makes the mean what it is on the sphere
+            exact = bounds.lloyd_max_distortion(bits, 64)
+            assert abs(np.mean(errors) - exact) < 4 * standard_error, family
 
 
 def test_one_hadamard_breaks_theorem_1_on_one_hot_vectors():

@@ -100,11 +100,13 @@ def test_one_hot_vectors_stay_flat_under_hadamard():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="power of two, got 96; use 'haar' or 'block_hadamard'"):
+    with pytest.raises(
+        ValueError, match=r"dim: got 96, expected a power of two .*; use 'haar' or 'block_hadamard'"
+    ):
         rotation.create("hadamard", KEY, 96)
-    with pytest.raises(ValueError, match="even dim, got 81"):
+    with pytest.raises(ValueError, match="dim: got 81, expected an even one"):
         rotation.create("block_hadamard", KEY, 81)
-    with pytest.raises(ValueError, match=r"must be one of haar, .* got 'qr'"):
+    with pytest.raises(ValueError, match=r"rotation: got 'qr', expected one of haar, "):
         rotation.create("qr", KEY, 64)
-    with pytest.raises(ValueError, match="dim >= 2, got 1"):
+    with pytest.raises(ValueError, match="dim: got 1, expected at least 2"):
         rotation.create("identity", KEY, 1)

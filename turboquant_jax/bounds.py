@@ -56,7 +56,7 @@ def prod_variance(bits: int, dim: int, sketch: str) -> float:
         return residual * (np.pi / 2 - 1 / dim)
     if sketch == "orthogonal":
         return residual * (np.pi / (2 * qjl_constant(dim) ** 2) - 1)
-    raise ValueError(f"sketch must be 'gaussian' or 'orthogonal', got {sketch!r}")
+    raise ValueError(f"sketch: got {sketch!r}, expected 'gaussian' or 'orthogonal'")
 
 
 def _log_scaled_bessel_i(order: float, x: float) -> float:
@@ -92,7 +92,7 @@ def sphere_distortion(bits: float, dim: int) -> float:
       dim: dimension of the vector, at least 2.
     """
     if bits <= 0 or dim < 2:
-        raise ValueError(f"bits must be positive and dim at least 2, got bits={bits}, dim={dim}")
+        raise ValueError(f"bits and dim: got {bits} and {dim}, expected above 0 and at least 2")
     order = dim / 2 - 1
 
     def cosine(k: float) -> float:

@@ -42,9 +42,9 @@ def _tail_mean(z: np.ndarray, dim: int | None) -> np.ndarray:
 
 def _check(bits: int, dim: int | None) -> None:
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be between 1 and 8, got {bits}")
+        raise ValueError(f"bits: got {bits}, expected between 1 and 8")
     if dim is not None and dim < 2:
-        raise ValueError(f"dim must be at least 2 (or None for the Gaussian limit), got {dim}")
+        raise ValueError(f"dim: got {dim}, expected at least 2, or None for the Gaussian limit")
 
 
 def _moments(levels: Levels, dim: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -122,7 +122,7 @@ def text_tokens(checkpoint: Checkpoint, path: Path | None, count: int) -> jax.Ar
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a text")
     try:
-        text = default_text() if path is None else path.read_text("utf-8")
+        text = default_text() if path is None else path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: got {error}, expected UTF-8 text") from error
     ids = checkpoint.tokenizer.encode(text)[:count]

@@ -47,7 +47,7 @@ def learn(
       ValueError: samples that are not [n, d] with n >= 1.
     """
     if samples.ndim != 2 or samples.shape[0] < 1 or samples.shape[1] != quantizer.dim:
-        raise ValueError(f"samples must have shape [n, {quantizer.dim}], got {samples.shape}")
+        raise ValueError(f"samples: got shape {samples.shape}, expected [n, {quantizer.dim}]")
     start = quantizer.rotation.apply(jnp.eye(quantizer.dim)).T
     _, unit = direction.split(samples)
     # compiled once for every start

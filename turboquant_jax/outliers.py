@@ -88,9 +88,11 @@ def create(
     """
     channels = np.asarray(order)
     if channels.ndim != 1 or not np.array_equal(np.sort(channels), np.arange(channels.size)):
-        raise ValueError(f"order must be a permutation of the channels, got {channels.tolist()}")
+        raise ValueError(f"order: got {channels.tolist()}, expected a permutation of the channels")
     if sum(count for count, _ in split) != channels.size:
-        raise ValueError(f"groups {tuple(split)} must add up to {channels.size} channels")
+        raise ValueError(
+            f"split: got groups {tuple(split)}, expected {channels.size} channels in all"
+        )
     keys = jax.random.split(key, len(split))
     groups = (quantizers.create(k, count, bits, **options) for k, (count, bits) in zip(keys, split))
     return MixedQuantizer(jnp.asarray(channels, jnp.int32), tuple(groups))
@@ -103,7 +105,7 @@ def encode(quantizer: MixedQuantizer, x: Float[Array, "*batch d"]) -> MixedCodes
       ValueError: vectors of another dimension.
     """
     if x.shape[-1] != quantizer.dim:
-        raise ValueError(f"vectors must have dim {quantizer.dim}, got shape {x.shape}")
+        raise ValueError(f"vectors: got shape {x.shape}, expected dim {quantizer.dim}")
     edges = np.cumsum([0, *(group.dim for group in quantizer.groups)]).tolist()
     sorted_x = jnp.take(x, quantizer.order, axis=-1)
     return MixedCodes(

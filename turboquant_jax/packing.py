@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
 Widths = tuple[int, ...]
-Planes = tuple[UInt8[Array, "..."], ...]
+Planes = tuple[UInt8[Array, "*batch _"], ...]
 
 
 def widths(bits: int) -> Widths:
@@ -25,7 +25,7 @@ def widths(bits: int) -> Widths:
       ValueError: bits outside 1-8.
     """
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be between 1 and 8, got {bits}")
+        raise ValueError(f"bits: got {bits}, expected between 1 and 8")
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
 
 
@@ -60,8 +60,8 @@ def unpack(planes: Planes, plane_widths: Widths, count: int) -> UInt8[Array, "*b
     expected = [plane_bytes(count, width) for width in plane_widths]
     if [plane.shape[-1] for plane in planes] != expected:
         raise ValueError(
-            f"planes of {count} elements and widths {plane_widths} have {expected} bytes, "
-            f"got {[plane.shape[-1] for plane in planes]}"
+            f"planes: got {[plane.shape[-1] for plane in planes]} bytes, "
+            f"expected {expected} for {count} elements and widths {plane_widths}"
         )
     indices, shift = jnp.uint8(0), 0
     for plane, width in zip(planes, plane_widths, strict=True):

@@ -5,7 +5,6 @@ compiler's temporaries and what the device keeps for itself are not in it. No de
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,10 +23,10 @@ from turboquant_jax.llama.config import LlamaConfig, parameter_count
 from turboquant_jax.llama.gguf import open_gguf
 from turboquant_jax.llama.metadata import config_from_gguf, config_from_huggingface
 from turboquant_jax.llama.presets import PRESETS
-from turboquant_jax.rotation import Kind
+from turboquant_jax.rotation import Kind, default_kind
+from turboquant_jax.units import parse_memory
 
 _MOST_TOKENS = 2**30  # positions are int32
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Plan:
     weight_bytes: int
     window: int
     sinks: int
+    rotation: Kind
     rows: tuple[Row, ...]
 
 
@@ -70,16 +70,17 @@ def plan(
     window: int,
     sinks: int,
     weight_bits: float = 16,
-    rotation: Kind = "hadamard",
+    rotation: Kind | None = None,
 ) -> Plan:
     """Plan for a model and a memory, with a row for full precision and each (key, value) bits.
 
     Args:
       model: see `read_model`.
-      memory: see `parse_memory`.
+      memory: see `units.parse_memory`.
       batch: sequences of the same length.
       pairs: bits of keys and of values, a row each.
-      window, sinks, rotation: of the cache, see `CacheConfig`.
+      window, sinks, rotation: of the cache, see `CacheConfig`; None is the rotation that
+        `rotation.default_kind` has for the head dim.
       weight_bits: bits of a parameter of the model.
 
     Raises:
@@ -96,7 +97,9 @@ def plan(
         raise ValueError(
             f"the weights of {model} take {weights:,} bytes at {weight_bits:g} bits, "
             f"expected less than the memory of {total:,}"
+            + ("; a number without a unit is bytes, write 24GB for 24 x 10^9" * memory.isdigit())
         )
+    rotation = default_kind(config.head_dim) if rotation is None else rotation
     caches = [
         CacheConfig(
             config.num_layers,
@@ -123,24 +126,9 @@ def plan(
         weights,
         window,
         sinks,
+        rotation,
         (full, *rows),
     )
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of "24GB" (10^9 each), "24GiB" (2^30 each), "512 MiB", "1.5TB" or "1000000".
-
-    Raises:
-      ValueError: anything else, and less than one byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kmgt]?)(i?)b)?", text.strip().lower())
-    if match is None or (match[3] and not match[2]):
-        raise ValueError(f"memory must be like 24GB (10^9) or 24GiB (2^30), got {text!r}")
-    number, prefix, binary = match.groups()
-    count = int(Fraction(number) * (1024 if binary else 1000) ** _POWERS[prefix or ""])
-    if count < 1:
-        raise ValueError(f"memory must be at least one byte, got {text!r}")
-    return count
 
 
 def read_model(model: str) -> LlamaConfig:
@@ -150,8 +138,9 @@ def read_model(model: str) -> LlamaConfig:
       FileNotFoundError: none of these.
       ValueError: a file that is damaged, or a model that is not served.
     """
-    if model in PRESETS:
-        return PRESETS[model]
+    preset = model.lower().removeprefix("random:")
+    if model in PRESETS or (preset in PRESETS and not Path(model).exists()):
+        return PRESETS[preset]
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     if not path.is_file():
         raise FileNotFoundError(
@@ -189,7 +178,8 @@ def show(console: Console, result: Plan) -> None:
         title=f"\n{result.model} in {result.memory_bytes:,} bytes, of which weights at "
         f"{result.weight_bits:g} bits take {result.weight_bytes:,}.\n"
         f"Tokens of each sequence; sequences {result.batch}, sinks {result.sinks}, "
-        f"window {result.window}",
+        f"window {result.window}"
+        + ("" if result.rotation == "hadamard" else f", {result.rotation} rotation"),
         title_justify="left",
     )
     for column in ("cache", "tokens", "times", "cache bytes", "bytes/token"):

@@ -94,7 +94,7 @@ def create(
       ValueError: an argument outside what is listed.
     """
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be between 1 and 8, got {bits}")
+        raise ValueError(f"bits: got {bits}, expected between 1 and 8")
     base_key, sketch_key = jax.random.split(key)
     base = None
     if bits > 1:

@@ -66,9 +66,9 @@ def create(key: Array, dim: int, rows: int | None = None, *, kind: Kind = "ortho
     """
     rows = dim if rows is None else rows
     if dim < 2 or rows < 1:
-        raise ValueError(f"a sketch needs dim >= 2 and rows >= 1, got dim={dim}, rows={rows}")
+        raise ValueError(f"dim and rows: got {dim} and {rows}, expected at least 2 and 1")
     if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
     if kind == "gaussian":
         return Sketch(jax.random.normal(key, (rows, dim)), kind)
     blocks = jax.random.orthogonal(key, dim, (-(-rows // dim),)).reshape(-1, dim)
@@ -82,7 +82,7 @@ def project(sketch: Sketch, v: Float[Array, "*batch d"]) -> Float[Array, "*batch
       ValueError: vectors of another dimension.
     """
     if v.shape[-1] != sketch.dim:
-        raise ValueError(f"vectors must have dim {sketch.dim}, got shape {v.shape}")
+        raise ValueError(f"vectors: got shape {v.shape}, expected dim {sketch.dim}")
     v = v.astype(jnp.float32)
     return jnp.einsum("...j,ij->...i", v, sketch.matrix, precision="highest")
 

@@ -117,14 +117,14 @@ def create(
       ValueError: an argument outside what is listed.
     """
     if scale not in get_args(ScaleMode):
-        raise ValueError(f"scale must be one of {', '.join(get_args(ScaleMode))}, got {scale!r}")
+        raise ValueError(f"scale: got {scale!r}, expected one of {', '.join(get_args(ScaleMode))}")
     if code not in get_args(Code):
-        raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")
+        raise ValueError(f"code: got {code!r}, expected one of {', '.join(get_args(Code))}")
     if code == "trellis":
         if not (isinstance(codebook, str) and codebook in ("lloyd_max", "grid")):
             raise ValueError(
-                "a trellis code has levels of its own: codebook must be lloyd_max or grid, "
-                f"got {codebook!r}"
+                f"codebook: got {codebook!r}, expected lloyd_max or grid: "
+                "a trellis code has levels of its own"
             )
         levels = trellis.grid_levels(bits) if codebook == "grid" else trellis.levels(bits)
     else:
@@ -142,7 +142,7 @@ def _scalar_levels(codebook: Codebook | np.ndarray, bits: int, dim: int) -> np.n
     if isinstance(codebook, str):
         if codebook not in get_args(Codebook):
             names = ", ".join(get_args(Codebook))
-            raise ValueError(f"codebook must be one of {names}, or levels, got {codebook!r}")
+            raise ValueError(f"codebook: got {codebook!r}, expected one of {names}, or levels")
         if codebook == "uniform":
             return codebooks.uniform(bits, dim)
         levels = codebooks.lloyd_max(bits, None if codebook == "gaussian" else dim)
@@ -150,8 +150,8 @@ def _scalar_levels(codebook: Codebook | np.ndarray, bits: int, dim: int) -> np.n
     levels = np.asarray(codebook, np.float64)
     if levels.shape != (2**bits,) or not np.all(np.diff(levels) > 0):
         raise ValueError(
-            f"a codebook of {bits} bits has {2**bits} strictly ascending levels, "
-            f"got {levels.tolist()}"
+            f"codebook: got {levels.tolist()}, "
+            f"expected {2**bits} strictly ascending levels for {bits} bits"
         )
     return levels
 
@@ -269,7 +269,7 @@ def normalize(
       ValueError: vectors of another dimension.
     """
     if x.shape[-1] != quantizer.dim:
-        raise ValueError(f"vectors must have dim {quantizer.dim}, got shape {x.shape}")
+        raise ValueError(f"vectors: got shape {x.shape}, expected dim {quantizer.dim}")
     root, unit = direction.split(x)
     return root, quantizer.rotation.apply(unit)
 

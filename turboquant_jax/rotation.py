@@ -110,22 +110,33 @@ def create(kind: Kind, key: Array, dim: int) -> Rotation:
       ValueError: an unknown kind, or a dim that this kind cannot serve.
     """
     if dim < 2:
-        raise ValueError(f"a rotation needs dim >= 2, got {dim}")
+        raise ValueError(f"dim: got {dim}, expected at least 2")
     if kind == "identity":
         return Identity(dim)
     if kind == "haar":
         return Orthogonal(jax.random.orthogonal(key, dim))
     if kind not in get_args(Kind):
-        raise ValueError(f"rotation must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        raise ValueError(f"rotation: got {kind!r}, expected one of {', '.join(get_args(Kind))}")
     block = dim & -dim
     if kind == "hadamard" and block != dim:
         raise ValueError(
-            f"rotation 'hadamard' needs dim to be a power of two, got {dim}; "
+            f"dim: got {dim}, expected a power of two for the rotation 'hadamard'; "
             "use 'haar' or 'block_hadamard'"
         )
     if block == 1:
-        raise ValueError(f"rotation 'block_hadamard' needs an even dim, got {dim}; use 'haar'")
+        raise ValueError(
+            f"dim: got {dim}, expected an even one for the rotation 'block_hadamard'; use 'haar'"
+        )
     return Hadamard(jax.random.rademacher(key, (dim,), jnp.float32), block)
+
+
+def default_kind(dim: int) -> Kind:
+    """The rotation to take for vectors of dimension `dim` unless told otherwise.
+
+    "hadamard" where it can be, for a power of two; "haar" elsewhere, which serves every dim and
+    mixes all of it ("block_hadamard" mixes within its blocks alone).
+    """
+    return "hadamard" if dim & (dim - 1) == 0 else "haar"
 
 
 def _along_last(v: Float[Array, " d"], x: Float[Array, "*batch d"]) -> Float[Array, "*ones d"]:

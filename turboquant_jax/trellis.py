@@ -42,7 +42,7 @@ def levels(bits: int) -> Float[np.ndarray, " levels"]:
     Raises ValueError unless bits is 1, 2, 3 or 4.
     """
     if bits not in POSITIVE_LEVELS:
-        raise ValueError(f"bits must be 1, 2, 3 or 4 for the trellis code, got {bits}")
+        raise ValueError(f"bits: got {bits}, expected 1, 2, 3 or 4 for the trellis code")
     positive = np.array(POSITIVE_LEVELS[bits])
     return np.concatenate([-positive[::-1], positive])
 
@@ -129,7 +129,7 @@ def encode_with(
     """`encode` with any sorted table of 2^(R+1) levels, R from 1 to 8."""
     level_bits = table.shape[0].bit_length() - 3  # R - 1
     if table.shape != (4 << max(level_bits, 0),) or level_bits > 7:
-        raise ValueError(f"expected a table of 4, 8, 16, ... or 512 levels, got {table.shape}")
+        raise ValueError(f"table: got shape {table.shape}, expected 4, 8, 16, ... or 512 levels")
     y, table = y.astype(jnp.float32), table.astype(jnp.float32)
     trellis_bits = _trace_back(*_search(_rows(y), table)).T.reshape(y.shape)
     level_in_subset = _nearest_in_subset(y, _subsets(trellis_bits), table)

@@ -132,7 +132,7 @@ def make_plan(
     _, pages, tokens = groups[0].scales.shape
     if schedule.pages * tokens < TILE_TOKENS:
         raise ValueError(
-            f"got tiles of {schedule.pages} pages of {tokens} tokens, "
+            f"tiles: got {schedule.pages} pages of {tokens} tokens, "
             f"expected at least {TILE_TOKENS} tokens"
         )
     scale = softmax.scale * (1.0 if softmax.soft_cap is not None else LOG2E)

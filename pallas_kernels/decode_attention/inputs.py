@@ -60,22 +60,22 @@ def check(q: jax.Array, blocks: PagedBlocks) -> int:
     rows, _, _ = check_pool(blocks.groups)
     kv_heads = rows if blocks.kv_heads is None else blocks.kv_heads
     if not 1 <= kv_heads <= rows:
-        raise ValueError(f"got {kv_heads} kv heads, expected 1 to the {rows} rows")
+        raise ValueError(f"kv_heads: got {kv_heads}, expected 1 to the {rows} rows")
     batch, heads, channels = q.shape
     if heads % kv_heads:
-        raise ValueError(f"got {heads} query heads, expected a multiple of {kv_heads} kv heads")
+        raise ValueError(f"query heads: got {heads}, expected a multiple of {kv_heads} kv heads")
     if heads // kv_heads > MAX_HEADS:
         raise NotImplementedError(
-            f"{heads // kv_heads} query heads per kv head: served are up to {MAX_HEADS}"
+            f"query heads: got {heads // kv_heads} a kv head, served are up to {MAX_HEADS}"
         )
     if blocks.page_table.shape[0] != batch or blocks.lengths.shape != (batch,):
         raise ValueError(
-            f"got page_table {blocks.page_table.shape} and lengths {blocks.lengths.shape}, "
+            f"page_table and lengths: got {blocks.page_table.shape} and {blocks.lengths.shape}, "
             f"expected {batch} rows"
         )
     total = sum(group.values[0].shape[2] for group in blocks.groups)
     if total != channels:
-        raise ValueError(f"got queries of {channels} channels, expected the groups' {total}")
+        raise ValueError(f"queries: got {channels} channels, expected the groups' {total}")
     return kv_heads
 
 
@@ -83,6 +83,6 @@ def check_rotation(rotation: Rotation, kv_heads: int, channels: int) -> None:
     """Raises unless it is one of these channels, for all heads or for each."""
     if rotation.parts.shape[1:] not in [(n, channels, channels) for n in (1, kv_heads)]:
         raise ValueError(
-            f"got parts of a rotation {rotation.parts.shape}, expected "
+            f"parts of a rotation: got {rotation.parts.shape}, expected "
             f"[parts, 1 or {kv_heads}, {channels}, {channels}]"
         )

@@ -53,8 +53,8 @@ class Recent:
     """
 
     query: Float[Array, "B N H"]
-    keys: tuple[Float[Array, "rows slots K H"], ...]
-    values: tuple[Float[Array, "rows slots K H"], ...]
+    keys: tuple[Float[Array, "_ _ K H"], ...]
+    values: tuple[Float[Array, "_ _ K H"], ...]
     pending: Int[Array, " B"]
     places: Callable[[Any, Any], Places] = dataclasses.field(metadata=dict(static=True))
     key_mean: Float[Array, "rows K H"] | None = None
@@ -67,7 +67,7 @@ def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int) -> None:
     channels = recent.query.shape[-1]
     if recent.query.shape != (batch, heads, channels):
         raise ValueError(
-            f"got unrotated queries {recent.query.shape}, expected {(batch, heads, channels)}"
+            f"unrotated queries: got {recent.query.shape}, expected {(batch, heads, channels)}"
         )
     layers = 1 if recent.layer is None else recent.keys[0].shape[0] // batch
     rows = [layers * batch] * (len(recent.keys) - 1) + [batch]
@@ -75,11 +75,11 @@ def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int) -> None:
         expected = (count, k.shape[1], kv_heads, channels)
         if k.shape != expected or v.shape != expected or k.dtype != v.dtype:
             raise ValueError(
-                f"got a segment of keys {k.dtype}{list(k.shape)} and values "
+                f"segment: got keys {k.dtype}{list(k.shape)} and values "
                 f"{v.dtype}{list(v.shape)}, expected both [{count}, slots, {kv_heads}, {channels}]"
             )
     if recent.keys[-1].shape[1] != 1:
-        raise ValueError(f"got {recent.keys[-1].shape[1]} newest tokens, expected 1")
+        raise ValueError(f"newest tokens: got {recent.keys[-1].shape[1]}, expected 1")
 
 
 def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:

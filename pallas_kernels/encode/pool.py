@@ -33,32 +33,32 @@ class Pool:
     keys: tuple[Group, ...]
     values: tuple[Group, ...]
     scales: tuple[UInt32[Array, "rows pages T"], ...]
-    key_mean: Float[Array, "rows K H"] | None
+    key_mean: Float[Array, "means K H"] | None
 
 
 def check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:
     """Tokens of a page, after the shapes were seen to fit."""
     rows, pages, tokens = pool.scales[0].shape
     if tokens not in PAGE_TOKENS:
-        raise NotImplementedError(f"pages of {tokens} tokens: served are {PAGE_TOKENS}")
+        raise NotImplementedError(f"pages: got {tokens} tokens, served are {PAGE_TOKENS}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
         raise ValueError(
-            f"got keys {keys.dtype}{list(keys.shape)} and values {values.dtype}"
+            f"keys and values: got {keys.dtype}{list(keys.shape)} and {values.dtype}"
             f"{list(values.shape)}, expected both [rows, slots, K, H]"
         )
     if keys.shape[1] < tokens or jobs.ndim != 2 or jobs.shape[1] != 5:
         raise ValueError(
-            f"got {keys.shape[1]} slots and jobs {jobs.shape}, "
+            f"slots and jobs: got {keys.shape[1]} and {jobs.shape}, "
             f"expected at least {tokens} slots and jobs of 5 numbers"
         )
     for side, groups in (("keys", pool.keys), ("values", pool.values)):
         total = sum(group.rotation.parts.shape[2] for group in groups)
         if total != keys.shape[3]:
-            raise ValueError(f"got {side} of {keys.shape[3]} channels, expected {total}")
+            raise ValueError(f"channels of {side}: got {keys.shape[3]}, expected {total}")
         for group in groups:
             dim = group.rotation.parts.shape[2]
             if dim % 8:
-                raise ValueError(f"got a group of {dim} channels, expected a multiple of 8")
+                raise ValueError(f"channels of a group: got {dim}, expected a multiple of 8")
             lines, length = (tokens, dim) if side == "keys" else (dim, tokens)
             widths = PLANE_WIDTHS[group.code.bits]
             check_planes(side, group.planes, widths, (rows, pages, lines), length)

@@ -50,10 +50,10 @@ def value_scale(word: jax.Array) -> jax.Array:
 def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:
     """(rows, pages of a row, tokens of a page), after the groups were seen to belong together."""
     if not groups:
-        raise ValueError("got no groups of blocks, expected at least one")
+        raise ValueError("groups: got none, expected at least one")
     rows, pages, tokens = groups[0].scales.shape
     if tokens not in PAGE_TOKENS:
-        raise NotImplementedError(f"pages of {tokens} tokens: served are 32, 64 and 128")
+        raise NotImplementedError(f"pages: got {tokens} tokens, served are 32, 64 and 128")
     for group in groups:
         count = group.values[0].shape[2] if group.values else 0
         check_planes("keys", group.keys, group.key_codebook.widths, (rows, pages, tokens), count)
@@ -62,7 +62,7 @@ def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:
         )
         if group.scales.shape != (rows, pages, tokens) or group.scales.dtype != jnp.uint32:
             raise ValueError(
-                f"got scales {group.scales.dtype}{list(group.scales.shape)}, "
+                f"scales: got {group.scales.dtype}{list(group.scales.shape)}, "
                 f"expected uint32{[rows, pages, tokens]}"
             )
     return rows, pages, tokens
@@ -79,7 +79,7 @@ def check_planes(
     expected = [(*rows, length * width // 8) for width in widths]
     got = [plane.shape for plane in planes]
     if got != expected or length % 8:
-        raise ValueError(f"got {name} planes {got} for {length} elements, expected {expected}")
+        raise ValueError(f"planes of {name}: got {got} for {length} elements, expected {expected}")
     for plane in planes:
         if plane.dtype != jnp.uint8:
-            raise ValueError(f"got {name} of {plane.dtype}, expected uint8")
+            raise ValueError(f"planes of {name}: got {plane.dtype}, expected uint8")

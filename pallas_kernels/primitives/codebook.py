@@ -56,21 +56,21 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= (4 if self.code == "trellis" else 8):
-            raise ValueError(f"got bits={self.bits}, expected 1 to 8, or 1 to 4 of a trellis")
+            raise ValueError(f"bits: got {self.bits}, expected 1 to 8, or 1 to 4 of a trellis")
         count = 2 ** (self.bits + (self.code == "trellis"))
         if len(self.levels) != count:
             raise ValueError(
-                f"got {len(self.levels)} levels for {self.bits} {self.code} bits, expected {count}"
+                f"levels: got {len(self.levels)} for {self.bits} {self.code} bits, expected {count}"
             )
         low, high = level_limits(self.bits, self.code)
         for i, level in enumerate(self.levels):
             if not isinstance(level, int) or not low <= level <= high:
                 raise ValueError(
-                    f"got level {level!r} at {self.bits} bits, expected integers in [{low}, {high}]"
+                    f"level: got {level!r}, expected integers in [{low}, {high}] at {self.bits} bits"
                 )
             if self.code == "trellis" and self.bits == 3 and (level < 0) != (i < 8):
                 raise ValueError(
-                    f"got level {level} as number {i} of a 3-bit trellis, expected "
+                    f"level: got {level} as number {i} of a 3-bit trellis, expected "
                     f"{'a negative one' if i < 8 else 'none below 0'}"
                 )
 

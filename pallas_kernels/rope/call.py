@@ -40,7 +40,7 @@ def rotate(q: Float[Array, "B N H"], rotation: Rotation) -> Float[Array, "B N H"
 
 
 def rope_and_rotate(
-    qkv: Float[Array, "B K G+2 H"],
+    qkv: Float[Array, "B K group H"],
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
     rotation: Rotation,
@@ -91,7 +91,7 @@ def _check_exact(what: str, x: jax.Array, rotation: Rotation) -> None:
     """Raises unless products of these are exact."""
     if x.dtype != rotation.parts.dtype or x.dtype.itemsize != 2:
         raise ValueError(
-            f"got {what} of {x.dtype} and a rotation of {rotation.parts.dtype}, "
+            f"{what} and rotation: got {x.dtype} and {rotation.parts.dtype}, "
             "expected one 16-bit type"
         )
 

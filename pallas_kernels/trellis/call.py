@@ -18,7 +18,7 @@ def encode(rows: Float[Array, "d vectors"], levels: tuple[float, ...]) -> UInt8[
     first. Raises ValueError.
     """
     if len(levels) not in [4 << r for r in range(8)]:
-        raise ValueError(f"got {len(levels)} levels, expected 4, 8, 16, ... or 512")
+        raise ValueError(f"levels: got {len(levels)}, expected 4, 8, 16, ... or 512")
     whole = triton.BlockSpec(rows.shape, lambda i: (0, 0))
     return triton.call(
         functools.partial(encode_kernel, levels=levels),

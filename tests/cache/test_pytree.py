@@ -116,7 +116,9 @@ def test_one_compilation_serves_a_ragged_decode():
     for i in range(200):
         counts = rng.random(BATCH) < [1, 0.7, 0.3]
         total += counts
-        state, out = step(state, q, k[:, :, i : i + 1], v[:, :, i : i + 1], jnp.asarray(counts))
+        state, out = step(
+            state, q, k[:, :, i : i + 1], v[:, :, i : i + 1], jnp.asarray(counts, jnp.int32)
+        )
         assert np.isfinite(out).all()
     assert state.lengths.tolist() == total.tolist()
     assert len(set(CONFIG.num_blocks(total).tolist())) == 3, "rows compress at different steps"

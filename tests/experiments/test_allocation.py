@@ -1,6 +1,5 @@
 """Bits over parts: against trying everything."""
 
-import argparse
 import itertools
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from experiments.forcing import Rule
 from experiments.prepared import TINY
 from experiments.settings import Setting, turbo
 from turboquant_jax.cache import allocate
-from turboquant_jax.cli import flags
+from turboquant_jax.cli import settings
 
 
 def test_the_allocation_is_the_best_of_all():
@@ -101,7 +100,7 @@ def test_remembered_caches_spend_the_bits_of_the_uniform_ones():
 
 def test_the_file_for_the_command_line_is_what_was_measured():
     path = Path(__file__).parents[2] / "experiments" / "allocations" / "smollm2-135m.json"
-    found = flags.allocation(argparse.Namespace(allocation=path, preset=None))
+    found = settings.allocation(path)
     measured = allocated("mixed", turbo(3, 2, "trellis", window=128)).mixed.bits
     assert found is not None and found[1] == "trellis"
     assert found[0].keys + found[0].values == measured

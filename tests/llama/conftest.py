@@ -1,6 +1,7 @@
 """What the tests of the decoder share: a plain past, a small model, a small file, the real one."""
 
 import dataclasses
+import json
 from typing import NamedTuple
 
 import gguf
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models
 
 from turboquant_jax.llama.checkpoint import Checkpoint, load
 from turboquant_jax.llama.config import LlamaConfig
@@ -238,3 +241,33 @@ def _huggingface_tensors(model):
 @pytest.fixture
 def tiny_tied():
     return random_model(dataclasses.replace(TINY, tie_embeddings=True))
+
+
+# config.json of `TINY`
+TINY_ENTRIES = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny, huggingface_tensors):
+    """The tiny model as a Hugging Face folder."""
+    folder = tmp_path / "tiny-llama"
+    folder.mkdir()
+    save_file(huggingface_tensors(tiny), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(TINY_ENTRIES))
+    Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?")).save(str(folder / "tokenizer.json"))
+    return folder

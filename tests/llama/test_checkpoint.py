@@ -2,14 +2,11 @@
 
 import importlib.machinery
 import importlib.util
-import json
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models
 
 from turboquant_jax.llama import checkpoint
 from turboquant_jax.llama.checkpoint import load, packaged_smollm2
@@ -31,35 +28,6 @@ def test_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf, forward):
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     np.testing.assert_array_equal(forward(got.model, tokens), forward(tiny, tokens))
     assert load(str(path), jnp.bfloat16).model.layers.qkv[...].dtype == jnp.bfloat16
-
-
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-@pytest.fixture
-def folder(tmp_path, tiny, huggingface_tensors):
-    """The tiny model as a Hugging Face folder."""
-    folder = tmp_path / "tiny-llama"
-    folder.mkdir()
-    save_file(huggingface_tensors(tiny), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?")).save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def test_a_folder(folder, tiny, forward):
@@ -115,6 +83,12 @@ def test_bad_files(tmp_path, tiny, gguf_tensors, write_gguf):
         with pytest.raises(ValueError, match=message) as caught:
             load(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_name_of_several_lines_is_told_in_one(tmp_path, tiny, gguf_tensors, write_gguf):
+    path = write_gguf(tmp_path / "m.gguf", tiny.config, gguf_tensors(tiny), **{"llama.a\nb": 1})
+    with pytest.raises(ValueError, match=r"m\.gguf: llama\.a b: got 1, expected no such key"):
+        load(path)
 
 
 def test_divisors_of_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf):

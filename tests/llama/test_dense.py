@@ -8,8 +8,9 @@ import pytest
 from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.llama import dense
+from turboquant_jax.llama.decoding import generate
 from turboquant_jax.llama.dense import DENSE
-from turboquant_jax.llama.generate import generate, pad_prompts, prefill
+from turboquant_jax.llama.generate import pad_prompts, prefill
 from turboquant_jax.llama.model import unstack
 from turboquant_jax.llama.past import COMPRESSED
 

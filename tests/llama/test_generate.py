@@ -6,16 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turboquant_jax.llama.generate import (
-    NO_TOKEN,
-    Past,
-    decode,
-    generate,
-    pad_prompts,
-    prefill,
-    stream,
-)
-from turboquant_jax.llama.sampling import Sampling
+from turboquant_jax import cache
+from turboquant_jax.llama import dense
+from turboquant_jax.llama.decoding import generate, read, stream
+from turboquant_jax.llama.generate import NO_TOKEN, Past, decode, pad_prompts, prefill
+from turboquant_jax.llama.model import unstack
+from turboquant_jax.llama.options import Sampling
+from turboquant_jax.llama.past import COMPRESSED
 
 PROMPTS = [[5, 17, 60, 3, 44, 81, 9], [12], [90, 33, 2, 71]]
 SAMPLED = Sampling(temperature=1.0, top_k=40, top_p=0.95)
@@ -150,6 +147,54 @@ def test_the_state_is_donated(tiny, past, empty):
     state = empty(tiny.config, 3, SIZE)
     prefill(tiny, tokens, lengths, state, past)
     assert state.keys.is_deleted() and state.values.is_deleted()
+
+
+@pytest.fixture(params=["dense", "compressed"])
+def small(request):
+    """`small(config, batch, capacity)`: a past of the library without tokens, and its use."""
+    if request.param == "dense":
+        return lambda config, *size: (dense.create(config, *size, jnp.float32), dense.DENSE)
+
+    def create(config, *size):
+        codec = cache.CodecConfig(rotation="haar")
+        sizes = config.num_layers, config.num_kv_heads, config.head_dim
+        settings = cache.CacheConfig(*sizes, codec, codec, block=8, window=8, sinks=0)
+        return cache.create(settings, *size, key=jax.random.key(0)), COMPRESSED
+
+    return create
+
+
+def test_reading_with_padding_beyond_the_capacity(tiny, small):
+    """18 tokens, padded to 32, in a past of 24: what 18 tokens without padding leave."""
+    model, prompt = unstack(tiny), [[(7 * i) % 90 + 3 for i in range(18)]]
+    tokens, lengths = map(jnp.asarray, pad_prompts(prompt))
+    state, past = small(model.config, 1, 24)
+    expected, state = prefill(model, tokens, lengths, state, past)
+    got, read_lengths, padded = read(model, prompt, *small(model.config, 1, 24))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    chex.assert_trees_all_close(padded, state, atol=1e-5)
+    np.testing.assert_array_equal(read_lengths, [18])
+
+
+def test_a_row_without_room_is_an_error(tiny, small, keys):
+    """Prompts of 7, 1 and 4 tokens and a capacity of 10: the first row runs full, and is named."""
+    model = unstack(tiny)
+    tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
+    call = lambda state, past: (model, tokens, lengths, keys, state, past)  # noqa: E731
+    says = "^row 0: got more tokens than there is room for, expected at most its capacity of 10$"
+    with pytest.raises(ValueError, match=says):
+        generate(*call(*small(model.config, 3, 10)), max_tokens=5)
+    with pytest.raises(ValueError, match=r"^rows 0, 2: .* capacity of 3$"):
+        generate(*call(*small(model.config, 3, 3)), max_tokens=1)
+    expected = generate(*call(*small(model.config, 3, 10)), max_tokens=4).tokens
+    state, past = small(model.config, 3, 10)
+    logits, state = prefill(model, tokens, lengths, state, past)
+    steps, made = stream(model, logits, lengths, keys, state, past, max_tokens=5), []
+    with pytest.raises(ValueError, match=says):
+        for step in steps:
+            made.append(step)
+    # three generated tokens fill the row, a fourth comes out of the last of them
+    np.testing.assert_array_equal(np.stack(made, axis=1), expected)
 
 
 def test_wrong_calls_are_refused(tiny, past, empty, run):

@@ -107,6 +107,28 @@ def test_what_a_file_may_leave_out():
     assert (config.bos_id, config.tie_embeddings) == (1, False)
 
 
+HARMLESS = {
+    "max_length": 2048,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "do_sample": True,
+    "max_sequence_length": 2048,
+    "auto_map": {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"},
+    "gradient_checkpointing": False,
+    "layer_types": ["full_attention"] * 30,
+    "sliding_window": 8192,  # the context
+    "use_sliding_window": False,
+    "pruned_heads": {},
+    "tokenizer_class": "LlamaTokenizer",
+}
+
+
+@pytest.mark.parametrize("key", HARMLESS)
+def test_harmless_keys(key):
+    got = config_from_huggingface({**SMOLLM2, key: HARMLESS[key]})
+    assert got == PRESETS["smollm2-135m"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -115,7 +137,12 @@ def test_what_a_file_may_leave_out():
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),
         ({"attention_bias": True}, "attention_bias: got True, expected False"),
         ({"mlp_bias": True}, "mlp_bias: got True"),
-        ({"sliding_window": 4096}, "sliding_window: got 4096, expected null"),
+        ({"sliding_window": 4096}, "sliding_window: got 4096, expected none below the context"),
+        ({"sliding_window": "9999"}, "sliding_window: got '9999'"),
+        ({"use_sliding_window": True}, "use_sliding_window: got True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: got"),
+        ({"layer_types": "full_attention"}, "layer_types: got"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads: got"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: got"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
         ({"rope_interleaved": True}, "rope_interleaved: got True"),
@@ -164,6 +191,12 @@ GGUF = {
 def test_gguf_metadata():
     expected = dataclasses.replace(PRESETS["llama-3-8b"], max_position=131072, eos_ids=(128009,))
     assert config_from_gguf(GGUF, tied=False) == expected
+
+
+@pytest.mark.parametrize("window", [0, 131072, 2**20])
+def test_a_window_of_the_whole_context(window):
+    entries = {**GGUF, "llama.attention.sliding_window": window}
+    assert config_from_gguf(entries, tied=False) == config_from_gguf(GGUF, tied=False)
 
 
 def test_gguf_of_smollm2_is_the_preset(smollm2):

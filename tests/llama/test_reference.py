@@ -111,7 +111,7 @@ def test_chat_template(smollm2, torch):
     from transformers import PreTrainedTokenizerFast
 
     reference = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer.backend)
-    reference.chat_template = smollm2.tokenizer.chat_template
+    reference.chat_template = smollm2.tokenizer.chat_template.text
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why is the sky blue?"},

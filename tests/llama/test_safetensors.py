@@ -73,11 +73,13 @@ def test_missing_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}']
+    "text",
+    ["", "{", "[]", "[" * 10**5, "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}'],
+    ids=range(7),
 )
 def test_bad_indices_are_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json: got .*, expected JSON with tensor names"):
+    with pytest.raises(ValueError, match=r"index\.json: .*got .*, expected"):
         open_safetensors(tmp_path)
 
 

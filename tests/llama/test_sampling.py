@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
+from turboquant_jax.llama.options import GREEDY, Sampling
+from turboquant_jax.llama.sampling import sample
 
 VOCAB = 24
 
@@ -99,12 +100,43 @@ def test_a_row_depends_on_its_own_key_only():
     np.testing.assert_array_equal(whole, jnp.stack(one_by_one))
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-40, 1e-300])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}])
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_a_tiny_temperature_takes_the_largest(temperature, filters, scale):
+    """Whatever the logits' size: the limit of the distribution, not an infinity."""
+    rows = scale * jax.random.normal(jax.random.key(8), (20, VOCAB))
+    keys = jax.random.split(jax.random.key(9), 20)
+    expected = np.argmax(rows, axis=-1)
+    assert len(set(expected.tolist())) > 5
+    got = draw(rows, keys, Sampling(temperature, **filters))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_equal_largest_logits_stay_equally_likely_at_a_tiny_temperature():
+    rows = jnp.array([0.0, 3.0, 1.0, 3.0])[None].repeat(400, axis=0)
+    got = np.asarray(draw(rows, jax.random.split(jax.random.key(10), 400), Sampling(1e-39)))
+    assert set(got.tolist()) == {1, 3}
+    assert stats.binomtest(int((got == 1).sum()), 400).pvalue > 1e-3
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.25))
+    assert given == Sampling(0.5, 3, 0.25) and hash(given) == hash(Sampling(0.5, 3, 0.25))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature: got -0.1"),
         ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": "1"}, "temperature: got '1'"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: got 0"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k: got 2.5, expected an integer"),
+        ({"temperature": 1.0, "top_k": True}, "top_k: got True, expected an integer"),
+        ({"temperature": 1.0, "top_p": "0.5"}, "top_p: got '0.5'"),
+        ({"top_k": 5}, "top_k: got 5 with a temperature of 0"),
+        ({"temperature": 0, "top_p": 0.9}, "top_p: got 0.9 with a temperature of 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: got 0.0"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p: got 1.1"),
     ],

@@ -7,7 +7,6 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from turboquant_jax.llama.tokenizer import (
-    Tokenizer,
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
@@ -62,37 +61,6 @@ def test_chat_template(tokenizer):
     assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
     own = [{"role": "system", "content": "Be brief."}, *messages]
     assert tokenizer.apply_chat(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
-
-
-def with_template(tokenizer, template):
-    return Tokenizer(tokenizer.backend, 1, (2,), False, template)
-
-
-def test_templates_have_what_they_are_written_for(tokenizer):
-    template = (
-        "{% for m in messages %}\n"
-        "    {% if loop.index > 1 %}{% continue %}{% endif %}\n"
-        "{{ bos_token }}{{ m.content | trim }}{{ eos_token }}{{ strftime_now('%Y') | length }}"
-        "{% endfor %}"
-    )
-    messages = [{"role": "user", "content": " a "}, {"role": "user", "content": "b"}]
-    rendered = with_template(tokenizer, template).apply_chat(messages)
-    assert rendered == "<|im_start|>a<|im_end|>4"
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "got a checkpoint without a chat template"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% if %}", "chat template: got TemplateSyntaxError"),
-        ("{{ ''.__class__.__mro__ }}", "chat template: got SecurityError"),
-        ("{{ messages.append(1) }}", "chat template: got SecurityError"),
-    ],
-)
-def test_bad_templates_are_refused(tokenizer, template, message):
-    with pytest.raises(ValueError, match=message):
-        with_template(tokenizer, template).apply_chat([])
 
 
 def gguf_metadata(**changes):
@@ -164,30 +132,61 @@ def test_folder(folder):
     assert tokenizer_from_folder(folder, 0, (1,)).encode("a b") == [0, 2, 3]
 
 
-def test_where_a_folder_keeps_its_template(folder):
-    def template():
-        return tokenizer_from_folder(folder, 0, (1,)).chat_template
-
-    config = folder / "tokenizer_config.json"
-    config.write_text("{}")
-    assert template() is None
-    config.write_text(json.dumps({"chat_template": "one"}))
-    assert template() == "one"
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "two"}]
-    config.write_text(json.dumps({"chat_template": named}))
-    assert template() == "two"
-    (folder / "chat_template.jinja").write_text("three")
-    assert template() == "three"
-
-
 def test_folder_refusals(folder):
-    for text in ("{", "[]", '{"chat_template": [3]}', '{"chat_template": 3}'):
-        (folder / "tokenizer_config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json: got .*, expected JSON"):
-            tokenizer_from_folder(folder, 0, (1,))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: got .*, expected a tokenizer\.json"):
         tokenizer_from_folder(folder, 0, (1,))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
         tokenizer_from_folder(folder, 0, (1,))
+
+
+@pytest.fixture
+def changed(folder):
+    """`changed(**parts)`: the tokenizer of the folder, parts of its file replaced."""
+
+    def load(**parts):
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+        return tokenizer_from_folder(folder, 0, (1,))
+
+    return load
+
+
+def test_a_tokenizer_that_panics_is_refused(changed):
+    """The panic of the package is a BaseException, which no `except Exception` sees."""
+    ours = changed(decoder={"type": "Strip", "content": "a", "start": 0, "stop": 3})
+    with pytest.raises(BaseException) as caught:
+        ours.backend.decode([2])
+    assert not isinstance(caught.value, Exception)
+    with pytest.raises(ValueError, match=r"tokenizer: got .*, expected one that serves this"):
+        ours.decode([2])
+    with pytest.raises(ValueError, match=r"tokenizer: got .*, expected one that serves this"):
+        list(ours.stream([2]))
+
+
+def test_a_tokenizer_that_panics_at_its_first_use_is_refused_at_load(changed):
+    """A template of special tokens that names one which it does not have."""
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single}
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got .*, expected a tokenizer\.json"):
+        changed(post_processor=template | {"special_tokens": {}})
+
+
+def test_a_tokenizer_without_a_token_for_a_text_is_refused(changed):
+    model = {"type": "WordLevel", "vocab": {"a": 2}, "unk_token": "gone"}
+    ours = changed(model=model)
+    assert ours.encode("a") == [2]
+    with pytest.raises(ValueError, match="tokenizer: got WordLevel error: Missing"):
+        ours.encode("zebra")
+
+
+def test_nothing_is_cut_or_padded(changed):
+    """As in transformers: what `tokenizer.json` says of it is for batches of training."""
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    assert changed(truncation=cut, padding=pad).encode("a b a") == [2, 3, 2]

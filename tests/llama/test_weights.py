@@ -1,5 +1,7 @@
 """Weights into the decoder: both formats give the model back; what is wrong is named."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,9 +91,69 @@ def test_missing_unexpected_and_wrongly_shaped(
     assert str(path) in str(caught.value)
 
 
-def test_an_untied_matrix_in_a_tied_checkpoint_is_refused(
+def test_a_tied_checkpoint_may_store_its_matrix_twice(
     tmp_path, tiny, tiny_tied, huggingface_tensors
 ):
-    save_file(huggingface_tensors(tiny), tmp_path / "model.safetensors")
+    """Equal to the embedding it says nothing new; any other is refused."""
+    tensors = huggingface_tensors(tiny_tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(
+        read_huggingface(tiny_tied.config, open_safetensors(tmp_path), jnp.float32), tiny_tied
+    )
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"unexpected tensor lm_head\.weight"):
         read_huggingface(tiny_tied.config, open_safetensors(tmp_path), jnp.float32)
+
+
+NAMES = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] + [
+    f"model.layers.1.{name}.weight"
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "float32"), (np.inf, "bfloat16"), (-np.inf, "float16")]
+)
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path, tiny, huggingface_tensors, name, value, dtype
+):
+    tensors = huggingface_tensors(tiny)
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[-1] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"tensor {name}: got NaN or infinity") as caught:
+        read_huggingface(tiny.config, open_safetensors(tmp_path), dtype)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path, tiny, huggingface_tensors):
+    tensors = huggingface_tensors(tiny)
+    norm = tensors["model.norm.weight"] = tensors["model.norm.weight"].copy()
+    norm[3] = 65504.0  # the largest of float16
+    save_file(tensors, tmp_path / "model.safetensors")
+    read_huggingface(tiny.config, open_safetensors(tmp_path), jnp.float16)
+    norm[3] = 70000.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: got NaN or infinity as float16"):
+        read_huggingface(tiny.config, open_safetensors(tmp_path), jnp.float16)
+    read_huggingface(tiny.config, open_safetensors(tmp_path), jnp.bfloat16)
+
+
+def test_so_are_those_of_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf):
+    tensors = gguf_tensors(tiny)
+    tensors["blk.2.ffn_down.weight"] = np.full((32, 48), np.nan, np.float32)
+    path = write_gguf(tmp_path / "m.gguf", tiny.config, tensors)
+    with pytest.raises(ValueError, match=r"tensor blk\.2\.ffn_down\.weight: got NaN or infinity"):
+        read_gguf(tiny.config, open_gguf(path), jnp.float32)
+
+
+def test_sizes_that_no_file_has_are_refused_at_once(tmp_path, tiny, huggingface_tensors):
+    save_file(huggingface_tensors(tiny), tmp_path / "model.safetensors")
+    source = open_safetensors(tmp_path)
+    for changes in ({"num_layers": 10**12}, {"vocab_size": 10**30}, {"num_heads": 2 * 10**20}):
+        config = dataclasses.replace(tiny.config, **changes)
+        with pytest.raises(ValueError, match="expected"):
+            read_huggingface(config, source, jnp.float32, stacked=False)

@@ -20,7 +20,7 @@ def test_counts():
     """2**bits levels for 1 to 8 bits."""
     with pytest.raises(ValueError, match="expected 1 to 8"):
         Codebook(9, (0,) * 512, 1.0)
-    with pytest.raises(ValueError, match="got 3 levels"):
+    with pytest.raises(ValueError, match="levels: got 3 "):
         Codebook(2, (0, 1, 2), 1.0)
 
 
@@ -33,7 +33,7 @@ def test_trellis():
     assert Codebook(4, (8191,) * 32, 1.0, "trellis").widths == (2, 1, 1)
     with pytest.raises(ValueError, match="number 8 of a 3-bit trellis, expected none below 0"):
         Codebook(3, (-1,) * 16, 1.0, "trellis")
-    with pytest.raises(ValueError, match="got 16 levels for 4 trellis bits"):
+    with pytest.raises(ValueError, match="levels: got 16 for 4 trellis bits"):
         Codebook(4, halves, 1.0, "trellis")
     with pytest.raises(ValueError, match="1 to 4 of a trellis"):
         Codebook(5, (0,) * 64, 1.0, "trellis")

@@ -197,14 +197,18 @@ def test_parts_merge_by_log_sum_exp(interpret):
     ("change", "error", "words"),
     [
         (lambda q, g, t, n: (q[:, :3], g, t, n), ValueError, "multiple of 2 kv heads"),
-        (lambda q, g, t, n: (q[:, :, :32], g, t, n), ValueError, "32 channels"),
+        (lambda q, g, t, n: (q[:, :, :32], g, t, n), ValueError, "queries: got 32 channels"),
         (lambda q, g, t, n: (q, g, t[:2], n), ValueError, "page_table"),
-        (lambda q, g, t, n: (q, (), t, n), ValueError, "no groups"),
-        (lambda q, g, t, n: (np.tile(q, (1, 5, 1)), g, t, n), NotImplementedError, "20 query"),
+        (lambda q, g, t, n: (q, (), t, n), ValueError, "groups: got none"),
+        (
+            lambda q, g, t, n: (np.tile(q, (1, 5, 1)), g, t, n),
+            NotImplementedError,
+            "query heads: got 20 a kv head",
+        ),
         (
             lambda q, g, t, n: (q, (dataclasses.replace(g[0], keys=g[0].keys * 2),), t, n),
             ValueError,
-            "keys planes",
+            "planes of keys",
         ),
     ],
 )

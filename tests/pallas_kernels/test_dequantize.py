@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from pallas_kernels.primitives.trellis import (
     half_table_codes,
     subset_assembly,
 )
+from tests.layout import QUICK
 from tests.pallas_kernels.blocks import levels_of, pack, random_codebook
 
 MASK = 0xFFFFFFFF
@@ -78,29 +81,36 @@ def test_assembly_equals_stand_in(bits):
     parts, groups = decoder.parts, decoder.variants // 2 // decoder.parts
     for part, group, half in np.ndindex(parts, groups, 2):
         text = lookup_assembly(bits, part, group, half)
-        for _ in range(100):
-            words = [int(x) for x in rng.integers(0, 2**32, 2 if bits == 3 else 1)]
-            got = emulate(text, words + [int(t) for t in np.repeat(table, 4)])
-            pair = [jnp.uint32(x) for x in words] + [None]
-            codes = [int(c) for c in lookup_codes(pair[0], pair[1], bits, part, group, half)]
-            assert [got >> (8 * i) & 255 for i in range(4)] == [entries[c] for c in codes]
+        words = rng.integers(0, 2**32, (2 if bits == 3 else 1, 100), dtype=np.uint32)
+        pair = [jnp.asarray(x) for x in words] + [None]
+        codes = np.array(lookup_codes(pair[0], pair[1], bits, part, group, half))
+        for given, expected in zip(words.T.tolist(), entries[codes].T.tolist(), strict=True):
+            got = emulate(text, given + np.repeat(table, 4).tolist())
+            assert [got >> (8 * i) & 255 for i in range(4)] == expected
 
 
 def decode(decoder, codes):
     """Packs codes [rows, pages, length], decodes them: (levels [rows, columns], their places)."""
-    planes = pack(codes, decoder.codebook.widths)
 
-    def fetch(plane, page, byte, mask):
-        rows = jnp.asarray(planes[plane])[:, page, jnp.minimum(byte, planes[plane].shape[-1] - 1)]
-        return rows if mask is None else jnp.where(mask[None, :], rows, 0)
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(planes, prepared, column):
+        def fetch(plane, page, byte, mask):
+            rows = planes[plane][:, page, jnp.minimum(byte, planes[plane].shape[-1] - 1)]
+            return rows if mask is None else jnp.where(mask[None, :], rows, 0)
 
-    prepared = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
-    if isinstance(decoder, PackedDecoder):
-        prepared = None
+        return sum_of(decoder.operands(decoder.load(fetch), prepared)), decoder.elements(column)
+
+    prepared = None if isinstance(decoder, PackedDecoder) else decoder.tables()
     with triton.interpreted():
-        operands = decoder.operands(decoder.load(fetch), prepared)
-    total = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
-    return total - decoder.centre, decoder.elements(jnp.arange(decoder.columns))
+        levels, places = run(
+            pack(codes, decoder.codebook.widths), prepared, np.arange(decoder.columns)
+        )
+    return np.asarray(levels, np.int64) - decoder.centre, [np.asarray(x) for x in places]
+
+
+def sum_of(operands):
+    """Of int8 operands with their weights."""
+    return sum(weight * x.astype(jnp.int32) for weight, x in operands)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -114,8 +124,7 @@ def test_packed_decoder_inverts_packing(bits, length, pages):
     codes = rng.integers(0, 2**bits, (5, pages, length))
     decoder = PackedDecoder(book, length, pages, book.widths[-1])
     levels, (page, element, exists) = decode(decoder, codes)
-    exists = np.asarray(exists)
-    place = np.asarray(page * length + element)[exists]
+    place = (page * length + element)[exists]
     assert sorted(place.tolist()) == list(range(pages * length))
     want = np.array(book.levels)[codes].reshape(5, -1)[:, place]
     np.testing.assert_array_equal(levels[:, exists], want)
@@ -126,17 +135,17 @@ def test_groups_of_values_share_one_order():
     rng = np.random.default_rng(0)
     books = tuple(random_codebook(rng, bits) for bits in (4, 2, 3, 6))
     decoders = value_decoders(books, 64, 1)
-    column = jnp.arange(64)
-    first = decoders[0].elements(column)
+    orders = jax.jit(lambda column: [d.elements(column) for d in decoders], compiler_options=QUICK)
+    first, *others = orders(np.arange(64))
+    for other in others:
+        for x, y in zip(first, other, strict=True):
+            np.testing.assert_array_equal(x, y)
     for decoder, book in zip(decoders, books, strict=True):
         assert isinstance(decoder, GatherDecoder) == (book.bits > 4)
-        for x, y in zip(first, decoder.elements(column), strict=True):
-            np.testing.assert_array_equal(x, y)
         if book.bits <= 4:
             codes = rng.integers(0, 2**book.bits, (3, 1, 64))
             levels, (_, element, _) = decode(decoder, codes)
-            want = np.array(book.levels)[codes[:, 0][:, np.asarray(element)]]
-            np.testing.assert_array_equal(levels, want)
+            np.testing.assert_array_equal(levels, np.array(book.levels)[codes[:, 0][:, element]])
 
 
 def test_select_is_a_truth_table():
@@ -177,9 +186,10 @@ def test_half_tables_by_assembly(group, half, upper):
     table = decoder.tables()["table"]
     tables = [int(t) & MASK for t in np.repeat(table[2 * upper : 2 * upper + 2], 4)]
     entries = table.view(np.int8)
-    for low, high in rng.integers(0, 2**32, (100, 2)).tolist():
-        got = emulate(half_table_assembly(group, half, upper), [low, high, *tables])
-        codes = [int(c) for c in half_table_codes(jnp.uint32(low), jnp.uint32(high), group, half)]
+    words = rng.integers(0, 2**32, (2, 100), dtype=np.uint32)
+    found = np.array(half_table_codes(*map(jnp.asarray, words), group, half))
+    for pair, codes in zip(words.T.tolist(), found.T.tolist(), strict=True):
+        got = emulate(half_table_assembly(group, half, upper), [*pair, *tables])
         want = [int(entries[c]) if c // 8 == upper else upper - 1 for c in codes]
         assert [got >> (8 * i) & 255 for i in range(4)] == [x & 255 for x in want]
 
@@ -195,20 +205,22 @@ def test_trellis_decoders_follow_the_path(bits, length, rows):
     decoder = value_decoders((book,), length, 1)[0] if rows else key_decoder(book, length)
     assert isinstance(decoder, TrellisDecoder)
     codes = rng.integers(0, 2**bits, (19, length))
-    planes = [jnp.asarray(plane) for plane in pack(codes, book.widths)]
 
-    def fetch(plane, page, byte, mask, back=0):
-        del page
-        bytes_ = jnp.pad(planes[plane], ((back, 0), (0, 0)))[: codes.shape[0]]
-        found = bytes_[:, jnp.minimum(byte, bytes_.shape[1] - 1)]
-        return found if mask is None else jnp.where(mask[None, :], found, 0)
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(planes, prepared, column):
+        def fetch(plane, page, byte, mask, back=0):
+            del page
+            bytes_ = jnp.pad(planes[plane], ((back, 0), (0, 0)))[: codes.shape[0]]
+            found = bytes_[:, jnp.minimum(byte, bytes_.shape[1] - 1)]
+            return found if mask is None else jnp.where(mask[None, :], found, 0)
 
-    tables = {name: jnp.asarray(x) for name, x in decoder.tables().items()}
+        return sum_of(decoder.operands(decoder.load(fetch), prepared)), decoder.elements(column)
+
+    tables = decoder.tables()
     prepared = {name: x if name == "table" else x[None, :] for name, x in tables.items()}
     with triton.interpreted():
-        operands = decoder.operands(decoder.load(fetch), prepared)
-    got = sum(weight * np.asarray(x, np.int64) for weight, x in operands)
-    _, element, exists = (np.asarray(x) for x in decoder.elements(jnp.arange(decoder.columns)))
+        got, (_, *places) = run(pack(codes, book.widths), prepared, np.arange(decoder.columns))
+    got, element, exists = (np.asarray(x) for x in (got, *places))
     want = levels_of(book, codes.T).T if rows else levels_of(book, codes)
     assert sorted(element[exists].tolist()) == list(range(length))
     np.testing.assert_array_equal(got[:, exists], want[:, element[exists]])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.primitives import triton
-from tests.pallas_kernels.test_lowering import lower
+from tests.pallas_kernels.cases import lower
 
 WIDE = (2**16 + 1, 2**15)  # of bytes: more than 2**31, less than 2**32
 

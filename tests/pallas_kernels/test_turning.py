@@ -61,8 +61,8 @@ def test_rope_on_the_way(parts, matrices, kv_heads, per_head, channels, signs, i
 
 def test_types_that_would_round_are_refused():
     rotation = Rotation(jnp.ones((1, 1, 16, 16), jnp.bfloat16))
-    with pytest.raises(ValueError, match="queries of float32 and a rotation of bfloat16"):
+    with pytest.raises(ValueError, match="queries and rotation: got float32 and bfloat16"):
         rotate(jnp.ones((1, 2, 16)), rotation)
-    with pytest.raises(ValueError, match="projections of float32 and a rotation of bfloat16"):
+    with pytest.raises(ValueError, match="projections and rotation: got float32 and bfloat16"):
         angles = jnp.ones((1, 8))
         rope_and_rotate(jnp.ones((1, 1, 3, 16)), angles, angles, rotation)

@@ -165,7 +165,9 @@ def _mean_products(cache: Cache, rows: LayerRows, queries):
     return jnp.sum(queries.astype(jnp.float32) * mean[:, None], axis=-1)
 
 
-def _turn(codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B T N H"]):
+def _turn(
+    codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
     """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
     if query.dtype != jnp.bfloat16:
         return rotated.rotate_queries(codec, rows, query)
@@ -175,7 +177,9 @@ def _turn(codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B T N H"]):
     return rotation.gain * _products("btkgi,kji->btkgj", query, rotation.parts)
 
 
-def _turn_back(codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"], dtype: str):
+def _turn_back(
+    codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"], dtype: str
+) -> Float[Array, "B T N H"]:
     """Outputs back from the rotated space, float32; on the tensor cores to bfloat16."""
     if dtype != "bfloat16":
         return rotated.unrotate_outputs(codec, rows, output)
@@ -185,7 +189,9 @@ def _turn_back(codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N
     return turned if rotation.signs is None else turned * rotation.signs[None, None, None, :]
 
 
-def _products(equation: str, x: Float[Array, "B T N H"], parts: Float[Array, "parts K H H"]):
+def _products(
+    equation: str, x: Float[Array, "B T N H"], parts: Float[Array, "parts heads H H"]
+) -> Float[Array, "B T N H"]:
     """Each head by its matrix, whose parts add up, in float32."""
     grouped = x.reshape(*x.shape[:2], parts.shape[1], -1, x.shape[3])
     total = jnp.zeros(grouped.shape, jnp.float32)
@@ -197,7 +203,7 @@ def _products(equation: str, x: Float[Array, "B T N H"], parts: Float[Array, "pa
 
 def _decode_pages(
     cache: Cache, rows: LayerRows, page: Int[Array, "B pages"], heads: Int[Array, " heads"]
-):
+) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
     """Keys and values [B, S, heads, H] of some pages and heads in the rotated space, in 16 bits."""
     (member,) = rows.members
     part, place = cache.parts[member.part], (member.first + heads[:, None, None], page[None])

@@ -22,7 +22,7 @@ class Projection:
       cos, sin: [B, T, H/2], of the angle of every pair of channels at the tokens' positions.
     """
 
-    qkv: Float[Array, "B T K G+2 H"]
+    qkv: Float[Array, "B T K group H"]
     cos: Float[Array, "B T H/2"]
     sin: Float[Array, "B T H/2"]
 

@@ -13,6 +13,9 @@ from turboquant_jax.attention.segments import SegmentPart
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.state import Cache, LayerRows, Rows
 
+MemberPart = tuple[Float[Array, "B T _ H"], Float[Array, "B T _"]]
+"""A `SegmentPart` of the queries of one member."""
+
 
 def mean_products(
     cache: Cache, rows: LayerRows, member: Rows, q: Float[Array, "B T N H"]
@@ -25,26 +28,32 @@ def mean_products(
     return jnp.einsum("btkgh,bkh->btkg", grouped, mean).reshape(q.shape[:-1])
 
 
-def rotate_queries(codec: Codec, rows: Int[Array, " K"], q: Float[Array, "B T N H"]):
+def rotate_queries(
+    codec: Codec, rows: Int[Array, " K"], q: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
     """Queries of the heads in these rows in the rotated space of the keys, float32."""
     return _ungroup(codec.rotate(rows, _heads_last(_group(q, rows.shape[0]))), q)
 
 
-def unrotate_outputs(codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"]):
+def unrotate_outputs(
+    codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
     """Outputs of the heads in these rows back from the rotated space of the values."""
     return _ungroup(codec.unrotate(rows, _heads_last(_group(output, rows.shape[0]))), output)
 
 
-def pick_queries(member: Rows, q: Float[Array, "B T N H"], kv_heads: int):
+def pick_queries(
+    member: Rows, q: Float[Array, "B T N H"], kv_heads: int
+) -> Float[Array, "B T _ H"]:
     """Those of the kv heads of a member."""
     picked = member.pick(_group(q, kv_heads), axis=2)
     return picked.reshape(*q.shape[:2], -1, q.shape[3])
 
 
-def join_heads(rows: LayerRows, parts: Sequence[SegmentPart], kv_heads: int) -> SegmentPart:
+def join_heads(rows: LayerRows, parts: Sequence[MemberPart], kv_heads: int) -> SegmentPart:
     """Outputs and log-sum-exps of the members' queries, as all queries of the layer."""
 
-    def joined(xs: Sequence[Float[Array, "B T N ..."]]):
+    def joined(xs: Sequence[Float[Array, "B T _ ..."]]) -> Float[Array, "B T N ..."]:
         grouped = [
             x.reshape(*x.shape[:2], kv_heads if m.heads is None else len(m.heads), -1, *x.shape[3:])
             for x, m in zip(xs, rows.members, strict=True)
@@ -64,5 +73,7 @@ def _heads_last(x: Float[Array, "B T K G H"]) -> Float[Array, "B T G K H"]:
     return jnp.swapaxes(x, 2, 3)
 
 
-def _ungroup(x: Float[Array, "B T G K H"], like: Float[Array, "B T N H"]):
+def _ungroup(
+    x: Float[Array, "B T G K H"], like: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
     return jnp.swapaxes(x, 2, 3).reshape(like.shape)

@@ -13,7 +13,7 @@ from turboquant_jax.cache.config import CodecConfig
 from turboquant_jax.implementation import Implementation
 from turboquant_jax.quantizer import Quantizer
 
-Group = tuple[UInt8[Array, "*batch channels"], Float[Array, "*batch"]]
+Group = tuple[UInt8[Array, "*vectors _"], Float[Array, "*vectors"]]
 
 
 @register_dataclass
@@ -29,14 +29,18 @@ class Codec:
     groups: tuple[Quantizer, ...]
     order: Int[Array, "rows H"] | None
 
-    def rotate(self, rows: Int[Array, " K"], x: Float[Array, "*batch K H"]):
+    def rotate(
+        self, rows: Int[Array, " K"], x: Float[Array, "*batch K H"]
+    ) -> Float[Array, "*batch K H"]:
         """Into the rotated space, float32: scores and outputs are computed there."""
         parts = self._split(self._reorder(rows, x.astype(jnp.float32)))
         return jnp.concatenate(
             [group.rotation.apply(part) for group, part in zip(self.groups, parts, strict=True)], -1
         )
 
-    def unrotate(self, rows: Int[Array, " K"], y: Float[Array, "*batch K H"]):
+    def unrotate(
+        self, rows: Int[Array, " K"], y: Float[Array, "*batch K H"]
+    ) -> Float[Array, "*batch K H"]:
         """Back from the rotated space, float32."""
         parts = self._split(y)
         x = jnp.concatenate(
@@ -68,7 +72,7 @@ class Codec:
             for group, part in zip(self.groups, parts, strict=True)
         )
 
-    def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*batch H"]:
+    def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
         """Vectors in the rotated space, float32."""
         return jnp.concatenate(
             [

@@ -117,7 +117,9 @@ def with_pools(cache: Cache, pools: tuple[Blocks, ...]) -> Cache:
     return replace(cache, parts=tuple(parts))
 
 
-def _rows_of_part(cache: Cache, part: int, x: Float[Array, "layers T K H"]):
+def _rows_of_part(
+    cache: Cache, part: int, x: Float[Array, "layers T K H"]
+) -> Float[Array, "T rows H"]:
     """[T, rows, H] of the layers and heads of a part."""
     if len(cache.parts) == 1:
         return jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1, x.shape[3])
@@ -136,7 +138,9 @@ def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, count: int) -> Exac
     in_chunk = position - lengths[:, None]
     ring = layout.window_slot(position)
 
-    def take(window: Float[Array, "layers B slots K H"], chunk: Float[Array, "B T K H"]):
+    def take(
+        window: Float[Array, "layers B slots K H"], chunk: Float[Array, "B T K H"]
+    ) -> Float[Array, "B count block K H"]:
         index = jnp.clip(in_chunk, 0, chunk.shape[1] - 1)
         late = jnp.take_along_axis(chunk, index[..., None, None], axis=1)
         early = jnp.take_along_axis(window[layer], ring[..., None, None], axis=1)

@@ -44,7 +44,7 @@ def codecs(name: Preset) -> tuple[CodecConfig, CodecConfig]:
       ValueError: another name.
     """
     if name not in _CODECS:
-        raise ValueError(f"preset must be one of {', '.join(_CODECS)}, got {name!r}")
+        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(_CODECS)}")
     return _CODECS[name]
 
 

@@ -30,8 +30,8 @@ from turboquant_jax.cache.layout import Layout, block_slots
 class Exact:
     """Tokens in full precision: keys (after RoPE) and values, not rotated."""
 
-    keys: Float[Array, "layers B slots K H"]
-    values: Float[Array, "layers B slots K H"]
+    keys: Float[Array, "*lead slots K H"]
+    values: Float[Array, "*lead slots K H"]
 
 
 @register_dataclass

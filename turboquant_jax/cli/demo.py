@@ -2,51 +2,21 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from turboquant_jax.cli import flags
-
-
-def add(commands) -> None:
-    """The flags."""
-    demo = commands.add_parser(
-        "demo",
-        help="a real model with a compressed cache: text, bytes, perplexity, theory",
-        description="Generate with a full-precision and a compressed cache side by side, measure "
-        "what each setting costs in bytes and in quality, and hold the quantizer against theory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.set_defaults(run=run)
-    demo.add_argument("--prompt", help="what to ask (default: a question about the text)")
-    flags.add_cache(demo, window=64)
-    demo.add_argument("--seed", type=int, default=0, help="of rotations and samples")
-    demo.add_argument("--tokens", type=int, default=64, help="most tokens of the answer")
-    demo.add_argument("--context", type=int, default=768, help="tokens of the text to measure on")
-    demo.add_argument(
-        "--model", type=Path, help="GGUF file or Hugging Face folder (default: SmolLM2-135M)"
-    )
-    demo.add_argument("--text", type=Path, help="text to measure on (default: Austen, Persuasion)")
-    flags.add_json(demo)
+from turboquant_jax import demo
+from turboquant_jax.cli import settings
+from turboquant_jax.llama import load
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Measure and print."""
-    from turboquant_jax import demo  # the help needs no JAX
-    from turboquant_jax.llama import load
-
-    for name in ("tokens", "context"):
-        if getattr(arguments, name) < 2:
-            raise ValueError(f"--{name} must be at least 2, got {getattr(arguments, name)}")
-    if arguments.text is not None and not arguments.text.is_file():
-        raise FileNotFoundError(f"{arguments.text}: no such file, expected a text")
-    asked = flags.asked_bits(arguments)
-    pairs = flags.table(arguments)
-    segments = flags.segments(arguments)
+    asked = settings.asked_bits(arguments)
+    pairs = settings.table(arguments)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -58,6 +28,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             bars.update(task, advance=1, description=description)
 
         checkpoint = load(arguments.model)
+        segments = settings.segments(arguments, checkpoint.config.head_dim)
         configs = {
             pair: demo.cache_config(checkpoint.config, *pair, code=code, **segments)
             for pair, code in pairs.items()
@@ -66,7 +37,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         prompt = arguments.prompt or demo.default_prompt()
         answers = []
         exact = demo.full_precision(configs[asked], checkpoint.config.max_position)
-        named = {"full precision": exact, flags.name_of_bits(*asked): configs[asked]}
+        named = {"full precision": exact, settings.name_of_bits(*asked): configs[asked]}
         for name, config in named.items():
             step(f"answer: {name}")
             answers.append(
@@ -76,19 +47,19 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         fidelity = demo.Fidelity(checkpoint, tokens, arguments.seed)
         rows = [fidelity.full(configs[asked])]
         for pair, config in configs.items():
-            step(f"read the text: {flags.name_of_bits(*pair)}")
+            step(f"read the text: {settings.name_of_bits(*pair)}")
             rows.append(fidelity.row(config))
         theory = []
         for bits in range(1, 9):
             step(f"quantize uniform vectors at {bits} bits")
             theory.append(
                 demo.theory_row(
-                    bits, checkpoint.config.head_dim, arguments.rotation, arguments.seed
+                    bits, checkpoint.config.head_dim, segments["rotation"], arguments.seed
                 )
             )
     _print_answers(console, checkpoint.name, prompt, answers)
     _print_fidelity(console, rows, tokens.shape[1], segments)
-    _print_theory(console, theory, checkpoint.config.head_dim, arguments.rotation)
+    _print_theory(console, theory, checkpoint.config.head_dim, segments["rotation"])
     return {
         "model": checkpoint.name,
         "prompt": prompt,

@@ -1,17 +1,25 @@
-"""Flags that several subcommands share."""
+"""Flags that several subcommands share, and what is wrong with them, known without JAX."""
 
 import argparse
-import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
 
-from turboquant_jax import rotation
-from turboquant_jax.cache import Allocation, presets
-from turboquant_jax.quantizer import Code
+from turboquant_jax.cli import choices
 
-TABLE_BITS = (8, 4, 3, 2)
-_ALLOCATION = {"keys", "values", "code"}
 MODEL = "GGUF file, Hugging Face folder, or random:PRESET for random weights"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint."""
+    parser.add_argument("--model", help=f"{MODEL} (default: SmolLM2-135M)")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """That of weights and computation."""
+    parser.add_argument(
+        "--dtype",
+        help=f"of weights: {' or '.join(choices.DTYPES)} (bfloat16 on a GPU, else float32)",
+    )
 
 
 def add_cache(parser: argparse.ArgumentParser, window: int) -> None:
@@ -31,7 +39,7 @@ def add_cache(parser: argparse.ArgumentParser, window: int) -> None:
 def add_preset(parser: argparse.ArgumentParser) -> None:
     """A named cache."""
     parser.add_argument(
-        "--preset", choices=get_args(presets.Preset), help="bits and code by name, instead of bits"
+        "--preset", choices=choices.PRESETS, help="bits and code by name, instead of bits"
     )
 
 
@@ -56,7 +64,11 @@ def add_segments(parser: argparse.ArgumentParser, window: int) -> None:
         help=f"newest tokens in full precision (default: {window})",
     )
     parser.add_argument("--sinks", type=int, default=4, help="first tokens in full precision")
-    parser.add_argument("--rotation", choices=get_args(rotation.Kind), default="hadamard")
+    parser.add_argument(
+        "--rotation",
+        choices=choices.ROTATIONS,
+        help="(default: hadamard, or haar for a head dim that is no power of two)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -64,99 +76,78 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
 
-def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Bits of keys and of values.
+def add_compile_cache(parser: argparse.ArgumentParser) -> None:
+    """Where compiled programs are kept."""
+    parser.add_argument(
+        "--compile-cache",
+        metavar="DIR",
+        help="keep compiled programs here for the next run, or off (default: "
+        "$TURBOQUANT_JAX_COMPILE_CACHE, $JAX_COMPILATION_CACHE_DIR, ~/.cache/turboquant-jax)",
+    )
+
+
+def check_at_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
+    """ValueError for one of these flags, or one of its values, below `least`."""
+    for name in names:
+        value = getattr(arguments, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {one}")
+
+
+def check_cache(arguments: argparse.Namespace, *, full: bool = False) -> None:
+    """What is wrong with the flags of a cache; `full` allows 16 bits of keys and values.
 
     Raises:
-      ValueError: a preset, and bits beside it.
+      FileNotFoundError: no such allocation file.
+      ValueError: bits, a window or sinks that cannot be, and two flags that both say the bits.
     """
+    check_segments(arguments)
+    given = bits(arguments)
+    if not (full and set(given.values()) == {choices.FULL}):
+        for name, value in given.items():
+            check_bits(f"{name}.bits", [value])
+
+
+def check_segments(arguments: argparse.Namespace) -> None:
+    """Of `check_cache`, what has to do with window and sinks, and with what says the bits."""
+    for name in ("window", "sinks"):
+        if getattr(arguments, name, 0) < 0:
+            raise ValueError(f"{name}: got {getattr(arguments, name)}, expected at least 0")
+    allocation = getattr(arguments, "allocation", None)
+    if allocation is not None:
+        if arguments.preset is not None:
+            raise ValueError(f"--allocation {allocation} says the bits, got --preset beside it")
+        _refuse_bits(arguments, f"--allocation {allocation}")
+        if not allocation.is_file():
+            raise FileNotFoundError(f"{allocation}: no such file, expected bits of each layer")
     if arguments.preset is not None:
-        refuse_bits(arguments)
-        return preset_bits(arguments.preset)
-    bits = getattr(arguments, "bits", 4)
-    key = bits if arguments.bits_k is None else arguments.bits_k
-    return key, bits if arguments.bits_v is None else arguments.bits_v
+        _refuse_bits(arguments, f"--preset {arguments.preset}")
 
 
-def refuse_bits(arguments: argparse.Namespace) -> None:
-    """ValueError where a preset and bits are given."""
-    _refuse(arguments, f"--preset {arguments.preset}")
+def check_bits(name: str, values: Iterable[int]) -> None:
+    """ValueError for bits that no quantizer has."""
+    for value in values:
+        if not 1 <= value <= 8:
+            raise ValueError(f"{name}: got {value}, expected between 1 and 8")
 
 
-def _refuse(arguments: argparse.Namespace, instead: str) -> None:
-    given = [n for n in ("bits", "bits_k", "bits_v") if getattr(arguments, n, None) is not None]
+def bits(arguments: argparse.Namespace) -> dict[str, int]:
+    """The bits of keys and values that the flags say, a preset aside."""
+    both = getattr(arguments, "bits", 4)
+    own = {"key": arguments.bits_k, "value": arguments.bits_v}
+    return {name: both if one is None else one for name, one in own.items()}
+
+
+def _refuse_bits(arguments: argparse.Namespace, instead: str) -> None:
+    names = ("bits", "bits_k", "bits_v")
+    given = [name for name in names if getattr(arguments, name, None) is not None]
     if given:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{instead} says the bits, got {names} beside it")
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{instead} says the bits, got {flags} beside it")
 
 
-def preset_bits(name: presets.Preset) -> tuple[int, int]:
-    """Bits of keys and of values of a preset."""
-    key, value = (codec.bits for codec in presets.codecs(name))
-    assert isinstance(key, int) and isinstance(value, int), "presets split no channels"
-    return key, value
-
-
-def allocation(arguments: argparse.Namespace) -> tuple[Allocation, Code] | None:
-    """Bits of each layer and their code, out of a file.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: something else in it, and a preset or bits beside it.
-    """
-    path = arguments.allocation
-    if path is None:
-        return None
-    if arguments.preset is not None:
-        raise ValueError(f"--allocation {path} says the bits, got --preset beside it")
-    _refuse(arguments, f"--allocation {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected bits of each layer")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict) or not {"keys", "values"} <= found.keys() <= _ALLOCATION:
-            raise ValueError("expected an object of keys, values and, if it is not scalar, code")
-        if not all(isinstance(found[name], list) for name in ("keys", "values")):
-            raise ValueError("expected lists of the bits of each layer")
-        code = found.get("code", "scalar")
-        if code not in get_args(Code):
-            raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")
-        return Allocation(tuple(found["keys"]), tuple(found["values"])), code
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def table(arguments: argparse.Namespace) -> dict[tuple[int, int], Code]:
-    """(key, value) bits of the rows of a table and their code: of all presets, if one is asked."""
-    if arguments.preset is None:
-        return dict.fromkeys(with_table(asked_bits(arguments)), "scalar")
-    return {preset_bits(name): presets.codecs(name)[0].code for name in get_args(presets.Preset)}
-
-
-def code(arguments: argparse.Namespace) -> Code:
-    """The code of keys and values: a preset's, scalar otherwise."""
-    return "scalar" if arguments.preset is None else presets.codecs(arguments.preset)[0].code
-
-
-def with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
-    """(key, value) bits of the rows of a table, most first."""
-    return sorted({asked, *((b, b) for b in TABLE_BITS)}, key=sum, reverse=True)
-
-
-def segments(arguments: argparse.Namespace) -> dict:
-    """The flags of `add_segments` by name."""
-    usual = arguments.usual_window if arguments.preset is None else presets.WINDOW
-    found = {name: getattr(arguments, name) for name in ("sinks", "rotation")}
-    return {"window": getattr(arguments, "window", usual), **found}
-
-
-def name_of_bits(key_bits: int, value_bits: int) -> str:
-    """How a cache is called in tables."""
-    return f"{key_bits} bits" if key_bits == value_bits else f"K {key_bits}, V {value_bits} bits"
-
-
-def dtype(name: str | None) -> str:
-    """The dtype of weights and computation: bfloat16 on a GPU, float32 elsewhere, or as named."""
-    import jax
-
-    return name or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+def check_folder(path: Path | None) -> None:
+    """FileNotFoundError for a file that no folder is there for."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder, expected one for {path.name}")

@@ -3,166 +3,194 @@
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from turboquant_jax.cli import flags
+from turboquant_jax.cli import compiling, settings
+from turboquant_jax.cli.texts import Row
+from turboquant_jax.llama import Checkpoint, load, stops, stored
+from turboquant_jax.llama.decoding import read, refuse_overflow, stream
+from turboquant_jax.llama.generate import NO_TOKEN, decode
+from turboquant_jax.llama.tokenizer import Tokenizer
 
-FULL = 16
-
-
-def add(commands) -> None:
-    """The flags."""
-    generate = commands.add_parser(
-        "generate",
-        help="text from one prompt or many, with a compressed cache",
-        description="Answer a prompt, or every line of a file as one batch. Row i draws its tokens "
-        "with seed + i, so that it is the same alone. --bits 16 is a dense, exact cache.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    generate.set_defaults(run=run)
-    source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("prompt", nargs="?", help="what to answer")
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, one batch")
-    generate.add_argument("--model", help=f"{flags.MODEL} (default: SmolLM2-135M)")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights")
-    generate.add_argument(
-        "--plain", action="store_true", help="no chat template: continue the text"
-    )
-    generate.add_argument("--tokens", type=int, default=128, help="most tokens of an answer")
-    generate.add_argument("--chunk", type=int, default=512, help="tokens of a pass over the prompt")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
-    generate.add_argument("--top-p", type=float, help="draw from the smallest set this probable")
-    generate.add_argument("--seed", type=int, default=0, help="of samples and rotations")
-    generate.add_argument("--stream", action="store_true", help="print the text as it is made")
-    flags.add_cache(generate, window=128)
-    flags.add_allocation(generate)
-    flags.add_json(generate)
+ROUNDED = 256
+"""Capacities are multiples of it, so that prompts of similar length run the same programs."""
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Generate and print."""
-    from turboquant_jax.llama import load
-    from turboquant_jax.llama.sampling import Sampling
-
-    if arguments.stream and arguments.prompts is not None:
-        raise ValueError("--stream prints one text, got --prompts with many")
-    for name in ("tokens", "chunk"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    prompts, allocation = _prompts(arguments), flags.allocation(arguments)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    checkpoint = load(arguments.model, flags.dtype(arguments.dtype), stacked=False)
-    call = _prefilled(arguments, checkpoint, prompts, allocation)
-    options: dict[str, Any] = dict(
-        max_tokens=arguments.tokens, sampling=sampling, eos_ids=checkpoint.tokenizer.eos_ids
-    )
+    allocation = settings.allocation(arguments.allocation)
+    with compiling.shown("load the model"):
+        checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
+    say_rotation(arguments, checkpoint)
+    prompts = [_encode(checkpoint.tokenizer, row, arguments.plain) for row in arguments.rows]
     begin = time.perf_counter()
-    rows = _tokens(call, options, checkpoint, arguments)
+    call, loaded = _read(arguments, checkpoint, prompts)
+    rows = _tokens(call, checkpoint, arguments) if arguments.tokens else []
     seconds = time.perf_counter() - begin
-    texts = [checkpoint.tokenizer.decode(row).strip() for row in rows]
-    for prompt, text in zip(prompts, [] if arguments.stream else texts, strict=False):
-        print(text if arguments.prompts is None else f"> {prompt}\n{text}")
+    texts = [_cut(checkpoint.tokenizer.decode(row), arguments.stop).strip() for row in rows]
+    for prompt, text in zip(arguments.rows, [] if arguments.stream else texts, strict=False):
+        print(text if arguments.prompts is None else f"> {_shown(prompt)}\n{text}")
     return {
         "model": checkpoint.name,
-        "bits": asdict(allocation[0]) if allocation else flags.asked_bits(arguments),
+        "bits": asdict(allocation[0]) if allocation else settings.asked_bits(arguments),
+        "rotation": settings.segments(arguments, checkpoint.config.head_dim)["rotation"],
         "seconds": seconds,  # of the answers, compilation included
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "loaded_tokens": loaded,
         "answers": [
             {"prompt": p, "text": t, "tokens": row, "seed": arguments.seed + i}
-            for i, (p, t, row) in enumerate(zip(prompts, texts, rows, strict=True))
+            for i, (p, t, row) in enumerate(zip(arguments.rows, texts, rows, strict=bool(rows)))
         ],
     }
 
 
-def _prefilled(arguments: argparse.Namespace, checkpoint, prompts: list[str], allocation) -> tuple:
-    """What `decode` and `stream` take first: the prompts have been read."""
-    import jax
-    import jax.numpy as jnp
+def say_rotation(arguments: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """On standard error, where the head dim and not the user chose another than the usual one."""
+    dim = checkpoint.config.head_dim
+    chosen = settings.segments(arguments, dim)["rotation"]
+    if arguments.rotation is None and chosen != "hadamard" and not settings.is_dense(arguments):
+        said = f"turboquant-jax: head dim {dim} is no power of two: {chosen} rotation"
+        print(said, file=sys.stderr)
 
-    from turboquant_jax.llama.generate import pad_prompts, prefill
 
-    encoded = [_encode(checkpoint.tokenizer, text, arguments.plain) for text in prompts]
-    tokens, lengths = map(jnp.asarray, pad_prompts(encoded))
-    capacity, most = int(lengths.max()) + arguments.tokens, checkpoint.config.max_position
-    if capacity > most:
-        raise ValueError(
-            f"prompt and answer have up to {capacity} tokens, expected at most {most} together"
-        )
-    state, past = _empty(arguments, checkpoint.config, len(prompts), capacity, allocation)
+def _read(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, prompts: list[list[int]]
+) -> tuple[tuple, int]:
+    """What `decode` and `stream` take first, the prompts read; tokens that a file had read."""
+    header = None if arguments.load_cache is None else stored.open_header(arguments.load_cache)
+    capacity = _capacity(arguments, checkpoint.config.max_position, prompts, header)
+    if header is not None:
+        stored.check(header, prompts[0], checkpoint)
+    state, past = settings.empty_past(arguments, checkpoint.config, len(prompts), capacity)
+    loaded = 0
+    if header is not None:
+        state, loaded = stored.restore(header, state), len(header.tokens)
+    with compiling.shown(f"read {sum(map(len, prompts)) - loaded:,} tokens, and compile"):
+        model, held, chunk = checkpoint.model, loaded, arguments.chunk
+        if arguments.save_cache is not None:
+            held = max(held, _kept(checkpoint.tokenizer, arguments, prompts[0]))
+            if held > loaded:
+                new = [prompts[0][loaded:held]]
+                _, _, state = read(model, new, state, past, start=loaded, chunk=chunk)
+            stored.save(state, arguments.save_cache, prompts[0][:held], capacity, checkpoint)
+        if arguments.tokens == 0:
+            return (), loaded
+        new = [prompt[held:] for prompt in prompts]
+        logits, lengths, state = read(model, new, state, past, start=held, chunk=chunk)
+        jax.block_until_ready(logits)
     keys = jnp.stack([jax.random.key(arguments.seed + i) for i in range(len(prompts))])
-    chunk = min(arguments.chunk, tokens.shape[1])
-    logits, state = prefill(checkpoint.model, tokens, lengths, state, past, chunk=chunk)
-    return checkpoint.model, logits, lengths, keys, state, past
+    return (model, logits, lengths, keys, state, past), loaded
 
 
-def _tokens(call: tuple, options: dict, checkpoint, arguments) -> list[list[int]]:
-    """The tokens of each row, a stop token left out."""
-    from turboquant_jax.llama.generate import decode, stream
+def _capacity(
+    arguments: argparse.Namespace, most: int, prompts: list[list[int]], header: stored.Header | None
+) -> int:
+    """Tokens that a row has room for: those of the file, as asked, or what is needed, rounded up.
 
-    stops = checkpoint.tokenizer.eos_ids
-    if not arguments.stream:
+    Raises:
+      ValueError: a row that needs more, or more than the `most` of the model.
+    """
+    answer = arguments.tokens
+    needed = max(map(len, prompts)) + answer
+    if needed > most:
+        raise ValueError(
+            f"prompt and answer have up to {needed} tokens, expected at most {most} together"
+        )
+    if header is not None:
+        capacity = header.capacity
+    else:
+        capacity = arguments.capacity or min(most, -(-needed // ROUNDED) * ROUNDED)
+    for row, prompt in enumerate(prompts):
+        if len(prompt) + answer > capacity:
+            hint = "" if header is None else "; --capacity gives a cache more when it is saved"
+            raise ValueError(
+                f"row {row}: got a prompt of {len(prompt)} tokens and an answer of up to {answer}, "
+                f"expected at most the capacity of {capacity} together{hint}"
+            )
+    return capacity
+
+
+def _kept(tokenizer: Tokenizer, arguments: argparse.Namespace, prompt: list[int]) -> int:
+    """How many tokens of the prompt a longer one begins with: not the header of the answer."""
+    (row,) = arguments.rows
+    bare = _encode(tokenizer, row, arguments.plain, add_generation_prompt=False)
+    pairs = enumerate(zip(prompt, bare, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(bare)))
+    return min(shared, len(prompt) - 1)  # the last one is read again, for what follows it
+
+
+def _tokens(call: tuple, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[list[int]]:
+    """The tokens of each row, a stop token left out and what makes a stop string left in."""
+    tokenizer = checkpoint.tokenizer
+    options: dict[str, Any] = dict(
+        max_tokens=arguments.tokens, sampling=arguments.sampling, eos_ids=tokenizer.eos_ids
+    )
+    if arguments.stream:
+        return [_stream(stream(*call, **options), tokenizer, arguments.stop)]
+    with compiling.shown("answer, and compile"):
+        if arguments.stop:
+            return _until(stream(*call, **options), tokenizer, arguments.stop)
         made = decode(*call, **options)
         counted = zip(np.asarray(made.tokens), np.asarray(made.counts), strict=True)
-        return [[int(t) for t in row[:count] if int(t) not in stops] for row, count in counted]
+        refuse_overflow(made.state)
+    ended = (*tokenizer.eos_ids, NO_TOKEN)
+    return [[int(t) for t in row[:count] if int(t) not in ended] for row, count in counted]
+
+
+def _stream(steps: Iterator[np.ndarray], tokenizer: Tokenizer, ends: list[str]) -> list[int]:
+    """Print one row as it is made."""
     row: list[int] = []
 
-    def each():
-        for step in stream(*call, **options):
-            if int(step[0]) not in stops:
+    def each() -> Iterator[int]:
+        for step in compiling.awaited(steps, "compile a step"):
+            if int(step[0]) not in tokenizer.eos_ids:
                 row.append(int(step[0]))
                 yield row[-1]
 
-    for piece in checkpoint.tokenizer.stream(each()):
+    for piece in stops.until(tokenizer.stream(each()), ends):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
-    return [row]
+    return row
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if arguments.prompts is None:
-        return [arguments.prompt]
-    if not arguments.prompts.is_file():
-        raise FileNotFoundError(f"{arguments.prompts}: no such file, expected a prompt a line")
-    try:
-        lines = arguments.prompts.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{arguments.prompts}: got {error}, expected UTF-8 text") from error
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{arguments.prompts}: got no prompt, expected one a line")
-    return prompts
+def _until(steps: Iterator[np.ndarray], tokenizer: Tokenizer, ends: list[str]) -> list[list[int]]:
+    """The rows, until each has ended by itself or has made a stop string."""
+    rows: list[list[int]] = []
+    going: set[int] = set()
+    for step in steps:
+        if not rows:
+            rows, going = [[] for _ in step], set(range(len(step)))
+        for i in sorted(going):
+            if (token := int(step[i])) in (*tokenizer.eos_ids, NO_TOKEN):
+                going.remove(i)
+                continue
+            rows[i].append(token)
+            if stops.find(tokenizer.decode(rows[i]), ends) is not None:
+                going.remove(i)
+        if not going:
+            break
+    return rows
 
 
-def _encode(tokenizer, text: str, plain: bool) -> list[int]:
-    if plain or tokenizer.chat_template is None:
-        return tokenizer.encode(text)
-    return tokenizer.encode_chat([{"role": "user", "content": text}])
+def _cut(text: str, ends: list[str]) -> str:
+    return text[: stops.find(text, ends)]
 
 
-def _empty(arguments: argparse.Namespace, config, batch: int, capacity: int, allocation):
-    """An empty past and how it is used."""
-    import jax
+def _encode(tokenizer: Tokenizer, row: Row, plain: bool, **options: Any) -> list[int]:
+    """Token ids of a text, or of a conversation as the template renders it with these options."""
+    if isinstance(row, str) and (plain or tokenizer.chat_template is None):
+        return tokenizer.encode(row)
+    said = [{"role": "user", "content": row}] if isinstance(row, str) else row
+    return tokenizer.encode_chat(said, **options)
 
-    from turboquant_jax import cache
-    from turboquant_jax.demo import cache_config
-    from turboquant_jax.llama import dense
-    from turboquant_jax.llama.past import COMPRESSED
 
-    key = jax.random.key(arguments.seed)
-    if allocation is not None:
-        layers, code = allocation
-        options = {"code": code, "allocation": layers, **flags.segments(arguments)}
-        compressed = cache_config(config, 4, 4, **options)
-        return cache.create(compressed, batch, capacity, key=key), COMPRESSED
-    bits = flags.asked_bits(arguments)
-    if bits == (FULL, FULL):
-        return dense.create(config, batch, capacity, flags.dtype(arguments.dtype)), dense.DENSE
-    options = {"code": flags.code(arguments), **flags.segments(arguments)}
-    compressed = cache_config(config, *bits, **options)
-    return cache.create(compressed, batch, capacity, key=key), COMPRESSED
+def _shown(row: Row) -> str:
+    return row if isinstance(row, str) else row[-1]["content"]

@@ -1,9 +1,26 @@
 """Llama-family decoders: configuration, model, weights, tokenizers and generation."""
 
-from turboquant_jax.llama.checkpoint import Checkpoint, load
-from turboquant_jax.llama.config import Llama3Scaling, LlamaConfig, parameter_count
-from turboquant_jax.llama.model import Attend, Llama
-from turboquant_jax.llama.presets import PRESETS
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for type checkers
+    from turboquant_jax.llama.checkpoint import Checkpoint, load
+    from turboquant_jax.llama.config import Llama3Scaling, LlamaConfig, parameter_count
+    from turboquant_jax.llama.model import Attend, Llama
+    from turboquant_jax.llama.presets import PRESETS
+else:
+    from turboquant_jax import lazy
+
+    _NAMES = {
+        "PRESETS": ("turboquant_jax.llama.presets", "PRESETS"),
+        "Attend": ("turboquant_jax.llama.model", "Attend"),
+        "Checkpoint": ("turboquant_jax.llama.checkpoint", "Checkpoint"),
+        "Llama": ("turboquant_jax.llama.model", "Llama"),
+        "Llama3Scaling": ("turboquant_jax.llama.config", "Llama3Scaling"),
+        "LlamaConfig": ("turboquant_jax.llama.config", "LlamaConfig"),
+        "load": ("turboquant_jax.llama.checkpoint", "load"),
+        "parameter_count": ("turboquant_jax.llama.config", "parameter_count"),
+    }
+    __getattr__, __dir__ = lazy.names(__name__, _NAMES)
 
 __all__ = [
     "PRESETS",

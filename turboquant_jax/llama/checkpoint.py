@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from turboquant_jax.llama.config import LlamaConfig
+from turboquant_jax.llama.files import read_json_object
 from turboquant_jax.llama.gguf import GGUFFile, open_gguf
 from turboquant_jax.llama.metadata import config_from_gguf, config_from_huggingface
 from turboquant_jax.llama.model import Llama, random_model
@@ -19,6 +18,7 @@ from turboquant_jax.llama.safetensors import open_safetensors
 from turboquant_jax.llama.tokenizer import (
     Tokenizer,
     byte_tokenizer,
+    require_rows,
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
@@ -57,11 +57,15 @@ def load(
     if isinstance(path, str) and path.startswith(_RANDOM):
         return _random(path, dtype, stacked)
     path = packaged_smollm2() if path is None else Path(path)
-    if path.is_dir():
-        return _load_folder(path, dtype, stacked)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected a GGUF file or a folder")
-    return _load_gguf(path, dtype, stacked)
+    try:
+        return (_load_folder if path.is_dir() else _load_gguf)(path, dtype, stacked)
+    except ValueError as error:
+        lines = str(error).splitlines()
+        if len(lines) == 1:
+            raise
+        raise ValueError(" ".join(lines)) from error  # names in a damaged file hold anything
 
 
 def _random(name: str, dtype: DTypeLike, stacked: bool) -> Checkpoint:
@@ -92,9 +96,10 @@ def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     try:
         config = _gguf_config(source)
         tokenizer = tokenizer_from_gguf(source.metadata, config.eos_ids)
+        require_rows(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    name = source.metadata.get("general.name", path.stem)
+    name = str(source.metadata.get("general.name", path.stem))
     return Checkpoint(name, config, read_gguf(config, source, dtype, stacked), tokenizer)
 
 
@@ -105,10 +110,10 @@ def _gguf_config(source: GGUFFile) -> LlamaConfig:
 
 
 def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
-    entries = _json_object(folder / "config.json")
+    entries = read_json_object(folder / "config.json")
     generation = folder / "generation_config.json"
     # Instruction-tuned models stop at more tokens than config.json says.
-    stops = _json_object(generation).get("eos_token_id") if generation.is_file() else None
+    stops = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
     if stops is not None:
         entries = {**entries, "eos_token_id": stops}
     try:
@@ -116,17 +121,9 @@ def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = tokenizer_from_folder(folder, config.bos_id, config.eos_ids)
+    try:
+        require_rows(tokenizer, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'tokenizer.json'}: {error}") from error
     model = read_huggingface(config, open_safetensors(folder), dtype, stacked)
     return Checkpoint(folder.resolve().name, config, model, tokenizer)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected that of a Hugging Face folder")
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: got {error}, expected JSON") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: got a {type(entries).__name__}, expected a JSON object")
-    return entries

@@ -1,6 +1,7 @@
 """What defines a Llama-family decoder: its sizes, its position encoding, its stop tokens."""
 
 import dataclasses
+import sys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ _SIZES = (
 
 def _require_positive(name: str, value: object, *, whole: bool = False) -> None:
     number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not (number and value > 0):  # type: ignore[operator]
+    if not (number and 0 < value <= sys.float_info.max):  # type: ignore[operator]
         kind = "integer" if whole else "number"
         raise ValueError(f"{name}: got {value!r}, expected a positive {kind}")
 

@@ -42,6 +42,11 @@ class Dense:
     overflow: Bool[Array, " B"]
 
     @property
+    def capacity(self) -> int:
+        """Most tokens of a sequence."""
+        return self.keys[0].shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of every array."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))

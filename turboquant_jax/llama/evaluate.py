@@ -16,6 +16,7 @@ from turboquant_jax.attention.segments import PLAIN, attend_exact
 from turboquant_jax.attention.teacher_forcing import teacher_forced
 from turboquant_jax.cache import Cache
 from turboquant_jax.llama.model import Llama
+from turboquant_jax.llama.token_ids import require_token_ids
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,14 @@ class Comparison:
         return float(np.exp(self.nll.mean(dtype=np.float64)))
 
 
-@jax.jit
 def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Final hidden vectors with attention in full precision."""
+    require_token_ids(tokens, model.config.vocab_size)
+    return _exact_hidden(model, tokens)
+
+
+@jax.jit
+def _exact_hidden(model, tokens):
     seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
     visible = jnp.broadcast_to(seen[None, :, :], (tokens.shape[0], *seen.shape))
 
@@ -51,7 +57,6 @@ def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D
     return model(tokens, _positions(tokens), (), attend)[0]
 
 
-@jax.jit
 def compressed_hidden(
     model: Llama, tokens: Int[Array, "B T"], cache: Cache
 ) -> Float[Array, "B T D"]:
@@ -59,7 +64,12 @@ def compressed_hidden(
 
     Of the cache only config and codecs are used: make it for one token.
     """
+    require_token_ids(tokens, model.config.vocab_size)
+    return _compressed_hidden(model, tokens, cache)
 
+
+@jax.jit
+def _compressed_hidden(model, tokens, cache):
     def attend(cache, layer, projection):
         return teacher_forced(cache, layer, *projection.heads()), cache
 

@@ -1,5 +1,6 @@
-"""Generation: prompts into the past, then tokens out of one compiled loop.
+"""Generation, compiled: prompts into the past, then tokens out of one loop.
 
+These functions keep an overflow as data, in the state; those of `decoding` raise it.
 The past is any pytree; how it is read and written stands in a `Past`. Rows of a batch are ragged:
 every forward pass says how many of its tokens count in each row, so that neither padding nor the
 steps of a finished row leave anything in the past.
@@ -7,8 +8,8 @@ steps of a finished row leave anything in the past.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic
+from collections.abc import Callable, Sequence
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from turboquant_jax.llama.model import Attend, Llama, State
-from turboquant_jax.llama.sampling import GREEDY, Sampling, sample
+from turboquant_jax.llama.options import GREEDY, Sampling
+from turboquant_jax.llama.sampling import sample
+from turboquant_jax.llama.token_ids import require_token_ids
 
 CHUNK = 8192
 """Tokens of a pass over a prompt: so many queries pay for decoding the past that they share."""
@@ -65,7 +68,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("past", "chunk"), donate_argnames="state")
 def prefill(
     model: Llama,
     tokens: Int[Array, "B T"],
@@ -82,7 +84,27 @@ def prefill(
     on. A forward pass takes `chunk` tokens at a time, which bounds the memory; the past that
     a chunk attends to is compressed already.
     The state is donated: use the one returned.
+
+    Raises:
+      ValueError: an id that the embedding has no row for, where the values are at hand: not under
+        `jax.jit`.
     """
+    require_token_ids(tokens, model.config.vocab_size, lengths)
+    return compiled_prefill(model, tokens, lengths, state, past, start=start, chunk=chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("past", "chunk"), donate_argnames="state")
+def compiled_prefill(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    state: State,
+    past: Past[State],
+    *,
+    start: Int[Array, "B"] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B V"], State]:
+    """`prefill` of tokens that were looked at."""
     batch, length = tokens.shape
     chunk = min(length, chunk)
     if chunk < 1:
@@ -134,7 +156,7 @@ def decode(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
-    first = _draw(logits, keys, positions, sampling)
+    first = draw(logits, keys, positions, sampling)
     tokens = jnp.full((first.shape[0], max_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(first)
 
     def going_on(carry):
@@ -149,59 +171,12 @@ def decode(
         tokens = tokens.at[:, step].set(jnp.where(active, drawn, NO_TOKEN))
         counts = counts + active.astype(jnp.int32)
         token = jnp.where(active, drawn, token)
-        return step + 1, token, active & ~_is_in(drawn, eos_ids), tokens, counts, state
+        return step + 1, token, active & ~is_in(drawn, eos_ids), tokens, counts, state
 
     counts = jnp.ones_like(first)
-    carry = (jnp.int32(1), first, ~_is_in(first, eos_ids), tokens, counts, state)
+    carry = (jnp.int32(1), first, ~is_in(first, eos_ids), tokens, counts, state)
     *_, tokens, counts, state = lax.while_loop(going_on, body, carry)
     return Generation(tokens, counts, state)
-
-
-def generate(
-    model: Llama,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    state: State,
-    past: Past[State],
-    *,
-    max_tokens: int,
-    sampling: Sampling = GREEDY,
-    eos_ids: tuple[int, ...] = (),
-    chunk: int = CHUNK,
-) -> Generation[State]:
-    """`prefill`, then `decode`: the continuation of each prompt, from an empty state, donated."""
-    logits, state = prefill(model, tokens, lengths, state, past, chunk=chunk)
-    options: dict[str, Any] = dict(max_tokens=max_tokens, sampling=sampling, eos_ids=eos_ids)
-    return decode(model, logits, lengths, keys, state, past, **options)
-
-
-def stream(
-    model: Llama,
-    logits: Float[Array, "B V"],
-    positions: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    state: State,
-    past: Past[State],
-    *,
-    max_tokens: int,
-    sampling: Sampling = GREEDY,
-    eos_ids: tuple[int, ...] = (),
-) -> Iterator[np.ndarray]:
-    """The tokens of `decode`, int32 [B] a step, as they are made: one compiled step, a host loop.
-
-    A row that has stopped yields `NO_TOKEN`. The state is donated.
-    """
-    token = _draw(logits, keys, positions, sampling)
-    active = jnp.ones(token.shape, jnp.bool_)
-    for step in range(max_tokens):
-        yield np.where(active, token, NO_TOKEN)
-        active = active & ~_is_in(token, eos_ids)
-        if step + 1 == max_tokens or not active.any():
-            return
-        token, state = _jitted_step(
-            model, token, positions + step, active, keys, state, past, sampling
-        )
 
 
 def _forward(
@@ -231,22 +206,24 @@ def _step(
     """Feed each row its token at its position; draw the next."""
     counts = active.astype(jnp.int32)
     hidden, state = _forward(model, token[:, None], position[:, None], counts, state, past)
-    return _draw(model.logits(hidden)[:, 0], keys, position + 1, sampling), state
+    return draw(model.logits(hidden)[:, 0], keys, position + 1, sampling), state
 
 
-_jitted_step = jax.jit(_step, static_argnames=("past", "sampling"), donate_argnames="state")
+step = jax.jit(_step, static_argnames=("past", "sampling"), donate_argnames="state")
+"""`_step`, compiled; the state is donated."""
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
-def _draw(
+def draw(
     logits: Float[Array, "B V"],
     keys: Key[Array, "B"],
     positions: Int[Array, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
-    """The tokens for these positions."""
+    """The tokens for these positions, each with the row's key folded with its position."""
     return sample(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
 
-def _is_in(token: Int[Array, "B"], ids: tuple[int, ...]) -> Bool[Array, "B"]:
+def is_in(token: Int[Array, "B"], ids: tuple[int, ...]) -> Bool[Array, "B"]:
+    """Whether each token is one of `ids`."""
     return jnp.isin(token, jnp.array(ids, jnp.int32))

@@ -11,75 +11,17 @@ from typing import Any
 import numpy as np
 
 from turboquant_jax.llama.config import Llama3Scaling, LlamaConfig
+from turboquant_jax.llama.huggingface_keys import HF_NEUTRAL, HF_READ, HF_SERVED
 from turboquant_jax.llama.rope import inverse_frequencies, scaling_factors
 
 # The default of `LlamaConfig` in transformers where a key is absent; no default: the key is needed.
 _HF_DEFAULTS = {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
 
-# Keys that change the computation, and the only values served.
-_HF_SERVED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama", "mistral"),
-    "architectures": (None, ["LlamaForCausalLM"], ["MistralForCausalLM"]),
-    "hidden_act": ("silu",),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "sliding_window": (None,),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (None, 1),
-    "rope_interleaved": (None, False),
-    "is_decoder": (None, True, False),
-    "tie_word_embeddings": (None, True, False),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-}
-
-_HF_READ = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "rms_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-}
-
-# Keys of training, bookkeeping, generation and storage: the logits do not depend on them.
-_HF_NEUTRAL = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "attention_dropout",
-    "chunk_size_feed_forward",
-    "dtype",
-    "id2label",
-    "initializer_range",
-    "is_llama_config",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "return_dict",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-
 
 def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
     """Read the object of a `config.json`, of transformers 4 or 5."""
-    _require_served(entries, _HF_SERVED, _HF_READ | _HF_NEUTRAL)
+    _require_served(entries, HF_SERVED, HF_READ | HF_NEUTRAL)
+    _require_full_attention(entries)
     if "model_type" not in entries:
         raise ValueError("model_type: got nothing, expected 'llama' or 'mistral'")
     heads, hidden = _get(entries, "num_attention_heads"), _get(entries, "hidden_size")
@@ -101,6 +43,23 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
         bos_id=entries.get("bos_token_id", _HF_DEFAULTS["bos_token_id"]),
         eos_ids=() if eos is None else tuple(eos if isinstance(eos, list) else [eos]),
     )
+
+
+def _require_full_attention(entries: Mapping[str, Any]) -> None:
+    """No layer sees less than the whole context."""
+    _require_wide(entries, "sliding_window", "max_position_embeddings")
+    kinds = entries.get("layer_types") or []
+    if not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        raise ValueError(f"layer_types: got {kinds!r}, expected 'full_attention' for every layer")
+
+
+def _require_wide(entries: Mapping[str, Any], key: str, context: str, prefix: str = "") -> None:
+    """A window as long as the context hides nothing."""
+    window, longest = entries.get(key), entries.get(context)
+    if window and not (type(window) is type(longest) is int and window >= longest):
+        raise ValueError(
+            f"{prefix}{key}: got {window!r}, expected none below the context of {longest!r} tokens"
+        )
 
 
 def _huggingface_rope(entries: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
@@ -141,7 +100,6 @@ _GGUF_SERVED: dict[str, tuple[Any, ...]] = {
     "rope.scaling.finetuned": (True, False),
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "attention.sliding_window": (0,),
     "attention.causal": (True,),
     "tensor_data_layout": ("Meta AI original pth",),
     "use_parallel_residual": (False,),
@@ -158,6 +116,7 @@ _GGUF_READ = {
     "attention.value_length",
     "attention.layer_norm_rms_epsilon",
     "rope.freq_base",
+    "attention.sliding_window",
     "rope.dimension_count",
     "vocab_size",
 }
@@ -177,6 +136,7 @@ def config_from_gguf(
     prefix = "llama."
     entries = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     _require_served(entries, _GGUF_SERVED, _GGUF_READ, prefix)
+    _require_wide(entries, "attention.sliding_window", "context_length", prefix)
     heads = _get(entries, "attention.head_count", prefix)
     hidden = _get(entries, "embedding_length", prefix)
     head_dim = entries.get("attention.key_length") or _exact_quotient(hidden, heads)

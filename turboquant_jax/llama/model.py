@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from turboquant_jax.attention.projection import Projection
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.rope import rotation_angles
+from turboquant_jax.llama.token_ids import require_token_ids
 
 State = TypeVar("State")
 
@@ -74,8 +75,8 @@ class Layer(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "B T D"],
-        cos: Float[Array, "B T H/2"],
-        sin: Float[Array, "B T H/2"],
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
         index: Int[Array, ""],
         state: State,
         attend: Attend[State],
@@ -135,8 +136,10 @@ class Llama(nnx.Module):
 
         `positions` counts tokens from the start of each sequence. `attend` is traced once for
         all layers under `lax.scan`, and once a layer where they are unstacked: it must use the
-        layer index it is given.
+        layer index it is given. Raises ValueError for an id that the embedding has no row for,
+        where the values are at hand: not under `jax.jit`.
         """
+        require_token_ids(tokens, self.config.vocab_size)
         cos, sin = rotation_angles(self.config, positions)
 
         def step(carry, layer_and_index):

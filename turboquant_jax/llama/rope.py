@@ -35,7 +35,7 @@ def scaling_factors(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarr
 
 def rotation_angles(
     config: LlamaConfig, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosine and sine, float32, of every position (in tokens) times every inverse frequency."""
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]

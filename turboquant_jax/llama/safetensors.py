@@ -1,7 +1,6 @@
 """Tensors of a safetensors file, or of the shards named by an index, read one at a time."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +8,8 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from turboquant_jax.llama.files import read_json_object
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -73,14 +74,12 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        names = json.loads(index.read_text())["weight_map"]
-        if not all(isinstance(v, str) and v == Path(v).name for v in names.values()):
-            raise ValueError("a shard that is no plain file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index}: got {error!r}, expected JSON with tensor names and files in weight_map"
-        ) from error
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: weight_map: got {names!r}, expected file names of tensors")
+    for name in names.values():
+        if not (isinstance(name, str) and name == Path(name).name):
+            raise ValueError(f"{index}: weight_map: got {name!r}, expected a plain file name")
     return names
 
 

@@ -1,37 +1,15 @@
 """The choice of the next token: greedy, or random after temperature, top-k and top-p."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from turboquant_jax.llama.options import GREEDY as GREEDY
+from turboquant_jax.llama.options import Sampling
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to draw from logits; static under `jax.jit`. A temperature of 0 is greedy.
-
-    The filters act in the order of the fields: logits are divided by `temperature`, the `top_k`
-    largest are kept (of equal ones the lower ids), and of these the smallest set of most probable
-    tokens whose probability reaches `top_p`. Raises ValueError for values without a meaning.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: got {self.temperature}, expected a number >= 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: got {self.top_k}, expected an integer >= 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
-
-
-GREEDY = Sampling()
-"""The most probable token, always."""
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def sample(
@@ -40,7 +18,11 @@ def sample(
     """One token per row, int32, drawn with the row's own key: rows do not depend on the batch."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    # the largest becomes 0 first: divided by a small temperature it would be infinite
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    # a smaller divisor flushes to 0; at this one all that is not the largest is -inf already
+    logits = logits / max(sampling.temperature, _SMALLEST)
     if sampling.top_k is None and sampling.top_p is None:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     vocab = logits.shape[-1]

@@ -23,7 +23,7 @@ from turboquant_jax.cache.compression import with_pools
 from turboquant_jax.llama import dense
 from turboquant_jax.llama.config import LlamaConfig
 from turboquant_jax.llama.dense import Dense
-from turboquant_jax.llama.generate import Past, decode, prefill
+from turboquant_jax.llama.generate import Past, compiled_prefill, decode
 from turboquant_jax.llama.model import Llama
 
 _PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past would take too long
@@ -212,7 +212,7 @@ def time_prefill(
     tokens = jax.random.randint(jax.random.key(4), shape, 0, vocab, jnp.int32)
     arguments = (model, tokens, jnp.full(batch, context, jnp.int32))
     begin = time.perf_counter()
-    run = prefill.lower(*arguments, make(), past, chunk=chunk).compile()
+    run = compiled_prefill.lower(*arguments, make(), past, chunk=chunk).compile()
     compiled, seconds = time.perf_counter() - begin, []
     for repeat in range(repeats + 1):
         state = jax.block_until_ready(make())

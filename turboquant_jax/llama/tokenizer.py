@@ -1,16 +1,16 @@
 """Text to token ids and back, from GGUF metadata or the files of a Hugging Face folder."""
 
+import contextlib
 import dataclasses
-import datetime
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from turboquant_jax.llama.chat import ChatTemplate, template_from_folder, template_from_gguf
+from turboquant_jax.llama.streaming import stream_text
 
 # GGUF's tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -28,59 +28,72 @@ class Tokenizer:
 
     `bos` is put before plain text when the checkpoint asks for it, never before a chat: chat
     templates write it themselves. Special tokens written out in a text are read as such.
+    Generation stops at `eos_ids`, which are the model's.
+    Every method raises ValueError where the tokenizers package fails.
     """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None
     eos_ids: tuple[int, ...]
     adds_bos: bool
-    chat_template: str | None
+    chat_template: ChatTemplate | None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, the start token first if the checkpoint wants one."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.encode_rendered(text)
         return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with _refusing():
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as soon as they are final: no character is ever split between two."""
-        decoder = decoders.DecodeStream(skip_special_tokens=True)
-        for token in ids:
-            piece = decoder.step(self.backend, int(token))
-            if piece:
-                yield piece
+        """Pieces of text as soon as they are final; joined they are `decode(ids)`."""
+        return stream_text(self.backend, ids, self.decode)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to and with the header of the assistant's answer."""
-        return self.backend.encode(self.apply_chat(messages), add_special_tokens=False).ids
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of `apply_chat`."""
+        return self.encode_rendered(self.apply_chat(messages, **options))
 
-    def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The conversation as the checkpoint's own template writes it, rendered in a sandbox.
 
-        `messages` have `role` and `content`. Raises ValueError if the checkpoint has no template
-        or the template fails on these messages.
+        By default it ends with the header of the assistant's answer; the options are those of
+        `ChatTemplate.render`. Raises ValueError if the checkpoint has no template or the template
+        fails on these messages.
         """
         if self.chat_template is None:
             raise ValueError("got a checkpoint without a chat template, expected one with it")
-        try:
-            return (
-                _environment()
-                .from_string(self.chat_template)
-                .render(
-                    messages=list(messages),
-                    add_generation_prompt=True,
-                    bos_token=self._text(self.bos_id),
-                    eos_token=self._text(self.eos_ids[0] if self.eos_ids else None),
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: got {error!r}, expected it to render") from error
+        return self.chat_template.render(messages, **options)
 
-    def _text(self, token: int | None) -> str:
-        return "" if token is None else self.backend.id_to_token(token) or ""
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a text that a template has rendered: nothing is put before it."""
+        with _refusing():
+            return self.backend.encode(text, add_special_tokens=False).ids
+
+
+@contextlib.contextmanager
+def _refusing(what: str = "tokenizer", expected: str = "one that serves this") -> Iterator[None]:
+    """ValueError for what the package raises: a bare Exception, or the panic of its Rust code.
+
+    A damaged tokenizer may be read whole and fail at its first use.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: got {error}, expected {expected}") from error
+
+
+def require_rows(tokenizer: Tokenizer, rows: int) -> None:
+    """ValueError if a token has no row in the embedding: JAX would take another row for it."""
+    token, largest = max(tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ValueError(
+            f"token {token!r}: got id {largest}, expected less than the embedding's {rows} rows"
+        )
 
 
 def byte_tokenizer(vocab_size: int, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
@@ -123,14 +136,24 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], eos_ids: tuple[int, ...]) -
     typed = list(zip(tokens, types, strict=True))
     backend.add_special_tokens([_added(t, special=True) for t, kind in typed if kind == _CONTROL])
     backend.add_tokens([_added(t, special=False) for t, kind in typed if kind == _USER_DEFINED])
+    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
     return Tokenizer(
         backend=backend,
-        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_id=bos,
         eos_ids=eos_ids,
         # llama.cpp turns it on for this pre-tokenizer, so files of Llama 3 may leave it out.
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", llama_3)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template_from_gguf(metadata, _named_tokens(backend, bos, eos)),
     )
+
+
+def _named_tokens(
+    backend: tokenizers.Tokenizer, bos: int | None, eos: int | None
+) -> dict[str, str]:
+    """The texts of the tokens that the checkpoint has, as templates name them."""
+    ids = {"bos_token": bos, "eos_token": eos}
+    texts = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _table(metadata: Mapping[str, Any], name: str) -> list[Any]:
@@ -143,11 +166,9 @@ def _table(metadata: Mapping[str, Any], name: str) -> list[Any]:
 def _byte_pairs(tokens: list[str], merges: list[str], ignore_merges: bool) -> models.BPE:
     """`ignore_merges`: a word that is in the vocabulary is taken whole, as in Llama 3."""
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    try:
+    with _refusing("tokenizer.ggml.merges", "merges of two known tokens"):
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
         return models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges)
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"got {error}, expected merges of two known tokens") from error
 
 
 def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, ...]) -> Tokenizer:
@@ -158,49 +179,20 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the tokenizer")
-    try:
+    with _refusing(str(path), "a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path}: got {error}, expected a tokenizer.json") from error
+        # What a tokenizer was trained or served with would cut a prompt short without a word.
+        backend.no_truncation()
+        backend.no_padding()
+        first = backend.encode("").ids[:1]
+    stop = eos_ids[0] if eos_ids else None
     return Tokenizer(
         backend=backend,
         bos_id=bos_id,
         eos_ids=eos_ids,
-        adds_bos=bos_id is not None and backend.encode("").ids[:1] == [bos_id],
-        chat_template=_folder_template(folder),
+        adds_bos=bos_id is not None and first == [bos_id],
+        chat_template=template_from_folder(folder, _named_tokens(backend, bos_id, stop)),
     )
-
-
-def _folder_template(folder: Path) -> str | None:
-    """`chat_template.jinja`, or the (default) template in `tokenizer_config.json`."""
-    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if own.is_file():
-        return own.read_text()
-    if not config.is_file():
-        return None
-    try:
-        template = json.loads(config.read_text()).get("chat_template")
-        if isinstance(template, list):
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if not isinstance(template, str | None):
-            raise TypeError(f"chat_template {template!r}")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{config}: got {error!r}, expected JSON with a template") from error
-    return template
-
-
-def _environment() -> jinja2.Environment:
-    """The surroundings that chat templates are written for."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _added(token: str, *, special: bool) -> AddedToken:

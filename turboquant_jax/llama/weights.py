@@ -1,11 +1,13 @@
 """The decoder from a file of tensors, of whatever format, one tensor in memory at a time."""
 
-import math
+import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -62,6 +64,8 @@ GGUF_NAMES = {
 }
 """Matrix of a decoder -> tensor of a GGUF file."""
 
+_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
 JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """Parameter of `Layer` -> the matrices that it consists of."""
 
@@ -71,10 +75,15 @@ def read_huggingface(
 ) -> Llama:
     """The decoder with the weights of a Hugging Face checkpoint, in `dtype`; see `Llama`.
 
-    Raises ValueError for a missing, unexpected or wrongly shaped tensor.
+    A checkpoint whose embedding is tied may store it once more as the head.
+    Raises ValueError for a missing, unexpected or wrongly shaped tensor, and for NaN or infinity.
     """
     # Old checkpoints store RoPE's frequencies too; `rope` computes them.
-    ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
+    ignored = {n for n in source.shapes if _FREQUENCIES.fullmatch(n)}
+    embedding, head = (HUGGINGFACE_NAMES[matrix] for matrix in ("embedding", "head"))
+    stored_twice = config.tie_embeddings and {embedding, head} <= source.shapes.keys()
+    if stored_twice and np.array_equal(source.read(embedding), source.read(head)):
+        ignored.add(head)
     return _read(config, source, HUGGINGFACE_NAMES, ignored, lambda matrix, w: w, dtype, stacked)
 
 
@@ -85,7 +94,7 @@ def read_gguf(
 
     The file interleaves the rows of Q and K per head, for a RoPE of adjacent pairs; they are put
     back into the order of the halves, so that keys have the channel order of the original model.
-    Raises ValueError for a missing, unexpected or wrongly shaped tensor.
+    Raises ValueError for a missing, unexpected or wrongly shaped tensor, and for NaN or infinity.
     """
     heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}
 
@@ -110,33 +119,32 @@ def _read(
     dtype: DTypeLike,
     stacked: bool,
 ) -> Llama:
-    abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype, stacked))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    # the last key of a path is the value inside its `nnx.Param`
-    places = [
-        jax.tree_util.keystr(path[:-1], simple=True, separator=".").split(".") for path, _ in leaves
-    ]
-    shapes = [leaf.shape for _, leaf in leaves]
+    _require_shapes(source, names, _file_shapes(config), config.num_layers, ignored)
+    leaves, structure = _abstract(config, np.dtype(dtype), stacked)
     layers = range(config.num_layers)
-    wanted = {
-        names[matrix].format(layer): _file_shape(matrix, part)
-        for place, shape in zip(places, shapes, strict=True)
-        for layer, slot in _layers(place, np.broadcast_to(np.int8(0), shape), layers)
-        for matrix, part in _matrices(place, slot)
-    }
-    _require_shapes(source, wanted, ignored)
 
-    def fill(place: list[str], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        # the last key of a path is the value inside its `nnx.Param`
+        place = jax.tree_util.keystr(path[:-1], simple=True, separator=".").split(".")
         filled = np.empty(leaf.shape, leaf.dtype)
         for layer, slot in _layers(place, filled, layers):
             for matrix, part in _matrices(place, slot):
-                tensor = transform(matrix, source.read(names[matrix].format(layer)))
-                # (out, in) to (in, out); the vocabulary matrices stay
-                part[...] = (tensor.T if len(place) > 1 else tensor).reshape(part.shape)
+                name = names[matrix].format(layer)
+                with np.errstate(all="ignore"):  # what overflows is found below
+                    tensor = transform(matrix, source.read(name))
+                    # (out, in) to (in, out); the vocabulary matrices stay
+                    part[...] = (tensor.T if len(place) > 1 else tensor).reshape(part.shape)
+                _require_finite(source, name, part)
         return jax.device_put(filled)
 
-    filled = [fill(place, leaf) for place, (_, leaf) in zip(places, leaves, strict=True)]
-    return jax.tree.unflatten(structure, filled)
+    return jax.tree.unflatten(structure, [fill(path, leaf) for path, leaf in leaves])
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(config: LlamaConfig, dtype: np.dtype, stacked: bool) -> tuple[list, Any]:
+    """Paths and shapes of the parameters, and the tree; tracing takes longer than a small file."""
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0), dtype, stacked))
+    return jax.tree_util.tree_flatten_with_path(model)
 
 
 def _layers(
@@ -161,26 +169,70 @@ def _matrices(place: list[str], slot: np.ndarray) -> Iterator[tuple[str, np.ndar
         yield matrix if len(place) == 1 else f"layers.{matrix}", part
 
 
-def _file_shape(matrix: str, part: np.ndarray) -> tuple[int, ...]:
-    if part.ndim == 1 or not matrix.startswith("layers."):
-        return part.shape
-    inputs = 2 if matrix == "layers.o" else 1  # leading axes that are summed over
-    return math.prod(part.shape[inputs:]), math.prod(part.shape[:inputs])
+# The bits of the exponent, all ones in NaN and infinity: numpy's own test of these is slow.
+_EXPONENT = {
+    np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
+    np.dtype("float16"): np.uint16(0x7C00),
+}
+
+
+def _require_finite(source: TensorFile, name: str, weights: np.ndarray) -> None:
+    """No NaN and no infinity, of the file or of the dtype; in stretches, for the memory."""
+    exponent = _EXPONENT.get(weights.dtype)
+    rows = max(1, 2**20 * len(weights) // weights.size)
+    for start in range(0, len(weights), rows):
+        some = weights[start : start + rows]
+        if exponent is None:
+            finite = np.isfinite(some).all()
+        else:
+            finite = (some.view(np.uint16) & exponent).max() < exponent
+        if not finite:
+            raise ValueError(
+                f"{source.path}: tensor {name}: got NaN or infinity as {weights.dtype}, "
+                "expected finite weights"
+            )
+
+
+def _file_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Matrix of the decoder -> its shape in a file, (out, in)."""
+    dim, ffn = config.hidden_size, config.intermediate_size
+    queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    shapes = {
+        "embedding": (config.vocab_size, dim),
+        "norm": (dim,),
+        "layers.attention_norm": (dim,),
+        "layers.q": (queries, dim),
+        "layers.k": (keys, dim),
+        "layers.v": (keys, dim),
+        "layers.o": (dim, queries),
+        "layers.ffn_norm": (dim,),
+        "layers.gate": (ffn, dim),
+        "layers.up": (ffn, dim),
+        "layers.down": (dim, ffn),
+    }
+    return shapes if config.tie_embeddings else {**shapes, "head": (config.vocab_size, dim)}
 
 
 def _require_shapes(
-    source: TensorFile, wanted: Mapping[str, tuple[int, ...]], ignored: set[str]
+    source: TensorFile,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_layers: int,
+    ignored: set[str],
 ) -> None:
     """Exactly the tensors wanted, each in its shape; messages name the first that is not."""
-    got = source.shapes
-    for name, shape in wanted.items():
-        if name not in got:
-            raise ValueError(f"{source.path}: got no tensor {name}, expected one of shape {shape}")
-        if got[name] != shape:
-            raise ValueError(
-                f"{source.path}: tensor {name}: got shape {got[name]}, expected {shape}"
-            )
-    for name in sorted(got.keys() - wanted.keys() - ignored):
+    got, wanted = source.shapes, set()
+    for matrix, shape in shapes.items():
+        for layer in range(num_layers if "{}" in names[matrix] else 1):
+            name = names[matrix].format(layer)
+            if name not in got:
+                raise ValueError(f"{source.path}: got no tensor {name}, expected shape {shape}")
+            if got[name] != shape:
+                raise ValueError(
+                    f"{source.path}: tensor {name}: got shape {got[name]}, expected {shape}"
+                )
+            wanted.add(name)
+    for name in sorted(got.keys() - wanted - ignored):
         raise ValueError(
             f"{source.path}: got an unexpected tensor {name} of shape {got[name]}, "
             f"expected only the {len(wanted)} tensors of the configuration"

@@ -1,6 +1,5 @@
 """The command: its one real run, and one clear line for every bad input."""
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -14,13 +13,13 @@ from scipy import special, stats
 from turboquant_jax import cache, cli, demo
 from turboquant_jax.bounds import lloyd_max_distortion
 from turboquant_jax.cache import presets
-from turboquant_jax.cli import flags as cli_flags
+from turboquant_jax.cli import parsers, settings
 from turboquant_jax.llama import PRESETS, LlamaConfig
 from turboquant_jax.llama.checkpoint import packaged_smollm2
 
 
 def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_flags, "TABLE_BITS", (2,))
+    monkeypatch.setattr(settings, "TABLE_BITS", (2,))
     passes = []  # every pass over the text: the model, the tokens and the final hidden vectors
 
     def kept(run, model, tokens, *rest):
@@ -194,16 +193,16 @@ def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["generate", "plan", "demo"])
 @pytest.mark.parametrize("name", get_args(presets.Preset))
 def test_a_preset_is_the_library_s(command, name):
-    parser = argparse.ArgumentParser()
-    cli_flags.add_cache(parser, window=64 if command == "demo" else 128)
-    arguments = parser.parse_args(["--preset", name])
-    bits, options = cli_flags.asked_bits(arguments), cli_flags.segments(arguments)
+    given = {"generate": ["x"], "plan": ["--model", "m", "--memory", "1GB"], "demo": []}[command]
+    parse = parsers.build().parse_args
+    arguments = parse([command, *given, "--preset", name])
+    bits, options = settings.asked_bits(arguments), settings.segments(arguments, 64)
     sizes = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=1, num_kv_heads=2, head_dim=64)
     expected = cache.preset(name, 1, 2, 64)
-    assert demo.cache_config(sizes, *bits, code=cli_flags.code(arguments), **options) == expected
-    assert cli_flags.table(arguments)[bits] == expected.key.code
-    shorter = parser.parse_args(["--preset", name, "--window", "32"])
-    assert cli_flags.segments(shorter)["window"] == 32, "what is said counts"
+    assert demo.cache_config(sizes, *bits, code=settings.code(arguments), **options) == expected
+    assert settings.table(arguments)[bits] == expected.key.code
+    shorter = parse([command, *given, "--preset", name, "--window", "32"])
+    assert settings.segments(shorter)["window"] == 32, "what is said counts"
 
 
 def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):
@@ -230,8 +229,7 @@ def test_generate_and_bench_take_bits_of_each_layer(tiny, tmp_path, capsys):
     assert [(row["bits_k"], row["bits_v"]) for row in rows] == [(16, 16)] * 2 + [(3, 2)] * 2
     assert "K 3, V 2" in capsys.readouterr().out
     path.write_text('{"keys": [3, 1], "values": [2, 4], "code": "trellis"}')
-    arguments = argparse.Namespace(allocation=path, preset=None)
-    assert cli_flags.allocation(arguments) == (cache.Allocation((3, 1), (2, 4)), "trellis")
+    assert settings.allocation(path) == (cache.Allocation((3, 1), (2, 4)), "trellis")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +276,7 @@ def test_bits_of_each_layer_that_cannot_be(command, text, beside, says, tiny, tm
         ),
         (["generate", "x", "--preset", "max", "--bits", "4"], "says the bits, got --bits beside"),
         (["bench", "--preset", "max", "--bits", "4"], "says the bits, got --bits beside"),
-        (["bench", "--steps", "0"], "steps: got 0"),
+        (["bench", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["bench", "--csv", "nowhere/rows.csv"], "no such folder"),
     ],
 )

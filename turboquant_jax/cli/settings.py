@@ -1,0 +1,127 @@
+"""What the flags mean to the library: bits, codes, the empty past of a model."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+
+from turboquant_jax import cache
+from turboquant_jax.cache import Allocation, presets
+from turboquant_jax.cli import choices, flags
+from turboquant_jax.demo import cache_config
+from turboquant_jax.llama import LlamaConfig, dense
+from turboquant_jax.llama.generate import Past
+from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.quantizer import Code
+from turboquant_jax.rotation import default_kind
+
+TABLE_BITS = (8, 4, 3, 2)
+_ALLOCATION = {"keys", "values", "code"}
+
+
+def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Bits of keys and of values."""
+    if arguments.preset is not None:
+        return preset_bits(arguments.preset)
+    given = flags.bits(arguments)
+    return given["key"], given["value"]
+
+
+def preset_bits(name: presets.Preset) -> tuple[int, int]:
+    """Bits of keys and of values of a preset."""
+    key, value = (codec.bits for codec in presets.codecs(name))
+    assert isinstance(key, int) and isinstance(value, int), "presets split no channels"
+    return key, value
+
+
+def allocation(path: Path | None) -> tuple[Allocation, Code] | None:
+    """Bits of each layer and their code, out of a file.
+
+    Raises:
+      ValueError: something else in it.
+    """
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8-sig"))
+        if not isinstance(found, dict) or not {"keys", "values"} <= found.keys() <= _ALLOCATION:
+            raise ValueError("expected an object of keys, values and, if it is not scalar, code")
+        if not all(isinstance(found[name], list) for name in ("keys", "values")):
+            raise ValueError("expected lists of the bits of each layer")
+        code = found.get("code", "scalar")
+        if code not in get_args(Code):
+            raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")
+        keys, values = (
+            tuple(tuple(bits) if isinstance(bits, list) else bits for bits in found[name])
+            for name in ("keys", "values")
+        )
+        return Allocation(keys, values), code
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def table(arguments: argparse.Namespace) -> dict[tuple[int, int], Code]:
+    """(key, value) bits of the rows of a table and their code: of all presets, if one is asked."""
+    if arguments.preset is None:
+        return dict.fromkeys(with_table(asked_bits(arguments)), "scalar")
+    return {preset_bits(name): presets.codecs(name)[0].code for name in get_args(presets.Preset)}
+
+
+def code(arguments: argparse.Namespace) -> Code:
+    """The code of keys and values: a preset's, scalar otherwise."""
+    return "scalar" if arguments.preset is None else presets.codecs(arguments.preset)[0].code
+
+
+def with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
+    """(key, value) bits of the rows of a table, most first."""
+    return sorted({asked, *((b, b) for b in TABLE_BITS)}, key=sum, reverse=True)
+
+
+def segments(arguments: argparse.Namespace, head_dim: int | None = None) -> dict[str, Any]:
+    """Window, sinks and rotation: the one asked for, or what serves the head dim."""
+    usual = arguments.usual_window if arguments.preset is None else presets.WINDOW
+    default = None if head_dim is None else default_kind(head_dim)
+    return {
+        "window": getattr(arguments, "window", usual),
+        "sinks": arguments.sinks,
+        "rotation": arguments.rotation or default,
+    }
+
+
+def name_of_bits(key_bits: int, value_bits: int) -> str:
+    """How a cache is called in tables."""
+    return f"{key_bits} bits" if key_bits == value_bits else f"K {key_bits}, V {value_bits} bits"
+
+
+def dtype(name: str | None) -> str:
+    """The dtype of weights and computation: bfloat16 on a GPU, float32 elsewhere, or as named."""
+    default = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return default if name is None else choices.dtype(name)
+
+
+def is_dense(arguments: argparse.Namespace) -> bool:
+    """Whether the cache in full precision was asked for."""
+    full = (choices.FULL, choices.FULL)
+    return arguments.allocation is None and asked_bits(arguments) == full
+
+
+def empty_past(
+    arguments: argparse.Namespace, config: LlamaConfig, batch: int, capacity: int
+) -> tuple[Any, Past]:
+    """An empty past of the kind that the flags ask for, and how it is used.
+
+    Raises:
+      ValueError: bits of another number of layers.
+    """
+    if is_dense(arguments):
+        return dense.create(config, batch, capacity, dtype(arguments.dtype)), dense.DENSE
+    key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
+    found = allocation(arguments.allocation)
+    if found is not None:
+        layers, kind = found
+        compressed = cache_config(config, 4, 4, code=kind, allocation=layers, **options)
+    else:
+        compressed = cache_config(config, *asked_bits(arguments), code=code(arguments), **options)
+    return cache.create(compressed, batch, capacity, key=key), COMPRESSED

@@ -22,7 +22,7 @@ if jax.default_backend() == "cpu":  # compiling costs more than what is compiled
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of commands that tests start
 
-install_import_hook(shapes.LIBRARY, "tests.shapes.check")  # before anything imports them
+install_import_hook(shapes.CHECKED, "tests.shapes.check")  # before anything imports them
 
 # functions whose cases take 2.5 s or more together, as `pytest --durations=0` says
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())

@@ -15,6 +15,23 @@ from jax.experimental import pallas
 from jaxtyping import AbstractArray
 
 LIBRARY = ("turboquant_jax", "pallas_kernels")
+# What JAX takes for an array, and what stands for one that is not there.
+ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+# Of the kernels the calls and what they take. Their bodies see blocks and references, which have
+# no shapes to annotate: the hook would only slow down their tracing.
+CHECKED = (
+    "turboquant_jax",
+    "pallas_kernels.decode.call",
+    "pallas_kernels.decode_attention.call",
+    "pallas_kernels.decode_attention.inputs",
+    "pallas_kernels.decode_attention.recent",
+    "pallas_kernels.encode.call",
+    "pallas_kernels.encode.pool",
+    "pallas_kernels.primitives.blocks",
+    "pallas_kernels.primitives.rotation",
+    "pallas_kernels.rope.call",
+    "pallas_kernels.trellis.call",
+)
 
 
 def check(function: Callable) -> Callable:
@@ -43,14 +60,14 @@ def check(function: Callable) -> Callable:
 
 
 def of_arrays(hint: Any) -> Any:
-    """The hint with NumPy's arrays beside JAX's, as JAX takes them; None if it is of no arrays."""
+    """The hint with all `ARRAYS` in the place of JAX's; None if it is of no arrays."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is None:
         if not (isinstance(hint, type) and issubclass(hint, AbstractArray)):
             return None
         if hint.array_type is not jax.Array:
             return hint
-        return hint.dtype[Union[jax.Array, np.ndarray, np.generic], hint.dim_str]  # noqa: UP007
+        return hint.dtype[reduce(or_, ARRAYS), hint.dim_str]
     if origin not in (Union, UnionType, tuple, list, Sequence):
         return None
     found = [of_arrays(argument) for argument in arguments]

@@ -5,6 +5,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
+def nan_unless_finite(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Vectors that hold NaN or infinity as NaN in every coordinate, all others as they are."""
+    return jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, jnp.nan)
+
+
 def split(x: Float[Array, "*batch d"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"]]:
     """x = root * z, where z has unit mean square: root = |x| / sqrt(d). Both are float32.
 

@@ -85,8 +85,9 @@ def combine_kernel(
         total, out = total + recent["weight"] * share, out + recent["sums"] * share
     if "sinks" in inputs:
         total = total + triton.exp2(sink - top)
-    empty = total <= 0.0
-    out = out / jnp.where(empty, 1.0, total)
+    empty = total <= 0.0  # not of NaN
+    # with recent tokens one is always seen: if nothing has a share, all scores overflowed
+    out = out / jnp.where(empty, jnp.nan if "recent" in inputs else 1.0, total)
     exists = inside[:, None] & (head < heads)[None, :]
     place = outputs["out"].at[head[None, :], channel[:, None]]
     triton.store(place, out.astype(outputs["out"].dtype), mask=exists)

@@ -17,6 +17,8 @@ from jax import lax
 from pallas_kernels.decode_attention.recent import EMPTY, attend_recent, mean_score, write_newest
 from pallas_kernels.decode_attention.scores import (
     BIAS,
+    BOUND,
+    NOT_FINITE,
     Plan,
     Refs,
     prepare_query,
@@ -67,7 +69,11 @@ def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[ja
 
     The integers of P are units of this tile's peak, not of the running one: a rounding error is at
     most 2**-15 of the largest term of its own tile. The peak counts the value's scale in, by its
-    exponent, so that every share of a value stays below 1.
+    exponent, so that every share of a value stays below BOUND.
+
+    What is not finite ends up in `weight` by arithmetic alone. A score that is NaN or +infinity
+    makes NaN of its term, whether the peak took notice of it or not; and for a value's scale that
+    is not finite `down` is -infinity, so that no sum of weights is positive again.
     """
     peak, weight, mass, outputs = carry
     tile = tile_scores(plan, refs, state, block, pages)
@@ -80,7 +86,7 @@ def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[ja
 
     terms = []
     for bound, exponent, _ in tile:
-        down = lax.bitcast_convert_type((127 + BIAS - exponent) << 23, jnp.float32)
+        down = lax.bitcast_convert_type((NOT_FINITE - 1 - exponent) << 23, jnp.float32)
         terms.append(triton.exp2(bound - tile_peak[None, :]) * down[:, None])
     weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
     mass, outputs = list(mass), list(outputs)
@@ -116,7 +122,7 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
 
     start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)
     operands = decoder.operands(decoder.load(fetch), state["value_tables"][group])
-    return weighted(start, operands, interleave(shares), b_axis=0)
+    return weighted(start, operands, interleave(shares, BOUND), b_axis=0)
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
@@ -217,7 +223,9 @@ def attend_blocks(
         accumulators,
     )
     (peak, weight, mass, sums), _ = lax.fori_loop(begin, end, body, (carry, pages))
-    store_part(outputs, plan, peak - BIAS, weight.sum(axis=0))
+    weight = weight.sum(axis=0)
+    weight = jnp.where(weight >= 0.0, weight, jnp.nan)
+    store_part(outputs, plan, peak - BIAS, weight)
     write_output(plan, outputs["sums"], mass, sums)
 
 
@@ -227,7 +235,7 @@ def write_output(plan: Plan, ref: Any, mass: tuple, sums: tuple) -> None:
     for decoder, count, lost, output in zip(
         plan.value_decoders, plan.value_channels, mass, sums, strict=True
     ):
-        output = output * (1.0 / UNITS)
+        output = output * (BOUND / UNITS)
         if decoder.centre:
             output = output - (lost.sum(axis=0) * decoder.centre)[None, :]
         channel = jnp.arange(output.shape[0])[:, None]

@@ -43,7 +43,7 @@ class Places(NamedTuple):
 class Recent:
     """What a query sees in full precision: segments of tokens, not rotated; the last is the newest.
 
-    query [B, N, H]: the queries as they were before their rotation. keys, values: an array [layers
+    query [B, N, H], or [B, K, G, H]: before their rotation. keys, values: an array [layers
     * B, slots, K, H] per segment, of which this is the `layer`, or [B, slots, K, H] without one; of
     the newest [B, 1, K, H]; what lies in slots that are not seen may be anything. key_mean [layers
     * B, K, H]: was taken off the keys of the blocks; its product with the query is added to their
@@ -52,7 +52,7 @@ class Recent:
     the arithmetic. With `write` the newest token is written where it says, once it was attended to.
     """
 
-    query: Float[Array, "B N H"]
+    query: Float[Array, "B *heads H"]
     keys: tuple[Float[Array, "_ _ K H"], ...]
     values: tuple[Float[Array, "_ _ K H"], ...]
     pending: Int[Array, " B"]
@@ -95,7 +95,7 @@ def mean_score(refs: Any, row: jax.Array, columns: int, heads: int, scale: float
     """float32 [columns]: the query's product with the mean key of this row, scaled."""
     query, channel = _query(refs, jnp.arange(columns), heads)
     mean = triton.load(refs.key_mean.at[row, channel], mask=channel < _dim(refs), other=0.0)
-    return (query * mean.astype(jnp.float32)[None, :]).sum(axis=1) * scale
+    return _nan_unless_finite((query * mean.astype(jnp.float32)[None, :]).sum(axis=1) * scale)
 
 
 def attend_recent(
@@ -138,7 +138,7 @@ def attend_recent(
         seen, k, v = tile
         peak, weight, sums = carry
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
-        scores = capped(scores, soft_cap)
+        scores = capped(_nan_unless_finite(scores), soft_cap)
         scores = jnp.where(seen[:, None], scores, EMPTY)
         new_peak = jnp.maximum(peak, scores.max(axis=0))
         share = jnp.where(seen[:, None], triton.exp2(scores - new_peak[None, :]), 0.0)
@@ -164,7 +164,8 @@ def attend_recent(
                 lambda i, carry, s=segment: attend(load(s, i * TILE + jnp.arange(TILE)), carry),
                 carry,
             )
-    return carry
+    peak, weight, sums = carry
+    return peak, weight, _nan_unless_finite(sums)
 
 
 def write_newest(
@@ -180,6 +181,10 @@ def write_newest(
             inside = (slot >= 0) & (slot < target.shape[1])
             place = target.at[rows[segment], slot, channel]
             triton.store(place, token, mask=exists & inside)
+
+
+def _nan_unless_finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.nan)
 
 
 def _dim(refs: Any) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.decode_attention.recent import capped
 from pallas_kernels.primitives import triton
@@ -13,10 +14,14 @@ from pallas_kernels.primitives.dequantize import divide, power_of_two
 from pallas_kernels.primitives.digits import UNITS, digits, weighted
 from pallas_kernels.primitives.gather import Decoder
 
-# The exponent field of a float32 that stands for 2**0, were its mantissa in [1/2, 1).
-BIAS = 126
+# The exponent field of a float32 that stands for 2**0.
+BIAS = 127
+# Shares times a value's scale are below this: a scale over 2**(its exponent) is.
+BOUND = 2.0
+# The exponent field of infinity and NaN.
+NOT_FINITE = 255
 # Smaller value scales are as good as 0 (2**-60); keeps exp2(score - peak) finite.
-MIN_EXPONENT = BIAS - 60
+MIN_EXPONENT = BIAS - 61
 Refs = dict[str, Any]
 
 
@@ -59,10 +64,16 @@ def _query_rows(plan: Plan, ref: Any, decoder: Decoder, first: int, head: jax.Ar
 
 
 def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier: float) -> tuple:
-    """(int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32 [heads])."""
+    """(int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32 [heads]).
+
+    The unit is NaN for a query that is not finite.
+    """
     row = jnp.arange(2 * plan.columns)
     x = _query_rows(plan, ref, decoder, first, divide(row, 2)[0])
-    largest = jnp.maximum(jnp.abs(x).max(axis=1), 1e-30)
+    # as integers, of which that of NaN is the largest: a maximum of floats passes it over
+    magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    largest = lax.bitcast_convert_type(magnitude.max(axis=1), jnp.float32)
+    largest = jnp.where(largest < jnp.inf, jnp.maximum(largest, 1e-30), jnp.nan)
     high, low = digits(x * (0.999999 / largest)[:, None])
     digit = jnp.where((row & 1 == 0)[:, None], high, low)
     centre = digit.astype(jnp.int32).sum(axis=1) * -decoder.centre
@@ -71,7 +82,10 @@ def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier
 
 
 def value_exponent(words: list[jax.Array]) -> jax.Array:
-    """int32 e with |scale| < 2**(e - BIAS) for the value scales of all groups."""
+    """int32 e with |scale| < BOUND * 2**(e - BIAS) for the value scales of all groups.
+
+    NOT_FINITE if one of them is not.
+    """
     found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
     for word in words:
         found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))

@@ -212,12 +212,28 @@ def open_means(part: Part, first: jax.Array, count: jax.Array) -> None:
 
 
 def _open_mean(tile: Tile) -> None:
-    """The mean of a block's vectors, written as it is and rotated, a few columns at a time."""
-    column = tile.column
+    """The mean of a block's finite vectors, as it is and rotated, a few columns at a time."""
+    column, tokens = tile.column, tile.token.shape[0]
+
+    def look(i: jax.Array, largest: jax.Array) -> jax.Array:
+        x = tile.of_all_groups(i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)).astype(jnp.float32)
+        # as integers, of which that of NaN is the largest: a maximum of floats passes it over
+        bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+        return jnp.maximum(largest, bits.max(axis=1))
+
+    every = -(-tile.source.shape[2] // FEW_COLUMNS)
+    finite = triton.rare_loop(every, look, jnp.zeros(tokens, jnp.int32)) < 0x7F800000
+    count = jnp.maximum(jnp.where(finite, 1, 0).sum(), 1)
+
+    def mean_of(within: jax.Array) -> jax.Array:
+        x = tile.vectors(within).astype(jnp.float32)
+        total = jnp.where(jnp.broadcast_to(finite[:, None], x.shape), x, 0.0).sum(axis=0)
+        # by a constant where it can be: a division by another number may round otherwise
+        return jnp.where(count == tokens, total / tokens, total / count.astype(jnp.float32))
 
     def add(i: jax.Array, rotated: jax.Array) -> jax.Array:
         within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
-        mean = tile.vectors(within).astype(jnp.float32).sum(axis=0) / tile.token.shape[0]
+        mean = mean_of(within)
         at = tile.means.at[tile.mean_row, column.first + within]
         triton.store(at, mean, mask=within < column.dim)
         for part in tile.rotation(within):

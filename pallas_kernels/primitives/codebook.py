@@ -65,9 +65,7 @@ class Codebook:
         low, high = level_limits(self.bits, self.code)
         for i, level in enumerate(self.levels):
             if not isinstance(level, int) or not low <= level <= high:
-                raise ValueError(
-                    f"level: got {level!r}, expected integers in [{low}, {high}] at {self.bits} bits"
-                )
+                raise ValueError(f"level: got {level!r}, expected integers in [{low}, {high}]")
             if self.code == "trellis" and self.bits == 3 and (level < 0) != (i < 8):
                 raise ValueError(
                     f"level: got {level} as number {i} of a 3-bit trellis, expected "

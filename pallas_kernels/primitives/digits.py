@@ -22,9 +22,9 @@ MAGIC = 12582912.0
 PHASES = 2
 
 
-def digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """|x| < 1 -> int8 (high, low) with high * 128 + low = round(x * UNITS)."""
-    shifted = triton.fma(x, jnp.full_like(x, UNITS), jnp.full_like(x, MAGIC + 64.0))
+def digits(x: jax.Array, bound: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """|x| < bound -> int8 (high, low) with high * 128 + low = round(x * UNITS / bound)."""
+    shifted = triton.fma(x, jnp.full_like(x, UNITS / bound), jnp.full_like(x, MAGIC + 64.0))
     bits = lax.bitcast_convert_type(shifted, jnp.int32)
     # the bits of MAGIC itself are cut off by the conversion to a byte
     return (bits >> 7).astype(jnp.int8), ((bits & 127) - 64).astype(jnp.int8)
@@ -37,9 +37,9 @@ def merge_digits(product: jax.Array) -> jax.Array:
     return (high * 128 + low).astype(jnp.float32)
 
 
-def interleave(phases: list[jax.Array]) -> jax.Array:
+def interleave(phases: list[jax.Array], bound: float) -> jax.Array:
     """PHASES float tiles [rows, heads] -> digits [PHASES * rows, 2 * heads], row 2 r + phase."""
-    both = [jnp.stack(digits(x), axis=-1) for x in phases]
+    both = [jnp.stack(digits(x, bound), axis=-1) for x in phases]
     rows, heads, _ = both[0].shape
     both = [x.reshape(rows, 2 * heads) for x in both]
     pairs = jnp.stack(both, axis=-1)

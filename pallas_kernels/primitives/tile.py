@@ -72,11 +72,20 @@ class Tile:
 
     def vectors(self, within: jax.Array) -> jax.Array:
         """[tokens, columns] from a ring of slots."""
+        shape = self.token.shape[0], within.shape[0]
+        exists = jnp.broadcast_to((within < self.column.dim)[None, :], shape)
+        return self._load(self._at(self.column.first + within), exists)
+
+    def of_all_groups(self, channel: jax.Array) -> jax.Array:
+        """[tokens, channels], 0 beyond the last one."""
+        shape = self.token.shape[0], channel.shape[0]
+        exists = jnp.broadcast_to((channel < self.source.shape[2])[None, :], shape)
+        return triton.load(self._at(channel), mask=exists, other=0.0)
+
+    def _at(self, channel: jax.Array) -> Any:
         place, slots = self.slot + self.token, self.source.shape[1]
         place = jnp.where(place >= slots, place - slots, place)
-        at = self.source.at[self.row, place[:, None], (self.column.first + within)[None, :]]
-        shape = self.token.shape[0], within.shape[0]
-        return self._load(at, jnp.broadcast_to((within < self.column.dim)[None, :], shape))
+        return self.source.at[self.row, place[:, None], channel[None, :]]
 
     def mean(self, within: jax.Array) -> jax.Array:
         """[columns], to be taken off."""

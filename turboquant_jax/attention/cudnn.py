@@ -8,6 +8,10 @@ A tile is long and narrow: as few kv heads as give the device enough query rows,
 takes no more memory than a short one of all heads, and merging, which is a pass over the outputs so
 far, is rare. Tiles that all sequences fill are attended to without a mask, which would cost the
 vendor's kernel 8 % of its speed.
+
+What the vendor makes of NaN is unknown, and 0 * NaN in a masked place is NaN. So it is given
+nothing that is not finite, but in blocks that are seen. Which outputs are spoilt is found beside
+it, from the largest magnitudes of queries and keys: also those whose scores might overflow.
 """
 
 from functools import partial
@@ -51,25 +55,53 @@ def attend(
     config = cache.config
     scale = scores.factor(config.head_dim)
     queries, keys, values = (x.astype(config.dtype) for x in (q, k, v))
+    reach = _reach(queries)
+    queries = jnp.where(jnp.isfinite(reach)[..., None], queries, 0)
+    keys, values, key_reach, bad = _clean(keys, values)
     sinks = [] if sink_logits is None else [sink_part(sink_logits, q.shape)]
     segment = partial(_segment, scale)
 
-    def alone() -> list[SegmentPart]:
-        return [segment(queries, keys, values, is_causal=True)]
+    def merged(parts: list[SegmentPart], past_reach, past_bad):
+        """The output, NaN where the past or the chunk up to the query's token spoils it."""
+        group = q.shape[2] // cache.kv_heads
+        both = jnp.maximum(lax.cummax(key_reach, axis=1), past_reach[:, None])
+        finite = jnp.isfinite(reach * (config.head_dim * jnp.repeat(both, group, axis=2)))
+        token = jnp.arange(q.shape[1])[None, :, None, None]
+        first = jnp.min(jnp.where(bad, token, q.shape[1]), axis=1)
+        first = jnp.where(past_bad, 0, first)
+        finite = finite[..., None] & jnp.repeat(token < first[:, None], group, axis=2)
+        return jnp.where(finite, merge(parts + sinks)[0], jnp.nan).astype(q.dtype)
 
-    def with_past() -> list[SegmentPart]:
-        parts = [*alone(), segment(queries, *_exact(cache, rows))]
+    def alone():
+        parts = [segment(queries, keys, values, is_causal=True)]
+        return parts, jnp.zeros_like(key_reach[:, 0]), jnp.zeros_like(bad[:, 0])
+
+    def with_past():
+        parts, *_ = alone()
+        held, past_reach, past_bad = _exact(cache, rows)
+        parts.append(segment(queries, *held))
         if cache.layout.slots:
-            output, lse = _over_blocks(cache, rows, queries, segment, decode_by)
-            parts.append((output, lse + scale * _mean_products(cache, rows, queries)))
-        return parts
+            parts.append(_over_blocks(cache, rows, queries, segment, scale, decode_by))
+            past_reach = jnp.maximum(past_reach, _reach_of_blocks(cache, rows))
+        return parts, past_reach, past_bad
 
     # each branch goes all the way to the output: what leaves a branch is copied
     return lax.cond(
-        jnp.any(cache.lengths > 0),
-        lambda: merge(with_past() + sinks)[0].astype(q.dtype),
-        lambda: merge(alone() + sinks)[0].astype(q.dtype),
+        jnp.any(cache.lengths > 0), lambda: merged(*with_past()), lambda: merged(*alone())
     )
+
+
+def _reach(x: Float[Array, "*batch H"]) -> Float[Array, "*batch"]:
+    """The largest magnitude of each vector, infinity if it holds NaN or infinity; float32."""
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
+    return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
+
+
+def _clean(keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]):
+    """Both, finite; the reach of the keys [B, S, K], and where values were not finite."""
+    reach, bad = _reach(keys), ~jnp.isfinite(values)
+    keys = jnp.where(jnp.isfinite(reach)[..., None], keys, 0)
+    return keys, jnp.where(bad, 0, values), reach, bad
 
 
 def _segment(scale: float, q, k, v, count=None, *, is_causal=False) -> SegmentPart:
@@ -90,7 +122,10 @@ def _segment(scale: float, q, k, v, count=None, *, is_causal=False) -> SegmentPa
 
 
 def _exact(cache: Cache, rows: LayerRows):
-    """Keys and values [B, S, K, H] of sinks and window in order, and how many there are."""
+    """Keys and values [B, S, K, H] of sinks and window in order, and how many there are; their
+
+    reach [B, K], and where a value was not finite [B, K, H].
+    """
     layout = cache.layout
     place = locate(layout, cache.lengths, jnp.zeros_like(cache.lengths))
     slot = (place.window.first[:, None] + jnp.arange(layout.ring)[None, :]) % max(layout.ring, 1)
@@ -104,11 +139,15 @@ def _exact(cache: Cache, rows: LayerRows):
         in_order(getattr(cache.sinks, name), getattr(cache.window, name))
         for name in ("keys", "values")
     )
-    return keys, values, place.sinks.count + jnp.maximum(place.window.count, 0)
+    count = place.sinks.count + jnp.maximum(place.window.count, 0)
+    keys, values, reach, bad = _clean(keys, values)
+    seen = (jnp.arange(keys.shape[1])[None, :] < count[:, None])[..., None]
+    reach = jnp.max(jnp.where(seen, reach, 0.0), axis=1, initial=0.0)
+    return (keys, values, count), reach, jnp.any(bad & seen[..., None], axis=1)
 
 
 def _over_blocks(
-    cache: Cache, rows: LayerRows, queries, segment, decode_by: Implementation
+    cache: Cache, rows: LayerRows, queries, segment, scale: float, decode_by: Implementation
 ) -> SegmentPart:
     """The compressed blocks, tile by tile in the rotated space."""
     config, slots, kv_heads = cache.config, cache.layout.slots, cache.kv_heads
@@ -128,11 +167,16 @@ def _over_blocks(
     def attend_to(i, masked: bool) -> list[SegmentPart]:
         """Tile i, group by group."""
         page = lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
-        held = jnp.clip(tokens - i * pages * config.block, 0, pages * config.block)
-        return [
-            segment(q, *decode(cache, rows, page, g), held if masked else None)
-            for q, g in zip(by_group, own, strict=True)
-        ]
+        size = pages * config.block
+        held = jnp.clip(tokens - i * size, 0, size)
+        seen = (jnp.arange(size)[None, :] < held[:, None])[..., None, None]
+        parts = []
+        for q, g in zip(by_group, own, strict=True):
+            decoded = decode(cache, rows, page, g)
+            if masked:
+                decoded = tuple(jnp.where(seen, x, 0) for x in decoded)
+            parts.append(segment(q, *decoded, held if masked else None))
+        return parts
 
     def loop(first, last, masked: bool, parts: list[SegmentPart]) -> list[SegmentPart]:
         def step(i, parts: list[SegmentPart]) -> list[SegmentPart]:
@@ -147,7 +191,29 @@ def _over_blocks(
     if batch > 1:  # sequences that are longer than the shortest
         parts = loop(full + 1, -(-jnp.max(tokens) // (pages * config.block)), True, parts)
     output, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
+    lse = jnp.where(jnp.isneginf(lse), lse, lse + scale * _mean_products(cache, rows, queries))
     return _turn_back(value_codec, member.of(kv_heads), output, config.dtype), lse
+
+
+def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
+    """Of the compressed keys that are seen in the rotated space; infinity if a value is not finite.
+
+    A query's largest magnitude may be sqrt(H) times as large there, which is counted in here.
+    """
+    (member,) = rows.members
+    part = cache.parts[member.part]
+    tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
+    place = member.of(cache.kv_heads)[:, None, None], jnp.maximum(table, 0)[None]
+    scales = blocks.largest_key_scale(tuple(x[place] for x in part.pool.scales))
+    scales = scales.reshape(*scales.shape[:2], -1)  # [K, B, tokens]
+    seen = jnp.arange(scales.shape[2])[None, :] < tokens[:, None]
+    largest = jnp.max(jnp.where(seen[None], scales, 0.0), axis=2).T
+    level = max(abs(level) for group in part.codecs[0].groups for level in group.levels)
+    reach = largest * (level * cache.config.head_dim**0.5)
+    if cache.key_mean is None:
+        return reach
+    mean = _reach(cache.key_mean[rows.layer])
+    return jnp.where((tokens > 0)[:, None], jnp.maximum(reach, mean), 0.0)
 
 
 def _groups(kv_heads: int, query_rows: int, rows: int) -> int:

@@ -10,7 +10,13 @@ from jax import tree
 from jaxtyping import Array, Float
 
 from turboquant_jax.attention import rotated
-from turboquant_jax.attention.segments import Scores, SegmentPart, attend_exact, merge, sink_part
+from turboquant_jax.attention.segments import (
+    Scores,
+    SegmentPart,
+    attend_exact,
+    merge,
+    sink_part,
+)
 from turboquant_jax.cache import blocks as block_layout
 from turboquant_jax.cache.layout import sees
 from turboquant_jax.cache.state import Cache, LayerRows, Rows

@@ -4,6 +4,16 @@ Each segment gives its normalised output and the log-sum-exp of its scores; `mer
 and would join the splits of one device or the shards of many, by
 
     lse = logaddexp(lse_i),    o = sum_i exp(lse_i - lse) o_i.
+
+What is not finite is never lost. In every implementation the output of a query head is NaN
+
+- in all channels if its query, a key that it sees, or the mean of those keys holds NaN or infinity,
+  or if its sink logit is NaN or +infinity;
+- in a channel if a value that it sees is NaN or infinite there, whatever its share is. A compressed
+  value that holds NaN or infinity has lost which of its channels did, and counts in all of them.
+
+A score that overflows float32 makes NaN of it too, or what exact arithmetic would, as no share of
+one far below the others; never another number. What a query does not see changes no bit.
 """
 
 from dataclasses import dataclass
@@ -75,17 +85,25 @@ def attend_exact(
         by_group = jnp.moveaxis(bias.reshape(batch, count, k.shape[2], -1), 1, -1)
         products = products + by_group[..., None]
     logits = scores.of(products, dim)
+    # even -inf: where a sum overflows on its way, the sign is not that of the score
+    logits = jnp.where(jnp.isfinite(products) & jnp.isfinite(logits), logits, jnp.nan)
     logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
     finite_top = jnp.where(jnp.isneginf(top), 0.0, top)
     weight = jnp.exp(logits - finite_top[..., None])
     total = jnp.sum(weight, axis=-1)
-    # 0 * NaN is NaN: what nobody sees may be left over from another sequence
-    seen = jnp.any(visible, axis=1)[..., None, None]
-    output = jnp.einsum("bkgts,bskh->btkgh", weight, jnp.where(seen, v.astype(jnp.float32), 0.0))
-    nonzero = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, finite_top + jnp.log(nonzero), -jnp.inf)
+    # 0 * NaN is NaN: of what a query does not see, nothing may enter its sum
+    finite = jnp.isfinite(v)
+    clean = jnp.where(finite, v.astype(jnp.float32), 0.0)
+    output = jnp.einsum("bkgts,bskh->btkgh", weight, clean)
+    seen = jnp.einsum(
+        "bts,bskh->btkh", visible.astype(jnp.float32), 1.0 - finite.astype(jnp.float32)
+    )
+    empty = total == 0  # not of NaN
+    nonzero = jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -jnp.inf, finite_top + jnp.log(nonzero))
     output = output / jnp.moveaxis(nonzero, -1, 1)[..., None]
+    output = jnp.where(seen[:, :, :, None] > 0, jnp.nan, output)
     return output.reshape(q.shape), jnp.moveaxis(lse, -1, 1).reshape(batch, count, heads)
 
 

@@ -5,12 +5,14 @@ decoding. Whatever evaluates a text builds on it; that the real cache, appended 
 gives the same is tested.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.definition import check_heads
 from turboquant_jax.attention.segments import PLAIN, Scores, attend_exact, merge
 from turboquant_jax.cache.choose import choose_compression
+from turboquant_jax.cache.compression import mean_key
 from turboquant_jax.cache.layout import edge, sees
 from turboquant_jax.cache.state import Cache, LayerRows, Rows, rows_of
 from turboquant_jax.implementation import Implementation
@@ -54,7 +56,7 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     config = cache.config
     mean = jnp.zeros_like(k[:, :1])
     if config.center_keys:
-        mean = jnp.mean(k[:, config.sinks : config.sinks + config.block], axis=1, keepdims=True)
+        mean = jax.vmap(mean_key)(k[:, config.sinks : config.sinks + config.block])[:, None]
 
     def through(member: Rows, values: bool):
         codec, own = cache.parts[member.part].codecs[values], member.of(cache.kv_heads)

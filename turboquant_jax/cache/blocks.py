@@ -99,6 +99,16 @@ def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
     return keys, values
 
 
+def largest_key_scale(scales: tuple[UInt32[Array, "*lead T"], ...]) -> Float[Array, "*lead T"]:
+    """Of the groups of each token, float32; infinity where the key or the value is not finite."""
+    found = jnp.zeros(scales[0].shape, jnp.float32)
+    for word in scales:
+        key, value = (_as_bfloat16(half) for half in (word, word >> jnp.uint32(16)))
+        finite = jnp.isfinite(key) & jnp.isfinite(value)
+        found = jnp.maximum(found, jnp.where(finite, jnp.abs(key.astype(jnp.float32)), jnp.inf))
+    return found
+
+
 def _scale_word(
     key: Float[Array, "*lead K T"] | None, value: Float[Array, "*lead K T"] | None
 ) -> UInt32[Array, "*lead K T"]:

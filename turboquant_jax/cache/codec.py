@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from turboquant_jax import quantizer as quantizers
 from turboquant_jax.cache.config import CodecConfig
+from turboquant_jax.direction import nan_unless_finite
 from turboquant_jax.implementation import Implementation
 from turboquant_jax.quantizer import Quantizer
 
@@ -73,14 +74,13 @@ class Codec:
         )
 
     def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
-        """Vectors in the rotated space, float32."""
-        return jnp.concatenate(
-            [
-                quantizers.dequantize(group, indices, scale)
-                for group, (indices, scale) in zip(self.groups, groups, strict=True)
-            ],
-            axis=-1,
-        )
+        """Vectors in the rotated space, float32; NaN as a whole if the part of a group is."""
+        parts = [
+            quantizers.dequantize(group, indices, scale)
+            for group, (indices, scale) in zip(self.groups, groups, strict=True)
+        ]
+        # the whole of one group is NaN, or nothing of it is
+        return parts[0] if len(parts) == 1 else nan_unless_finite(jnp.concatenate(parts, axis=-1))
 
     def _reorder(self, rows, x):
         if self.order is None:

@@ -41,7 +41,7 @@ def compress_single(cache: Cache, by: Compression) -> Cache:
         place = (start[row] + jnp.arange(config.block)) % layout.ring
         block = Exact(cache.window.keys[:, row, place], cache.window.values[:, row, place])
         if means is not None:
-            mean = jnp.where(opens[row], jax.vmap(_mean)(block.keys), means[:, row])
+            mean = jnp.where(opens[row], jax.vmap(mean_key)(block.keys), means[:, row])
             means = lax.dynamic_update_index_in_dim(means, mean, row, axis=1)
         found = []
         for number, (part, pool) in enumerate(zip(cache.parts, pools, strict=True)):
@@ -86,7 +86,7 @@ def compress_chunk(cache: Cache, rows: LayerRows, new: Exact, by: Compression) -
         pools, means = carry
         block = _gather(cache, layer, new, slot.shape[1])
         if means is not None:
-            of_first = jax.vmap(_mean)(block.keys[:, 0])
+            of_first = jax.vmap(mean_key)(block.keys[:, 0])
             mean = jnp.where(opens[:, None, None], of_first, means[layer])
             means = means.at[layer].set(mean)
         found = list(pools)
@@ -159,8 +159,15 @@ def _in_order(x: Array) -> Array:
     return with_layout_constraint(x, MemoryLayout(tuple(range(x.ndim))))
 
 
-def _mean(keys: Float[Array, "T K H"]) -> Float[Array, "K H"]:
-    return jnp.mean(keys.astype(jnp.float32), axis=0)
+def mean_key(keys: Float[Array, "T K H"]) -> Float[Array, "K H"]:
+    """The mean of those keys that are finite, float32; 0 if none is.
+
+    One that is not would spoil all later ones.
+    """
+    keys = keys.astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(keys), axis=-1, keepdims=True)
+    count = jnp.sum(finite, axis=0, dtype=jnp.float32)
+    return jnp.sum(jnp.where(finite, keys, 0.0), axis=0) / jnp.maximum(count, 1.0)
 
 
 def _encode(

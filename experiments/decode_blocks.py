@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention import Blocks
-from pallas_kernels.primitives.codebook import Code, Codebook, level_limits
+from pallas_kernels.decode_attention import BlocksOperand
+from pallas_kernels.primitives.codebook import CodebookOperand, CodeKind, level_limits
 
 QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
 SM_SCALE = CHANNELS**-0.5
@@ -15,17 +15,17 @@ Pair = tuple[int, int]
 STEP = 0.04
 
 
-def codebook(bits: int, code: Code = "scalar") -> Codebook:
+def codebook(bits: int, code: CodeKind = "scalar") -> CodebookOperand:
     """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
     low, high = level_limits(bits, code)
     position = np.linspace(-1.0, 1.0, 2 ** (bits + (code == "trellis")))
     levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
-    return Codebook(bits, tuple(int(x) for x in levels), STEP, code)
+    return CodebookOperand(bits, tuple(int(x) for x in levels), STEP, code)
 
 
 def random_blocks(
-    key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE, code: Code = "scalar"
-) -> Blocks:
+    key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE, code: CodeKind = "scalar"
+) -> BlocksOperand:
     """Random codes and scales near 1: any byte is valid."""
     keys, books = jax.random.split(key, 8), [codebook(b, code) for b in bits]
     rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
@@ -38,7 +38,7 @@ def random_blocks(
     ]
     scale = jax.random.uniform(keys[3], (2, KV_HEADS, pages, tokens), minval=0.5, maxval=1.5)
     words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    return Blocks(
+    return BlocksOperand(
         keys=planes[0],
         values=planes[1],
         scales=words[0] << 16 | words[1],
@@ -47,7 +47,7 @@ def random_blocks(
     )
 
 
-def unpack(planes: Sequence[jax.Array], book: Codebook, path: int) -> jax.Array:
+def unpack(planes: Sequence[jax.Array], book: CodebookOperand, path: int) -> jax.Array:
     """Planes [..., N*w/8] -> float32 values before scaling, [..., N]; a trellis has its path
 
     along the axis `path`, that of the channels.
@@ -67,7 +67,9 @@ def unpack(planes: Sequence[jax.Array], book: Codebook, path: int) -> jax.Array:
     return jnp.array(book.levels, jnp.float32)[code] * book.step
 
 
-def definition(q: jax.Array, blocks: Blocks, table: jax.Array, lengths: jax.Array) -> jax.Array:
+def definition(
+    q: jax.Array, blocks: BlocksOperand, table: jax.Array, lengths: jax.Array
+) -> jax.Array:
     """The same attention in plain float32."""
     to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
     k = unpack(blocks.keys, blocks.key_codebook, -1) * to_float(blocks.scales << 16)[..., None]

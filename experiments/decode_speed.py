@@ -37,14 +37,14 @@ from experiments.decode_blocks import (
 from experiments.device_time import copy_bandwidth, device_time
 from experiments.results import write_table
 from pallas_kernels.decode_attention import (
-    Blocks,
+    BlocksOperand,
     PagedBlocks,
     Schedule,
     Softmax,
     decode_attention,
     default_schedule,
 )
-from pallas_kernels.primitives.codebook import Code
+from pallas_kernels.primitives.codebook import CodeKind
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
@@ -71,7 +71,7 @@ class Row:
     speedup_over_cudnn: float
 
 
-def check(bits: Pair, schedule: Schedule | None = None, code: Code = "scalar") -> float:
+def check(bits: Pair, schedule: Schedule | None = None, code: CodeKind = "scalar") -> float:
     """Relative error of the output norm, random pages and lengths that end inside a block."""
     blocks = random_blocks(jax.random.key(7), bits, 64, code=code)
     table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
@@ -85,7 +85,7 @@ def check(bits: Pair, schedule: Schedule | None = None, code: Code = "scalar") -
 @functools.partial(jax.jit, static_argnums=4)
 def attend(
     q: jax.Array,
-    blocks: Blocks,
+    blocks: BlocksOperand,
     table: jax.Array,
     lengths: jax.Array,
     schedule: Schedule | None = None,
@@ -118,7 +118,7 @@ class Case:
     bits: Pair
     shape: Pair
     schedule: Schedule | None = None
-    code: Code = "scalar"
+    code: CodeKind = "scalar"
     paged: bool = True
 
     @property
@@ -264,7 +264,7 @@ def cases_of(shape: Pair, bits: Sequence[Pair], sweep: Sequence[str]) -> list[Ca
 
 def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence[str]) -> None:
     """Correctness first; what is measured is compiled ahead, several cases at a time."""
-    checks: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
+    checks: list[tuple[Pair, CodeKind]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
     checks += [(pair, "trellis") for pair in TRELLIS_BITS]
     cases = [case for shape in shapes for case in cases_of(shape, bits, sweep)]
     with ThreadPoolExecutor() as pool:

@@ -6,7 +6,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from pallas_kernels.encode.call import rotated_means
-from pallas_kernels.primitives.rotation import Rotation
+from pallas_kernels.primitives.rotation import RotationOperand
 from turboquant_jax import cache
 from turboquant_jax.attention.projection import apply_rope
 from turboquant_jax.cache import CacheConfig
@@ -20,7 +20,7 @@ def test_an_axis_that_is_not_the_other_ones_is_refused():
 
 
 def test_the_calls_of_the_kernels_are_checked():
-    group = type("Group", (), {"rotation": Rotation(jnp.ones((1, 1, 8, 8)))})
+    group = type("Group", (), {"rotation": RotationOperand(jnp.ones((1, 1, 8, 8)))})
     assert rotated_means(jnp.ones((2, 3, 8)), (group,)).shape == (2, 3, 8)
     with pytest.raises(TypeCheckError, match="rotated_means"):
         rotated_means(jnp.ones((2, 3, 16)), (group,))

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.kernel import decode_kernel
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import Blocks, check_pool
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.blocks import BlocksOperand, check_pool
+from pallas_kernels.primitives.codebook import CodebookOperand
 
 
 def decode(
-    groups: tuple[Blocks, ...],
+    groups: tuple[BlocksOperand, ...],
     pages: Int[Array, " jobs"],
     rows: Int[Array, " heads"],
     *,
@@ -57,5 +57,5 @@ def decode(
     )(pages.astype(jnp.int32), rows.astype(jnp.int32), inputs, jax.tree.map(jnp.asarray, tables))
 
 
-def _table(codebook: Codebook) -> np.ndarray:
+def _table(codebook: CodebookOperand) -> np.ndarray:
     return np.array(codebook.levels, np.float32) * np.float32(codebook.step)

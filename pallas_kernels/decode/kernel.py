@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import Blocks, key_scale, value_scale
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.blocks import BlocksOperand, key_scale, value_scale
+from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.dequantize import divide, power_of_two
 from pallas_kernels.primitives.trellis import code_number
 
 
 def decode_kernel(
-    page: Any, row: Any, pool: Any, tables: Any, outputs: Any, *, groups: tuple[Blocks, ...]
+    page: Any, row: Any, pool: Any, tables: Any, outputs: Any, *, groups: tuple[BlocksOperand, ...]
 ) -> None:
     """One program of the grid (pages, rows)."""
     first = 0
@@ -36,7 +36,7 @@ def decode_kernel(
 
 
 def _fields(
-    planes: Any, book: Codebook, place: tuple, tokens: int, dim: int, keys: bool
+    planes: Any, book: CodebookOperand, place: tuple, tokens: int, dim: int, keys: bool
 ) -> Callable[[int, int], jax.Array]:
     """(plane, back) -> int32 fields [tokens, channels] of the channels `back` before each of them,
 

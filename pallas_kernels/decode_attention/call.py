@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.decode_attention.combine import combine
+from pallas_kernels.decode_attention.exact import LOG2E, ExactOperand, check_exact
 from pallas_kernels.decode_attention.inputs import (
     PagedBlocks,
     Sketch,
@@ -20,16 +21,15 @@ from pallas_kernels.decode_attention.inputs import (
     check_rotation,
 )
 from pallas_kernels.decode_attention.kernel import decode_kernel
-from pallas_kernels.decode_attention.recent import LOG2E, Recent, check_recent
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
-from pallas_kernels.decode_attention.scores import Plan
+from pallas_kernels.decode_attention.scores import DecodePlan
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import flat
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
-from pallas_kernels.primitives.rotation import Rotation
+from pallas_kernels.primitives.rotation import RotationOperand
 
-SIGNS = Codebook(bits=1, levels=(-1, 1), step=1.0)
+SIGNS = CodebookOperand(bits=1, levels=(-1, 1), step=1.0)
 
 
 def decode_attention(
@@ -37,24 +37,24 @@ def decode_attention(
     blocks: PagedBlocks,
     softmax: Softmax,
     *,
-    recent: Recent | None = None,
+    exact: ExactOperand | None = None,
     sketch: Sketch | None = None,
-    rotation: Rotation | None = None,
+    rotation: RotationOperand | None = None,
     dtype: DTypeLike = jnp.float32,
     schedule: Schedule | None = None,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Recent | None]:
-    """One query token per sequence against its tokens: output, log-sum-exp, `recent` as it is then.
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], ExactOperand | None]:
+    """One query token per sequence against its tokens: output, log-sum-exp, `exact` as it is then.
 
     q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many. The
     log-sum-exp is in nats, -inf for a sequence of no tokens, whose output is 0; parts merge by it.
     Queries and probabilities enter the products as 15-bit integers, levels are exact and sums are
     float32 or exact.
 
-    `recent`: further tokens, in full precision; returned with the newest written where it says, in
-    place if the caller gives the arrays away. Then `recent.places` says which tokens of the blocks
+    `exact`: further tokens, in full precision; returned with the newest written where it says, in
+    place if the caller gives the arrays away. Then `exact.places` says which tokens of the blocks
     are seen, and `blocks.lengths` are whatever it takes. `rotation`, of the values: its transpose
     multiplies the output of the blocks, so that it leaves the rotated space, where those of
-    `recent` never were; without it everything is in one space. The output has `dtype`, the
+    `exact` never were; without it everything is in one space. The output has `dtype`, the
     log-sum-exp float32.
 
     Raises ValueError for shapes that do not fit, NotImplementedError for what the kernel does not
@@ -62,14 +62,16 @@ def decode_attention(
     """
     batch, heads, channels = q.shape
     kv_heads = check(q, blocks)
-    if recent is not None:
-        check_recent(recent, batch, heads, kv_heads)
+    if exact is not None:
+        check_exact(exact, batch, heads, kv_heads)
     if rotation is not None:
         check_rotation(rotation, kv_heads, channels)
     per_head = heads // kv_heads
     if schedule is None:
-        schedule = _schedule(blocks, recent, kv_heads, per_head)
-    plan = make_plan(blocks, sketch, softmax, schedule, heads=per_head, recent=recent is not None)
+        schedule = _schedule(blocks, exact, kv_heads, per_head)
+    plan = make_decode_plan(
+        blocks, sketch, softmax, schedule, heads=per_head, exact=exact is not None
+    )
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
     groups = blocks.groups
     inputs: dict[str, Any] = {
@@ -83,9 +85,9 @@ def decode_attention(
         "page_table": blocks.page_table,
         "lengths": blocks.lengths,
     }
-    if recent is not None:
-        inputs["recent"] = dataclasses.replace(recent, query=grouped(recent.query))
-    layer = None if recent is None else recent.layer
+    if exact is not None:
+        inputs["exact"] = dataclasses.replace(exact, query=grouped(exact.query))
+    layer = None if exact is None else exact.layer
     if layer is not None or blocks.row is not None:  # side by side: one read
         numbers = [0 if x is None else x for x in (blocks.row, layer)]
         inputs["place"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
@@ -94,16 +96,18 @@ def decode_attention(
     if softmax.sink_logits is not None:
         sinks = softmax.sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
     out, lse = combine(parts, sinks, rotation, per_head, dtype)
-    if recent is not None and stored is not None:
-        recent = dataclasses.replace(
-            recent,
-            keys=(*stored[0], recent.keys[-1]),
-            values=(*stored[1], recent.values[-1]),
+    if exact is not None and stored is not None:
+        exact = dataclasses.replace(
+            exact,
+            keys=(*stored[0], exact.keys[-1]),
+            values=(*stored[1], exact.values[-1]),
         )
-    return out.reshape(q.shape), lse.reshape(batch, heads), recent
+    return out.reshape(q.shape), lse.reshape(batch, heads), exact
 
 
-def _schedule(blocks: PagedBlocks, recent: Recent | None, kv_heads: int, heads: int) -> Schedule:
+def _schedule(
+    blocks: PagedBlocks, exact: ExactOperand | None, kv_heads: int, heads: int
+) -> Schedule:
     batch, max_pages = blocks.page_table.shape
     groups = blocks.groups
     return default_schedule(
@@ -114,19 +118,19 @@ def _schedule(blocks: PagedBlocks, recent: Recent | None, kv_heads: int, heads: 
         bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
         tokens=groups[0].scales.shape[2],
         max_pages=max_pages,
-        recent=0 if recent is None else sum(x.shape[1] for x in recent.keys),
+        exact=0 if exact is None else sum(x.shape[1] for x in exact.keys),
     )
 
 
-def make_plan(
+def make_decode_plan(
     blocks: PagedBlocks,
     sketch: Sketch | None,
     softmax: Softmax,
     schedule: Schedule,
     *,
     heads: int,
-    recent: bool,
-) -> Plan:
+    exact: bool,
+) -> DecodePlan:
     """The static half of a call; ValueError for tiles that are too short."""
     groups = blocks.groups
     _, pages, tokens = groups[0].scales.shape
@@ -146,7 +150,7 @@ def make_plan(
         decoder = key_decoder(SIGNS, sketch.query.shape[-1])
         key_parts.append((decoder, 1, 0, scale))
     codebooks = tuple(group.value_codebook for group in groups)
-    return Plan(
+    return DecodePlan(
         tokens=tokens,
         pages=schedule.pages,
         heads=heads,
@@ -157,7 +161,7 @@ def make_plan(
         soft_cap=softmax.soft_cap,
         batch=blocks.page_table.shape[0],
         row_pages=pages,
-        recent_tiles=schedule.recent_tiles if recent else 0,
+        exact_tiles=schedule.exact_tiles if exact else 0,
         splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
@@ -165,7 +169,7 @@ def make_plan(
 
 
 def run(
-    plan: Plan, inputs: dict[str, Any], kv_heads: int, channels: int
+    plan: DecodePlan, inputs: dict[str, Any], kv_heads: int, channels: int
 ) -> tuple[dict[str, Any], tuple | None]:
     """Calls the kernel on the grid (splits, kv heads, sequences)."""
     batch, splits, columns = plan.batch, plan.splits, plan.columns
@@ -193,11 +197,11 @@ def run(
     in_specs = {
         name: jax.tree.map(kinds.get(name, of_sequence), value)
         for name, value in inputs.items()
-        if name != "recent"
+        if name != "exact"
     }
     shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
 
-    def of_part(shape, *lead):  # of a split, or of the recent tokens
+    def of_part(shape, *lead):  # of a split, or of the exact tokens
         return jax.ShapeDtypeStruct((batch, kv_heads, *lead, *shape), jnp.float32)
 
     out_shape: dict[str, Any] = {name: of_part(shape, splits) for name, shape in shapes.items()}
@@ -208,23 +212,23 @@ def run(
         )
         for name, shape in shapes.items()
     }
-    if "recent" in inputs:
-        recent = inputs["recent"]
-        in_specs["recent"] = Recent(
-            query=of_head(recent.query),
-            keys=tuple(segment(x) for x in recent.keys),
-            values=tuple(segment(x) for x in recent.values),
-            pending=of_sequence(recent.pending),
-            places=recent.places,
-            key_mean=None if recent.key_mean is None else segment(recent.key_mean),
-            write=recent.write,
+    if "exact" in inputs:
+        exact = inputs["exact"]
+        in_specs["exact"] = ExactOperand(
+            query=of_head(exact.query),
+            keys=tuple(segment(x) for x in exact.keys),
+            values=tuple(segment(x) for x in exact.values),
+            pending=of_sequence(exact.pending),
+            places=exact.places,
+            key_mean=None if exact.key_mean is None else segment(exact.key_mean),
+            write=exact.write,
         )
-        inputs = inputs | {"recent": dataclasses.replace(recent, layer=None)}
-        out_shape["recent"] = {name: of_part(shape) for name, shape in shapes.items()}
-        out_specs["recent"] = jax.tree.map(of_head, out_shape["recent"])
-        if recent.write:
+        inputs = inputs | {"exact": dataclasses.replace(exact, layer=None)}
+        out_shape["exact"] = {name: of_part(shape) for name, shape in shapes.items()}
+        out_specs["exact"] = jax.tree.map(of_head, out_shape["exact"])
+        if exact.write:
             for name in ("keys", "values"):
-                stored = getattr(recent, name)[:-1]
+                stored = getattr(exact, name)[:-1]
                 out_specs[name] = tuple(segment(x) for x in stored)
                 out_shape[name] = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored)
     inputs = jax.tree.map(jnp.asarray, inputs)
@@ -256,7 +260,7 @@ def _aliases(inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[int, int]:
         i: o
         for name in ("keys", "values")
         for i, o in zip(
-            places(inputs, "['recent']", f".{name}"), places(outputs, "", f"['{name}']"),
+            places(inputs, "['exact']", f".{name}"), places(outputs, "", f"['{name}']"),
             strict=False,  # but for the segment of the newest token
         )
     }  # fmt: skip

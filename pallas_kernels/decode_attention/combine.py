@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_attention.recent import EMPTY, LOG2E
+from pallas_kernels.decode_attention.exact import EMPTY, LOG2E
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
-from pallas_kernels.primitives.rotation import Rotation, load_parts, unrotate
+from pallas_kernels.primitives.rotation import RotationOperand, load_parts, unrotate
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
@@ -28,7 +28,7 @@ def combine_kernel(
 
     Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
     2**peak * sums, its softmax denominator 2**peak * weight. The splits are multiplied by the
-    transpose of `rotation`, where there is one; `recent`, a part like a split, is not.
+    transpose of `rotation`, where there is one; `exact`, a part like a split, is not.
 
     Everything is loaded before the first use, so that there is one wait for memory, and in the
     layout of the sums, each row of channels with peaks and weights of its own: they are read again
@@ -49,11 +49,11 @@ def combine_kernel(
         place = tuple(jnp.broadcast_to(x, exists.shape) for x in place)
         return triton.load(inputs[name].at[place], mask=exists, other=other)
 
-    def load_recent(name: str) -> jax.Array:
+    def load_exact(name: str) -> jax.Array:
         row = (channel[:, None],) if name == "sums" else ()
         place = tuple(jnp.broadcast_to(x, (rows, columns)) for x in (*row, head[None, :]))
         exists = jnp.broadcast_to(inside[:, None], (rows, columns))
-        return triton.load(inputs["recent"][name].at[place], mask=exists, other=0.0)
+        return triton.load(inputs["exact"][name].at[place], mask=exists, other=0.0)
 
     step = min(power_of_two(splits), max(1, TILE // (rows * columns)))
     tiles = [start + jnp.arange(step) for start in range(0, splits, step)]
@@ -64,9 +64,9 @@ def combine_kernel(
     if "rotation" in inputs:
         matrices = load_parts(inputs["rotation"], channel, channel, channels)
     top = functools.reduce(jnp.maximum, [peak.max(axis=0) for peak in peaks])
-    if "recent" in inputs:
-        recent = {name: load_recent(name) for name in ("peak", "weight", "sums")}
-        top = jnp.maximum(top, recent["peak"])
+    if "exact" in inputs:
+        exact = {name: load_exact(name) for name in ("peak", "weight", "sums")}
+        top = jnp.maximum(top, exact["peak"])
     if "sinks" in inputs:
         mask = jnp.broadcast_to((head < heads)[None, :], (rows, columns))
         place = jnp.broadcast_to(head[None, :], (rows, columns))
@@ -80,14 +80,14 @@ def combine_kernel(
         out = out + ((sums if i == 0 else load("sums", at, 0.0)) * share).sum(axis=0)
     if "rotation" in inputs:
         out = unrotate(inputs["rotation"], matrices, gain, out, channel, channels)
-    if "recent" in inputs:
-        share = triton.exp2(recent["peak"] - top)
-        total, out = total + recent["weight"] * share, out + recent["sums"] * share
+    if "exact" in inputs:
+        share = triton.exp2(exact["peak"] - top)
+        total, out = total + exact["weight"] * share, out + exact["sums"] * share
     if "sinks" in inputs:
         total = total + triton.exp2(sink - top)
     empty = total <= 0.0  # not of NaN
-    # with recent tokens one is always seen: if nothing has a share, all scores overflowed
-    out = out / jnp.where(empty, jnp.nan if "recent" in inputs else 1.0, total)
+    # with exact tokens one is always seen: if nothing has a share, all scores overflowed
+    out = out / jnp.where(empty, jnp.nan if "exact" in inputs else 1.0, total)
     exists = inside[:, None] & (head < heads)[None, :]
     place = outputs["out"].at[head[None, :], channel[:, None]]
     triton.store(place, out.astype(outputs["out"].dtype), mask=exists)
@@ -99,13 +99,13 @@ def combine_kernel(
 def combine(
     parts: dict[str, Any],
     sinks: jax.Array | None,
-    rotation: Rotation | None,
+    rotation: RotationOperand | None,
     heads: int,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
 
-    `recent` without the axis of splits, optional sink logits [K, G] and rotation of the splits ->
+    `exact` without the axis of splits, optional sink logits [K, G] and rotation of the splits ->
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.primitives.blocks import Blocks, check_pool
-from pallas_kernels.primitives.rotation import Rotation
+from pallas_kernels.primitives.blocks import BlocksOperand, check_pool
+from pallas_kernels.primitives.rotation import RotationOperand
 
 MAX_HEADS = 16
 
@@ -21,7 +21,7 @@ class PagedBlocks:
     never used. The kv heads are the rows from `row` on, so many as there are, or all rows.
     """
 
-    groups: tuple[Blocks, ...]
+    groups: tuple[BlocksOperand, ...]
     page_table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
     row: Int[Array, ""] | None = None
@@ -79,7 +79,7 @@ def check(q: jax.Array, blocks: PagedBlocks) -> int:
     return kv_heads
 
 
-def check_rotation(rotation: Rotation, kv_heads: int, channels: int) -> None:
+def check_rotation(rotation: RotationOperand, kv_heads: int, channels: int) -> None:
     """Raises unless it is one of these channels, for all heads or for each."""
     if rotation.parts.shape[1:] not in [(n, channels, channels) for n in (1, kv_heads)]:
         raise ValueError(

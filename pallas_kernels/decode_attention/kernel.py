@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention.recent import EMPTY, attend_recent, mean_score, write_newest
+from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
     NOT_FINITE,
-    Plan,
+    DecodePlan,
     Refs,
     prepare_query,
     scores,
@@ -39,7 +39,9 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
     return found
 
 
-def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array]):
+def tile_scores(
+    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array]
+):
     """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
 
     Row r of phase j is the token in column 2 r + j of the values' operand.
@@ -64,7 +66,9 @@ def tile_scores(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: li
     return found
 
 
-def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry):
+def attend(
+    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry
+):
     """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
 
     The integers of P are units of this tile's peak, not of the running one: a rounding error is at
@@ -100,7 +104,7 @@ def attend(plan: Plan, refs: Refs, state: Refs, block: jax.Array, pages: list[ja
     return new_peak, weight, tuple(mass), tuple(outputs)
 
 
-def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, shares):
+def value_products(plan: DecodePlan, refs: Refs, state: Refs, group: int, pages, shares):
     """float32 [channels, heads]: level times share, summed over the tokens of a tile."""
     decoder = plan.value_decoders[group]
     count = plan.value_channels[group]
@@ -125,7 +129,7 @@ def value_products(plan: Plan, refs: Refs, state: Refs, group: int, pages, share
     return weighted(start, operands, interleave(shares, BOUND), b_axis=0)
 
 
-def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
+def decode_kernel(inputs: Refs, outputs: Refs, *, plan: DecodePlan) -> None:
     """One program of the grid (split, kv head, sequence); writes the sums of its split.
 
     The last one also attends to the tokens in full precision, and has fewer blocks for it.
@@ -134,30 +138,30 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: Plan) -> None:
     row = sequence
     if "place" in inputs:
         row = sequence + inputs["place"][1] * plan.batch
-    if "recent" not in inputs:
+    if "exact" not in inputs:
         attend_blocks(inputs, outputs, plan, split, row, (0, length))
         return
-    recent = inputs["recent"]
-    places = recent.places(length, recent.pending[0])
+    exact = inputs["exact"]
+    places = exact.places(length, exact.pending[0])
 
     @triton.when(split == plan.splits - 1)
     def _() -> None:
-        rows = [row] * (len(recent.keys) - 1) + [sequence]
-        peak, weight, sums = attend_recent(
-            recent, places, rows, plan.columns, plan.heads, plan.scale, plan.soft_cap,
+        rows = [row] * (len(exact.keys) - 1) + [sequence]
+        peak, weight, sums = attend_exact(
+            exact, places, rows, plan.columns, plan.heads, plan.scale, plan.soft_cap,
         )  # fmt: skip
-        store_part(outputs["recent"], plan, peak, weight)
+        store_part(outputs["exact"], plan, peak, weight)
         channel = jnp.arange(sums.shape[0])[:, None]
         exists = jnp.broadcast_to(channel < sum(plan.value_channels), sums.shape)
         column = jnp.arange(plan.columns)[None, :]
-        triton.store(outputs["recent"]["sums"].at[channel, column], sums, mask=exists)
+        triton.store(outputs["exact"]["sums"].at[channel, column], sums, mask=exists)
         if "keys" in outputs:
-            write_newest(recent, places, rows, outputs["keys"], outputs["values"])
+            write_newest(exact, places, rows, outputs["keys"], outputs["values"])
 
     attend_blocks(inputs, outputs, plan, split, row, places.blocks)
 
 
-def store_part(refs: Refs, plan: Plan, peak: jax.Array, weight: jax.Array) -> None:
+def store_part(refs: Refs, plan: DecodePlan, peak: jax.Array, weight: jax.Array) -> None:
     """What a split leaves, but for its sums."""
     column = jnp.arange(plan.columns)
     triton.store(refs["peak"].at[column], peak)
@@ -165,7 +169,7 @@ def store_part(refs: Refs, plan: Plan, peak: jax.Array, weight: jax.Array) -> No
 
 
 def attend_blocks(
-    inputs: Refs, outputs: Refs, plan: Plan, split: jax.Array, row: jax.Array, seen: tuple
+    inputs: Refs, outputs: Refs, plan: DecodePlan, split: jax.Array, row: jax.Array, seen: tuple
 ) -> None:
     """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen."""
     start, length = seen
@@ -173,7 +177,7 @@ def attend_blocks(
     first = jnp.int32(0) if every else lax.div(start, plan.tokens)
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
-    work = tiles + plan.recent_tiles
+    work = tiles + plan.exact_tiles
     begin = jnp.minimum(lax.div(split * work, plan.splits), tiles)
     end = jnp.minimum(lax.div((split + 1) * work, plan.splits), tiles)
     slots, head = inputs["page_table"].shape[0], triton.program_id(1)
@@ -208,8 +212,8 @@ def attend_blocks(
         decoder.prepare(refs)
         for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
     ]
-    if "recent" in inputs and inputs["recent"].key_mean is not None:
-        state["mean"] = mean_score(inputs["recent"], row, plan.columns, plan.heads, plan.scale)
+    if "exact" in inputs and inputs["exact"].key_mean is not None:
+        state["mean"] = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
@@ -229,7 +233,7 @@ def attend_blocks(
     write_output(plan, outputs["sums"], mass, sums)
 
 
-def write_output(plan: Plan, ref: Any, mass: tuple, sums: tuple) -> None:
+def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:
     """Takes the centre out, and stores the groups of channels one after the other."""
     first = 0
     for decoder, count, lost, output in zip(

@@ -12,23 +12,23 @@ TILE_TOKENS = 64
 
 
 # Bits of a channel in full precision, whose bytes take as long as those of the blocks.
-RECENT_BITS = 16
+EXACT_BITS = 16
 # Tiles in whose time the tokens in full precision are begun, and the blocks after them.
-RECENT_START = 4
+EXACT_START = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Splits of a sequence; pages of a tile (at least 64 tokens); warps and stages of a program.
 
-    `recent_tiles`: as many tiles fewer has the split that attends to tokens in full precision too.
+    `exact_tiles`: as many tiles fewer has the split that attends to tokens in full precision too.
     """
 
     splits: int
     pages: int
     warps: int
     stages: int
-    recent_tiles: int = 0
+    exact_tiles: int = 0
 
 
 def default_schedule(
@@ -40,12 +40,12 @@ def default_schedule(
     bits: int,
     tokens: int,
     max_pages: int,
-    recent: int = 0,
+    exact: int = 0,
 ) -> Schedule:
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
     `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
-    code; `recent`: slots of tokens in full precision beside the blocks. One warp needs no barrier,
+    code; `exact`: slots of tokens in full precision beside the blocks. One warp needs no barrier,
     and suffices where its sums fit in the registers.
     """
     pages = max(1, TILE_TOKENS // tokens)
@@ -57,5 +57,5 @@ def default_schedule(
         pages=pages,
         warps=1 if small else 2,
         stages=3,
-        recent_tiles=recent * RECENT_BITS // (bits * TILE_TOKENS) + RECENT_START if recent else 0,
+        exact_tiles=exact * EXACT_BITS // (bits * TILE_TOKENS) + EXACT_START if exact else 0,
     )

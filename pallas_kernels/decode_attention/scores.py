@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention.recent import capped
+from pallas_kernels.decode_attention.exact import capped
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import key_scale
 from pallas_kernels.primitives.dequantize import divide, power_of_two
@@ -26,11 +26,11 @@ Refs = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """The static facts. A key part is (decoder, query input, first channel, multiplier).
 
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
-    pages of a row of the pool. `recent_tiles`: as many tiles as the tokens in full precision
+    pages of a row of the pool. `exact_tiles`: as many tiles as the tokens in full precision
     count for.
     """
 
@@ -44,7 +44,7 @@ class Plan:
     soft_cap: float | None
     batch: int
     row_pages: int
-    recent_tiles: int
+    exact_tiles: int
     splits: int
     warps: int
     stages: int
@@ -55,7 +55,9 @@ class Plan:
         return max(4, power_of_two(self.heads))
 
 
-def _query_rows(plan: Plan, ref: Any, decoder: Decoder, first: int, head: jax.Array) -> jax.Array:
+def _query_rows(
+    plan: DecodePlan, ref: Any, decoder: Decoder, first: int, head: jax.Array
+) -> jax.Array:
     """float32 [len(head), columns] of the channels that the columns stand for, 0 where none."""
     _, channel, exists = decoder.elements(jnp.arange(decoder.columns))
     mask = (head < plan.heads)[:, None] & exists[None, :]
@@ -63,7 +65,9 @@ def _query_rows(plan: Plan, ref: Any, decoder: Decoder, first: int, head: jax.Ar
     return triton.load(rows, mask=mask, other=0.0).astype(jnp.float32)
 
 
-def prepare_query(plan: Plan, ref: Any, decoder: Decoder, first: int, multiplier: float) -> tuple:
+def prepare_query(
+    plan: DecodePlan, ref: Any, decoder: Decoder, first: int, multiplier: float
+) -> tuple:
     """(int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32 [heads]).
 
     The unit is NaN for a query that is not finite.
@@ -92,7 +96,9 @@ def value_exponent(words: list[jax.Array]) -> jax.Array:
     return found
 
 
-def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array, token: jax.Array):
+def key_products(
+    plan: DecodePlan, refs: Refs, state: Refs, part: int, page: jax.Array, token: jax.Array
+):
     """float32 [tokens, heads]: level times query, summed over the channels of one part."""
     decoder = plan.key_parts[part][0]
     query, centre, _ = state["queries"][part]
@@ -111,7 +117,12 @@ def key_products(plan: Plan, refs: Refs, state: Refs, part: int, page: jax.Array
 
 
 def scores(
-    plan: Plan, refs: Refs, state: Refs, page: jax.Array, token: jax.Array, words: list[jax.Array]
+    plan: DecodePlan,
+    refs: Refs,
+    state: Refs,
+    page: jax.Array,
+    token: jax.Array,
+    words: list[jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y, z) of x * y + z."""
     terms = []

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.encode.kernel import encode_kernel
-from pallas_kernels.encode.pool import Group, Pool, check
+from pallas_kernels.encode.pool import GroupOperand, Pool, check
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import flat
 from pallas_kernels.primitives.codebook import PLANE_WIDTHS
@@ -97,7 +97,7 @@ def encode(
         name="encode",
     )(*inputs)  # fmt: skip
 
-    def filled(groups: tuple[Group, ...], planes: list) -> tuple[Group, ...]:
+    def filled(groups: tuple[GroupOperand, ...], planes: list) -> tuple[GroupOperand, ...]:
         return tuple(
             dataclasses.replace(g, planes=tuple(map(as_before, p, g.planes)))
             for g, p in zip(groups, planes, strict=True)
@@ -117,7 +117,7 @@ def as_before(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def rotated_means(
-    means: Float[Array, "rows K H"], groups: tuple[Group, ...]
+    means: Float[Array, "rows K H"], groups: tuple[GroupOperand, ...]
 ) -> Float[Array, "rows K H"]:
     """Pi mean / gain, group by group."""
     rotated, first = [], 0

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.encode.part import Part, compress, open_means
-from pallas_kernels.encode.pool import Group, Pool
+from pallas_kernels.encode.pool import GroupOperand, Pool
+from pallas_kernels.encode.task import GroupTask, compress, open_means
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.nearest import Levels
@@ -32,9 +32,9 @@ def encode_kernel(
     begin, stop = (lax.div((program + i) * total, jnp.int32(programs)) for i in (0, 1))
     job = begin + jnp.arange(power_of_two(-(-total // programs)))
 
-    def part(side: str, g: int, group: Group, first_channel: int) -> Part:
+    def part(side: str, g: int, group: GroupOperand, first_channel: int) -> GroupTask:
         centred = side == "keys" and "key_mean" in new
-        return Part(
+        return GroupTask(
             group=group,
             column=Columns(group.rotation.parts.shape[2], first_channel),
             levels=Levels.load(group.code.levels, constants["tables"][side][g]),
@@ -69,7 +69,7 @@ def encode_kernel(
                 if own.means is not None:
 
                     @triton.when(opens > 0)
-                    def opening(own: Part = own) -> None:
+                    def opening(own: GroupTask = own) -> None:
                         open_means(own, first, end - first)
 
                 compress(own, first, end - first)

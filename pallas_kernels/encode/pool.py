@@ -7,22 +7,22 @@ from jaxtyping import Array, Float, UInt8, UInt32
 
 from pallas_kernels.primitives.blocks import PAGE_TOKENS, check_planes
 from pallas_kernels.primitives.codebook import PLANE_WIDTHS
-from pallas_kernels.primitives.quantize import Code
-from pallas_kernels.primitives.rotation import Rotation
+from pallas_kernels.primitives.quantize import CodeOperand
+from pallas_kernels.primitives.rotation import RotationOperand
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """The channels of one group: pool planes, as `blocks.Blocks` has them, and how to fill them.
+class GroupOperand:
+    """The channels of one group: planes as `BlocksOperand` has them, and how to fill them.
 
     The rotation is one for all heads and has no signs apart; its parts have the dtype of the
     vectors where that is bfloat16, else float32.
     """
 
     planes: tuple[UInt8[Array, "rows pages _ _"], ...]
-    rotation: Rotation
-    code: Code = dataclasses.field(metadata=dict(static=True))
+    rotation: RotationOperand
+    code: CodeOperand = dataclasses.field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +30,8 @@ class Group:
 class Pool:
     """Where the blocks go: groups of keys and of values, and their scales."""
 
-    keys: tuple[Group, ...]
-    values: tuple[Group, ...]
+    keys: tuple[GroupOperand, ...]
+    values: tuple[GroupOperand, ...]
     scales: tuple[UInt32[Array, "rows pages T"], ...]
     key_mean: Float[Array, "means K H"] | None
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, UInt8, UInt32
 
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.codebook import CodebookOperand
 
 PAGE_TOKENS = (32, 64, 128)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class BlocksOperand:
     """Pages of T compressed tokens for one group of H channels (all of them, or a mixed-bit group).
 
     A row is a kv head of a layer, and has its pages together. keys: planes uint8 [rows, pages, T,
@@ -26,8 +26,8 @@ class Blocks:
     keys: tuple[UInt8[Array, "rows pages T _"], ...]
     values: tuple[UInt8[Array, "rows pages H _"], ...]
     scales: UInt32[Array, "rows pages T"]
-    key_codebook: Codebook = dataclasses.field(metadata=dict(static=True))
-    value_codebook: Codebook = dataclasses.field(metadata=dict(static=True))
+    key_codebook: CodebookOperand = dataclasses.field(metadata=dict(static=True))
+    value_codebook: CodebookOperand = dataclasses.field(metadata=dict(static=True))
 
 
 def flat(x: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def value_scale(word: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
-def check_pool(groups: tuple[Blocks, ...]) -> tuple[int, int, int]:
+def check_pool(groups: tuple[BlocksOperand, ...]) -> tuple[int, int, int]:
     """(rows, pages of a row, tokens of a page), after the groups were seen to belong together."""
     if not groups:
         raise ValueError("groups: got none, expected at least one")

@@ -9,7 +9,7 @@ highest one, in a last plane of its own.
 import dataclasses
 from typing import Literal
 
-Code = Literal["scalar", "trellis"]
+CodeKind = Literal["scalar", "trellis"]
 
 PLANE_WIDTHS = {
     1: (1,),
@@ -23,7 +23,7 @@ PLANE_WIDTHS = {
 }
 
 
-def level_limits(bits: int, code: Code = "scalar") -> tuple[int, int]:
+def level_limits(bits: int, code: CodeKind = "scalar") -> tuple[int, int]:
     """Smallest and largest level that the kernel can hold at this code width.
 
     A byte look-up answers up to 8 levels: any signed byte. Of 16 levels two half tables have 8
@@ -40,7 +40,7 @@ def level_limits(bits: int, code: Code = "scalar") -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codebook:
+class CodebookOperand:
     """value = scale * step * levels[number], with one scale per token.
 
     `bits` of 1 to 8, of a trellis 1 to 4; `levels`: 2**bits integers, twice as many of a trellis,
@@ -52,7 +52,7 @@ class Codebook:
     bits: int
     levels: tuple[int, ...]
     step: float
-    code: Code = "scalar"
+    code: CodeKind = "scalar"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= (4 if self.code == "trellis" else 8):

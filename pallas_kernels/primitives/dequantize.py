@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.codebook import CodebookOperand
 
 # The shortest contraction of an 8-bit matrix instruction (m16n8k32).
 MIN_COLUMNS = 32
@@ -132,7 +132,7 @@ class PackedDecoder:
     to come in the same order.
     """
 
-    codebook: Codebook
+    codebook: CodebookOperand
     length: int
     pages: int
     unit: int

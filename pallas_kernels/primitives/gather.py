@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.dequantize import (
     MIN_COLUMNS,
     Fetch,
@@ -34,7 +34,7 @@ class GatherDecoder:
     `rows`: the path of a trellis runs along the rows, else the columns.
     """
 
-    codebook: Codebook
+    codebook: CodebookOperand
     length: int
     pages: int
     order: PackedDecoder | None = None
@@ -99,7 +99,7 @@ class GatherDecoder:
 Decoder = PackedDecoder | GatherDecoder
 
 
-def key_decoder(codebook: Codebook, channels: int) -> Decoder:
+def key_decoder(codebook: CodebookOperand, channels: int) -> Decoder:
     """The fastest decoder for keys packed along their channels."""
     # A look-up is written for four neighbouring bytes in one register. Rows of 8 bytes and more are
     # loaded so; of narrower ones Triton gives each thread fewer bytes (seen at 32 channels, 3
@@ -109,7 +109,9 @@ def key_decoder(codebook: Codebook, channels: int) -> Decoder:
     return packed_decoder(codebook, channels, 1, widest_unit(codebook, channels), rows=False)
 
 
-def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> tuple[Decoder, ...]:
+def value_decoders(
+    codebooks: tuple[CodebookOperand, ...], tokens: int, pages: int
+) -> tuple[Decoder, ...]:
     """The fastest decoders for groups of values packed along the tokens, all in one order."""
     packed = [codebook for codebook in codebooks if looked_up(codebook)]
     unit = min((widest_unit(codebook, tokens * pages) for codebook in packed), default=None)
@@ -122,20 +124,20 @@ def value_decoders(codebooks: tuple[Codebook, ...], tokens: int, pages: int) -> 
     )
 
 
-def widest_unit(codebook: Codebook, elements: int) -> int:
+def widest_unit(codebook: CodebookOperand, elements: int) -> int:
     """The width of which a decoder makes its look-ups, unless others need a narrower one."""
     # With look-ups of 8 bytes the operand is put together in shared memory: a trellis at two bits
     # of each path byte avoids it.
     return 2 if codebook.code == "trellis" and elements == 64 else codebook.widths[-1]
 
 
-def looked_up(codebook: Codebook) -> bool:
+def looked_up(codebook: CodebookOperand) -> bool:
     """Whether byte look-ups serve it: up to 16 levels."""
     return len(codebook.levels) <= 16
 
 
 def packed_decoder(
-    codebook: Codebook, length: int, pages: int, unit: int, *, rows: bool
+    codebook: CodebookOperand, length: int, pages: int, unit: int, *, rows: bool
 ) -> PackedDecoder:
     """The look-ups of either code; a trellis whose path runs along `rows`, or the columns."""
     if codebook.code == "trellis":

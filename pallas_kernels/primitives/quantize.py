@@ -26,7 +26,7 @@ FEW_COLUMNS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
+class CodeOperand:
     """How a group of channels is quantized: ascending levels of unit variance, and the scale."""
 
     levels: tuple[float, ...]
@@ -64,7 +64,7 @@ def unsafe(rotated: Rotated) -> Int[Array, " tokens"]:
 
 
 def quantize(
-    rotated: Rotated, column: Columns, gain: float, levels: Levels, code: Code
+    rotated: Rotated, column: Columns, gain: float, levels: Levels, code: CodeOperand
 ) -> tuple[list[jax.Array], jax.Array]:
     """Indices [tokens, an eighth of the columns], 8 of them, and scales float32 [tokens].
 

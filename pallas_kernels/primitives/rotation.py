@@ -12,7 +12,7 @@ from pallas_kernels.primitives import triton
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rotation:
+class RotationOperand:
     """Pi = gain * (sum of parts) * diag(signs), of all kv heads or of each.
 
     parts [parts, 1 or K, H, H]: +-1 with the gain of a Hadamard matrix, or a matrix as the sum of

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.codebook import Codebook
+from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.dequantize import (
     Fetch,
     PackedDecoder,
@@ -41,7 +41,7 @@ LOWER_HALVES = 0x33333333
 SELECT = 0xCA
 
 
-def code_number(codebook: Codebook, field: Callable[[int, int], jax.Array]) -> jax.Array:
+def code_number(codebook: CodebookOperand, field: Callable[[int, int], jax.Array]) -> jax.Array:
     """Which of the codebook's levels (int32) codes stand for, from the fields of their planes.
 
     `field(plane, back)`: int32 fields of the elements `back` steps earlier on a path, 0 before its

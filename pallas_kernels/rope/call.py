@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.rotation import Rotation
+from pallas_kernels.primitives.rotation import RotationOperand
 from pallas_kernels.rope.kernel import (
     ROWS,
     VECTORS,
@@ -18,7 +18,7 @@ from pallas_kernels.rope.kernel import (
 )
 
 
-def rotate(q: Float[Array, "B N H"], rotation: Rotation) -> Float[Array, "B N H"]:
+def rotate(q: Float[Array, "B N H"], rotation: RotationOperand) -> Float[Array, "B N H"]:
     """Pi q in float32, signs included, in one kernel where XLA makes three.
 
     Exact products: raises ValueError unless queries and parts have one 16-bit type.
@@ -43,7 +43,7 @@ def rope_and_rotate(
     qkv: Float[Array, "B K group H"],
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
-    rotation: Rotation,
+    rotation: RotationOperand,
 ) -> tuple[
     Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
 ]:
@@ -87,7 +87,7 @@ def _launch(channels: int, vectors: int, matrices: int) -> triton.Launch:
     return triton.Launch(grid, warps=WARPS, stages=1)
 
 
-def _check_exact(what: str, x: jax.Array, rotation: Rotation) -> None:
+def _check_exact(what: str, x: jax.Array, rotation: RotationOperand) -> None:
     """Raises unless products of these are exact."""
     if x.dtype != rotation.parts.dtype or x.dtype.itemsize != 2:
         raise ValueError(

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.decode_attention import Blocks
-from pallas_kernels.primitives.codebook import Codebook, level_limits
+from pallas_kernels.decode_attention import BlocksOperand
+from pallas_kernels.primitives.codebook import CodebookOperand, level_limits
 
 
 def pack(codes, widths):
@@ -31,7 +31,7 @@ def random_codebook(rng, bits, code="scalar"):
     if (bits, code) == (3, "trellis"):  # 8 negative ones first
         negative = rng.permutation([low, *rng.choice(np.arange(low + 1, 0), 7, replace=False)])
         levels = [*negative, *rng.permutation([high, *rng.choice(high, 7, replace=False)])]
-    return Codebook(bits, tuple(int(x) for x in levels), 2.0 / high, code)
+    return CodebookOperand(bits, tuple(int(x) for x in levels), 2.0 / high, code)
 
 
 def levels_of(book, codes):
@@ -64,7 +64,7 @@ def random_blocks(rng, pages, kv_heads, tokens, channels, bits, codes=("scalar",
         for book, code, scale in zip(books, codes, scales, strict=True)
     ]
     key_scale, value_scale = (s.view(np.uint16).astype(np.uint32) for s in scales)
-    blocks = Blocks(
+    blocks = BlocksOperand(
         keys=pack(codes[0].swapaxes(0, 1), books[0].widths),
         values=pack(codes[1].swapaxes(0, 1).swapaxes(2, 3), books[1].widths),
         scales=(key_scale | value_scale << np.uint32(16)).swapaxes(0, 1),
@@ -87,7 +87,7 @@ def poison(blocks, table, lengths):
         tuple(np.where(clear[None, :, None, None], np.uint8(0xA7), p) for p in planes)
         for planes in (blocks.keys, blocks.values)
     )
-    return Blocks(keys, values, scales, blocks.key_codebook, blocks.value_codebook)
+    return BlocksOperand(keys, values, scales, blocks.key_codebook, blocks.value_codebook)
 
 
 def definition(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
 from pallas_kernels.decode_attention import (
-    Blocks,
-    Codebook,
+    BlocksOperand,
+    CodebookOperand,
     PagedBlocks,
     Sketch,
     Softmax,
@@ -54,12 +54,12 @@ def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8
     """(q, blocks, table, lengths) as shapes."""
     counts = [2 ** (b + (code == "trellis")) for b in bits]
     books = [
-        Codebook(b, tuple(i - n // 2 for i in range(n)), 0.1, code)
+        CodebookOperand(b, tuple(i - n // 2 for i in range(n)), 0.1, code)
         for b, n in zip(bits, counts, strict=True)
     ]
     pages = batch * max_pages
     rows = (kv_heads, pages, tokens), (kv_heads, pages, channels)
-    blocks = Blocks(
+    blocks = BlocksOperand(
         tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),
         tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),
         new(rows[0], jnp.uint32),

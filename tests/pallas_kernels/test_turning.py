@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.rope import Rotation, rope_and_rotate, rotate
+from pallas_kernels.rope import RotationOperand, rope_and_rotate, rotate
 from tests.marks import GPU
 from turboquant_jax.attention import Projection
 
@@ -24,7 +24,7 @@ def test_equals_the_product(parts, matrices, channels, heads, signs):
     plus = jnp.asarray(rng.choice([-1.0, 1.0], channels), jnp.float32) if signs else None
     q = jnp.asarray(rng.normal(0, 1, (3, heads, channels)), jnp.bfloat16)
     with triton.interpreted():
-        got = jax.jit(rotate)(q, Rotation(made, plus, gain=0.5))
+        got = jax.jit(rotate)(q, RotationOperand(made, plus, gain=0.5))
     x = np.asarray(q, np.float64) * (np.asarray(plus) if signs else 1.0)
     matrix = np.repeat(np.asarray(made, np.float64).sum(axis=0), heads // matrices, axis=0)
     want = 0.5 * np.einsum("nij,bnj->bni", matrix, x)
@@ -42,7 +42,7 @@ def test_rope_on_the_way(parts, matrices, kv_heads, per_head, channels, signs, i
     shape = (parts, matrices, channels, channels)
     made = jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16)
     plus = jnp.asarray(rng.choice([-1.0, 1.0], channels), jnp.float32) if signs else None
-    rotation = Rotation(made, plus, gain=0.5)
+    rotation = RotationOperand(made, plus, gain=0.5)
     qkv = jnp.asarray(rng.normal(0, 1, (5, kv_heads, per_head + 2, channels)), jnp.bfloat16)
     angle = rng.uniform(-9, 9, (5, channels // 2))
     cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
@@ -60,7 +60,7 @@ def test_rope_on_the_way(parts, matrices, kv_heads, per_head, channels, signs, i
 
 
 def test_types_that_would_round_are_refused():
-    rotation = Rotation(jnp.ones((1, 1, 16, 16), jnp.bfloat16))
+    rotation = RotationOperand(jnp.ones((1, 1, 16, 16), jnp.bfloat16))
     with pytest.raises(ValueError, match="queries and rotation: got float32 and bfloat16"):
         rotate(jnp.ones((1, 2, 16)), rotation)
     with pytest.raises(ValueError, match="projections and rotation: got float32 and bfloat16"):

@@ -172,10 +172,10 @@ def _over_blocks(
         seen = (jnp.arange(size)[None, :] < held[:, None])[..., None, None]
         parts = []
         for q, g in zip(by_group, own, strict=True):
-            decoded = decode(cache, rows, page, g)
+            keys, values = decode(cache, rows, page, g)
             if masked:
-                decoded = tuple(jnp.where(seen, x, 0) for x in decoded)
-            parts.append(segment(q, *decoded, held if masked else None))
+                keys, values = (jnp.where(seen, x, 0) for x in (keys, values))
+            parts.append(segment(q, keys, values, held if masked else None))
         return parts
 
     def loop(first, last, masked: bool, parts: list[SegmentPart]) -> list[SegmentPart]:

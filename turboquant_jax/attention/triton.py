@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import decode as decode_in_kernel
 from pallas_kernels.decode_attention import (
-    Blocks,
+    BlocksOperand,
+    ExactOperand,
+    ExactPlaces,
     PagedBlocks,
-    Places,
-    Recent,
     Softmax,
     decode_attention,
 )
@@ -57,17 +57,17 @@ def attend(
     )
     if rotated is None:
         rotated = _rotate(key_codec, own, query)
-    output, _, recent = decode_attention(
+    output, _, exact = decode_attention(
         rotated,
         PagedBlocks(
             groups_of(part), cache.table.page_table, cache.lengths, member.first, cache.kv_heads
         ),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
-        recent=_recent(cache, rows.layer, query, new, write),
+        exact=_exact_operand(cache, rows.layer, query, new, write),
         rotation=operands.of_codec(value_codec, own) if rotated_values else None,
         dtype=query.dtype,
     )
-    return output[:, None], cache if recent is None or not write else _written(cache, recent)
+    return output[:, None], cache if exact is None or not write else _written(cache, exact)
 
 
 def turns(projection: Projection) -> bool:
@@ -116,9 +116,11 @@ def _rotate(
     return rotate_in_kernel(query, operands.of_codec(codec, rows))
 
 
-def _recent(cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool) -> Recent:
+def _exact_operand(
+    cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool
+) -> ExactOperand:
     held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
-    return Recent(
+    return ExactOperand(
         query=query,
         keys=(*(flat(part.keys) for part in held), new.keys),
         values=(*(flat(part.values) for part in held), new.values),
@@ -130,7 +132,7 @@ def _recent(cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool)
     )
 
 
-def _places(layout: Layout, length: Any, pending: Any) -> Places:
+def _places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
     """Where the tokens of a sequence lie, as the kernel asks it: of the segments that there are."""
     place = locate(layout, length, pending)
     segments: list[tuple[Any, Any, Any]] = []
@@ -138,12 +140,12 @@ def _places(layout: Layout, length: Any, pending: Any) -> Places:
         segments.append((*place.sinks, place.sink_slot))
     if layout.ring:
         segments.append((*place.window, place.window_slot))
-    return Places(place.blocks, (*segments, (0, 1, 0)))
+    return ExactPlaces(place.blocks, (*segments, (0, 1, 0)))
 
 
-def _written(cache: Cache, recent: Recent) -> Cache:
-    """The cache with the segments of `recent`, which hold the new token."""
-    stored = zip(recent.keys[:-1], recent.values[:-1], strict=True)
+def _written(cache: Cache, exact: ExactOperand) -> Cache:
+    """The cache with the segments of `exact`, which hold the new token."""
+    stored = zip(exact.keys[:-1], exact.values[:-1], strict=True)
     parts: dict[str, Any] = {}
     for name in ("sinks", "window"):
         old = getattr(cache, name)
@@ -153,7 +155,7 @@ def _written(cache: Cache, recent: Recent) -> Cache:
     return replace(cache, **parts)
 
 
-def groups_of(part: Part) -> tuple[Blocks, ...]:
+def groups_of(part: Part) -> tuple[BlocksOperand, ...]:
     """The blocks of all rows, as the kernels read them."""
     found = []
     for g, (key, value) in enumerate(zip(*(codec.groups for codec in part.codecs), strict=True)):
@@ -161,5 +163,7 @@ def groups_of(part: Part) -> tuple[Blocks, ...]:
         if books[0] is None or books[1] is None:
             raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
         pool = part.pool
-        found.append(Blocks(pool.keys[g], pool.values[g], pool.scales[g], books[0], books[1]))
+        found.append(
+            BlocksOperand(pool.keys[g], pool.values[g], pool.scales[g], books[0], books[1])
+        )
     return tuple(found)

@@ -89,12 +89,12 @@ def _jobs(*columns: Array) -> Int[Array, "jobs 5"]:
     return jnp.stack([column.astype(jnp.int32).ravel() for column in columns], axis=1)
 
 
-def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel.Group, ...]:
+def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel.GroupOperand, ...]:
     return tuple(
-        kernel.Group(
+        kernel.GroupOperand(
             own,
             operands.with_signs(operands.of_rotation(group.rotation, dtype)),
-            kernel.Code(group.levels, group.scale),
+            kernel.CodeOperand(group.levels, group.scale),
         )
         for group, own in zip(groups, planes, strict=True)
     )

@@ -11,8 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import Codebook
-from pallas_kernels.rope import Rotation as Operand
+from pallas_kernels.decode_attention import CodebookOperand
+from pallas_kernels.rope import RotationOperand
 from turboquant_jax import codebook as codebooks
 from turboquant_jax import trellis
 from turboquant_jax.cache.codec import Codec
@@ -25,25 +25,25 @@ def flat(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def of_rotation(rotation: Rotation, dtype: DTypeLike) -> Operand:
+def of_rotation(rotation: Rotation, dtype: DTypeLike) -> RotationOperand:
     """One rotation for vectors of this dtype: exact in bfloat16, in float32 for all others."""
     if isinstance(rotation, Hadamard):
         # +-1, a constant of the program; the signs are applied to the vectors
         pattern = np.sign(np.asarray(rotation.pattern))
-        return Operand(
+        return RotationOperand(
             jnp.asarray(pattern, _dtype(dtype))[None, None], rotation.signs, rotation.block**-0.5
         )
     return _split(rotation.matrix[None], dtype)
 
 
-def of_codec(codec: Codec, rows: Int[Array, " K"]) -> Operand:
+def of_codec(codec: Codec, rows: Int[Array, " K"]) -> RotationOperand:
     """The whole rotation of the keys, or values, of some rows, in bfloat16 parts."""
     if len(codec.groups) == 1 and codec.order is None:
         return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
     return _split(codec.matrix(rows), jnp.bfloat16)
 
 
-def with_signs(operand: Operand) -> Operand:
+def with_signs(operand: RotationOperand) -> RotationOperand:
     """The same with the signs in the matrix."""
     if operand.signs is None:
         return operand
@@ -51,23 +51,23 @@ def with_signs(operand: Operand) -> Operand:
     return replace(operand, parts=operand.parts * signs, signs=None)
 
 
-def codebook_of(group: Quantizer) -> Codebook | None:
+def codebook_of(group: Quantizer) -> CodebookOperand | None:
     """The levels of a quantizer as integers times a step, or None if they are not."""
     limit = trellis.grid_limit(group.bits) if group.code == "trellis" else None
     integers = codebooks.grid_integers(group.levels, limit)
-    return None if integers is None else Codebook(group.bits, *integers, group.code)
+    return None if integers is None else CodebookOperand(group.bits, *integers, group.code)
 
 
-def _split(matrix: Float[Array, "heads H H"], dtype: DTypeLike) -> Operand:
+def _split(matrix: Float[Array, "heads H H"], dtype: DTypeLike) -> RotationOperand:
     if _dtype(dtype) == jnp.float32:
-        return Operand(matrix[None])
+        return RotationOperand(matrix[None])
     parts, rest = [], matrix
     for _ in range(3):
         # not by a conversion there and back, which XLA takes for nothing
         part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part
-    return Operand(jnp.stack(parts))
+    return RotationOperand(jnp.stack(parts))
 
 
 def _dtype(dtype: DTypeLike) -> DTypeLike:

@@ -26,7 +26,7 @@ EMPTY = -1e30
 TILE = 16
 
 
-class Places(NamedTuple):
+class ExactPlaces(NamedTuple):
     """Where the tokens of one sequence lie, in int32 scalars.
 
     blocks: (first, end) of the compressed tokens that are seen. segments: (first, count, slot) of
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recent:
+class ExactOperand:
     """What a query sees in full precision: segments of tokens, not rotated; the last is the newest.
 
     query [B, N, H], or [B, K, G, H]: before their rotation. keys, values: an array [layers
@@ -56,30 +56,30 @@ class Recent:
     keys: tuple[Float[Array, "_ _ K H"], ...]
     values: tuple[Float[Array, "_ _ K H"], ...]
     pending: Int[Array, " B"]
-    places: Callable[[Any, Any], Places] = dataclasses.field(metadata=dict(static=True))
+    places: Callable[[Any, Any], ExactPlaces] = dataclasses.field(metadata=dict(static=True))
     key_mean: Float[Array, "rows K H"] | None = None
     write: bool = dataclasses.field(default=False, metadata=dict(static=True))
     layer: Int[Array, ""] | None = None
 
 
-def check_recent(recent: Recent, batch: int, heads: int, kv_heads: int) -> None:
+def check_exact(exact: ExactOperand, batch: int, heads: int, kv_heads: int) -> None:
     """Raises where the shapes of the segments do not fit each other."""
-    channels = recent.query.shape[-1]
-    if recent.query.shape != (batch, heads, channels):
+    channels = exact.query.shape[-1]
+    if exact.query.shape != (batch, heads, channels):
         raise ValueError(
-            f"unrotated queries: got {recent.query.shape}, expected {(batch, heads, channels)}"
+            f"unrotated queries: got {exact.query.shape}, expected {(batch, heads, channels)}"
         )
-    layers = 1 if recent.layer is None else recent.keys[0].shape[0] // batch
-    rows = [layers * batch] * (len(recent.keys) - 1) + [batch]
-    for k, v, count in zip(recent.keys, recent.values, rows, strict=True):
+    layers = 1 if exact.layer is None else exact.keys[0].shape[0] // batch
+    rows = [layers * batch] * (len(exact.keys) - 1) + [batch]
+    for k, v, count in zip(exact.keys, exact.values, rows, strict=True):
         expected = (count, k.shape[1], kv_heads, channels)
         if k.shape != expected or v.shape != expected or k.dtype != v.dtype:
             raise ValueError(
                 f"segment: got keys {k.dtype}{list(k.shape)} and values "
                 f"{v.dtype}{list(v.shape)}, expected both [{count}, slots, {kv_heads}, {channels}]"
             )
-    if recent.keys[-1].shape[1] != 1:
-        raise ValueError(f"newest tokens: got {recent.keys[-1].shape[1]}, expected 1")
+    if exact.keys[-1].shape[1] != 1:
+        raise ValueError(f"newest tokens: got {exact.keys[-1].shape[1]}, expected 1")
 
 
 def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
@@ -98,9 +98,9 @@ def mean_score(refs: Any, row: jax.Array, columns: int, heads: int, scale: float
     return _nan_unless_finite((query * mean.astype(jnp.float32)[None, :]).sum(axis=1) * scale)
 
 
-def attend_recent(
+def attend_exact(
     refs: Any,
-    places: Places,
+    places: ExactPlaces,
     rows: list[jax.Array],
     columns: int,
     heads: int,
@@ -169,7 +169,7 @@ def attend_recent(
 
 
 def write_newest(
-    refs: Any, places: Places, rows: list[jax.Array], keys: tuple, values: tuple
+    refs: Any, places: ExactPlaces, rows: list[jax.Array], keys: tuple, values: tuple
 ) -> None:
     """Copies the newest token into the segments `keys`, `values` that it is to be kept in."""
     channel = jnp.arange(power_of_two(_dim(refs)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.encode.pool import Group
+from pallas_kernels.encode.pool import GroupOperand
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.codebook import PLANE_WIDTHS
 from pallas_kernels.primitives.nearest import Levels
@@ -39,7 +39,7 @@ from pallas_kernels.primitives.tile import Columns, Tile
 TILE = 64
 
 
-class Place(NamedTuple):
+class JobPlace(NamedTuple):
     """Where the tokens of a block lie, and its mean; int32 scalars."""
 
     row: jax.Array
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class GroupTask:
     """A group of keys or of values, as a program sees it.
 
     jobs [jobs, 5]; `first_page` of the kv head, among those of the first one's row; vectors [rows,
@@ -57,7 +57,7 @@ class Part:
     is taken off; `scales` [pages, tokens], of which another part has the other half if `shared`.
     """
 
-    group: Group
+    group: GroupOperand
     column: Columns
     levels: Levels
     tokens: int
@@ -82,16 +82,16 @@ class Part:
         """A number of a job, or of the last one."""
         return self.jobs[jnp.minimum(number, self.jobs.shape[0] - 1), column]
 
-    def place(self, number: jax.Array) -> Place:
+    def place(self, number: jax.Array) -> JobPlace:
         """Where a job's block lies."""
-        return Place(*(self.of_job(number, column) for column in (0, 1, 3)))
+        return JobPlace(*(self.of_job(number, column) for column in (0, 1, 3)))
 
     def page(self, number: jax.Array) -> jax.Array:
         """Which page it becomes, counted through all rows; negative: none."""
         page = self.of_job(number, 2)
         return jnp.where(page < 0, page, page + self.first_page)
 
-    def tile(self, place: Place, token: jax.Array) -> Tile:
+    def tile(self, place: JobPlace, token: jax.Array) -> Tile:
         """Some tokens of a block."""
         return Tile(
             source=self.vectors,
@@ -151,14 +151,14 @@ class Part:
         return missed
 
 
-def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
+def compress(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
     """Jobs `first` to `first + count`, whose means are there."""
     token = part.tiles[0]
     start, nothing = part.place(first), jnp.zeros(token.shape, jnp.int32)
     rotation = part.tile(start, token).rotation(part.column.within)
     packing = part.packing_weights()
 
-    def usual(i: jax.Array, carry: tuple[Place, jax.Array]) -> tuple[Place, jax.Array]:
+    def usual(i: jax.Array, carry: tuple[JobPlace, jax.Array]) -> tuple[JobPlace, jax.Array]:
         place, missed = carry
         # a turn ahead, so that the vectors do not wait for it
         ahead, page = part.place(first + i + 1), part.page(first + i)
@@ -199,7 +199,7 @@ def compress(part: Part, first: jax.Array, count: jax.Array) -> None:
         triton.rare_loop(count, rare, None)
 
 
-def open_means(part: Part, first: jax.Array, count: jax.Array) -> None:
+def open_means(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
     """Of the blocks among these jobs that open one."""
 
     def one(i: jax.Array, _: None) -> None:

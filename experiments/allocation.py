@@ -15,7 +15,7 @@ from experiments.experiment import Row, where
 from experiments.forcing import Rule, Trip, Trips
 from experiments.settings import Setting, turbo
 from turboquant_jax.cache import CodecConfig
-from turboquant_jax.llama import LlamaConfig
+from turboquant_jax.models import LlamaConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from experiments import data
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.statistics import SIGMAS, mean_and_error
-from turboquant_jax import outliers, quantizer
+from turboquant_jax.quantizers import outliers, quantizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

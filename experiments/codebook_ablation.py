@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from experiments import vectors
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, mean_and_error
-from turboquant_jax import codebook as codebooks
-from turboquant_jax import quantizer
+from turboquant_jax.quantizers import codebook as codebooks
+from turboquant_jax.quantizers import quantizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,11 +22,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from experiments.forcing import ROUNDING, Trip
-from turboquant_jax import prod, qjl
-from turboquant_jax import quantizer as quantizers
 from turboquant_jax.cache import CodecConfig
 from turboquant_jax.cache import codec as codecs
-from turboquant_jax.rotation import Hadamard
+from turboquant_jax.quantizers import prod, qjl
+from turboquant_jax.quantizers import quantizer as quantizers
+from turboquant_jax.quantizers.rotation import Hadamard
 
 _GROUP = 32  # channels, or tokens, that share a zero and a step in KIVI
 _compiled = partial(jax.jit, compiler_options=ROUNDING)

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from experiments import results
 from experiments.experiment import Row
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.llama import dense, load, timing
-from turboquant_jax.llama.checkpoint import packaged_smollm2
-from turboquant_jax.llama.dense import DENSE
-from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.models import dense, load, timing
+from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.models.dense import DENSE
+from turboquant_jax.models.past import COMPRESSED
 
 PEER = """
 import sys, time, torch, transformers

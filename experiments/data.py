@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from turboquant_jax import llama
-from turboquant_jax.attention.segments import Scores, attend_exact
+from turboquant_jax import models
+from turboquant_jax.attention.segments import Scores, attend_segment
 
 
 class MissingDataError(Exception):
@@ -77,9 +77,9 @@ def sentence_embeddings(count: int) -> Float[np.ndarray, "count 256"]:
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
-def _smollm2() -> llama.Checkpoint:
+def _smollm2() -> models.Checkpoint:
     try:
-        return llama.load()
+        return models.load()
     except FileNotFoundError as error:
         raise MissingDataError(str(error)) from error
 
@@ -119,7 +119,7 @@ def smollm2_heads(tokens: int) -> Heads:
 
 
 @jax.jit
-def _capture(model: llama.Llama, ids: Int[Array, "1 T"]) -> tuple[Array, Array, Array]:
+def _capture(model: models.Llama, ids: Int[Array, "1 T"]) -> tuple[Array, Array, Array]:
     """Queries, keys and values of every layer, with attention in full precision."""
     config, length = model.config, ids.shape[1]
     visible = jnp.tril(jnp.ones((length, length), bool))[None, :, :]
@@ -127,7 +127,7 @@ def _capture(model: llama.Llama, ids: Int[Array, "1 T"]) -> tuple[Array, Array, 
     def attend(state, layer, projection):
         q, k, v = projection.heads()
         state = tuple(kept.at[layer].set(x[0]) for kept, x in zip(state, (q, k, v), strict=True))
-        return attend_exact(q, k, v, visible, Scores())[0], state
+        return attend_segment(q, k, v, visible, Scores())[0], state
 
     def empty(heads: int) -> Array:
         return jnp.zeros((config.num_layers, length, heads, config.head_dim), jnp.float32)

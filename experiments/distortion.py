@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from experiments import vectors
 from experiments.experiment import Claim, Row, Track, Verdict, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, is_below, mean_and_error
-from turboquant_jax import bounds, prod, quantizer, rotation
+from turboquant_jax.quantizers import bounds, prod, quantizer, rotation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from experiments.experiment import Row
 from experiments.settings import Setting, turbo, unique
-from turboquant_jax.quantizer import Code
+from turboquant_jax.quantizers.quantizer import Code
 
 TARGETS = (3.5, 4.8, 5.7, 7.0)
 """Ratios to full precision, true bytes, that have a target of quality."""

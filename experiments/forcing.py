@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from experiments.forced_attention import forced_attention
 from turboquant_jax.attention.projection import apply_rope
-from turboquant_jax.attention.segments import Scores, attend_exact, merge
-from turboquant_jax.llama.evaluate import Comparison, compare
-from turboquant_jax.llama.model import Layer, Llama, rms_norm, unstack
-from turboquant_jax.llama.rope import rotation_angles
+from turboquant_jax.attention.segments import Scores, attend_segment, merge
+from turboquant_jax.models.evaluate import Comparison, compare
+from turboquant_jax.models.model import Layer, Llama, rms_norm, unstack
+from turboquant_jax.models.rope import rotation_angles
 
 Trip = Callable[[Float[Array, "B T K H"]], Float[Array, "B T K H"]]
 """Keys (centred), or values, of a layer through compression and back, float32."""
@@ -266,8 +266,8 @@ def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
         part = q[:, start:stop]
         approximate = approximate_k[:, :stop], approximate_v[:, :stop]
         parts = [
-            attend_exact(part, exact_k, exact_v, seen[None], Scores()),
-            attend_exact(part, *approximate, held[None], Scores()),
+            attend_segment(part, exact_k, exact_v, seen[None], Scores()),
+            attend_segment(part, *approximate, held[None], Scores()),
         ]
         outputs.append(merge(parts)[0])
     return jnp.concatenate(outputs, axis=1)

@@ -12,9 +12,9 @@ from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.demo import default_text
 from turboquant_jax.implementation import Implementation
-from turboquant_jax.llama import Checkpoint, load
-from turboquant_jax.llama.generate import decode, prefill
-from turboquant_jax.llama.past import compressed
+from turboquant_jax.models import Checkpoint, load
+from turboquant_jax.models.generate import decode, prefill
+from turboquant_jax.models.past import compressed
 
 _PROMPT = 512  # tokens: blocks are compressed before the first step
 

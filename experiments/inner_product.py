@@ -19,7 +19,7 @@ import numpy as np
 from experiments import pairs, reference, vectors
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, are_below, is_below, mean_and_error
-from turboquant_jax import bounds
+from turboquant_jax.quantizers import bounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,11 +27,11 @@ from experiments import greedy_generation, llama_claims, llama_sizes, results
 from experiments.device_time import copy_bandwidth
 from experiments.experiment import Claim, Row, Track, option, where
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.llama import PRESETS, Llama, LlamaConfig, timing
-from turboquant_jax.llama.dense import DENSE
-from turboquant_jax.llama.generate import Past
-from turboquant_jax.llama.model import random_model
-from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.models import PRESETS, Llama, LlamaConfig, timing
+from turboquant_jax.models.dense import DENSE
+from turboquant_jax.models.generate import Past
+from turboquant_jax.models.model import random_model
+from turboquant_jax.models.past import COMPRESSED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

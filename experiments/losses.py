@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from experiments.experiment import Row
 from experiments.forcing import Forcing, Pass, Rule, Trips
-from turboquant_jax.llama import LlamaConfig
+from turboquant_jax.models import LlamaConfig
 
 CHUNK = 1024
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from experiments import data, peers, vectors
 from experiments.experiment import Claim, Row, Track, Verdict, distinct, option, where
 from experiments.statistics import SIGMAS
-from turboquant_jax import prod, quantizer
+from turboquant_jax.quantizers import prod, quantizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.prepared import Prompts
-from turboquant_jax.llama.tokenizer import Tokenizer
+from turboquant_jax.models.tokenizer import Tokenizer
 
 LENGTHS = (1024, 2048, 4096, 8192)
 DEPTHS = 8

@@ -19,9 +19,9 @@ import numpy as np
 from experiments import needle_prompts, prepared, question_prompts
 from experiments.data import package_file
 from experiments.prepared import Prompts
-from turboquant_jax import llama
-from turboquant_jax.llama.checkpoint import packaged_smollm2
-from turboquant_jax.llama.tokenizer import Tokenizer
+from turboquant_jax import models
+from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.models.tokenizer import Tokenizer
 
 CONTEXT = 8192
 Encode = Callable[[str], list[int]]
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="store_true", help="put the model there too")
     args = parser.parse_args()
-    write(prepared.FILE, llama.load().tokenizer)
+    write(prepared.FILE, models.load().tokenizer)
     print(f"{prepared.FILE}: {prepared.FILE.stat().st_size:,} bytes")
     if args.model:
         content = packaged_smollm2().read_bytes()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from turboquant_jax import prod, quantizer
+from turboquant_jax.quantizers import prod, quantizer
 
 RHOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 """Inner products of correlated pairs."""

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from experiments.data import MissingDataError
-from turboquant_jax import llama
-from turboquant_jax.llama import Llama, LlamaConfig
+from turboquant_jax import models
+from turboquant_jax.models import Llama, LlamaConfig
 
 FOLDER = Path(".data")
 FILE = FOLDER / "prepared.npz"
@@ -102,7 +102,7 @@ def model(name: str) -> Llama:
     if name != "smollm2":
         raise ValueError(f"model must be 'smollm2' or 'tiny', got {name!r}")
     try:
-        return llama.load(MODEL if MODEL.is_file() else None).model
+        return models.load(MODEL if MODEL.is_file() else None).model
     except FileNotFoundError as error:
         raise MissingDataError(str(error)) from error
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from experiments import peers
 from experiments.experiment import Claim, Row, Track, Verdict, distinct, option, where
-from turboquant_jax import quantizer
+from turboquant_jax.quantizers import quantizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.prepared import Prompts
-from turboquant_jax.llama.tokenizer import Tokenizer
+from turboquant_jax.models.tokenizer import Tokenizer
 
 SIZES = {"hellaswag": 512, "squad": 2048, "hotpot": 4096, "human_eval": 2048, "gsm8k": 2048}
 _QUESTIONS = 64

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from experiments import vectors
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, are_below, is_below, mean_and_error
-from turboquant_jax import bounds, learned, quantizer
-from turboquant_jax import rotation as rotations
+from turboquant_jax.quantizers import bounds, learned, quantizer
+from turboquant_jax.quantizers import rotation as rotations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

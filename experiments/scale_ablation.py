@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from experiments import reference, vectors
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.statistics import SIGMAS, all_equal, mean_and_error
-from turboquant_jax import bounds, prod, quantizer
+from turboquant_jax.quantizers import bounds, prod, quantizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,8 +19,8 @@ from experiments.codecs import (
 from experiments.forcing import Rule, Trips
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
-from turboquant_jax.llama import LlamaConfig
-from turboquant_jax.quantizer import Code
+from turboquant_jax.models import LlamaConfig
+from turboquant_jax.quantizers.quantizer import Code
 
 LONG = 65536
 """Tokens of a long context, for which bytes are counted too."""

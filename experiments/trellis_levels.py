@@ -22,15 +22,15 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import stats
 
-from turboquant_jax import trellis
+from turboquant_jax.quantizers import trellis
 
 _DIM = 128
 _HEADER = '''"""Levels of the trellis code, positive half, on the unit-variance scale: generated.
 
 Made by `python -m experiments.trellis_levels --seed {seed}`: stochastic Lloyd training on uniform
 vectors of the sphere, d = {dim}; {burn_in} passes of {small} vectors, then the average of
-{passes} passes of {large}. On other vectors, tests/test_trellis.py verifies the error and that
-every level is the mean of what is assigned to it.
+{passes} passes of {large}. On other vectors, tests/quantizers/test_trellis.py verifies the error
+and that every level is the mean of what is assigned to it.
 """
 '''
 

@@ -23,11 +23,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from tests.llama import conftest
+from tests.models import conftest
 from turboquant_jax import cache
 from turboquant_jax.cache import storage
 from turboquant_jax.cli import settings
-from turboquant_jax.llama.checkpoint import load
+from turboquant_jax.models.checkpoint import load
 
 KINDS = ("gguf", "folder", "cache", "allocation")
 SMALL = dataclasses.replace(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from turboquant_jax import cache, quantizer
+from turboquant_jax import cache
 from turboquant_jax.attention import (
     Projection,
     attend,
@@ -18,6 +18,7 @@ from turboquant_jax.attention import (
 )
 from turboquant_jax.attention.teacher_forcing import teacher_forced
 from turboquant_jax.cache.state import rows_of
+from turboquant_jax.quantizers import quantizer
 
 CODEC = cache.CodecConfig
 SCALAR, TRELLIS, GROUPS = CODEC(4), CODEC(2, code="trellis"), CODEC(((16, 4), (16, 3)))

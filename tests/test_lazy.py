@@ -27,7 +27,7 @@ def modules_after(code):
     return ast.literal_eval(done.stdout.splitlines()[-1]), done.returncode
 
 
-@pytest.mark.parametrize("package", ["turboquant_jax", "turboquant_jax.llama"])
+@pytest.mark.parametrize("package", ["turboquant_jax", "turboquant_jax.models"])
 def test_the_table_and_the_type_checkers_agree(package):
     module = importlib.import_module(package)
     tree = ast.parse(Path(module.__file__).read_text())
@@ -43,7 +43,7 @@ def test_the_table_and_the_type_checkers_agree(package):
 
 
 def test_importing_the_library_imports_nothing_else():
-    code = "import turboquant_jax, turboquant_jax.llama, turboquant_jax.llama.presets"
+    code = "import turboquant_jax, turboquant_jax.models, turboquant_jax.models.presets"
     assert modules_after(code) == ([], 0)
     assert "jax" in modules_after("import turboquant_jax as tq; tq.attend")[0]
 

@@ -11,9 +11,9 @@ import pytest
 
 from turboquant_jax import cache, cli, plan
 from turboquant_jax.cache.bytes import planned_bytes
-from turboquant_jax.llama.checkpoint import packaged_smollm2
-from turboquant_jax.llama.config import parameter_count
-from turboquant_jax.llama.presets import PRESETS
+from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.models.config import parameter_count
+from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.units import parse_memory
 
 SMALL = "smollm2-135m"

@@ -10,8 +10,14 @@ if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.attention import Scores, attend, merge
     from turboquant_jax.cache import Cache, CacheConfig, CodecConfig, append, preset
     from turboquant_jax.cache import create as create_cache
-    from turboquant_jax.quantizer import Codes, Quantizer, decode, encode, straight_through
-    from turboquant_jax.quantizer import create as create_quantizer
+    from turboquant_jax.quantizers.quantizer import (
+        Codes,
+        Quantizer,
+        decode,
+        encode,
+        straight_through,
+    )
+    from turboquant_jax.quantizers.quantizer import create as create_quantizer
 else:
     from turboquant_jax import lazy
 
@@ -19,18 +25,18 @@ else:
         "Cache": ("turboquant_jax.cache", "Cache"),
         "CacheConfig": ("turboquant_jax.cache", "CacheConfig"),
         "CodecConfig": ("turboquant_jax.cache", "CodecConfig"),
-        "Codes": ("turboquant_jax.quantizer", "Codes"),
-        "Quantizer": ("turboquant_jax.quantizer", "Quantizer"),
+        "Codes": ("turboquant_jax.quantizers.quantizer", "Codes"),
+        "Quantizer": ("turboquant_jax.quantizers.quantizer", "Quantizer"),
         "Scores": ("turboquant_jax.attention", "Scores"),
         "append": ("turboquant_jax.cache", "append"),
         "attend": ("turboquant_jax.attention", "attend"),
         "create_cache": ("turboquant_jax.cache", "create"),
-        "create_quantizer": ("turboquant_jax.quantizer", "create"),
-        "decode": ("turboquant_jax.quantizer", "decode"),
-        "encode": ("turboquant_jax.quantizer", "encode"),
+        "create_quantizer": ("turboquant_jax.quantizers.quantizer", "create"),
+        "decode": ("turboquant_jax.quantizers.quantizer", "decode"),
+        "encode": ("turboquant_jax.quantizers.quantizer", "encode"),
         "merge": ("turboquant_jax.attention", "merge"),
         "preset": ("turboquant_jax.cache", "preset"),
-        "straight_through": ("turboquant_jax.quantizer", "straight_through"),
+        "straight_through": ("turboquant_jax.quantizers.quantizer", "straight_through"),
     }
     __getattr__, __dir__ = lazy.names(__name__, _NAMES)
 

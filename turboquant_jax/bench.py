@@ -13,10 +13,10 @@ import jax
 
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
-from turboquant_jax.llama import Llama, dense, timing
-from turboquant_jax.llama.generate import Past
-from turboquant_jax.llama.past import COMPRESSED
-from turboquant_jax.quantizer import Code
+from turboquant_jax.models import Llama, dense, timing
+from turboquant_jax.models.generate import Past
+from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.quantizers.quantizer import Code
 
 FULL = 16
 Bits = tuple[int, int] | Allocation

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboquant_jax import bounds, cache, quantizer
-from turboquant_jax import rotation as rotations
+from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import (
     bytes_per_compressed_token,
     exact_bytes_per_token,
     planned_bytes,
 )
-from turboquant_jax.llama import Checkpoint, LlamaConfig
-from turboquant_jax.llama.evaluate import compare, compressed_hidden, exact_hidden
-from turboquant_jax.llama.generate import NO_TOKEN, decode, pad_prompts, prefill
-from turboquant_jax.llama.past import COMPRESSED
+from turboquant_jax.models import Checkpoint, LlamaConfig
+from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
+from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
+from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.quantizers import bounds, quantizer
+from turboquant_jax.quantizers import rotation as rotations
 
 
 @dataclass(frozen=True)

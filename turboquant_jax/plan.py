@@ -19,11 +19,11 @@ from turboquant_jax.cache.bytes import (
     exact_bytes_per_token,
     planned_bytes,
 )
-from turboquant_jax.llama.config import LlamaConfig, parameter_count
-from turboquant_jax.llama.gguf import open_gguf
-from turboquant_jax.llama.metadata import config_from_gguf, config_from_huggingface
-from turboquant_jax.llama.presets import PRESETS
-from turboquant_jax.rotation import Kind, default_kind
+from turboquant_jax.models.config import LlamaConfig, parameter_count
+from turboquant_jax.models.gguf import open_gguf
+from turboquant_jax.models.metadata import config_from_gguf, config_from_huggingface
+from turboquant_jax.models.presets import PRESETS
+from turboquant_jax.quantizers.rotation import Kind, default_kind
 from turboquant_jax.units import parse_memory
 
 _MOST_TOKENS = 2**30  # positions are int32

@@ -1,4 +1,4 @@
-"""Vectors -> indices and scales, inside a kernel: what `turboquant_jax.quantizer` defines.
+"""Vectors -> indices and scales, inside a kernel: what the quantizer defines.
 
 Rotate, centre, normalize, nearest level, scale. The rotation is a product with a small matrix on
 the tensor cores, and exact: 16-bit vectors times +-1, or times a matrix in three 16-bit parts,
@@ -68,8 +68,8 @@ def quantize(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Indices [tokens, an eighth of the columns], 8 of them, and scales float32 [tokens].
 
-    See `turboquant_jax.quantizer`. Indices are in the low byte of an int32; what is above it means
-    nothing.
+    See `turboquant_jax.quantizers.quantizer`. Indices are in the low byte of an int32; what is
+    above it means nothing.
     """
     square = rotated.square
     inverse = lax.rsqrt(square / column.dim)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turboquant_jax import bounds, cache, rotation
-from turboquant_jax.cache import codec, operands
+from turboquant_jax import cache
+from turboquant_jax.cache import codec, kernel_operands
+from turboquant_jax.quantizers import bounds, rotation
 
 HEADS = jnp.arange(2)  # rows of the codec
 SPLIT = ((32, 3), (96, 2))
@@ -65,8 +66,8 @@ def test_the_bfloat16_parts_of_a_rotation_sum_to_its_float32_matrix():
     """Exactly: three times 8 significant bits are the 24 of a float32."""
     haar = rotation.create("haar", jax.random.key(4), 64)
     made = split_codec()
-    of_rotation = jax.jit(lambda r: operands.of_rotation(r, jnp.bfloat16))(haar)
-    of_codec = jax.jit(operands.of_codec)(made, HEADS)
+    of_rotation = jax.jit(lambda r: kernel_operands.of_rotation(r, jnp.bfloat16))(haar)
+    of_codec = jax.jit(kernel_operands.of_codec)(made, HEADS)
     for operand, matrix in ((of_rotation, haar.matrix[None]), (of_codec, made.matrix(HEADS))):
         assert operand.parts.dtype == jnp.bfloat16 and operand.gain == 1 and operand.signs is None
         np.testing.assert_array_equal(np.asarray(operand.parts, np.float64).sum(0), matrix)

@@ -10,7 +10,7 @@ from experiments.settings import turbo
 from turboquant_jax import cache
 from turboquant_jax.cache import presets
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
-from turboquant_jax.llama import LlamaConfig
+from turboquant_jax.models import LlamaConfig
 
 SMOLLM2 = 30, 3, 64
 MEASURED = {

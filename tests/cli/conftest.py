@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from turboquant_jax.cli import compiling
-from turboquant_jax.llama import PRESETS, LlamaConfig
-from turboquant_jax.llama.tokenizer import byte_tokenizer
+from turboquant_jax.models import PRESETS, LlamaConfig
+from turboquant_jax.models.tokenizer import byte_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

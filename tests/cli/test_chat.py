@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from turboquant_jax import cli
-from turboquant_jax.llama import conversation, dense, load
-from turboquant_jax.llama.conversation import Conversation
-from turboquant_jax.llama.decoding import generate
+from turboquant_jax.models import conversation, dense, load
+from turboquant_jax.models.conversation import Conversation
+from turboquant_jax.models.decoding import generate
 
 TOKENS = 6
 

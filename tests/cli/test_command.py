@@ -11,11 +11,11 @@ import pytest
 from scipy import special, stats
 
 from turboquant_jax import cache, cli, demo
-from turboquant_jax.bounds import lloyd_max_distortion
 from turboquant_jax.cache import presets
 from turboquant_jax.cli import parsers, settings
-from turboquant_jax.llama import PRESETS, LlamaConfig
-from turboquant_jax.llama.checkpoint import packaged_smollm2
+from turboquant_jax.models import PRESETS, LlamaConfig
+from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.quantizers.bounds import lloyd_max_distortion
 
 
 def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):

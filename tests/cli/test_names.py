@@ -4,9 +4,10 @@ from typing import get_args
 
 import pytest
 
-from turboquant_jax import cli, rotation
+from turboquant_jax import cli
 from turboquant_jax.cache import presets
 from turboquant_jax.cli import choices, models
+from turboquant_jax.quantizers import rotation
 
 
 def test_choices_are_the_library_s():

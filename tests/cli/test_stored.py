@@ -5,7 +5,7 @@ import json
 import pytest
 
 from turboquant_jax import cli
-from turboquant_jax.llama import stored
+from turboquant_jax.models import stored
 
 DOCUMENT = [{"role": "user", "content": "It was a dark night."}]
 LONGER = [*DOCUMENT, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]

@@ -16,8 +16,8 @@ from pallas_kernels.primitives import triton
 from turboquant_jax import cache
 from turboquant_jax.attention.projection import apply_rope
 from turboquant_jax.cache.bytes import count_bytes
-from turboquant_jax.llama.evaluate import compressed_hidden, exact_hidden
-from turboquant_jax.llama.rope import rotation_angles
+from turboquant_jax.models.evaluate import compressed_hidden, exact_hidden
+from turboquant_jax.models.rope import rotation_angles
 
 CONTEXT = 90
 SETTINGS = [

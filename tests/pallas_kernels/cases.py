@@ -20,11 +20,12 @@ from pallas_kernels.decode_attention import (
     decode_attention,
 )
 from pallas_kernels.trellis import encode
-from turboquant_jax import cache, trellis
+from turboquant_jax import cache
 from turboquant_jax.attention import PLAIN, Projection, triton
 from turboquant_jax.cache import compression
 from turboquant_jax.cache.choose import Compression
 from turboquant_jax.cache.state import Exact, rows_of
+from turboquant_jax.quantizers import trellis
 
 new = jax.ShapeDtypeStruct
 

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.primitives import triton
 from pallas_kernels.trellis import encode
 from tests.marks import GPU
-from turboquant_jax import trellis
+from turboquant_jax.quantizers import trellis
 
 
 @pytest.mark.parametrize(

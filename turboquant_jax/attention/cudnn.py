@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.attention import rotated, triton
+from turboquant_jax.attention import head_rotation, triton
 from turboquant_jax.attention.segments import Scores, SegmentPart, merge, sink_part
-from turboquant_jax.cache import blocks, operands
+from turboquant_jax.cache import blocks, kernel_operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.layout import locate
 from turboquant_jax.cache.state import Cache, LayerRows
@@ -156,9 +156,9 @@ def _over_blocks(
     key_codec, value_codec = cache.parts[member.part].codecs
     groups = _groups(kv_heads, batch * count * heads, ROWS)
     own = jnp.arange(kv_heads, dtype=jnp.int32).reshape(groups, -1)
-    turned = _turn(key_codec, member.of(kv_heads), queries)
-    turned = turned.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
-    by_group = [turned[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
+    rotated = _rotate(key_codec, member.of(kv_heads), queries)
+    rotated = rotated.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
+    by_group = [rotated[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
     tokens = config.compressed_tokens(cache.lengths)
     pages = min(slots, max(1, TILE // config.block))
     table = jnp.pad(jnp.maximum(cache.table.page_table, 0), ((0, 0), (0, pages)))
@@ -192,7 +192,7 @@ def _over_blocks(
         parts = loop(full + 1, -(-jnp.max(tokens) // (pages * config.block)), True, parts)
     output, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
     lse = jnp.where(jnp.isneginf(lse), lse, lse + scale * _mean_products(cache, rows, queries))
-    return _turn_back(value_codec, member.of(kv_heads), output, config.dtype), lse
+    return _unrotate(value_codec, member.of(kv_heads), output, config.dtype), lse
 
 
 def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
@@ -231,28 +231,28 @@ def _mean_products(cache: Cache, rows: LayerRows, queries):
     return jnp.sum(queries.astype(jnp.float32) * mean[:, None], axis=-1)
 
 
-def _turn(
+def _rotate(
     codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B T N H"]
 ) -> Float[Array, "B T N H"]:
     """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
     if query.dtype != jnp.bfloat16:
-        return rotated.rotate_queries(codec, rows, query)
-    rotation = operands.of_codec(codec, rows)
+        return head_rotation.rotate_queries(codec, rows, query)
+    rotation = kernel_operands.of_codec(codec, rows)
     if rotation.signs is not None:
         query = query * rotation.signs.astype(query.dtype)[None, None, None, :]
     return rotation.gain * _products("btkgi,kji->btkgj", query, rotation.parts)
 
 
-def _turn_back(
+def _unrotate(
     codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"], dtype: str
 ) -> Float[Array, "B T N H"]:
     """Outputs back from the rotated space, float32; on the tensor cores to bfloat16."""
     if dtype != "bfloat16":
-        return rotated.unrotate_outputs(codec, rows, output)
-    rotation = operands.of_codec(codec, rows)
-    turned = _products("kji,btkgj->btkgi", output.astype(jnp.bfloat16), rotation.parts)
-    turned = turned * rotation.gain
-    return turned if rotation.signs is None else turned * rotation.signs[None, None, None, :]
+        return head_rotation.unrotate_outputs(codec, rows, output)
+    rotation = kernel_operands.of_codec(codec, rows)
+    rotated = _products("kji,btkgj->btkgi", output.astype(jnp.bfloat16), rotation.parts)
+    rotated = rotated * rotation.gain
+    return rotated if rotation.signs is None else rotated * rotation.signs[None, None, None, :]
 
 
 def _products(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import tree
 from jaxtyping import Array, Float
 
-from turboquant_jax.attention import rotated
+from turboquant_jax.attention import head_rotation
 from turboquant_jax.attention.segments import (
     Scores,
     SegmentPart,
-    attend_exact,
+    attend_segment,
     merge,
     sink_part,
 )
@@ -35,10 +35,12 @@ def attend(
     parts = [_exact(cache, rows, q, k, v, scores)]
     if cache.layout.slots:
         own = [
-            _blocks(cache, rows, member, rotated.pick_queries(member, q, cache.kv_heads), scores)
+            _blocks(
+                cache, rows, member, head_rotation.pick_queries(member, q, cache.kv_heads), scores
+            )
             for member in rows.members
         ]
-        parts.append(rotated.join_heads(rows, own, cache.kv_heads))
+        parts.append(head_rotation.join_heads(rows, own, cache.kv_heads))
     if sink_logits is not None:
         parts.append(sink_part(sink_logits, q.shape))
     return merge(parts)[0].astype(q.dtype)
@@ -55,7 +57,7 @@ def _exact(cache: Cache, rows: LayerRows, q, k, v, scores: Scores) -> SegmentPar
     position = jnp.concatenate([position, query], axis=1)
     held = jnp.concatenate([held, query >= 0], axis=1)
     visible = held[:, None, :] & sees(cache.config, query, position)
-    return attend_exact(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
+    return attend_segment(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
 
 
 def _blocks(cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores) -> SegmentPart:
@@ -73,15 +75,15 @@ def _blocks(cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores) -> S
 
     position, held = cache.layout.block_positions(cache.lengths[:, None])
     query = cache.lengths[:, None] + jnp.arange(q.shape[1])[None, :]
-    output, lse = attend_exact(
-        rotated.rotate_queries(key_codec, own, q),
+    output, lse = attend_segment(
+        head_rotation.rotate_queries(key_codec, own, q),
         by_token(key_codec.dequantize(keys)),
         by_token(value_codec.dequantize(values)),
         held[:, None, :] & sees(cache.config, query, position),
         scores,
-        rotated.mean_products(cache, rows, member, q),
+        head_rotation.mean_products(cache, rows, member, q),
     )
-    return rotated.unrotate_outputs(value_codec, own, output), lse
+    return head_rotation.unrotate_outputs(value_codec, own, output), lse
 
 
 def check_heads(cache: Cache, q, k, v) -> None:

@@ -66,7 +66,7 @@ def merge(parts: list[SegmentPart]) -> SegmentPart:
     return output, total
 
 
-def attend_exact(
+def attend_segment(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.definition import check_heads
-from turboquant_jax.attention.segments import PLAIN, Scores, attend_exact, merge
+from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
 from turboquant_jax.cache.choose import choose_compression
 from turboquant_jax.cache.compression import mean_key
 from turboquant_jax.cache.layout import edge, sees
@@ -45,8 +45,8 @@ def teacher_forced(
     visible = jnp.broadcast_to(seen, (q.shape[0], count, count))
     decoded_k, decoded_v = _decoded(cache, rows, k, v, search)
     parts = [
-        attend_exact(q, k, v, visible & ~is_block[None, :, :], scores),
-        attend_exact(q, decoded_k, decoded_v, visible & is_block[None, :, :], scores),
+        attend_segment(q, k, v, visible & ~is_block[None, :, :], scores),
+        attend_segment(q, decoded_k, decoded_v, visible & is_block[None, :, :], scores),
     ]
     return merge(parts)[0].astype(q.dtype)
 

@@ -22,15 +22,15 @@ from pallas_kernels.decode_attention import (
 )
 from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
+from turboquant_jax.attention.head_rotation import rotate_queries
 from turboquant_jax.attention.projection import Heads, Projection
-from turboquant_jax.attention.rotated import rotate_queries
 from turboquant_jax.attention.segments import Scores
-from turboquant_jax.cache import operands
+from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.kernel_operands import flat
 from turboquant_jax.cache.layout import Layout, locate
-from turboquant_jax.cache.operands import flat
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part
-from turboquant_jax.rotation import Identity
+from turboquant_jax.quantizers.rotation import Identity
 
 
 def attend(
@@ -64,7 +64,7 @@ def attend(
         ),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
         exact=_exact_operand(cache, rows.layer, query, new, write),
-        rotation=operands.of_codec(value_codec, own) if rotated_values else None,
+        rotation=kernel_operands.of_codec(value_codec, own) if rotated_values else None,
         dtype=query.dtype,
     )
     return output[:, None], cache if exact is None or not write else _written(cache, exact)
@@ -85,7 +85,7 @@ def attend_projection(
     """`attend` of a projection of one token per sequence, in bfloat16; the token is written."""
     (member,) = rows.members
     codec = cache.parts[member.part].codecs[0]
-    operand = operands.of_codec(codec, member.of(cache.kv_heads))
+    operand = kernel_operands.of_codec(codec, member.of(cache.kv_heads))
     qkv, cos, sin = (x[:, 0] for x in (projection.qkv, projection.cos, projection.sin))
     q, k, v, rotated = rope_and_rotate(qkv, cos, sin, operand)
     heads = q[:, None], k[:, None], v[:, None]
@@ -113,7 +113,7 @@ def _rotate(
     """One query per sequence in the rotated space of the keys, float32."""
     if query.dtype != jnp.bfloat16:
         return rotate_queries(codec, rows, query[:, None])[:, 0]
-    return rotate_in_kernel(query, operands.of_codec(codec, rows))
+    return rotate_in_kernel(query, kernel_operands.of_codec(codec, rows))
 
 
 def _exact_operand(
@@ -159,7 +159,7 @@ def groups_of(part: Part) -> tuple[BlocksOperand, ...]:
     """The blocks of all rows, as the kernels read them."""
     found = []
     for g, (key, value) in enumerate(zip(*(codec.groups for codec in part.codecs), strict=True)):
-        books = [operands.codebook_of(group) for group in (key, value)]
+        books = [kernel_operands.codebook_of(group) for group in (key, value)]
         if books[0] is None or books[1] is None:
             raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
         pool = part.pool

@@ -19,8 +19,8 @@ from jax import lax
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from turboquant_jax import packing
 from turboquant_jax.cache.codec import Codec, Group
+from turboquant_jax.quantizers import packing
 
 
 @register_dataclass

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.encode import PAGE_TOKENS
-from turboquant_jax.cache import operands
+from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation, no_gpu, resolve
 
@@ -86,7 +86,7 @@ def _pages(cache: Cache) -> str | None:
         if [group.dim for group in key.groups] != [group.dim for group in value.groups]:
             return "keys and values with different groups of channels"
         for group in (*key.groups, *value.groups):
-            if operands.codebook_of(group) is None:
+            if kernel_operands.codebook_of(group) is None:
                 return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
     return None
 

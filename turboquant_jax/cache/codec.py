@@ -8,11 +8,11 @@ from jax.scipy import linalg
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, UInt8
 
-from turboquant_jax import quantizer as quantizers
 from turboquant_jax.cache.config import CodecConfig
-from turboquant_jax.direction import nan_unless_finite
 from turboquant_jax.implementation import Implementation
-from turboquant_jax.quantizer import Quantizer
+from turboquant_jax.quantizers import quantizer as quantizers
+from turboquant_jax.quantizers.direction import nan_unless_finite
+from turboquant_jax.quantizers.quantizer import Quantizer
 
 Group = tuple[UInt8[Array, "*vectors _"], Float[Array, "*vectors"]]
 

@@ -5,9 +5,9 @@ from functools import cached_property
 
 import jax.numpy as jnp
 
-from turboquant_jax import rotation as rotations
 from turboquant_jax.cache.allocation import Allocation
-from turboquant_jax.quantizer import Code, Codebook, ScaleMode
+from turboquant_jax.quantizers import rotation as rotations
+from turboquant_jax.quantizers.quantizer import Code, Codebook, ScaleMode
 
 Groups = tuple[tuple[int, int], ...]
 

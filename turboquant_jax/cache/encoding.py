@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import encode as kernel
-from turboquant_jax.cache import operands
+from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.blocks import Blocks
-from turboquant_jax.cache.operands import flat
+from turboquant_jax.cache.kernel_operands import flat
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part, heads_of
-from turboquant_jax.quantizer import Quantizer
+from turboquant_jax.quantizers.quantizer import Quantizer
 
 
 def encode_window(
@@ -93,7 +93,7 @@ def _groups(groups: tuple[Quantizer, ...], planes: tuple, dtype) -> tuple[kernel
     return tuple(
         kernel.GroupOperand(
             own,
-            operands.with_signs(operands.of_rotation(group.rotation, dtype)),
+            kernel_operands.with_signs(kernel_operands.of_rotation(group.rotation, dtype)),
             kernel.CodeOperand(group.levels, group.scale),
         )
         for group, own in zip(groups, planes, strict=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from turboquant_jax import bench
 from turboquant_jax.cli import settings
-from turboquant_jax.llama import load, timing
+from turboquant_jax.models import load, timing
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:

@@ -9,8 +9,8 @@ import jax
 from rich.console import Console
 
 from turboquant_jax.cli import compiling, generate, settings
-from turboquant_jax.llama import load
-from turboquant_jax.llama.conversation import Conversation
+from turboquant_jax.models import load
+from turboquant_jax.models.conversation import Conversation
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:

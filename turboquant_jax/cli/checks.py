@@ -6,7 +6,7 @@ Raises ValueError or FileNotFoundError with one line, as the library does for wh
 import argparse
 
 from turboquant_jax.cli import choices, flags, models, texts
-from turboquant_jax.llama.options import Sampling
+from turboquant_jax.models.options import Sampling
 from turboquant_jax.units import parse_memory
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from turboquant_jax import demo
 from turboquant_jax.cli import settings
-from turboquant_jax.llama import load
+from turboquant_jax.models import load
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:

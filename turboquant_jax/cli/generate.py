@@ -14,10 +14,10 @@ from rich.console import Console
 
 from turboquant_jax.cli import compiling, settings
 from turboquant_jax.cli.texts import Row
-from turboquant_jax.llama import Checkpoint, load, stops, stored
-from turboquant_jax.llama.decoding import read, refuse_overflow, stream
-from turboquant_jax.llama.generate import NO_TOKEN, decode
-from turboquant_jax.llama.tokenizer import Tokenizer
+from turboquant_jax.models import Checkpoint, load, stops, stored
+from turboquant_jax.models.decoding import read, refuse_overflow, stream
+from turboquant_jax.models.generate import NO_TOKEN, decode
+from turboquant_jax.models.tokenizer import Tokenizer
 
 ROUNDED = 256
 """Capacities are multiples of it, so that prompts of similar length run the same programs."""

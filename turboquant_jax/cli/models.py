@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from turboquant_jax.llama.presets import PRESETS
+from turboquant_jax.models.presets import PRESETS
 
 RANDOM = "random:"
 _FILES = (".gguf", ".bin", ".safetensors", ".json", ".pt", ".pth")

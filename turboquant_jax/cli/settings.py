@@ -11,11 +11,11 @@ from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, presets
 from turboquant_jax.cli import choices, flags
 from turboquant_jax.demo import cache_config
-from turboquant_jax.llama import LlamaConfig, dense
-from turboquant_jax.llama.generate import Past
-from turboquant_jax.llama.past import COMPRESSED
-from turboquant_jax.quantizer import Code
-from turboquant_jax.rotation import default_kind
+from turboquant_jax.models import LlamaConfig, dense
+from turboquant_jax.models.generate import Past
+from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.quantizers.quantizer import Code
+from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
 _ALLOCATION = {"keys", "values", "code"}

@@ -1,0 +1,142 @@
+"""The GGUF container against the `gguf` package, and every way a file can be wrong."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+
+from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.models.gguf import open_gguf
+
+
+@pytest.fixture
+def path(tmp_path):
+    """One key of every type and tensors of several, written by the package."""
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_uint8("u8", 200)
+    writer.add_int8("i8", -100)
+    writer.add_uint16("u16", 60_000)
+    writer.add_int16("i16", -30_000)
+    writer.add_uint32("u32", 4_000_000_000)
+    writer.add_int32("i32", -2_000_000_000)
+    writer.add_float32("f32", 0.5)
+    writer.add_bool("truth", True)
+    writer.add_string("text", "é")
+    writer.add_uint64("u64", 2**63)
+    writer.add_int64("i64", -(2**62))
+    writer.add_float64("f64", 0.1)
+    writer.add_array("ints", [1, -2, 3])
+    writer.add_array("floats", [0.5, 1.5])
+    writer.add_array("texts", ["a", "", "ö"])
+    rng = np.random.default_rng(0)
+    writer.add_tensor("single", rng.normal(size=(3, 5)).astype(np.float32))
+    writer.add_tensor("half", rng.normal(size=(7,)).astype(np.float16))
+    for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+        blocks = gguf.quants.quantize(rng.normal(size=(2, 4, 64)).astype(np.float32), kind)
+        writer.add_tensor(kind.name, blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "small.gguf"
+
+
+def assert_equals_the_package(path, names=None):
+    file, reader = open_gguf(path), gguf.GGUFReader(path)
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert file.metadata == fields
+    assert list(file.tensors) == [t.name for t in reader.tensors]
+    for tensor in reader.tensors:
+        assert file.shapes[tensor.name] == tuple(reversed(tensor.shape.tolist()))
+        if names is None or tensor.name in names:
+            expected = dequantize(tensor.data, tensor.tensor_type)
+            got = file.read(tensor.name)
+            assert got.dtype == np.float32
+            np.testing.assert_array_equal(got, expected.reshape(got.shape))
+
+
+def test_small_file_equals_the_package(path):
+    assert_equals_the_package(path)
+
+
+def test_smollm2_equals_the_package():
+    names = {"blk.7.attn_k.weight", "blk.29.ffn_down.weight", "output_norm.weight"}
+    assert_equals_the_package(packaged_smollm2(), names)
+
+
+def test_every_truncation_is_refused(path, tmp_path):
+    whole, cut = path.read_bytes(), tmp_path / "cut.gguf"
+    last = open_gguf(path).tensors["Q4_0"]
+    needed = last.start + last.size  # the writer pads the end
+    for length in range(needed):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{cut}: .*got.*expected"):
+            open_gguf(cut)
+    cut.write_bytes(whole[:needed])
+    np.testing.assert_array_equal(open_gguf(cut).read("Q4_0"), open_gguf(path).read("Q4_0"))
+
+
+def header(keys=b"", tensors=b"", *, magic=b"GGUF", version=3, counts=(0, 0)):
+    return magic + struct.pack("<IQQ", version, counts[1], counts[0]) + keys + tensors + b"\0" * 99
+
+
+def text(value):
+    raw = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def key(name, kind, payload):
+    return text(name) + struct.pack("<I", kind) + payload
+
+
+def tensor(name="t", dims=(4,), kind=0, start=0):
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, start)
+
+
+ONE = key("a", 0, b"\1")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "got an empty file, expected a GGUF file"),
+        (header(magic=b"PK\3\4"), "got magic bytes b'PK.*', expected b'GGUF'"),
+        (header(version=1), "got GGUF version 1, expected 2 or 3"),
+        (header(version=3 << 24), "got GGUF version 50331648, expected 2 or 3, little endian"),
+        (header(counts=(2**60, 0)), "truncated"),
+        (header(counts=(0, 2**60)), "truncated|got shape"),
+        (header(text(b"\xff"), counts=(1, 0)), "expected UTF-8"),
+        (header(key("a", 13, b""), counts=(1, 0)), "a: got value type 13"),
+        (header(key("a", 8, struct.pack("<Q", 2**62)), counts=(1, 0)), "truncated.*to hold a"),
+        (header(key("a", 9, struct.pack("<IQ", 0, 2**62)), counts=(1, 0)), "truncated"),
+        (header(key("a", 9, struct.pack("<IQ", 9, 1)), counts=(1, 0)), "a: got value type 9"),
+        (header(ONE + ONE, counts=(2, 0)), "got key a twice"),
+        (header(key("general.alignment", 4, b"\0" * 4), counts=(1, 0)), "got alignment 0"),
+        (header(tensors=tensor(dims=(1,) * 5), counts=(0, 1)), "got 5 dimensions"),
+        (header(tensors=tensor(dims=()), counts=(0, 1)), "got shape"),
+        (header(tensors=tensor(dims=(0, 3)), counts=(0, 1)), r"got shape \(3, 0\)"),
+        (header(tensors=tensor(kind=8), counts=(0, 1)), "expected rows of whole blocks of 32"),
+        (header(tensors=tensor(kind=99), counts=(0, 1)), "got type 99, expected a GGML type"),
+        (header(tensors=tensor() + tensor(), counts=(0, 2)), "got tensor t twice"),
+        (header(tensors=tensor(start=2**40), counts=(0, 1)), "truncated.*for tensor t"),
+        (header(tensors=tensor(dims=(2**62, 2**62)), counts=(0, 1)), "truncated.*for tensor t"),
+    ],
+)
+def test_refusals(tmp_path, raw, message):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_gguf(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantization_without_a_decoder_is_refused(tmp_path):
+    path = tmp_path / "int.gguf"
+    path.write_bytes(header(tensors=tensor(kind=int(gguf.GGMLQuantizationType.I32)), counts=(0, 1)))
+    with pytest.raises(
+        ValueError, match="tensor t: got I32, expected a type that the gguf package"
+    ):
+        open_gguf(path).read("t")

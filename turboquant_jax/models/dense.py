@@ -1,0 +1,136 @@
+"""Full precision without any structure: the past as dense arrays, and the vendor's attention.
+
+The baseline that compression has to beat. `attention` keeps its own full precision, a window that
+never lets go, for comparing numbers; this is for comparing time and memory.
+"""
+
+import functools
+import operator
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from turboquant_jax.attention.projection import Projection
+from turboquant_jax.attention.segments import PLAIN, attend_segment
+from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.generate import Past
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Dense:
+    """Keys (after RoPE) and values of B sequences with room for S tokens each.
+
+    An array per layer, because cuDNN reads whole buffers: of a stack over the layers every step
+    would copy every layer. So the decoder must be unstacked.
+
+    Attributes:
+      keys, values: one array a layer.
+      lengths: int32 [B], tokens of each sequence.
+      pending: int32 [B], tokens being appended.
+      overflow: True once an append did not fit; that append left the sequence as it was.
+    """
+
+    keys: tuple[Float[Array, "B S K H"], ...]
+    values: tuple[Float[Array, "B S K H"], ...]
+    lengths: Int[Array, " B"]
+    pending: Int[Array, " B"]
+    overflow: Bool[Array, " B"]
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of a sequence."""
+        return self.keys[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def with_lengths(self, lengths: Int[Array, " B"]) -> "Dense":
+        """As if every sequence had so many tokens."""
+        return replace(self, lengths=lengths)
+
+
+def create(
+    config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
+) -> Dense:
+    """An empty past; ValueError for a batch or a capacity below 1."""
+    if batch < 1 or capacity < 1:
+        raise ValueError(f"batch and capacity must be positive, got {batch} and {capacity}")
+    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+
+    def zeros():
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    none = jnp.zeros(batch, jnp.int32)
+    return Dense(zeros(), zeros(), none, jnp.copy(none), jnp.zeros(batch, bool))
+
+
+def begin(state: Dense, counts: Int[Array, " B"], most: int) -> Dense:
+    """Announce `counts` tokens; of a sequence that they do not fit none are written."""
+    fits = (state.lengths + counts <= state.keys[0].shape[1]) & ~state.overflow
+    return replace(state, pending=jnp.where(fits, counts, 0), overflow=state.overflow | ~fits)
+
+
+def attend(
+    state: Dense,
+    layer: Int[Array, ""] | int,
+    projection: Projection,
+) -> tuple[Float[Array, "B T N H"], Dense]:
+    """Write the pending tokens of a layer, then attend to all up to and with each query.
+
+    By cuDNN's flash attention on a GPU, in the dtype of the state; by `attend_segment` elsewhere.
+
+    Raises:
+      ValueError: a layer whose number is not known to the compiler, as under `lax.scan`.
+    """
+    try:
+        index = operator.index(layer)
+    except TypeError as error:
+        raise ValueError("got a stacked decoder, expected stacked=False") from error
+    q, k, v = projection.heads()
+    slots, written = state.keys[index].shape[1], []
+    token = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+    position = state.lengths[:, None] + token
+    place = jnp.where(token < state.pending[:, None], position, slots)  # past the end: dropped
+    row = jnp.broadcast_to(jnp.arange(place.shape[0])[:, None], place.shape)
+    for old, new in ((state.keys, k), (state.values, v)):
+        array = old[index].at[row, place].set(new.astype(old[index].dtype), mode="drop")
+        written.append((*old[:index], array, *old[index + 1 :]))
+    state = replace(state, keys=written[0], values=written[1])
+    out = _attention(q, state.keys[index], state.values[index], position)
+    return out.astype(q.dtype), state
+
+
+def commit(state: Dense) -> Dense:
+    """Count the pending tokens, which every layer has now written."""
+    lengths = state.lengths + state.pending
+    return replace(state, lengths=lengths, pending=jnp.zeros_like(state.pending))
+
+
+DENSE = Past(begin, attend, commit)
+"""For a decoder that is unstacked; look at `overflow` afterwards."""
+
+
+def _attention(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
+    position: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    slot = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    seen = slot[None, None, :] <= position[:, :, None]
+    if jax.default_backend() != "gpu":
+        return attend_segment(q, keys, values, seen, PLAIN)[0]
+    cudnn = functools.partial(
+        jax.nn.dot_product_attention, q.astype(keys.dtype), keys, values, implementation="cudnn"
+    )
+    if q.shape[1] == 1:
+        return cudnn(key_value_seq_lengths=position[:, 0] + 1)
+    # cuDNN aligns its causal mask with the first key, not with the end of the past: a mask then
+    return cudnn(mask=seen[:, None])

@@ -1,0 +1,41 @@
+"""The compressed cache as the past of a generation."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from turboquant_jax import cache
+from turboquant_jax.attention import Projection, attend_projection
+from turboquant_jax.cache import Cache
+from turboquant_jax.cache.state import LayerRows, rows_of
+from turboquant_jax.implementation import Implementation
+from turboquant_jax.models.generate import Past
+
+
+@functools.cache
+def compressed(implementation: Implementation | None = None) -> Past[Cache]:
+    """Attend to the cache and the new tokens, then append these; look at `overflow` afterwards.
+
+    Where layers differ in their bits the decoder must be unstacked. `implementation` is that of
+    `attention.attend`. The same `Past` for the same argument.
+    """
+
+    # compiled apart, so that the layers of an unstacked decoder are traced and lowered once
+    @jax.jit
+    def attend_rows(
+        state: Cache, rows: LayerRows, projection: Projection
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        return attend_projection(state, rows, projection, implementation=implementation)
+
+    def attend(
+        state: Cache, layer: Int[Array, ""], projection: Projection
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        return attend_rows(state, rows_of(state, layer), projection)
+
+    compress: Implementation | None = "xla" if implementation == "xla" else None
+    return Past(cache.begin, attend, functools.partial(cache.commit, implementation=compress))
+
+
+COMPRESSED = compressed()
+"""By the kernel where it is served, through XLA elsewhere."""

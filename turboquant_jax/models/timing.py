@@ -1,0 +1,257 @@
+"""How fast decoding and prefill are, and how fast they could be.
+
+A past is *filled*, not prefilled: random codes at full length cost no forward pass, and a step
+takes the same time whatever they say. Steps are timed inside the loop of `decode`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from turboquant_jax import cache
+from turboquant_jax.cache import Cache, CacheConfig
+from turboquant_jax.cache.bytes import bytes_per_compressed_token, exact_bytes_per_token
+from turboquant_jax.cache.compression import with_pools
+from turboquant_jax.models import dense
+from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.dense import Dense
+from turboquant_jax.models.generate import Past, compiled_prefill, decode
+from turboquant_jax.models.model import Llama
+
+_PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past would take too long
+_ONES = 0x3F803F80  # a scale word: 1.0 for the key and for the value
+
+
+def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -> Cache:
+    """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
+    make = jax.jit(cache.create, static_argnums=(0, 1, 2))
+    state = make(config, batch, capacity, key=jax.random.key(0))
+    keys = map(jax.random.key, itertools.count(1))
+
+    def codes(pool: Array) -> Array:
+        # a share of the rows at a time in place: all at once, XLA wants room for a second pool
+        pattern = jax.random.bits(next(keys), (_PATTERN, *pool.shape[2:]), pool.dtype)
+        for layer in range(config.num_layers):
+            pool = _repeat(pool, pattern, layer, config.num_layers)
+        return pool
+
+    def exact(segment: Array) -> Array:
+        token = jax.random.normal(next(keys), segment.shape[3:], segment.dtype)
+        return _spread(segment, token)
+
+    ones = functools.partial(_spread, value=jnp.uint32(_ONES))
+    pools = tuple(
+        dataclasses.replace(
+            part.pool,
+            keys=jax.tree.map(codes, part.pool.keys),
+            values=jax.tree.map(codes, part.pool.values),
+            scales=jax.tree.map(ones, part.pool.scales),
+        )
+        for part in state.parts
+    )
+    state = dataclasses.replace(
+        state,
+        sinks=jax.tree.map(exact, state.sinks),
+        window=jax.tree.map(exact, state.window),
+    )
+    return with_pools(state, pools).with_lengths(jnp.full(batch, context, jnp.int32))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _repeat(pool: Array, pattern: Array, share: Array | int, shares: int) -> Array:
+    """The pool with a share of its rows filled with pages that repeat, each in another order."""
+    count = -(-pool.shape[0] // shares)
+    row = jnp.minimum(share * count + jnp.arange(count), pool.shape[0] - 1)
+    page = (jnp.arange(pool.shape[1])[None, :] + 7 * row[:, None]) % _PATTERN
+    return pool.at[row].set(pattern[page])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _spread(array: Array, value: Array) -> Array:
+    """The same in every place of an array, which is used, or else its memory could not be."""
+    return array.at[...].set(value.reshape((1,) * (array.ndim - value.ndim) + value.shape))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def filled_dense(config: LlamaConfig, batch: int, context: int, capacity: int) -> Dense:
+    """A dense past in bfloat16 in which every sequence has `context` random tokens."""
+    state = dense.create(config, batch, capacity)
+    size = (_PATTERN, config.num_kv_heads, config.head_dim)
+    tokens = jax.random.normal(jax.random.key(1), size, state.keys[0].dtype)
+
+    def layer(index: int, array: Array) -> Array:
+        slot = (jnp.arange(capacity) + 7 * index) % _PATTERN
+        return jnp.broadcast_to(tokens[slot][None], array.shape)
+
+    return dataclasses.replace(
+        state,
+        keys=tuple(layer(2 * i, x) for i, x in enumerate(state.keys)),
+        values=tuple(layer(2 * i + 1, x) for i, x in enumerate(state.values)),
+        lengths=jnp.full(batch, context, jnp.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of a step of each repetition, and bytes of the compiler's temporaries."""
+
+    seconds: tuple[float, ...]
+    temporary_bytes: int
+    compile_seconds: float
+
+    @property
+    def median(self) -> float:
+        """The median of the repetitions."""
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledDecode:
+    """`decode` for a past of certain shapes, and the seconds that compiling it took."""
+
+    run: Any
+    seconds: float
+
+
+def compile_decode(model: Llama, make: Callable[[], Any], past: Past, steps: int) -> CompiledDecode:
+    """Compile what a `DecodeLoop` with these arguments runs; nothing is allocated."""
+    past_shapes = jax.eval_shape(make)
+    batch, vocab = past_shapes.lengths.shape[0], model.config.vocab_size
+    logits = jax.ShapeDtypeStruct((batch, vocab), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    begin = time.perf_counter()
+    lowered = decode.lower(
+        model, logits, past_shapes.lengths, keys, past_shapes, past, max_tokens=steps + 1
+    )
+    return CompiledDecode(lowered.compile(), time.perf_counter() - begin)
+
+
+class DecodeLoop:
+    """Steps of greedy decoding in one compiled loop, each time from the same lengths on.
+
+    `make()` gives the past, with room for `steps` more tokens. It is called after compilation,
+    which may want memory of its own on the device; `compiled` is what was compiled before.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        make: Callable[[], Any],
+        past: Past,
+        steps: int,
+        compiled: CompiledDecode | None = None,
+    ):
+        compiled = compiled or compile_decode(model, make, past, steps)
+        self._run, self.steps = compiled.run, steps
+        self.compile_seconds = compiled.seconds
+        self.temporary_bytes = _temporaries(self._run)
+        self._state = make()
+        shape = self._state.lengths.shape[0], model.config.vocab_size
+        logits = jax.random.normal(jax.random.key(2), shape, jnp.float32)
+        keys = jax.random.split(jax.random.key(3), shape[0])
+        self._arguments = model, logits, jax.device_get(self._state.lengths), keys
+
+    def seconds(self) -> float:
+        """Seconds of a step; those of a first call count the loading of kernels too.
+
+        Raises:
+          ValueError: a past without room for the steps.
+        """
+        model, logits, lengths, keys = self._arguments
+        state = self._state.with_lengths(jnp.asarray(lengths))
+        positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
+        jax.block_until_ready((state, positions))
+        begin = time.perf_counter()
+        made = jax.block_until_ready(self._run(model, logits, positions, keys, state))
+        seconds = time.perf_counter() - begin
+        self._state = made.state
+        if bool(jnp.any(made.state.overflow)):
+            raise ValueError(f"got a past without room for {self.steps} more tokens, expected it")
+        return seconds / self.steps
+
+
+def time_decode(
+    model: Llama,
+    make: Callable[[], Any],
+    past: Past,
+    *,
+    steps: int = 64,
+    repeats: int = 3,
+    compiled: CompiledDecode | None = None,
+) -> Timing:
+    """Time steps of greedy decoding; see `DecodeLoop` for arguments and errors."""
+    loop = DecodeLoop(model, make, past, steps, compiled)
+    loop.seconds()
+    seconds = tuple(loop.seconds() for _ in range(repeats))
+    return Timing(seconds, loop.temporary_bytes, loop.compile_seconds)
+
+
+def time_prefill(
+    model: Llama,
+    make: Callable[[], Any],
+    batch: int,
+    context: int,
+    past: Past,
+    *,
+    chunk: int,
+    repeats: int = 3,
+) -> Timing:
+    """Time passing `batch` prompts of `context` tokens; seconds are those of the whole.
+
+    `make()` gives an empty past with room for them.
+    """
+    shape, vocab = (batch, context), model.config.vocab_size
+    tokens = jax.random.randint(jax.random.key(4), shape, 0, vocab, jnp.int32)
+    arguments = (model, tokens, jnp.full(batch, context, jnp.int32))
+    begin = time.perf_counter()
+    run = compiled_prefill.lower(*arguments, make(), past, chunk=chunk).compile()
+    compiled, seconds = time.perf_counter() - begin, []
+    for repeat in range(repeats + 1):
+        state = jax.block_until_ready(make())
+        begin = time.perf_counter()
+        jax.block_until_ready(run(*arguments, state))
+        if repeat:
+            seconds.append(time.perf_counter() - begin)
+    return Timing(tuple(seconds), _temporaries(run), compiled)
+
+
+def _temporaries(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def copy_bandwidth(nbytes: int = 2**30) -> float:
+    """Bytes read and written per second by x + 1 on the default device."""
+    x = jnp.zeros((nbytes // 4,), jnp.int32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x, times = jax.block_until_ready(add(x)), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(10):
+            x = add(x)
+        jax.block_until_ready(x)
+        times.append((time.perf_counter() - begin) / 10)
+    return 2 * x.nbytes / statistics.median(times)
+
+
+def weight_bytes(model: Llama) -> int:
+    """Bytes of the weights that a step of decoding reads: of an untied embedding only some rows."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    return total if model.head is None else total - model.embedding[...].nbytes
+
+
+def past_bytes(config: CacheConfig, context: float, compressed: bool) -> float:
+    """Bytes of the past that a step of one sequence reads, as stored."""
+    exact = exact_bytes_per_token(config)
+    if not compressed:
+        return context * exact
+    inside = config.compressed_tokens(int(context))
+    return inside * bytes_per_compressed_token(config) + (context - inside) * exact

@@ -79,7 +79,7 @@ def attend_and_write(
 
 def attend_projection(
     cache: Cache,
-    rows: LayerRows,
+    layer: LayerRows | Int[Array, ""] | int,
     projection: Projection,
     *,
     scores: Scores = PLAIN,
@@ -88,9 +88,10 @@ def attend_projection(
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`attend_and_write` of what a layer projected, RoPE in the kernel's way where it is served.
 
-    `rows` are those of the layer, `rows_of(cache, layer)`: layers whose rows differ in arrays
-    alone share one compiled call.
+    The layer may be given by its rows, `rows_of(cache, layer)`: layers whose rows differ in arrays
+    alone share one compiled call. Other arguments and errors are those of `attend`.
     """
+    rows = layer if isinstance(layer, LayerRows) else rows_of(cache, layer)
     _check(cache, *jax.eval_shape(Projection.heads, projection))
     chosen = choose_attention(cache, projection.qkv.shape[1], scores.softcap, implementation)
     if chosen.attend == "pallas" and triton.turns(projection):

@@ -77,3 +77,12 @@ def bytes_per_compressed_token(config: CacheConfig) -> float:
         planned_bytes(config, 1, edge + blocks * config.block).total for blocks in (8, 9)
     )
     return (more - fewer) / config.block
+
+
+def compression_ratio(config: CacheConfig, tokens: int, batch: int = 1) -> float:
+    """How many times the bytes of full precision are those of a dense cache for so many tokens.
+
+    Everything is counted: codes, scales, window, sinks, means, tables, rotations.
+    """
+    full = batch * tokens * exact_bytes_per_token(config)
+    return full / planned_bytes(config, batch, tokens).total

@@ -145,7 +145,7 @@ class Forcing:
     ) -> Pass:
         config, found, entering = self.model.config, [], []
         positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :]
-        angles = rotation_angles(config, positions)
+        angles = rotation_angles(config, jnp.broadcast_to(positions, hidden.shape[:2]))
         for index, layer in enumerate(self.layers[first:], first):
             entering += [hidden] * keep
             q, k, v = _project(layer, hidden, angles, self.dtype)

@@ -7,7 +7,13 @@ a name is loaded when it is first used.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers
-    from turboquant_jax.attention import Projection, Scores, attend, attend_and_write, attend_projection
+    from turboquant_jax.attention import (
+        Projection,
+        Scores,
+        attend,
+        attend_and_write,
+        attend_projection,
+    )
     from turboquant_jax.attention import merge as merge_segments
     from turboquant_jax.attention.teacher_forcing import teacher_forced
     from turboquant_jax.cache import Allocation, Cache, CacheConfig, CodecConfig, Format, preset

@@ -31,9 +31,6 @@ SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Marks slow tests, but never all of a file: its first one is met by `-m "not slow"` too."""
-    names = {item.nodeid.partition("[")[0] for item in items}
-    if len(names) > 2 * len(SLOW) and SLOW - names:  # all tests were asked for
-        raise pytest.UsageError(f"tests/slow.txt: got {sorted(SLOW - names)}, expected tests")
     slow = [item for item in items if item.nodeid.partition("[")[0] in SLOW]
     met = {item.path for item in set(items) - set(slow) if "gpu" not in item.keywords}
     for item in slow:

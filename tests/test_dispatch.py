@@ -97,7 +97,7 @@ def test_xla_is_xla_all_the_way_down(name, count):
 
 
 @pytest.mark.parametrize("count", [1, 40])
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", ["scalar", "trellis", "ordered groups"])  # whom each kernel serves
 def test_what_was_not_asked_for_is_a_kernel_where_one_serves(name, count, monkeypatch):
     monkeypatch.setattr(cudnn, "VENDOR", "xla")  # cuDNN cannot be traced without a GPU
     searched = "trellis" in name

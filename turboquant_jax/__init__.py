@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.cache import append as append_tokens
     from turboquant_jax.cache import begin as begin_append
     from turboquant_jax.cache import commit as commit_append
-    from turboquant_jax.cache import free_pages as count_free_pages
     from turboquant_jax.cache import create as create_cache
     from turboquant_jax.cache import fork as fork_sequence
     from turboquant_jax.cache import free as free_sequences
+    from turboquant_jax.cache import free_pages as count_free_pages
     from turboquant_jax.cache import write as write_tokens
     from turboquant_jax.cache.bytes import compression_ratio, count_bytes, planned_bytes
     from turboquant_jax.cache.storage import restore as restore_cache

@@ -80,7 +80,7 @@ def assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
             same_bits(getattr(state, name), getattr(other, name))
 
 
-@BOTH
+@pytest.mark.parametrize("allocation", [BY_HEAD], ids=["by head"])  # by layer: the golden digests
 def test_a_head_is_that_of_uniform_bits_bit_by_bit(allocation, same_bits):
     """Ragged chunks and steps, donated; what is shared, and what does not fit, too."""
     state = empty(allocation)

@@ -22,6 +22,7 @@ from turboquant_jax.cache.bytes import (
 from turboquant_jax.models import Checkpoint, LlamaConfig
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
+from turboquant_jax.models.options import Sampling
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.quantizers import bounds, quantizer
 from turboquant_jax.quantizers import rotation as rotations
@@ -86,7 +87,7 @@ def answer(
             state,
             COMPRESSED,
             max_tokens=max_tokens,
-            eos_ids=checkpoint.config.eos_ids,
+            sampling=Sampling(eos_ids=checkpoint.config.eos_ids),
         )
         made = jax.block_until_ready(made)
         return made, time.perf_counter() - start

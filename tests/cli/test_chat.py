@@ -13,6 +13,7 @@ from turboquant_jax import cli
 from turboquant_jax.models import conversation, dense, load
 from turboquant_jax.models.conversation import Conversation
 from turboquant_jax.models.decoding import generate
+from turboquant_jax.models.options import Sampling
 
 TOKENS = 6
 
@@ -35,7 +36,8 @@ def greedy(checkpoint, ids):
     tokens, lengths = jnp.asarray([ids]), jnp.asarray([len(ids)])
     made = generate(
         checkpoint.model, tokens, lengths, jax.random.split(jax.random.key(0), 1), state,
-        dense.DENSE, max_tokens=TOKENS, eos_ids=checkpoint.tokenizer.eos_ids,
+        dense.DENSE, max_tokens=TOKENS,
+        sampling=Sampling(eos_ids=tuple(checkpoint.tokenizer.eos_ids)),
     )  # fmt: skip
     return [int(t) for t in np.asarray(made.tokens[0, : int(made.counts[0])]) if t != 301]
 

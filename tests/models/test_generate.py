@@ -1,5 +1,7 @@
 """Generation: ragged batches, chunks, stops and streams give what one row at a time gives."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -85,7 +87,7 @@ def test_a_row_stops_after_a_stop_token(run):
     first = np.unique(free[0], return_index=True)[1].max()  # the newest token of the row
     stop = int(free[0, first])
     assert 0 < first < 11
-    got = run(eos_ids=(stop, 96))
+    got = run(sampling=Sampling(eos_ids=(stop, 96)))
     for row, without in zip(np.asarray(got.tokens), free, strict=True):
         where = np.flatnonzero(without == stop)
         length = int(where[0]) + 1 if len(where) else len(without)
@@ -100,19 +102,19 @@ def test_a_row_stops_after_a_stop_token(run):
 def test_the_loop_ends_with_the_last_row(tiny, past, empty, run):
     """Every row stops at its first token: no forward pass follows the prefill."""
     everything = tuple(range(97))
-    got = run(eos_ids=everything)
+    got = run(sampling=Sampling(eos_ids=everything))
     np.testing.assert_array_equal(got.counts, [1, 1, 1])
     np.testing.assert_array_equal(got.state.lengths, [7, 1, 4])
 
 
 def test_stream_equals_decode_and_compiles_one_step(tiny, past, empty, keys, run):
     stop = int(run(sampling=SAMPLED).tokens[0, 4])
-    expected = run(sampling=SAMPLED, eos_ids=(stop,))
+    expected = run(sampling=replace(SAMPLED, eos_ids=(stop,)))
     begin = chex.assert_max_traces(past.begin, n=2)  # the prompts, the step
     counted = Past(begin, past.attend, past.commit)
     tokens, lengths = map(jnp.asarray, pad_prompts(PROMPTS))
     logits, state = prefill(tiny, tokens, lengths, empty(tiny.config, 3, SIZE), counted)
-    options = dict(max_tokens=12, sampling=SAMPLED, eos_ids=(stop,))
+    options = dict(max_tokens=12, sampling=replace(SAMPLED, eos_ids=(stop,)))
     steps = list(stream(tiny, logits, lengths, keys, state, counted, **options))
     np.testing.assert_array_equal(
         np.stack(steps, axis=1), expected.tokens[:, : int(expected.counts.max())]
@@ -204,7 +206,8 @@ def test_wrong_calls_are_refused(tiny, past, empty, run):
     with pytest.raises(ValueError, match="max_tokens: got 0"):
         run(max_tokens=0)
     with pytest.raises(ValueError, match="chunk: got 0 tokens"):
-        run(chunk=0)
+        rows = map(jnp.asarray, pad_prompts(PROMPTS))
+        prefill(tiny, *rows, empty(tiny.config, 3, SIZE), past, chunk=0)
 
 
 def test_smollm2_answers(smollm2, past, empty):
@@ -217,8 +220,9 @@ def test_smollm2_answers(smollm2, past, empty):
     tokens, lengths = map(jnp.asarray, pad_prompts(chats))
     state = empty(smollm2.config, 2, 96)
     keys = jax.random.split(jax.random.key(0), 2)
-    stops = smollm2.tokenizer.eos_ids
-    got = generate(smollm2.model, tokens, lengths, keys, state, past, max_tokens=24, eos_ids=stops)
+    stopped = Sampling(eos_ids=tuple(smollm2.tokenizer.eos_ids))
+    options = dict(max_tokens=24, sampling=stopped)
+    got = generate(smollm2.model, tokens, lengths, keys, state, past, **options)
     texts = [
         smollm2.tokenizer.decode(np.asarray(row[:count]))
         for row, count in zip(got.tokens, got.counts, strict=True)

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -130,7 +130,8 @@ def _tokens(call: tuple, checkpoint: Checkpoint, arguments: argparse.Namespace) 
     """The tokens of each row, a stop token left out and what makes a stop string left in."""
     tokenizer = checkpoint.tokenizer
     options: dict[str, Any] = dict(
-        max_tokens=arguments.tokens, sampling=arguments.sampling, eos_ids=tokenizer.eos_ids
+        max_tokens=arguments.tokens,
+        sampling=replace(arguments.sampling, eos_ids=tuple(tokenizer.eos_ids)),
     )
     if arguments.stream:
         return [_stream(stream(*call, **options), tokenizer, arguments.stop)]

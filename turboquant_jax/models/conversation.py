@@ -6,6 +6,7 @@ template that rewrites what was said, an answer cut at a stop string), all is re
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Array, Key
@@ -80,7 +81,7 @@ class Conversation:
         self.messages, eos_ids = said, self._checkpoint.tokenizer.eos_ids
         made = steps(
             self._checkpoint.model, logits, lengths, key[None], self._state, self._past,
-            max_tokens=max_tokens, sampling=sampling, eos_ids=eos_ids,
+            max_tokens=max_tokens, sampling=replace(sampling, eos_ids=tuple(eos_ids)),
         )  # fmt: skip
         self._count, self._unread = int(lengths[0]), []
         pieces = self._checkpoint.tokenizer.stream(self._drawn(made, eos_ids))

@@ -38,17 +38,15 @@ def generate(
     *,
     max_tokens: int,
     sampling: Sampling = GREEDY,
-    eos_ids: tuple[int, ...] = (),
-    chunk: int = CHUNK,
 ) -> Generation[State]:
     """`prefill`, then `decode`: the continuation of each prompt, from an empty state, donated.
 
     Raises:
       ValueError: a prompt or an answer that its row has no room for.
     """
-    logits, state = prefill(model, tokens, lengths, state, past, chunk=chunk)
+    logits, state = prefill(model, tokens, lengths, state, past)
     refuse_overflow(state)
-    options: dict[str, Any] = dict(max_tokens=max_tokens, sampling=sampling, eos_ids=eos_ids)
+    options: dict[str, Any] = dict(max_tokens=max_tokens, sampling=sampling)
     made = decode(model, logits, lengths, keys, state, past, **options)
     refuse_overflow(made.state)
     return made
@@ -94,7 +92,6 @@ def steps(
     *,
     max_tokens: int,
     sampling: Sampling = GREEDY,
-    eos_ids: tuple[int, ...] = (),
 ) -> Iterator[tuple[np.ndarray, State]]:
     """The tokens of `decode`, int32 [B] a step, as they are made: one compiled step, a host loop.
 
@@ -109,7 +106,7 @@ def steps(
     active = jnp.ones(token.shape, jnp.bool_)
     for count in range(max_tokens):
         yield np.where(active, token, NO_TOKEN), state
-        active = active & ~is_in(token, eos_ids)
+        active = active & ~is_in(token, sampling.eos_ids)
         if count + 1 == max_tokens or not active.any():
             return
         token, state = step(model, token, positions + count, active, keys, state, past, sampling)

@@ -133,7 +133,7 @@ def compiled_prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("past", "max_tokens", "sampling", "eos_ids"), donate_argnames="state"
+    jax.jit, static_argnames=("past", "max_tokens", "sampling"), donate_argnames="state"
 )
 def decode(
     model: Llama,
@@ -145,14 +145,13 @@ def decode(
     *,
     max_tokens: int,
     sampling: Sampling = GREEDY,
-    eos_ids: tuple[int, ...] = (),
 ) -> Generation[State]:
     """Generate up to `max_tokens` tokens per row in one `lax.while_loop`.
 
     `logits` come from `prefill`, and `positions` says how many tokens each row has already. A row
-    stops after one of `eos_ids`, the loop when every row has. The token at position p is drawn
-    with the row's key folded with p: a row's tokens depend neither on the batch nor on how its
-    generation is cut into calls. The state is donated.
+    stops after one of `sampling.eos_ids`, the loop when every row has. The token at position p is
+    drawn with the row's key folded with p: a row's tokens depend neither on the batch nor on how
+    its generation is cut into calls. The state is donated.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
@@ -171,10 +170,10 @@ def decode(
         tokens = tokens.at[:, step].set(jnp.where(active, drawn, NO_TOKEN))
         counts = counts + active.astype(jnp.int32)
         token = jnp.where(active, drawn, token)
-        return step + 1, token, active & ~is_in(drawn, eos_ids), tokens, counts, state
+        return step + 1, token, active & ~is_in(drawn, sampling.eos_ids), tokens, counts, state
 
     counts = jnp.ones_like(first)
-    carry = (jnp.int32(1), first, ~is_in(first, eos_ids), tokens, counts, state)
+    carry = (jnp.int32(1), first, ~is_in(first, sampling.eos_ids), tokens, counts, state)
     *_, tokens, counts, state = lax.while_loop(going_on, body, carry)
     return Generation(tokens, counts, state)
 

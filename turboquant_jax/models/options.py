@@ -14,7 +14,9 @@ def _number(name: str, value: Any, kind: type, expected: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw from logits; static under `jax.jit`. A temperature of 0 is greedy.
+    """How to draw from logits, and which tokens end an answer; static under `jax.jit`.
+
+    A temperature of 0 is greedy. A row stops after one of `eos_ids`.
 
     The filters act in the order of the fields: logits are divided by `temperature`, the `top_k`
     largest are kept (of equal ones the lower ids), and of these the smallest set of most probable
@@ -25,6 +27,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         temperature = _number("temperature", self.temperature, Real, "a number >= 0")

@@ -66,6 +66,22 @@ def test_smollm2_equals_the_package():
     assert_equals_the_package(packaged_smollm2(), names)
 
 
+@pytest.mark.parametrize("alignment", [8, 256])
+def test_data_starts_where_the_alignment_of_the_file_says(tmp_path, alignment):
+    path = tmp_path / "aligned.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(alignment)
+    for name in ("first", "second"):
+        writer.add_tensor(name, np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    starts = [tensor.start for tensor in open_gguf(path).tensors.values()]
+    assert all(start % alignment == 0 for start in starts)
+    assert_equals_the_package(path)
+
+
 def test_every_truncation_is_refused(path, tmp_path):
     whole, cut = path.read_bytes(), tmp_path / "cut.gguf"
     last = open_gguf(path).tensors["Q4_0"]

@@ -14,6 +14,7 @@ from turboquant_jax import cache
 from turboquant_jax.attention import Scores, attend, attend_and_write
 from turboquant_jax.cache import Allocation, CodecConfig
 from turboquant_jax.cache.bytes import bytes_per_compressed_token, count_bytes, planned_bytes
+from turboquant_jax.cache.state import rows_of
 from turboquant_jax.cache.storage import restore, save
 
 BY_LAYER = Allocation((3, 1, 3), (2, 4, 2))  # two parts, of two layers and of one
@@ -189,6 +190,18 @@ def test_a_part_has_the_heads_of_its_bits():
         assert sum(plane.size for plane in part.pool.keys[0]) == rows * pages * 8 * key
         assert sum(plane.size for plane in part.pool.values[0]) == rows * pages * 8 * value
     assert state.sinks.keys.shape[0] == LAYERS and state.sinks.keys.shape[3] == HEADS
+
+
+@pytest.mark.parametrize("bits", [(3, 1, 1, 3), (3, 1, 4, 3)])
+def test_heads_that_are_picked_apart_join_in_their_order(bits):
+    """Of four heads: what brings two or three back in order is the order they were taken in."""
+    config = replace(CONFIG, num_layers=1, num_kv_heads=4)
+    shape = jax.eval_shape(lambda: empty(Allocation((bits,), (2,)), config))
+    rows = rows_of(shape, 0)
+    x = jnp.arange(3 * 4 * 5).reshape(3, 4, 5)
+    parts = [member.pick(x, axis=1) for member in rows.members]
+    assert [part.shape[1] for part in parts] == [bits.count(b) for b in dict.fromkeys(bits)]
+    np.testing.assert_array_equal(rows.join(parts, axis=1), x)
 
 
 def test_equal_bits_are_one_part_that_can_be_scanned():

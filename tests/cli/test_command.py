@@ -6,6 +6,7 @@ import json
 from functools import partial
 from typing import get_args
 
+import jax
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -203,6 +204,14 @@ def test_a_preset_is_the_library_s(command, name):
     assert settings.table(arguments)[bits] == expected.key.code
     shorter = parse([command, *given, "--preset", name, "--window", "32"])
     assert settings.segments(shorter)["window"] == 32, "what is said counts"
+
+
+@pytest.mark.parametrize("name", get_args(presets.Preset))
+def test_generate_makes_the_cache_of_the_preset(name):
+    arguments = parsers.build().parse_args(["generate", "x", "--preset", name])
+    sizes = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=1, num_kv_heads=2, head_dim=64)
+    state = jax.eval_shape(lambda: settings.empty_past(arguments, sizes, 1, 200)[0])
+    assert state.config == cache.preset(name, 1, 2, 64)
 
 
 def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):

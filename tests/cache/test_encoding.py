@@ -49,6 +49,9 @@ def keys_and_values(config, count, seed):
     x[1, 0, 6] *= 1e3 if config.dtype == "float16" else 1e30
     x[1, 0, 7] *= 1e-4 if config.dtype == "float16" else 1e-30
     x[1, 0, 8, 0, 3], x[1, 0, 9, 1, 2] = np.nan, np.inf
+    later = config.sinks + config.block  # keys behind the block whose mean they would spoil
+    x[0, 0, later + 1] *= 1e3 if config.dtype == "float16" else 1e30
+    x[0, 0, later + 2, 0, 3], x[0, 0, later + 2, 1, 2] = np.nan, np.inf
     return Exact(*(jnp.asarray(part, config.dtype) for part in x.astype(np.float32)))
 
 

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from tests.compiling import FULL
+
 FILE = Path(__file__).with_name("guards.json")
 TARGET = Path(__file__).with_name("h100.txtpb")
 INSTALLED = all(importlib.util.find_spec(x) for x in ("jax_cuda13_plugin", "nvidia"))
@@ -77,7 +79,7 @@ def lower_for_h100(function, *arguments, donate: tuple[int, ...] = ()):
 
 def compile_for_h100(lowered, dump: str = ""):
     """XLA's whole GPU pipeline; `dump` is a folder for what it wrote on the way."""
-    options = {"xla_gpu_autotune_level": "0"}  # no device to tune on
+    options = FULL | {"xla_gpu_autotune_level": "0"}  # no device to tune on
     options |= {"xla_dump_to": dump} if dump else {}
     return lowered.compile(compiler_options=options)
 

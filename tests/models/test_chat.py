@@ -78,7 +78,8 @@ def test_whatever_a_template_raises_is_one_refusal(text, message):
 
 def test_the_command_answers_a_bad_template_in_one_line(folder, capsys):
     (folder / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
-    assert cli.main(["generate", "--model", str(folder), "a"]) == 2
+    call = ["generate", "--model", str(folder), "--rotation", "haar", "a"]
+    assert cli.main(call) == 2
     error = capsys.readouterr().err
     assert error.startswith("turboquant-jax: chat template: got TypeError(")
     assert error.count("\n") == 1

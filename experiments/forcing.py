@@ -244,6 +244,10 @@ def _attend_fused(q, k, v, approximate_k, approximate_v, rule: Rule):
 @partial(jax.jit, static_argnums=6)
 def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
     """Attention in tiles of queries; of the exact keys only sinks and reach can be seen."""
+
+    def of_all(seen):
+        return jnp.broadcast_to(seen[None], (q.shape[0], *seen.shape))
+
     outputs = []
     for start in range(0, q.shape[1], tiling.queries):
         stop = min(start + tiling.queries, q.shape[1])
@@ -266,8 +270,8 @@ def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
         part = q[:, start:stop]
         approximate = approximate_k[:, :stop], approximate_v[:, :stop]
         parts = [
-            attend_segment(part, exact_k, exact_v, seen[None], Scores()),
-            attend_segment(part, *approximate, held[None], Scores()),
+            attend_segment(part, exact_k, exact_v, of_all(seen), Scores()),
+            attend_segment(part, *approximate, of_all(held), Scores()),
         ]
         outputs.append(merge(parts)[0])
     return jnp.concatenate(outputs, axis=1)

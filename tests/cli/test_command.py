@@ -14,7 +14,7 @@ from scipy import special, stats
 from turboquant_jax import cache, cli, demo
 from turboquant_jax.cache import presets
 from turboquant_jax.cli import parsers, settings
-from turboquant_jax.models import PRESETS, LlamaConfig
+from turboquant_jax.models import PRESETS
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.quantizers.bounds import lloyd_max_distortion
 
@@ -121,27 +121,6 @@ def test_results_are_reproducible_numbers():
     first, second = (demo.theory_row(3, 64, "haar", seed=1, vectors=2000) for _ in range(2))
     assert first == second
     np.testing.assert_allclose(first["measured"], lloyd_max_distortion(3, 64), rtol=0.02)
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """The name of a model that is quick to compile; its weights are random."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_position=256,
-        rope_theta=10_000.0,
-        rms_norm_eps=1e-5,
-        tie_embeddings=True,
-        eos_ids=(299,),
-    )
-    monkeypatch.setitem(PRESETS, "tiny", config)
-    return "random:tiny"
 
 
 def test_a_prompt_of_a_file_draws_what_it_would_alone(tiny, tmp_path, capsys):

@@ -218,7 +218,7 @@ def _gguf_tensors(model, interleaved=True):
         ("ffn_down.weight", layers.down, 1),
     ]
     if layers.qkv_bias is not None:
-        of_q, of_k, of_v = jnp.split(layers.qkv_bias[...], [-2, -1], axis=2)
+        of_q, of_k, of_v = (layers.qkv_bias[:, :, x] for x in (slice(-2), -2, -1))
         parts += [("attn_q.bias", of_q, 0), ("attn_k.bias", of_k, 0), ("attn_v.bias", of_v, 0)]
     if layers.qk_norm is not None:
         parts += [(f"attn_{x}_norm.weight", layers.qk_norm[:, i], 0) for i, x in enumerate("qk")]

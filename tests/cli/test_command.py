@@ -193,6 +193,13 @@ def test_generate_makes_the_cache_of_the_preset(name):
     assert state.config == cache.preset(name, 1, 2, 64)
 
 
+def test_the_cache_has_the_window_of_the_model():
+    arguments = parsers.build().parse_args(["generate", "x"])
+    sizes = dataclasses.replace(PRESETS["mistral-7b-v0.1"], num_layers=1, num_kv_heads=2)
+    state = jax.eval_shape(lambda: settings.empty_past(arguments, sizes, 1, 200)[0])
+    assert state.config.sliding_window == 4096
+
+
 def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):
     out = tmp_path / "out.json"
     given = ["--model", tiny, "--preset", "compact", "--json", str(out)]

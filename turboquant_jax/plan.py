@@ -22,7 +22,7 @@ from turboquant_jax.cache.bytes import (
 from turboquant_jax.models.config import LlamaConfig, parameter_count
 from turboquant_jax.models.gguf import open_gguf
 from turboquant_jax.models.huggingface_config import config_from_huggingface
-from turboquant_jax.models.metadata import config_from_gguf
+from turboquant_jax.models.metadata import read_gguf_config
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.quantizers.rotation import Kind, default_kind
 from turboquant_jax.units import parse_memory
@@ -151,8 +151,7 @@ def read_model(model: str) -> LlamaConfig:
         )
     try:
         if path.suffix != ".json":
-            source = open_gguf(path)
-            return config_from_gguf(source.metadata, tied="output.weight" not in source.tensors)
+            return read_gguf_config(open_gguf(path))
         entries = json.loads(path.read_text())
         if not isinstance(entries, dict):
             raise ValueError(f"got a {type(entries).__name__}, expected a JSON object")

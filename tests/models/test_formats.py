@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from tests.models.conftest import TINY_ENTRIES, random_model
 from turboquant_jax.models.checkpoint import load
 from turboquant_jax.models.rope_scaling import LinearScaling, YarnScaling, yarn_attention_factor
+from turboquant_jax.plan import read_model
 
 EXACT = dict(rms_norm_eps=2.0**-17, rope_theta=500.0)  # GGUF has float32
 YARN = YarnScaling(4.0, 16, yarn_attention_factor(4.0), beta_fast=8.0)
@@ -61,7 +62,9 @@ def test_both_formats(tmp_path, tiny_config, gguf_tensors, huggingface_tensors, 
     model = random_model(config)
     interleaved = metadata.get("general.architecture", "llama") == "llama"
     tensors = gguf_tensors(model, interleaved)
-    from_file = load(write_gguf(tmp_path / "m.gguf", config, tensors, **metadata))
+    path = write_gguf(tmp_path / "m.gguf", config, tensors, **metadata)
+    from_file = load(path)
+    assert read_model(str(path)) == config
 
     save_file(huggingface_tensors(model), tmp_path / "model.safetensors")
     Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?")).save(str(tmp_path / "tokenizer.json"))

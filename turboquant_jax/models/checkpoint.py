@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.files import read_json_object
-from turboquant_jax.models.gguf import GGUFFile, open_gguf
+from turboquant_jax.models.gguf import open_gguf
 from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from turboquant_jax.models.huggingface_config import config_from_huggingface
-from turboquant_jax.models.metadata import config_from_gguf
+from turboquant_jax.models.metadata import read_gguf_config
 from turboquant_jax.models.model import Llama, random_model
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.models.safetensors import open_safetensors
@@ -95,19 +95,13 @@ def packaged_smollm2() -> Path:
 def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     source = open_gguf(path)
     try:
-        config = _gguf_config(source)
+        config = read_gguf_config(source)
         tokenizer = tokenizer_from_gguf(source.metadata, config.eos_ids)
         require_rows(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     name = str(source.metadata.get("general.name", path.stem))
     return Checkpoint(name, config, read_gguf(config, source, dtype, stacked), tokenizer)
-
-
-def _gguf_config(source: GGUFFile) -> LlamaConfig:
-    name = "rope_freqs.weight"
-    divisors = source.read(name) if name in source.tensors else None
-    return config_from_gguf(source.metadata, source.tensors.keys(), divisors)
 
 
 def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.gguf import GGUFFile
 from turboquant_jax.models.gguf_keys import GGUF_READ, GGUF_SERVED, architecture_of
 from turboquant_jax.models.rope_scaling import (
     LinearScaling,
@@ -17,6 +18,13 @@ from turboquant_jax.models.rope_scaling import (
     yarn_attention_factor,
 )
 from turboquant_jax.models.strict_keys import exact_quotient, get, require_served
+
+
+def read_gguf_config(source: GGUFFile) -> LlamaConfig:
+    """`config_from_gguf` of an opened file."""
+    name = "rope_freqs.weight"
+    divisors = source.read(name) if name in source.tensors else None
+    return config_from_gguf(source.metadata, source.tensors.keys(), divisors)
 
 
 def config_from_gguf(

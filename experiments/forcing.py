@@ -53,7 +53,7 @@ _TILES = Tiling()
 class Rule:
     """Which tokens are compressed when, see `CacheConfig`; numbers or arrays of them.
 
-    `turned`: the mean is that of the keys before their rotary embedding, and turns with the
+    `pre_rope`: the mean is that of the keys before their rotary embedding, and turns with the
     position where it is subtracted; the library has no such cache.
     """
 
@@ -61,7 +61,7 @@ class Rule:
     sinks: Any
     block: Any
     centred: Any
-    turned: Any = False
+    pre_rope: Any = False
 
     def arrays(self) -> "Rule":
         """The same rule as arrays, on which nothing is specialised."""
@@ -175,7 +175,7 @@ def cut(
     dtype: str = "bfloat16",
     tiling: Tiling = _TILES,
 ) -> Forcing:
-    """Cut a stacked decoder into layers with arrays of their own.
+    """Cut a decoder into layers with arrays of their own.
 
     Args:
       model: the decoder.
@@ -184,7 +184,8 @@ def cut(
       tiling: static sizes.
     """
     fused = precision == "tensorfloat32" and jax.default_backend() == "gpu"
-    return Forcing(model, tuple(unstack(model).layers), precision, dtype, tiling, fused)
+    apart = unstack(model) if isinstance(model.layers, Layer) else model
+    return Forcing(model, tuple(apart.layers), precision, dtype, tiling, fused)
 
 
 @jax.jit
@@ -219,10 +220,10 @@ def _mean(k: Float[Array, "B T K H"], angles, rule: Rule) -> Float[Array, "B T K
     counts = (position >= rule.sinks) & (position < rule.sinks + rule.block) & (rule.centred > 0)
     share = counts.astype(jnp.float32) / rule.block.astype(jnp.float32)
     k = k.astype(jnp.float32)
-    k = jnp.where(rule.turned > 0, apply_rope(k, cos, -sin), k)
+    k = jnp.where(rule.pre_rope > 0, apply_rope(k, cos, -sin), k)
     mean = jnp.einsum("t,btkh->bkh", share, k, precision="highest")[:, None]
     mean = jnp.broadcast_to(mean, k.shape)
-    return jnp.where(rule.turned > 0, apply_rope(mean, cos, sin), mean)
+    return jnp.where(rule.pre_rope > 0, apply_rope(mean, cos, sin), mean)
 
 
 @jax.jit

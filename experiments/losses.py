@@ -39,6 +39,11 @@ class Losses:
             None if self.attention is None else self.attention[:, which],
         )
 
+    def last(self, count: int) -> "Losses":
+        """Of each text the last predictions; attention errors are those of the whole text."""
+        made = (x[..., -count:] for x in (self.full, self.nll, self.kl, self.agrees))
+        return Losses(*made, self.attention)
+
     def columns(self) -> Row:
         """Perplexity, KL, agreement and errors; changes are fractions."""
         seeds = len(self.nll)

@@ -48,7 +48,7 @@ def test_bytes_of_mixed_bits_are_those_of_uniform_bits():
 def test_nothing_holds_on_the_texts_that_chose(loss, on_calibration, on_test):
     sizes = {"ratio": 3.6, "ratio_64k": 3.7, "bytes_per_token_64k": 6000.0, "context": 8192}
     losses = {"kl": loss, "kl_se": 1e-4, "perplexity_change": 0.0, "perplexity_change_se": 1e-3}
-    row = {"text": "all", "preset": "a", "centred": 1, **sizes, **losses}
+    row = {"model": "a model", "text": "all", "preset": "a", "centred": 1, **sizes, **losses}
     calibrated, tested = {**row, "kind": "candidate"}, {**row, "kind": "chosen"}
     for rows, verdict in (([calibrated], on_calibration), ([calibrated, tested], on_test)):
         assert [claim.verdict for claim in fidelity_judgement.claims(rows)] == [verdict] * 2

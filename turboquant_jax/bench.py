@@ -166,8 +166,9 @@ def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
     pair = (4, 4) if isinstance(bits, Allocation) or bits == (FULL, FULL) else bits
     key, value = (CodecConfig(b, **codec) for b in pair)
     return CacheConfig(
-        *sizes, key, value, window=grid.window, sinks=grid.sinks, allocation=allocation
-    )
+        *sizes, key, value, window=grid.window, sinks=grid.sinks, allocation=allocation,
+        sliding_window=model.config.sliding_window,
+    )  # fmt: skip
 
 
 def _nbytes(make: Callable[[], Any]) -> int:

@@ -47,6 +47,7 @@ def cache_config(model: LlamaConfig, key_bits: int, value_bits: int, **options) 
         model.head_dim,
         CodecConfig(key_bits, **codec),
         CodecConfig(value_bits, **codec),
+        sliding_window=model.sliding_window,
         **options,
     )
 

@@ -21,7 +21,8 @@ from turboquant_jax.cache.bytes import (
 )
 from turboquant_jax.models.config import LlamaConfig, parameter_count
 from turboquant_jax.models.gguf import open_gguf
-from turboquant_jax.models.metadata import config_from_gguf, config_from_huggingface
+from turboquant_jax.models.huggingface_config import config_from_huggingface
+from turboquant_jax.models.metadata import config_from_gguf
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.quantizers.rotation import Kind, default_kind
 from turboquant_jax.units import parse_memory
@@ -109,6 +110,7 @@ def plan(
             CodecConfig(value, rotation),
             window=window,
             sinks=sinks,
+            sliding_window=config.sliding_window,
         )
         for key, value in pairs
     ]

@@ -122,7 +122,8 @@ def random_projection(config, rng):
     """Of one token a sequence, three query heads a kv head."""
     qkv = jnp.asarray(rng.normal(0, 1, (3, 1, 2, 5, config.head_dim)), jnp.bfloat16)
     angle = rng.uniform(-9, 9, (3, 1, config.head_dim // 2))
-    return Projection(qkv, *(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)))
+    angles = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+    return Projection(qkv, *angles, sliding_window=config.sliding_window)
 
 
 @pytest.mark.parametrize("name", ["centred", "outliers in a sliding window"])

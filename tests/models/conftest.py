@@ -70,8 +70,12 @@ def dense_attend(state, layer, projection):
     )
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
     keys, values = (x[layer].astype(jnp.float32) for x in (state.keys, state.values))
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, keys) / dim**0.5
-    seen = jnp.arange(size, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, keys)
+    scale, cap = projection.scores.scale, projection.scores.softcap
+    scores = products * (dim**-0.5 if scale is None else scale)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    distance = positions[:, :, None] - jnp.arange(size, dtype=jnp.int32)[None, None, :]
+    seen = (distance >= 0) & (distance < (projection.sliding_window or size))
     scores = jnp.where(seen[:, None, None, :, :], scores, -1e30)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores, axis=-1), values)
     return out.reshape(q.shape).astype(q.dtype), state

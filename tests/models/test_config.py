@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from turboquant_jax.models.config import Llama3Scaling, parameter_count
+from turboquant_jax.models.config import parameter_count
 from turboquant_jax.models.presets import PRESETS
+from turboquant_jax.models.rope_scaling import Llama3Scaling
 
 # Of the published safetensors (the tied matrix counted once).
 PUBLISHED = {

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from turboquant_jax.models.metadata import config_from_gguf, config_from_huggingface
+from turboquant_jax.models.huggingface_config import config_from_huggingface
+from turboquant_jax.models.metadata import config_from_gguf
 from turboquant_jax.models.presets import PRESETS
-from turboquant_jax.models.rope import inverse_frequencies, scaling_factors
+from turboquant_jax.models.rope import inverse_frequencies
 
 # config.json of meta-llama/Llama-3.1-8B-Instruct
 LLAMA_3_1 = {
@@ -132,11 +133,13 @@ def test_harmless_keys(key):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type: got 'qwen2', expected 'llama' or 'mistral'"),
+        ({"model_type": "qwen2_moe"}, "model_type: got 'qwen2_moe', expected 'llama' or 'mistral'"),
+        ({"model_type": ["llama"]}, "model_type: got"),
+        ({"model_type": "qwen3"}, r"architectures: got .* expected \['Qwen3ForCausalLM'\]"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: got"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),
-        ({"attention_bias": True}, "attention_bias: got True, expected False"),
-        ({"mlp_bias": True}, "mlp_bias: got True"),
+        ({"attention_bias": "no"}, "attention_bias: got 'no', expected False or True"),
+        ({"mlp_bias": 2}, "mlp_bias: got 2"),
         ({"sliding_window": 4096}, "sliding_window: got 4096, expected none below the context"),
         ({"sliding_window": "9999"}, "sliding_window: got '9999'"),
         ({"use_sliding_window": True}, "use_sliding_window: got True"),
@@ -146,8 +149,13 @@ def test_harmless_keys(key):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: got"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
         ({"rope_interleaved": True}, "rope_interleaved: got True"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "got 'yarn', expected 'default'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            "'dynamic', expected 'default'",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor: got '2'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: got nothing"),
+        ({"num_hidden_layers": "30"}, "num_hidden_layers: got '30'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: got nothing"),
         ({"rope_scaling": {**LLAMA_3_1["rope_scaling"], "factor": "8"}}, "factor: got '8'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: got 'no', expected True or False"),
@@ -208,7 +216,7 @@ def test_gguf_of_smollm2_is_the_preset(smollm2):
 def test_llama_3_scaling_is_recovered_from_the_divisors():
     scaling = PRESETS["llama-3.1-8b"].rope_scaling
     plain = inverse_frequencies(PRESETS["llama-3-8b"])
-    divisors = scaling_factors(plain, scaling).astype(np.float32)
+    divisors = scaling.divisors(plain, 500_000.0).astype(np.float32)
     assert config_from_gguf(GGUF, tied=False, rope_divisors=divisors).rope_scaling == scaling
     divisors[30] *= 1.01
     with pytest.raises(ValueError, match=r"rope_freqs\.weight: got .*, those of Llama3Scaling"):

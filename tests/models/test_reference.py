@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from turboquant_jax.models.checkpoint import load, packaged_smollm2
-from turboquant_jax.models.metadata import config_from_huggingface
+from turboquant_jax.models.huggingface_config import config_from_huggingface
 from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.models.safetensors import open_safetensors
 from turboquant_jax.models.weights import read_huggingface

@@ -124,7 +124,7 @@ def of_cache(bits, head_dim, rotation, dtype) -> dict[str, Case]:
 
     def projected(state, qkv, angle):
         projection = Projection(qkv, jnp.cos(angle), jnp.sin(angle))
-        return triton.attend_projection(state, rows_of(state, 1), projection, PLAIN, None)
+        return triton.attend_projection(state, rows_of(state, 1), projection, None)
 
     found = {
         "step": Case(step, (state, tokens(1, 8), tokens(1, 2), tokens(1, 2))),

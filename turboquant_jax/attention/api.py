@@ -82,20 +82,22 @@ def attend_projection(
     layer: LayerRows | Int[Array, ""] | int,
     projection: Projection,
     *,
-    scores: Scores = PLAIN,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`attend_and_write` of what a layer projected, RoPE in the kernel's way where it is served.
 
     The layer may be given by its rows, `rows_of(cache, layer)`: layers whose rows differ in arrays
-    alone share one compiled call. Other arguments and errors are those of `attend`.
+    alone share one compiled call. Other arguments and errors are those of `attend`; ValueError also
+    for a cache of another sliding window than the projection's.
     """
     rows = layer if isinstance(layer, LayerRows) else rows_of(cache, layer)
     _check(cache, *jax.eval_shape(Projection.heads, projection))
+    definition.check_window(cache, projection)
+    scores = projection.scores
     chosen = choose_attention(cache, projection.qkv.shape[1], scores.softcap, implementation)
     if chosen.attend == "pallas" and triton.turns(projection):
-        return triton.attend_projection(cache, rows, projection, scores, sink_logits)
+        return triton.attend_projection(cache, rows, projection, sink_logits)
     return _attend_and_write(cache, rows, projection.heads(), scores, sink_logits, chosen)
 
 

@@ -10,6 +10,7 @@ from jax import tree
 from jaxtyping import Array, Float
 
 from turboquant_jax.attention import head_rotation
+from turboquant_jax.attention.projection import Projection
 from turboquant_jax.attention.segments import (
     Scores,
     SegmentPart,
@@ -96,3 +97,10 @@ def check_heads(cache: Cache, q, k, v) -> None:
         raise ValueError(
             f"queries: got {q.shape}, expected (B, T, N, {dim}) with N a multiple of {heads}"
         )
+
+
+def check_window(cache: Cache, projection: Projection) -> None:
+    """ValueError unless a cache keeps, and shows, what the model's queries see."""
+    got, expected = cache.config.sliding_window, projection.sliding_window
+    if got != expected:
+        raise ValueError(f"sliding_window of the cache: got {got}, expected the model's {expected}")

@@ -71,15 +71,18 @@ def attend(
 
 
 def turns(projection: Projection) -> bool:
-    """Whether the kernel does RoPE and rotation of a projection, whose products are then exact."""
-    return projection.qkv.dtype == jnp.bfloat16
+    """Whether the kernel does RoPE and rotation of a projection: of whole heads, in bfloat16.
+
+    The products are exact then.
+    """
+    whole = 2 * projection.cos.shape[-1] == projection.qkv.shape[-1]
+    return whole and projection.qkv.dtype == jnp.bfloat16
 
 
 def attend_projection(
     cache: Cache,
     rows: LayerRows,
     projection: Projection,
-    scores: Scores,
     sink_logits: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "B 1 N H"], Cache]:
     """`attend` of a projection of one token per sequence, in bfloat16; the token is written."""
@@ -89,6 +92,7 @@ def attend_projection(
     qkv, cos, sin = (x[:, 0] for x in (projection.qkv, projection.cos, projection.sin))
     q, k, v, rotated = rope_and_rotate(qkv, cos, sin, operand)
     heads = q[:, None], k[:, None], v[:, None]
+    scores = projection.scores
     return attend(cache, rows, heads, scores, sink_logits, write=True, rotated=rotated)
 
 

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.files import read_json_object
 from turboquant_jax.models.gguf import GGUFFile, open_gguf
-from turboquant_jax.models.metadata import config_from_gguf, config_from_huggingface
+from turboquant_jax.models.huggingface_config import config_from_huggingface
+from turboquant_jax.models.metadata import config_from_gguf
 from turboquant_jax.models.model import Llama, random_model
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.models.safetensors import open_safetensors

@@ -1,34 +1,25 @@
-"""What defines a Llama-family decoder: its sizes, its position encoding, its stop tokens."""
+"""What defines a decoder: its sizes, its position encoding, its stop tokens, its architecture."""
 
 import dataclasses
-import sys
 
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's rule for slowing the low RoPE frequencies; see `rope.scaling_factors`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            _require_positive(name, value)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor: got {self.low_freq_factor}, "
-                f"expected less than high_freq_factor = {self.high_freq_factor}"
-            )
+from turboquant_jax.models.rope_scaling import RopeScaling, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A decoder with RMSNorm, RoPE, grouped-query attention, a SiLU-gated network and no biases.
+    """A decoder with RMSNorm, RoPE, grouped-query attention and a SiLU-gated network.
 
-    Sizes are in channels, `max_position` in tokens. Hashable, so it may be static under `jax.jit`.
-    Raises ValueError for sizes that do not fit together.
+    Llama's architecture unless the last block of fields says otherwise: models differ in data, not
+    in code. Sizes are in channels, `max_position` in tokens. Hashable, so it may be static under
+    `jax.jit`. Raises ValueError for sizes that do not fit together.
+
+    Attributes:
+      qkv_bias, o_bias, mlp_bias: which projections have biases; `mlp_bias` is of all three.
+      qk_norm: queries and keys of every head pass an RMSNorm before RoPE (Qwen3).
+      sliding_window: tokens that a query sees in every layer, itself included; None = all.
+      attention_scale: multiplies <q, k>; None = head_dim**-0.5.
+      attention_softcap, logit_softcap: c in c tanh(x / c), of scores and of the final logits.
+      rotary_dim: channels of a head that RoPE turns, the first ones; None = all.
     """
 
     vocab_size: int
@@ -42,15 +33,31 @@ class LlamaConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_embeddings: bool
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: RopeScaling | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    # the architecture
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    rotary_dim: int | None = None
 
     def __post_init__(self):
         for name in _SIZES:
-            _require_positive(name, getattr(self, name), whole=True)
+            require_positive(name, getattr(self, name), whole=True)
         for name in ("rope_theta", "rms_norm_eps"):
-            _require_positive(name, getattr(self, name))
+            require_positive(name, getattr(self, name))
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        for name in ("sliding_window", "rotary_dim"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name), whole=True)
         for token in (*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])):
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
@@ -63,6 +70,16 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: got {self.head_dim}, expected an even number for RoPE")
+        if self.rotated_channels % 2 or self.rotated_channels > self.head_dim:
+            raise ValueError(
+                f"rotary_dim: got {self.rotary_dim}, expected an even number up to "
+                f"head_dim = {self.head_dim}"
+            )
+
+    @property
+    def rotated_channels(self) -> int:
+        """R, the channels of a head that RoPE turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
 
 _SIZES = (
@@ -77,17 +94,12 @@ _SIZES = (
 )
 
 
-def _require_positive(name: str, value: object, *, whole: bool = False) -> None:
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not (number and 0 < value <= sys.float_info.max):  # type: ignore[operator]
-        kind = "integer" if whole else "number"
-        raise ValueError(f"{name}: got {value!r}, expected a positive {kind}")
-
-
 def parameter_count(config: LlamaConfig) -> int:
     """Numbers stored by the decoder; a tied vocabulary matrix counts once."""
-    dim, ffn = config.hidden_size, config.intermediate_size
-    attention = 2 * dim * config.head_dim * (config.num_heads + config.num_kv_heads)
+    dim, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
+    attention = 2 * dim * head * (config.num_heads + config.num_kv_heads)
     layer = attention + 3 * dim * ffn + 2 * dim
+    layer += config.qkv_bias * head * (config.num_heads + 2 * config.num_kv_heads)
+    layer += config.o_bias * dim + config.mlp_bias * (2 * ffn + dim) + config.qk_norm * 2 * head
     matrices = 1 if config.tie_embeddings else 2
     return matrices * config.vocab_size * dim + config.num_layers * layer + dim

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.attention.projection import Projection
-from turboquant_jax.attention.segments import PLAIN, attend_segment
+from turboquant_jax.attention.segments import attend_segment
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.generate import Past
 
@@ -84,7 +84,8 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Dense]:
     """Write the pending tokens of a layer, then attend to all up to and with each query.
 
-    By cuDNN's flash attention on a GPU, in the dtype of the state; by `attend_segment` elsewhere.
+    By cuDNN's flash attention on a GPU, in the dtype of the state; by `attend_segment` elsewhere,
+    and for a soft cap. All tokens are kept, also those behind a sliding window.
 
     Raises:
       ValueError: a layer whose number is not known to the compiler, as under `lax.scan`.
@@ -103,7 +104,7 @@ def attend(
         array = old[index].at[row, place].set(new.astype(old[index].dtype), mode="drop")
         written.append((*old[:index], array, *old[index + 1 :]))
     state = replace(state, keys=written[0], values=written[1])
-    out = _attention(q, state.keys[index], state.values[index], position)
+    out = _attention(projection, q, state.keys[index], state.values[index], position)
     return out.astype(q.dtype), state
 
 
@@ -118,19 +119,24 @@ DENSE = Past(begin, attend, commit)
 
 
 def _attention(
+    projection: Projection,
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B S K H"],
     values: Float[Array, "B S K H"],
     position: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
     slot = jnp.arange(keys.shape[1], dtype=jnp.int32)
-    seen = slot[None, None, :] <= position[:, :, None]
-    if jax.default_backend() != "gpu":
-        return attend_segment(q, keys, values, seen, PLAIN)[0]
+    scores, window = projection.scores, projection.sliding_window
+    distance = position[:, :, None] - slot[None, None, :]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if jax.default_backend() != "gpu" or scores.softcap is not None:
+        return attend_segment(q, keys, values, seen, scores)[0]
     cudnn = functools.partial(
-        jax.nn.dot_product_attention, q.astype(keys.dtype), keys, values, implementation="cudnn"
-    )
-    if q.shape[1] == 1:
+        jax.nn.dot_product_attention, q.astype(keys.dtype), keys, values,
+        scale=scores.scale, implementation="cudnn",
+    )  # fmt: skip
+    if q.shape[1] == 1 and window is None:
         return cudnn(key_value_seq_lengths=position[:, 0] + 1)
-    # cuDNN aligns its causal mask with the first key, not with the end of the past: a mask then
+    # cuDNN aligns causal masks and windows with the first key, not with the end of the past: a
+    # mask then
     return cudnn(mask=seen[:, None])

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.attention.segments import PLAIN, attend_segment
+from turboquant_jax.attention.definition import check_window
+from turboquant_jax.attention.segments import attend_segment
 from turboquant_jax.attention.teacher_forcing import teacher_forced
 from turboquant_jax.cache import Cache
 from turboquant_jax.models.model import Llama
@@ -47,12 +48,14 @@ def exact_hidden(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D
 
 @jax.jit
 def _exact_hidden(model, tokens):
-    seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+    position = jnp.arange(tokens.shape[1])
+    distance, window = position[:, None] - position[None, :], model.config.sliding_window
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     visible = jnp.broadcast_to(seen[None, :, :], (tokens.shape[0], *seen.shape))
 
     def attend(state, _, projection):
         q, k, v = projection.heads()
-        return attend_segment(q, k, v, visible, PLAIN)[0], state
+        return attend_segment(q, k, v, visible, projection.scores)[0], state
 
     return model(tokens, _positions(tokens), (), attend)[0]
 
@@ -71,7 +74,9 @@ def compressed_hidden(
 @jax.jit
 def _compressed_hidden(model, tokens, cache):
     def attend(cache, layer, projection):
-        return teacher_forced(cache, layer, *projection.heads()), cache
+        check_window(cache, projection)
+        heads = projection.heads()
+        return teacher_forced(cache, layer, *heads, scores=projection.scores), cache
 
     return model(tokens, _positions(tokens), cache, attend)[0]
 

@@ -35,6 +35,9 @@ def fold_value_rotation(model: Llama, rotation: Rotation) -> Llama:
         qkv, outputs = layer.qkv[...], layer.o[...]
         folded = jax.tree.map(lambda x: x, layer)
         folded.qkv = nnx.Param(qkv.at[:, :, -1].set(_rotate(rotation, qkv[:, :, -1])))
+        if layer.qkv_bias is not None:  # values are a sum of both, and a rotation is linear
+            bias = layer.qkv_bias[...]
+            folded.qkv_bias = nnx.Param(bias.at[:, -1].set(_rotate(rotation, bias[:, -1])))
         folded.o = nnx.Param(jnp.swapaxes(_rotate(rotation, jnp.swapaxes(outputs, 1, 2)), 1, 2))
         return folded
 

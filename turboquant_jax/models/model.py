@@ -1,4 +1,4 @@
-"""The Llama decoder in `flax.nnx`, used functionally: parameters inside, everything else passed.
+"""The decoder in `flax.nnx`, used functionally: parameters inside, everything else passed.
 
 The decoder knows nothing of any cache. It hands what a layer projects to an `attend` callable
 together with an opaque state, so that one model serves full-precision, compressed and
@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.projection import Projection
+from turboquant_jax.attention.segments import Scores
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.rope import rotation_angles
 from turboquant_jax.models.token_ids import require_token_ids
@@ -45,12 +46,27 @@ def rms_norm(
     return (wide * inverse * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
 
 
-def project(equation: str, x: Array, weight: Array) -> Array:
-    """`einsum` of two operands in x's dtype, accumulated in float32 by XLA.
+def norm_heads(
+    qkv: Float[Array, "B T K group H"], weights: Float[Array, "2 H"], epsilon: float
+) -> Float[Array, "B T K group H"]:
+    """`rms_norm` of every query with the first weight and of every key with the second."""
+    of_query, of_key = weights.astype(jnp.float32)
+    queries = jnp.broadcast_to(of_query[None], (qkv.shape[3] - 2, of_query.shape[0]))
+    weight = jnp.concatenate([queries, of_key[None]])[None, None, None]
+    wide = qkv[..., :-1, :].astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    normed = (wide * inverse * weight).astype(qkv.dtype)
+    return jnp.concatenate([normed, qkv[..., -1:, :]], axis=-2)
+
+
+def project(equation: str, x: Array, weight: Array, bias: nnx.Param | None = None) -> Array:
+    """`einsum` of two operands in x's dtype, accumulated in float32 by XLA, plus a bias.
 
     Not asked for in float32: the vendor's products would write that, and XLA convert it apart.
+    The bias [...] has the last axes of the product.
     """
-    return jnp.einsum(equation, x, weight)
+    product = jnp.einsum(equation, x, weight)
+    return product if bias is None else product + bias[...][None, None]
 
 
 class Layer(nnx.Module):
@@ -58,6 +74,7 @@ class Layer(nnx.Module):
 
     Matrices that read the same vectors are one, because a step of decoding, which only reads
     weights, reads a large one faster. Of `qkv` a kv head has G queries, then its key and its value.
+    Biases and norms that the architecture lacks are None.
     """
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -72,6 +89,15 @@ class Layer(nnx.Module):
         self.gate_up = nnx.Param(_normal(rngs, (dim, 2, ffn), dim, dtype))
         self.down = nnx.Param(_normal(rngs, (ffn, dim), ffn, dtype))
 
+        def optional(there: bool, fill: Callable, *shape: int) -> nnx.Param | None:
+            return nnx.Param(fill(shape, dtype)) if there else None
+
+        self.qkv_bias = optional(config.qkv_bias, jnp.zeros, kv_heads, group, head_dim)
+        self.qk_norm = optional(config.qk_norm, jnp.ones, 2, head_dim)
+        self.o_bias = optional(config.o_bias, jnp.zeros, dim)
+        self.gate_up_bias = optional(config.mlp_bias, jnp.zeros, 2, ffn)
+        self.down_bias = optional(config.mlp_bias, jnp.zeros, dim)
+
     def __call__(
         self,
         hidden: Float[Array, "B T D"],
@@ -82,15 +108,20 @@ class Layer(nnx.Module):
         attend: Attend[State],
     ) -> tuple[Float[Array, "B T D"], State]:
         """Attention and the gated feed-forward network, each added to the residual stream."""
-        epsilon = self.config.rms_norm_eps
+        config, epsilon = self.config, self.config.rms_norm_eps
         x = rms_norm(hidden, self.attention_norm[...], epsilon)
-        qkv = project("BTD,DKGH->BTKGH", x, self.qkv[...])
-        out, state = attend(state, index, Projection(qkv, cos, sin))
-        hidden = hidden + project("BTNH,NHD->BTD", out.astype(hidden.dtype), self.o[...])
+        qkv = project("BTD,DKGH->BTKGH", x, self.qkv[...], self.qkv_bias)
+        if self.qk_norm is not None:
+            qkv = norm_heads(qkv, self.qk_norm[...], epsilon)
+        scores = Scores(config.attention_scale, config.attention_softcap)
+        projection = Projection(qkv, cos, sin, scores, config.sliding_window)
+        out, state = attend(state, index, projection)
+        out = out.astype(hidden.dtype)
+        hidden = hidden + project("BTNH,NHD->BTD", out, self.o[...], self.o_bias)
         x = rms_norm(hidden, self.ffn_norm[...], epsilon)
-        gate_up = project("BTD,DCF->BTCF", x, self.gate_up[...])
+        gate_up = project("BTD,DCF->BTCF", x, self.gate_up[...], self.gate_up_bias)
         inner = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return hidden + project("BTF,FD->BTD", inner, self.down[...]), state
+        return hidden + project("BTF,FD->BTD", inner, self.down[...], self.down_bias), state
 
 
 class Llama(nnx.Module):
@@ -159,7 +190,9 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits; apart from `__call__`, so that only the rows needed pay for them."""
         matrix = self.embedding if self.head is None else self.head
-        return jnp.einsum("BTD,VD->BTV", hidden, matrix[...], preferred_element_type=jnp.float32)
+        plain = jnp.einsum("BTD,VD->BTV", hidden, matrix[...], preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return plain if cap is None else cap * jnp.tanh(plain / cap)
 
 
 def unstack(model: Llama) -> Llama:

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from turboquant_jax.models.config import Llama3Scaling, LlamaConfig
+from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.rope_scaling import Llama3Scaling
 
 _LLAMA_2_7B = LlamaConfig(
     vocab_size=32_000,

@@ -1,42 +1,37 @@
-"""Rotary position embedding: rotate halves, with and without Llama-3's frequency scaling.
+"""Rotary position embedding: angles of the channel pairs, with whatever scaling of frequencies.
 
-Source: Su et al., RoFormer (arXiv 2104.09864); the scaling follows Meta's Llama 3.1 release.
+Source: Su et al., RoFormer (arXiv 2104.09864).
 """
-
-import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.models.config import Llama3Scaling, LlamaConfig
+from turboquant_jax.models.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each channel pair: float64 [H/2], `theta**(-2i/H)`, or scaled."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    return frequencies if scaling is None else frequencies / scaling_factors(frequencies, scaling)
+    """Radians per position of each channel pair: float64 [R/2], `theta**(-2i/R)`, or scaled.
 
-
-def scaling_factors(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
-    """The divisor of each inverse frequency under Llama-3 scaling: [H/2] in, [H/2] out.
-
-    A pair that turns more than `high_freq_factor` times within the original context keeps its
-    frequency, one that turns less than `low_freq_factor` times is slowed by `factor`, and between
-    the two the frequency (not its divisor) is interpolated linearly in the number of turns.
+    R, `config.rotated_channels`, is the head dim unless the embedding is partial.
     """
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / (kept + (1.0 - kept) / scaling.factor)
+    channels, theta = config.rotated_channels, config.rope_theta
+    frequencies = theta ** -(np.arange(0, channels, 2, dtype=np.float64) / channels)
+    scaling = config.rope_scaling
+    return frequencies if scaling is None else frequencies / scaling.divisors(frequencies, theta)
 
 
 def rotation_angles(
     config: LlamaConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine, float32, of every position (in tokens) times every inverse frequency."""
+    """Cosine and sine, float32, of every position (in tokens) times every inverse frequency.
+
+    Both are multiplied by the attention factor of the scaling: queries and keys come out longer.
+    """
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.attention_factor == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    factor = jnp.float32(scaling.attention_factor)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor

@@ -40,11 +40,20 @@ HUGGINGFACE_NAMES = {
     "layers.q": "model.layers.{}.self_attn.q_proj.weight",
     "layers.k": "model.layers.{}.self_attn.k_proj.weight",
     "layers.v": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.q_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers.k_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers.v_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers.q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.k_norm": "model.layers.{}.self_attn.k_norm.weight",
     "layers.o": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.o_bias": "model.layers.{}.self_attn.o_proj.bias",
     "layers.ffn_norm": "model.layers.{}.post_attention_layernorm.weight",
     "layers.gate": "model.layers.{}.mlp.gate_proj.weight",
     "layers.up": "model.layers.{}.mlp.up_proj.weight",
     "layers.down": "model.layers.{}.mlp.down_proj.weight",
+    "layers.gate_bias": "model.layers.{}.mlp.gate_proj.bias",
+    "layers.up_bias": "model.layers.{}.mlp.up_proj.bias",
+    "layers.down_bias": "model.layers.{}.mlp.down_proj.bias",
 }
 """Matrix of a decoder -> tensor of a Hugging Face checkpoint; {} is the index of the layer."""
 
@@ -56,17 +65,32 @@ GGUF_NAMES = {
     "layers.q": "blk.{}.attn_q.weight",
     "layers.k": "blk.{}.attn_k.weight",
     "layers.v": "blk.{}.attn_v.weight",
+    "layers.q_bias": "blk.{}.attn_q.bias",
+    "layers.k_bias": "blk.{}.attn_k.bias",
+    "layers.v_bias": "blk.{}.attn_v.bias",
+    "layers.q_norm": "blk.{}.attn_q_norm.weight",
+    "layers.k_norm": "blk.{}.attn_k_norm.weight",
     "layers.o": "blk.{}.attn_output.weight",
+    "layers.o_bias": "blk.{}.attn_output.bias",
     "layers.ffn_norm": "blk.{}.ffn_norm.weight",
     "layers.gate": "blk.{}.ffn_gate.weight",
     "layers.up": "blk.{}.ffn_up.weight",
     "layers.down": "blk.{}.ffn_down.weight",
+    "layers.gate_bias": "blk.{}.ffn_gate.bias",
+    "layers.up_bias": "blk.{}.ffn_up.bias",
+    "layers.down_bias": "blk.{}.ffn_down.bias",
 }
 """Matrix of a decoder -> tensor of a GGUF file."""
 
 _FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+JOINED = {
+    "qkv": ("q", "k", "v"),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "qk_norm": ("q_norm", "k_norm"),
+    "gate_up": ("gate", "up"),
+    "gate_up_bias": ("gate_bias", "up_bias"),
+}
 """Parameter of `Layer` -> the matrices that it consists of."""
 
 
@@ -105,9 +129,9 @@ def read_gguf(
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads * H, in): rows 2i and 2i+1 of each head go to rows i and i + H/2."""
+    """Rows (heads * H, in), or a bias (heads * H): 2i and 2i+1 of each head go to i and i + H/2."""
     half = matrix.shape[0] // heads // 2
-    return matrix.reshape(heads, half, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
+    return matrix.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
 def _read(
@@ -161,10 +185,10 @@ def _matrices(place: list[str], slot: np.ndarray) -> Iterator[tuple[str, np.ndar
     """The matrices of a layer's parameter, by name, and their places in it, views."""
     name = place[-1]
     parts: tuple[np.ndarray, ...] = (slot,)
-    if name == "qkv":
-        parts = slot[:, :, :-2], slot[:, :, -2], slot[:, :, -1]
-    elif name == "gate_up":
-        parts = slot[:, 0], slot[:, 1]
+    if name in ("qkv", "qkv_bias"):
+        parts = slot[..., :-2, :], slot[..., -2, :], slot[..., -1, :]
+    elif name in JOINED:
+        parts = slot[..., 0, :], slot[..., 1, :]
     for matrix, part in zip(JOINED.get(name, (name,)), parts, strict=True):
         yield matrix if len(place) == 1 else f"layers.{matrix}", part
 
@@ -210,7 +234,18 @@ def _file_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "layers.up": (ffn, dim),
         "layers.down": (dim, ffn),
     }
-    return shapes if config.tie_embeddings else {**shapes, "head": (config.vocab_size, dim)}
+    norm = (config.head_dim,)
+    optional = (
+        (not config.tie_embeddings, {"head": (config.vocab_size, dim)}),
+        (config.qkv_bias, {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}),
+        (config.o_bias, {"o_bias": (dim,)}),
+        (config.qk_norm, {"q_norm": norm, "k_norm": norm}),
+        (config.mlp_bias, {"gate_bias": (ffn,), "up_bias": (ffn,), "down_bias": (dim,)}),
+    )
+    for there, found in optional:
+        for name, shape in found.items() if there else ():
+            shapes[name if name == "head" else f"layers.{name}"] = shape
+    return shapes
 
 
 def _require_shapes(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
+from tests.models import ggml_blocks
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.gguf import open_gguf
 
@@ -147,6 +148,55 @@ def test_refusals(tmp_path, raw, message):
         open_gguf(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# Type -> function of a block's bytes, and where in the block lie the scales of 16 bits.
+BLOCKS = {
+    "BF16": (ggml_blocks.bf16, (0,)),
+    "Q4_0": (ggml_blocks.q4_0, (0,)),
+    "Q4_1": (ggml_blocks.q4_1, (0, 2)),
+    "Q5_0": (ggml_blocks.q5_0, (0,)),
+    "Q5_1": (ggml_blocks.q5_1, (0, 2)),
+    "Q8_0": (ggml_blocks.q8_0, (0,)),
+    "Q2_K": (ggml_blocks.q2_k, (80, 82)),
+    "Q3_K": (ggml_blocks.q3_k, (108,)),
+    "Q4_K": (ggml_blocks.q4_k, (0, 2)),
+    "Q5_K": (ggml_blocks.q5_k, (0, 2)),
+    "Q6_K": (ggml_blocks.q6_k, (208,)),
+    "TQ1_0": (ggml_blocks.tq1_0, (52,)),
+    "TQ2_0": (ggml_blocks.tq2_0, (64,)),
+    "IQ4_NL": (ggml_blocks.iq4_nl, (0,)),
+    "IQ4_XS": (ggml_blocks.iq4_xs, (0,)),
+    "MXFP4": (ggml_blocks.mxfp4, ()),
+    "NVFP4": (ggml_blocks.nvfp4, ()),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_values_of_every_type_of_block(tmp_path, name):
+    """Random bytes, read as published: every nibble, sign and scale in its place."""
+    kind = gguf.GGMLQuantizationType[name]
+    values, scales = BLOCKS[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(int(kind))
+    raw = rng.integers(0, 256, (3, 4, size), np.uint8)
+    for at in scales:  # finite, of either sign
+        raw[..., at : at + 2] = rng.normal(size=(3, 4, 1)).astype(np.float16).view(np.uint8)
+    if name == "MXFP4":
+        raw[..., 0] = rng.integers(0, 250, (3, 4))  # 255 is NaN
+    if name == "NVFP4":
+        raw[..., :4] = rng.integers(0, 0x7F, (3, 4, 4))  # no sign; 0x7F is NaN
+    path = tmp_path / "blocks.gguf"
+    described = tensor(dims=(4 * block, 3), kind=int(kind))
+    start = len(header(tensors=described, counts=(0, 1))) - 99
+    path.write_bytes(
+        header(tensors=described, counts=(0, 1))[:start] + bytes(-start % 32) + raw.tobytes()
+    )
+    got = open_gguf(path).read("t")
+    expected = [[v for b in row for v in values(b.tobytes())] for row in raw]
+    assert got.dtype == np.float32
+    # An affine value is a difference of two of these sizes, each rounded to float32.
+    np.testing.assert_allclose(got, np.array(expected), rtol=1e-6, atol=1e-4 * bool(scales[1:]))
 
 
 def test_a_quantization_without_a_decoder_is_refused(tmp_path):

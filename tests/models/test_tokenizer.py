@@ -1,4 +1,4 @@
-"""Tokenizers of both formats: round trips, streams, chats and refusals."""
+"""Tokenizers: round trips, streams, chats and refusals; those of folders."""
 
 import json
 
@@ -6,10 +6,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from turboquant_jax.models.tokenizer import (
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from turboquant_jax.models.tokenizer import tokenizer_from_folder
 
 TEXTS = [
     "",
@@ -61,55 +58,6 @@ def test_chat_template(tokenizer):
     assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
     own = [{"role": "system", "content": "Be brief."}, *messages]
     assert tokenizer.apply_chat(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
-
-
-def gguf_metadata(**changes):
-    letters = [chr(c) for c in range(33, 127)]
-    tokens = ["<eos>", *letters, "Ġ", "Ċ", "12", "34", "123", "ab", "<user>", "<|bos|>"]
-    types = [3] + [1] * (len(tokens) - 3) + [4, 3]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": ["1 2", "3 4", "12 3"],
-        "tokenizer.ggml.bos_token_id": len(tokens) - 1,
-    } | changes
-
-
-def test_llama_3_splits_three_digits_and_starts_with_bos():
-    tokenizer = tokenizer_from_gguf(gguf_metadata(), (0,))
-    pieces = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("12341 ab<user>")]
-    # "ab" has no merge: a whole word in the vocabulary is taken as it is
-    assert pieces == ["<|bos|>", "123", "4", "1", "Ġ", "a", "b", "<user>"]
-    assert tokenizer.backend.encode("ab").tokens == ["ab"]
-    assert tokenizer.decode(tokenizer.encode("12341 ab<user>")) == "12341 ab<user>"
-
-
-def test_smollm_splits_every_digit_and_starts_as_asked():
-    metadata = gguf_metadata(**{"tokenizer.ggml.pre": "smollm"})
-    tokenizer = tokenizer_from_gguf(metadata, (0,))
-    assert [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("123")] == ["1", "2", "3"]
-    metadata["tokenizer.ggml.add_bos_token"] = True
-    assert tokenizer_from_gguf(metadata, (0,)).encode("1")[0] == tokenizer.bos_id
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer.ggml.model": "llama"}, "got 'llama', 'llama-bpe', expected 'gpt2' with"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "got 'gpt2', 'qwen2'"),
-        ({"tokenizer.ggml.pre": None}, "got 'gpt2', None"),
-        ({"tokenizer.ggml.tokens": None}, "expected the tokenizer's tables"),
-        ({"tokenizer.ggml.merges": None}, "expected the tokenizer's tables"),
-        ({"tokenizer.ggml.merges": ["1 2 3"]}, "expected merges of two known tokens"),
-        ({"tokenizer.ggml.merges": ["1 é"]}, "expected merges of two known tokens"),
-        ({"tokenizer.ggml.token_type": [1, 2]}, "got 103 tokens with 2 types"),
-    ],
-)
-def test_gguf_refusals(changes, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizer_from_gguf(gguf_metadata(**changes), (0,))
 
 
 @pytest.fixture

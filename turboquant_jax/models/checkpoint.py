@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.files import read_json_object
 from turboquant_jax.models.gguf import GGUFFile, open_gguf
+from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from turboquant_jax.models.huggingface_config import config_from_huggingface
 from turboquant_jax.models.metadata import config_from_gguf
 from turboquant_jax.models.model import Llama, random_model
@@ -21,7 +22,6 @@ from turboquant_jax.models.tokenizer import (
     byte_tokenizer,
     require_rows,
     tokenizer_from_folder,
-    tokenizer_from_gguf,
 )
 from turboquant_jax.models.weights import read_gguf, read_huggingface
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from GGUF metadata or the files of a Hugging Face folder."""
+"""Text to token ids and back; from the files of a Hugging Face folder (GGUF: `gguf_tokenizer`)."""
 
 import contextlib
 import dataclasses
@@ -7,19 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from turboquant_jax.models.chat import ChatTemplate, template_from_folder, template_from_gguf
+from turboquant_jax.models.chat import ChatTemplate, template_from_folder
 from turboquant_jax.models.streaming import stream_text
-
-# GGUF's tokenizer.ggml.token_type.
-_CONTROL, _USER_DEFINED = 3, 4
-
-# Llama 3 splits text by this pattern (`pre_tokenizer` of its tokenizer.json).
-_LLAMA_3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        with _refusing():
+        with refusing():
             return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -69,12 +60,12 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a text that a template has rendered: nothing is put before it."""
-        with _refusing():
+        with refusing():
             return self.backend.encode(text, add_special_tokens=False).ids
 
 
 @contextlib.contextmanager
-def _refusing(what: str = "tokenizer", expected: str = "one that serves this") -> Iterator[None]:
+def refusing(what: str = "tokenizer", expected: str = "one that serves this") -> Iterator[None]:
     """ValueError for what the package raises: a bare Exception, or the panic of its Rust code.
 
     A damaged tokenizer may be read whole and fail at its first use.
@@ -109,66 +100,11 @@ def byte_tokenizer(vocab_size: int, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
     return Tokenizer(backend, None, eos_ids, adds_bos=False, chat_template=None)
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, Any], eos_ids: tuple[int, ...]) -> Tokenizer:
-    """The byte-level BPE in the metadata of a GGUF file.
-
-    Serves the pre-tokenizers `smollm` and `llama-bpe`; raises ValueError for any other.
-    """
-    model, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if model != "gpt2" or pre not in ("smollm", "llama-bpe"):
-        raise ValueError(
-            f"tokenizer.ggml.model, .pre: got {model!r}, {pre!r}, "
-            "expected 'gpt2' with 'smollm' or 'llama-bpe'"
-        )
-    tokens, types = _table(metadata, "tokens"), _table(metadata, "token_type")
-    if len(tokens) != len(types):
-        raise ValueError(f"got {len(tokens)} tokens with {len(types)} types, expected one each")
-    llama_3 = pre == "llama-bpe"
-    backend = tokenizers.Tokenizer(_byte_pairs(tokens, _table(metadata, "merges"), llama_3))
-    first = (
-        pre_tokenizers.Split(Regex(_LLAMA_3_PATTERN), behavior="isolated")
-        if llama_3
-        else pre_tokenizers.Digits(individual_digits=True)
-    )
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama_3)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    typed = list(zip(tokens, types, strict=True))
-    backend.add_special_tokens([_added(t, special=True) for t, kind in typed if kind == _CONTROL])
-    backend.add_tokens([_added(t, special=False) for t, kind in typed if kind == _USER_DEFINED])
-    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    return Tokenizer(
-        backend=backend,
-        bos_id=bos,
-        eos_ids=eos_ids,
-        # llama.cpp turns it on for this pre-tokenizer, so files of Llama 3 may leave it out.
-        adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", llama_3)),
-        chat_template=template_from_gguf(metadata, _named_tokens(backend, bos, eos)),
-    )
-
-
-def _named_tokens(
-    backend: tokenizers.Tokenizer, bos: int | None, eos: int | None
-) -> dict[str, str]:
+def named_tokens(backend: tokenizers.Tokenizer, bos: int | None, eos: int | None) -> dict[str, str]:
     """The texts of the tokens that the checkpoint has, as templates name them."""
     ids = {"bos_token": bos, "eos_token": eos}
     texts = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
     return {name: text for name, text in texts.items() if text is not None}
-
-
-def _table(metadata: Mapping[str, Any], name: str) -> list[Any]:
-    table = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(table, list):
-        raise ValueError(f"tokenizer.ggml.{name}: got {table!r}, expected the tokenizer's tables")
-    return table
-
-
-def _byte_pairs(tokens: list[str], merges: list[str], ignore_merges: bool) -> models.BPE:
-    """`ignore_merges`: a word that is in the vocabulary is taken whole, as in Llama 3."""
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    with _refusing("tokenizer.ggml.merges", "merges of two known tokens"):
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        return models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges)
 
 
 def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, ...]) -> Tokenizer:
@@ -179,7 +115,7 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the tokenizer")
-    with _refusing(str(path), "a tokenizer.json"):
+    with refusing(str(path), "a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_file(str(path))
         # What a tokenizer was trained or served with would cut a prompt short without a word.
         backend.no_truncation()
@@ -191,9 +127,5 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
         bos_id=bos_id,
         eos_ids=eos_ids,
         adds_bos=bos_id is not None and first == [bos_id],
-        chat_template=template_from_folder(folder, _named_tokens(backend, bos_id, stop)),
+        chat_template=template_from_folder(folder, named_tokens(backend, bos_id, stop)),
     )
-
-
-def _added(token: str, *, special: bool) -> AddedToken:
-    return AddedToken(token, special=special, normalized=False)

@@ -42,16 +42,15 @@ def _panels(rows: Sequence[Row]) -> Iterator[Callable[[Axes], None]]:
 
 _KINDS = {
     "ours": "the library's, test texts",
-    "more": "keys centred before RoPE, 8-bit scales",
+    "more": "what it lacks (8-bit scales)",
     "peer": "peers, test texts",
     "candidate": "candidates, calibration texts",
 }
 
 
 def _group(row: Row) -> str:
-    lacks = row["centred"] == 2 or "scale8" in row["preset"]
     if row["kind"] == "chosen":
-        return "more" if lacks else "ours"
+        return "more" if "scale8" in row["preset"] else "ours"
     return row["kind"]
 
 

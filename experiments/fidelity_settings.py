@@ -30,7 +30,6 @@ def candidates() -> list[Setting]:
         both = key_bits, value_bits
         made += [turbo(*both, "trellis", True, window=window, block=16) for window in windows]
     made += [turbo(4, 4, "trellis", window=128), turbo(3, 3, window=128)]
-    # what no library has: keys centred before their rotary embedding
     made += [pre_rope(s) for s in made if s.window == 128 or s.block == 16]
     balance = turbo(2, 3, "trellis", window=128)
     shorter = turbo(2, 3, "trellis", True, window=64, block=16)
@@ -67,11 +66,11 @@ def judged() -> list[Setting]:
 def best(rows: Sequence[Row], ratio: str, target: float, ours: bool = False) -> Row | None:
     """The row of the least KL among those of at least this ratio; `ours`: of the library's caches.
 
-    The library centres keys as they are stored, and has scales of 16 bits.
+    The library has scales of 16 bits.
     """
     found = [row for row in rows if row[ratio] >= target]
     if ours:
-        found = [row for row in found if row["centred"] < 2 and "scale8" not in row["preset"]]
+        found = [row for row in found if "scale8" not in row["preset"]]
     return min(found, key=lambda row: row["kl"], default=None)
 
 

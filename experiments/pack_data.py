@@ -24,7 +24,8 @@ from experiments.data import package_file
 from experiments.prepared import Prompts
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.gguf import open_gguf
-from turboquant_jax.models.tokenizer import Tokenizer, tokenizer_from_gguf
+from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from turboquant_jax.models.tokenizer import Tokenizer
 
 CONTEXT = 8192
 PART = 56 * 2**20

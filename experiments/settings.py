@@ -20,6 +20,7 @@ from experiments.forcing import Rule, Trips
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.models import LlamaConfig
+from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.quantizers.quantizer import Code
 
 LONG = 65536
@@ -88,10 +89,8 @@ class Setting:
 
     def cache_config(self, model: LlamaConfig) -> CacheConfig | None:
         """The library's cache of this setting; None where it has none."""
-        if (
-            self.exact_layers
-            or self.pre_rope
-            or not all(isinstance(c, Turbo) and not c.short_scale for c in self._coders)
+        if self.exact_layers or not all(
+            isinstance(c, Turbo) and not c.short_scale for c in self._coders
         ):
             return None
         return self._plain(model, *(c.config for c in self._coders if isinstance(c, Turbo)))
@@ -107,6 +106,7 @@ class Setting:
             window=self.window,
             sinks=self.sinks,
             center_keys=self.centred,
+            rope_frequencies=tuple(inverse_frequencies(model)) if self.pre_rope else None,
         )
 
     def bytes_per_token(self, model: LlamaConfig, context: int) -> float:

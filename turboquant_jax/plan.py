@@ -189,7 +189,7 @@ def show(console: Console, result: Plan) -> None:
     for row in result.rows:
         table.add_row(
             _name(row),
-            f"{row.tokens:,}",
+            "any" if row.tokens >= _MOST_TOKENS - 1 else f"{row.tokens:,}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.cache_bytes:,}",
             f"{row.bytes_per_token:,.1f}",
@@ -205,10 +205,13 @@ def show(console: Console, result: Plan) -> None:
 
 
 def _full_row(config: CacheConfig, batch: int, budget: int) -> Row:
-    """Plain 16-bit keys and values, with nothing beside them."""
-    each = exact_bytes_per_token(config)
-    tokens = min(budget // (batch * each), _MOST_TOKENS)
-    return Row(None, None, tokens, batch * tokens * each, each, 1.0 if tokens else None)
+    """Plain 16-bit keys and values, with nothing beside them: of a sliding window, at most it."""
+    each, most = exact_bytes_per_token(config), _MOST_TOKENS
+    fit = budget // (batch * each)
+    held = min(fit, most if config.sliding_window is None else config.sliding_window)
+    if config.sliding_window is not None and held == config.sliding_window:
+        return Row(None, None, most, batch * held * each, 0.0, 1.0)
+    return Row(None, None, held, batch * held * each, each, 1.0 if held else None)
 
 
 def _row(

@@ -17,7 +17,7 @@ from turboquant_jax.models.checkpoint import Checkpoint, load
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.model import Llama
-from turboquant_jax.models.weights import GGUF_NAMES, HUGGINGFACE_NAMES, unpermute
+from turboquant_jax.models.weights import GGUF_NAMES, HUGGINGFACE_NAMES
 
 TINY = LlamaConfig(
     vocab_size=97,
@@ -149,7 +149,8 @@ def write_gguf():
 
 
 def _write_gguf(path, config, tensors, **changes):
-    metadata = {
+    architecture = changes.pop("general.architecture", "llama")
+    sizes = {
         "llama.block_count": config.num_layers,
         "llama.context_length": config.max_position,
         "llama.embedding_length": config.hidden_size,
@@ -162,6 +163,9 @@ def _write_gguf(path, config, tensors, **changes):
         "llama.rope.freq_base": config.rope_theta,
         "llama.rope.dimension_count": config.head_dim,
         "llama.vocab_size": config.vocab_size,
+    }
+    metadata = {key.replace("llama.", architecture + "."): size for key, size in sizes.items()}
+    metadata |= {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": ["<end>", "<s>", "</s>", *map(chr, range(33, 126)), '!"'],
@@ -170,7 +174,7 @@ def _write_gguf(path, config, tensors, **changes):
         "tokenizer.ggml.bos_token_id": config.bos_id,
         "tokenizer.ggml.eos_token_id": config.eos_ids[0],
     } | changes
-    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", "llama"))
+    writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -193,34 +197,45 @@ def _write_gguf(path, config, tensors, **changes):
 
 @pytest.fixture(scope="session")
 def gguf_tensors():
-    """`gguf_tensors(model)`: what a converter would write for this model, float32 (out, in)."""
+    """`gguf_tensors(model, interleaved)`: what a converter would write, float32 (out, in)."""
     return _gguf_tensors
 
 
-def _gguf_tensors(model):
+def _gguf_tensors(model, interleaved=True):
     config, layers, qkv = model.config, model.layers, model.layers.qkv[...]
     tensors = {"token_embd.weight": model.embedding, "output_norm.weight": model.norm}
     if model.head is not None:
         tensors["output.weight"] = model.head
+    parts = [
+        ("attn_norm.weight", layers.attention_norm, 0),
+        ("attn_q.weight", qkv[..., :-2, :], 1),
+        ("attn_k.weight", qkv[..., -2, :], 1),
+        ("attn_v.weight", qkv[..., -1, :], 1),
+        ("attn_output.weight", layers.o, 2),
+        ("ffn_norm.weight", layers.ffn_norm, 0),
+        ("ffn_gate.weight", layers.gate_up[:, :, 0], 1),
+        ("ffn_up.weight", layers.gate_up[:, :, 1], 1),
+        ("ffn_down.weight", layers.down, 1),
+    ]
+    if layers.qkv_bias is not None:
+        of_q, of_k, of_v = (layers.qkv_bias[:, :, x] for x in (slice(-2), -2, -1))
+        parts += [("attn_q.bias", of_q, 0), ("attn_k.bias", of_k, 0), ("attn_v.bias", of_v, 0)]
+    if layers.qk_norm is not None:
+        parts += [(f"attn_{x}_norm.weight", layers.qk_norm[:, i], 0) for i, x in enumerate("qk")]
+    if layers.o_bias is not None:
+        parts += [("attn_output.bias", layers.o_bias, 0)]
+    if layers.down_bias is not None:
+        of_gate, of_up = layers.gate_up_bias[:, 0], layers.gate_up_bias[:, 1]
+        parts += [("ffn_gate.bias", of_gate, 0), ("ffn_up.bias", of_up, 0)]
+        parts += [("ffn_down.bias", layers.down_bias, 0)]
     for i in range(config.num_layers):
-        for name, p, inputs in (
-            ("attn_norm", layers.attention_norm, 0),
-            ("attn_q", qkv[..., :-2, :], 1),
-            ("attn_k", qkv[..., -2, :], 1),
-            ("attn_v", qkv[..., -1, :], 1),
-            ("attn_output", layers.o, 2),
-            ("ffn_norm", layers.ffn_norm, 0),
-            ("ffn_gate", layers.gate_up[:, :, 0], 1),
-            ("ffn_up", layers.gate_up[:, :, 1], 1),
-            ("ffn_down", layers.down, 1),
-        ):
+        for name, p, inputs in parts:
             w = np.asarray(p[i])
-            if inputs:
-                w = w.reshape(int(np.prod(w.shape[:inputs])), -1).T
-            if name in ("attn_q", "attn_k"):  # interleave the halves of each head
-                half = config.head_dim // 2
-                w = w.reshape(-1, 2, half, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-            tensors[f"blk.{i}.{name}.weight"] = w
+            w = w.reshape(int(np.prod(w.shape[:inputs])), -1).T if inputs else w.reshape(-1)
+            if interleaved and name.split(".")[0] in ("attn_q", "attn_k"):
+                half = config.head_dim // 2  # the halves of each head
+                w = w.reshape(-1, 2, half, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+            tensors[f"blk.{i}.{name}"] = w
     return {k: np.ascontiguousarray(np.asarray(w[...], np.float32)) for k, w in tensors.items()}
 
 
@@ -231,14 +246,11 @@ def huggingface_tensors():
 
 
 def _huggingface_tensors(model):
-    config, found, tensors = model.config, _gguf_tensors(model), {}
+    found, tensors = _gguf_tensors(model, interleaved=False), {}
     for matrix, name in GGUF_NAMES.items():
-        heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}.get(matrix)
-        for i in range(config.num_layers if "{}" in name else 1):
+        for i in range(model.config.num_layers if "{}" in name else 1):
             if name.format(i) in found:
-                w = found[name.format(i)]
-                w = unpermute(w, heads) if heads else w
-                tensors[HUGGINGFACE_NAMES[matrix].format(i)] = np.ascontiguousarray(w)
+                tensors[HUGGINGFACE_NAMES[matrix].format(i)] = found[name.format(i)]
     return tensors
 
 

@@ -12,6 +12,7 @@ from turboquant_jax.models import checkpoint
 from turboquant_jax.models.checkpoint import load, packaged_smollm2
 from turboquant_jax.models.config import parameter_count
 from turboquant_jax.models.gguf import open_gguf
+from turboquant_jax.models.rope_scaling import TabulatedScaling
 
 
 def test_the_packaged_model(smollm2):
@@ -74,9 +75,12 @@ def test_bad_files(tmp_path, tiny, gguf_tensors, write_gguf):
         load(missing)
     tensors = gguf_tensors(tiny)
     for changes, message in (
-        ({"general.architecture": "qwen2"}, "got 'qwen2', expected 'llama'"),
-        ({"tokenizer.ggml.pre": "tekken"}, "got 'gpt2', 'tekken'"),
-        ({"llama.rope.scaling.type": "yarn"}, "got 'yarn'"),
+        (
+            {"general.architecture": "gemma3"},
+            "got 'gemma3', expected 'llama' or 'qwen2' or 'qwen3'",
+        ),
+        ({"tokenizer.ggml.pre": "default"}, "got 'default', expected one of smollm"),
+        ({"llama.rope.scaling.type": "longrope"}, "got 'longrope'"),
         ({"llama.block_count": 2}, r"unexpected tensor blk\.2\."),
     ):
         path = write_gguf(tmp_path / "bad.gguf", tiny.config, tensors, **changes)
@@ -92,13 +96,12 @@ def test_a_name_of_several_lines_is_told_in_one(tmp_path, tiny, gguf_tensors, wr
 
 
 def test_divisors_of_a_gguf_file(tmp_path, tiny, gguf_tensors, write_gguf):
-    """Divisors that no Llama-3 scaling gives are refused, all ones are the smallest of them."""
-    tensors = gguf_tensors(tiny) | {"rope_freqs.weight": np.ones(6, np.float32)}
-    path = write_gguf(tmp_path / "ones.gguf", tiny.config, tensors)
-    assert load(path).config.rope_scaling.factor == 1.0
-    tensors["rope_freqs.weight"] = np.arange(1, 7, dtype=np.float32)
-    path = write_gguf(tmp_path / "other.gguf", tiny.config, tensors)
-    with pytest.raises(ValueError, match=r"other\.gguf: rope_freqs\.weight: got .* divisors"):
+    tensors = gguf_tensors(tiny) | {"rope_freqs.weight": np.arange(1, 7, dtype=np.float32)}
+    path = write_gguf(tmp_path / "divisors.gguf", tiny.config, tensors)
+    assert load(path).config.rope_scaling == TabulatedScaling((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+    other = {"general.architecture": "qwen3"}  # which has none, and norms instead
+    path = write_gguf(tmp_path / "other.gguf", tiny.config, tensors, **other)
+    with pytest.raises(ValueError, match=r"other\.gguf: got no tensor blk\.0\.attn_q_norm\.weight"):
         load(path)
 
 

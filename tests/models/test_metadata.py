@@ -1,6 +1,7 @@
 """Configurations of both formats, and every key that changes the computation refused."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from turboquant_jax.models.huggingface_config import config_from_huggingface
 from turboquant_jax.models.metadata import config_from_gguf
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.models.rope import inverse_frequencies
+from turboquant_jax.models.rope_scaling import LinearScaling, YarnScaling
 
 # config.json of meta-llama/Llama-3.1-8B-Instruct
 LLAMA_3_1 = {
@@ -194,17 +196,25 @@ GGUF = {
     "tokenizer.ggml.bos_token_id": 128000,
     "tokenizer.ggml.eos_token_id": 128009,
 }
+UNTIED = {"output.weight"}  # of the tensors, what a configuration is read from
+
+
+def gguf_of(architecture, **changes):
+    """`GGUF` of another architecture; changes without their prefix, __ for a dot."""
+    entries = {k.replace("llama.", architecture + "."): v for k, v in GGUF.items()}
+    entries |= {f"{architecture}.{k.replace('__', '.')}": v for k, v in changes.items()}
+    return entries | {"general.architecture": architecture}
 
 
 def test_gguf_metadata():
     expected = dataclasses.replace(PRESETS["llama-3-8b"], max_position=131072, eos_ids=(128009,))
-    assert config_from_gguf(GGUF, tied=False) == expected
+    assert config_from_gguf(GGUF, UNTIED) == expected
 
 
 @pytest.mark.parametrize("window", [0, 131072, 2**20])
 def test_a_window_of_the_whole_context(window):
     entries = {**GGUF, "llama.attention.sliding_window": window}
-    assert config_from_gguf(entries, tied=False) == config_from_gguf(GGUF, tied=False)
+    assert config_from_gguf(entries, UNTIED) == config_from_gguf(GGUF, UNTIED)
 
 
 def test_gguf_of_smollm2_is_the_preset(smollm2):
@@ -213,26 +223,103 @@ def test_gguf_of_smollm2_is_the_preset(smollm2):
     assert dataclasses.replace(smollm2.config, rms_norm_eps=preset.rms_norm_eps) == preset
 
 
-def test_llama_3_scaling_is_recovered_from_the_divisors():
-    scaling = PRESETS["llama-3.1-8b"].rope_scaling
+def test_what_an_architecture_of_gguf_has():
+    plain = config_from_gguf(GGUF, UNTIED)
+    biased = dataclasses.replace(plain, qkv_bias=True)
+    assert config_from_gguf(gguf_of("qwen2"), UNTIED) == biased
+    normed = dataclasses.replace(plain, qk_norm=True, head_dim=64)
+    lengths = {"attention__key_length": 64, "attention__value_length": 64}
+    entries = gguf_of("qwen3", rope__dimension_count=64, **lengths)
+    assert config_from_gguf(entries, UNTIED) == normed
+    assert config_from_gguf(entries, ()) == dataclasses.replace(normed, tie_embeddings=True)
+
+
+def test_biases_are_there_if_their_tensors_are():
+    plain = config_from_gguf(GGUF, UNTIED)
+    for tensor, field in (
+        ("attn_q", "qkv_bias"),
+        ("attn_output", "o_bias"),
+        ("ffn_gate", "mlp_bias"),
+    ):
+        got = config_from_gguf(GGUF, {*UNTIED, f"blk.0.{tensor}.bias"})
+        assert got == dataclasses.replace(plain, **{field: True})
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_window_of_gguf_is_that_of_all_layers(architecture):
+    entries = gguf_of(architecture, attention__sliding_window=4096)
+    assert config_from_gguf(entries, UNTIED).sliding_window == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [
+        ({"type": "none", "factor": 4.0}, None),
+        ({"type": "linear"}, None),
+        ({"factor": 0.0, "finetuned": False}, None),
+        ({"type": "linear", "factor": 4.0}, LinearScaling(4.0)),
+        ({"factor": 4.0}, LinearScaling(4.0)),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32768},
+            YarnScaling(4.0, 32768, 0.1 * math.log(4) + 1),
+        ),
+        (
+            {"type": "yarn", "factor": 2.0, "attn_factor": 0.5, "yarn_beta_fast": 16.0}
+            | {"yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0},
+            YarnScaling(2.0, 131072, 0.5 * (0.1 * math.log(2) + 1), 16.0, 2.0),
+        ),
+    ],
+)
+def test_rope_scalings_of_gguf(changes, scaling):
+    entries = gguf_of("qwen2", **{f"rope__scaling__{key}": v for key, v in changes.items()})
+    assert config_from_gguf(entries, UNTIED).rope_scaling == scaling
+
+
+def test_the_old_key_of_linear_scaling():
+    assert config_from_gguf(gguf_of("llama", rope__scale_linear=2.0), UNTIED) == (
+        config_from_gguf(gguf_of("llama", rope__scaling__factor=2.0), UNTIED)
+    )
+
+
+@pytest.mark.parametrize("original", [8192, 4096])
+def test_divisors_of_a_file_are_kept(original):
+    """Llama 3.1's come as a table alone, in float32, whatever they were computed from."""
+    config = PRESETS["llama-3.1-8b"]
+    scaling = dataclasses.replace(config.rope_scaling, original_max_position=original)
+    config = dataclasses.replace(config, rope_scaling=scaling)
     plain = inverse_frequencies(PRESETS["llama-3-8b"])
     divisors = scaling.divisors(plain, 500_000.0).astype(np.float32)
-    assert config_from_gguf(GGUF, tied=False, rope_divisors=divisors).rope_scaling == scaling
-    divisors[30] *= 1.01
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight: got .*, those of Llama3Scaling"):
-        config_from_gguf(GGUF, tied=False, rope_divisors=divisors)
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight: got .*, those of Llama3Scaling"):
-        config_from_gguf(GGUF, tied=False, rope_divisors=divisors[:32])
+    got = inverse_frequencies(config_from_gguf(GGUF, UNTIED, divisors))
+    np.testing.assert_allclose(got, inverse_frequencies(config), rtol=1e-7)
+    np.testing.assert_array_equal(got, plain / divisors)
+
+
+def test_divisors_that_fit_no_head_are_refused():
+    ones = np.ones(64, np.float32)
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight: got \(32,\) divisors .*expected 64"):
+        config_from_gguf(GGUF, UNTIED, ones[:32])
+    with pytest.raises(ValueError, match=r"beside LinearScaling\(factor=2\.0\), expected 64"):
+        config_from_gguf(gguf_of("llama", rope__scaling__factor=2.0), UNTIED, ones)
+    with pytest.raises(ValueError, match=r"RoPE frequency: got 0\.0, expected a positive number"):
+        config_from_gguf(GGUF, UNTIED, ones * 0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture: got 'qwen2', expected 'llama'"),
+        (
+            {"general.architecture": "gemma3"},
+            "got 'gemma3', expected 'llama' or 'qwen2' or 'qwen3'",
+        ),
         ({"general.architecture": None}, "general.architecture: got None"),
         ({"llama.expert_count": 8}, "llama.expert_count: got 8, expected 0"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: got 'yarn'"),
-        ({"llama.attention.sliding_window": 4096}, "sliding_window: got 4096"),
+        ({"llama.rope.scaling.type": "longrope"}, "scaling.type: got 'longrope', expected 'none'"),
+        ({"llama.rope.scaling.yarn_attn_factor": 1.0}, "yarn_attn_factor: got 1.0, expected no"),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier: got 0.1"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor: got 2.0, expected yarn's"),
+        ({"llama.rope.scaling.factor": -2.0}, "llama.rope.scaling.factor: got -2.0"),
+        ({"llama.attention.sliding_window": -1}, "llama.attention.sliding_window: got -1"),
+        ({"llama.attention.sliding_window_pattern": 2}, "sliding_window_pattern: got 2, expected"),
         ({"llama.logit_scale": 0.1}, "llama.logit_scale: got 0.1, expected no such key"),
         ({"llama.rope.dimension_count": 64}, "dimension_count: got 64, expected head dim 128"),
         ({"llama.attention.value_length": 64}, "value_length: got 64"),
@@ -243,4 +330,4 @@ def test_llama_3_scaling_is_recovered_from_the_divisors():
 )
 def test_gguf_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_from_gguf({**GGUF, **changes}, tied=False)
+        config_from_gguf({**GGUF, **changes}, UNTIED)

@@ -1,10 +1,15 @@
 """The decoder against Hugging Face transformers, where torch and it are installed."""
 
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from turboquant_jax.models import dense
 from turboquant_jax.models.checkpoint import load, packaged_smollm2
+from turboquant_jax.models.decoding import generate
 from turboquant_jax.models.huggingface_config import config_from_huggingface
 from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.models.safetensors import open_safetensors
@@ -42,15 +47,19 @@ def torch():
     return torch
 
 
-def random_checkpoint(folder, *, shard, torch, **options):
+def random_checkpoint(folder, *, shard, torch, kind="llama", **options):
     """Save a random transformers model in the folder; its logits on fixed tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, **options)).eval()
+    config = AutoConfig.for_model(kind, **SIZES | options)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif "bias" in name:
+                parameter.normal_(0, 0.5)
         model.save_pretrained(folder, max_shard_size=shard)
         tokens = torch.randint(0, SIZES["vocab_size"], (2, 150))
         return tokens.numpy(), model(tokens).logits.numpy(), model
@@ -64,8 +73,6 @@ def random_checkpoint(folder, *, shard, torch, **options):
     ],
 )
 def test_random_llama(tmp_path, torch, forward, options, shard):
-    import json
-
     tokens, expected, model = random_checkpoint(tmp_path, shard=shard, torch=torch, **options)
     config = config_from_huggingface(json.loads((tmp_path / "config.json").read_text()))
     assert config.tie_embeddings == options["tie_word_embeddings"]
@@ -78,6 +85,67 @@ def test_random_llama(tmp_path, torch, forward, options, shard):
     got = forward(read_huggingface(config, source, jnp.float32), jnp.asarray(tokens, jnp.int32))
     assert np.std(expected) > 0.5
     np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)
+
+
+YARN = dict(
+    rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32,
+    beta_fast=4.0, beta_slow=0.5,
+)  # fmt: skip
+ARCHITECTURES = {
+    "llama with biases, linear": dict(
+        kind="llama", attention_bias=True, mlp_bias=True,
+        rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+    ),
+    "mistral": dict(kind="mistral", sliding_window=24),
+    "qwen2, yarn": dict(kind="qwen2", rope_parameters=YARN, tie_word_embeddings=True),
+    "qwen2 in a window": dict(
+        kind="qwen2", use_sliding_window=True, sliding_window=37, max_window_layers=0
+    ),
+    "qwen3, yarn": dict(
+        kind="qwen3", rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5,
+                                       "truncate": False},
+    ),
+    "qwen3 with biases, llama3": dict(
+        kind="qwen3", attention_bias=True, rope_parameters=LLAMA_3, tie_word_embeddings=True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(tmp_path, torch, forward, name):
+    """Logits past the window and the original context; 100 tokens chosen greedily."""
+    options = {"hidden_size": 96} | ARCHITECTURES[name]  # some classes want heads * head_dim
+    tokens, expected, reference = random_checkpoint(tmp_path, shard="1GB", torch=torch, **options)
+    config = config_from_huggingface(json.loads((tmp_path / "config.json").read_text()))
+    assert (config.sliding_window is not None) == ("sliding_window" in options)
+    assert (config.rope_scaling is not None) == ("rope_parameters" in options)
+    rotary = reference.model.rotary_emb
+    np.testing.assert_allclose(inverse_frequencies(config), rotary.inv_freq.numpy(), rtol=1e-5)
+    factor = 1 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    assert factor == pytest.approx(rotary.attention_scaling)
+    model = read_huggingface(config, open_safetensors(tmp_path), jnp.float32, stacked=False)
+
+    got = np.asarray(forward(model, jnp.asarray(tokens, jnp.int32)))
+    assert np.std(expected) > 0.5
+    assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
+    np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
+
+    prompt = tokens[:1, :20]
+    with torch.no_grad():
+        answer = reference.generate(
+            torch.from_numpy(prompt), max_new_tokens=100, do_sample=False, eos_token_id=-1
+        )
+    made = generate(
+        model,
+        jnp.asarray(prompt, jnp.int32),
+        jnp.full(1, 20, jnp.int32),
+        jax.random.split(jax.random.key(0), 1),
+        dense.create(config, 1, 120, jnp.float32),
+        dense.DENSE,
+        max_tokens=100,
+    )
+    assert made.tokens[0].tolist() == answer[0, 20:].tolist()
+    assert len(set(made.tokens[0].tolist())) > 20
 
 
 def test_smollm2(smollm2, torch, forward):

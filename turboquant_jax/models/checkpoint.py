@@ -105,9 +105,9 @@ def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
 
 
 def _gguf_config(source: GGUFFile) -> LlamaConfig:
-    divisors = source.read("rope_freqs.weight") if "rope_freqs.weight" in source.tensors else None
-    tied = "output.weight" not in source.tensors
-    return config_from_gguf(source.metadata, tied=tied, rope_divisors=divisors)
+    name = "rope_freqs.weight"
+    divisors = source.read(name) if name in source.tensors else None
+    return config_from_gguf(source.metadata, source.tensors.keys(), divisors)
 
 
 def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:

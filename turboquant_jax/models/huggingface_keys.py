@@ -91,6 +91,7 @@ HF_ROPE: dict[str, tuple[str, ...]] = {
 HF_SERVED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(MODEL_TYPES),
     "hidden_act": ("silu",),
+    "use_mrope": _OFF,
     "pruned_heads": (None, {}),
     "tie_encoder_decoder": (None, False),
     "quantization_config": (None,),

@@ -1,60 +1,42 @@
 """`LlamaConfig` from GGUF metadata; every key is read, neutral or refused (`strict_keys`)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from turboquant_jax.models.config import LlamaConfig
-from turboquant_jax.models.rope import inverse_frequencies
-from turboquant_jax.models.rope_scaling import Llama3Scaling
-from turboquant_jax.models.strict_keys import exact_quotient, get, require_served, require_wide
-
-_GGUF_SERVED: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scale_linear": (0.0, 1.0),
-    "rope.scaling.finetuned": (True, False),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "attention.causal": (True,),
-    "tensor_data_layout": ("Meta AI original pth",),
-    "use_parallel_residual": (False,),
-}
-
-_GGUF_READ = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.freq_base",
-    "attention.sliding_window",
-    "rope.dimension_count",
-    "vocab_size",
-}
+from turboquant_jax.models.gguf_keys import GGUF_READ, GGUF_SERVED, architecture_of
+from turboquant_jax.models.rope_scaling import (
+    LinearScaling,
+    RopeScaling,
+    TabulatedScaling,
+    YarnScaling,
+    require_positive,
+    yarn_attention_factor,
+)
+from turboquant_jax.models.strict_keys import exact_quotient, get, require_served
 
 
 def config_from_gguf(
-    metadata: Mapping[str, Any], *, tied: bool, rope_divisors: np.ndarray | None = None
+    metadata: Mapping[str, Any],
+    tensors: Collection[str],
+    rope_divisors: np.ndarray | None = None,
 ) -> LlamaConfig:
-    """Read the metadata of a GGUF file of architecture `llama`.
+    """Read the metadata of a GGUF file whose tensors have these names.
 
-    The file says by its tensors what the metadata do not: `tied` when it has no `output.weight`,
-    and Llama-3 scaling by the frequency divisors [H/2] in `rope_freqs.weight`.
+    The tensors say what the metadata do not: the embedding is tied without an `output.weight`,
+    there are the biases that are there, and `rope_freqs.weight` has the divisors [H/2] of RoPE's
+    frequencies.
+
+    Raises:
+      ValueError: an architecture that is not served, or a key that is not, or is not known.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"general.architecture: got {architecture!r}, expected 'llama'")
-    prefix = "llama."
+    name, architecture = architecture_of(metadata)
+    prefix = name + "."
     entries = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    require_served(entries, _GGUF_SERVED, _GGUF_READ, prefix)
-    require_wide(entries, "attention.sliding_window", "context_length", prefix)
+    require_served(entries, GGUF_SERVED, GGUF_READ, prefix)
     heads = get(entries, "attention.head_count", prefix)
     hidden = get(entries, "embedding_length", prefix)
     head_dim = entries.get("attention.key_length") or exact_quotient(hidden, heads)
@@ -73,24 +55,61 @@ def config_from_gguf(
         max_position=get(entries, "context_length", prefix),
         rope_theta=entries.get("rope.freq_base", 10_000.0),
         rms_norm_eps=get(entries, "attention.layer_norm_rms_epsilon", prefix),
-        tie_embeddings=tied,
+        tie_embeddings="output.weight" not in tensors,
+        rope_scaling=_rope_scaling(entries, prefix),
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
+        qkv_bias=architecture.qkv_bias or "blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm=architecture.qk_norm,
+        sliding_window=_window(entries, prefix),
     )
     return config if rope_divisors is None else _with_divisors(config, rope_divisors)
 
 
-def _with_divisors(config: LlamaConfig, divisors: np.ndarray) -> LlamaConfig:
-    """The Llama-3 scaling that gives these frequency divisors; refused if none does.
+def _window(entries: Mapping[str, Any], prefix: str) -> int | None:
+    """Tokens that a query sees in every layer, if they are fewer than the context; 0 is all."""
+    key, longest = "attention.sliding_window", get(entries, "context_length", prefix)
+    window = entries.get(key, 0)
+    for name, value in ((key, window or 1), ("context_length", longest)):
+        require_positive(prefix + name, value, whole=True)
+    return window if 0 < window < longest else None
 
-    Every release of Llama 3.1 to 3.3 takes 1 and 4 for the frequency factors and 8,192 tokens for
-    the original context; the largest divisor is `factor`. The file holds them in float32.
-    """
-    scaling = Llama3Scaling(float(np.max(divisors)), 1.0, 4.0, 8192)
-    expected = scaling.divisors(inverse_frequencies(config), config.rope_theta)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise ValueError(
-            f"rope_freqs.weight: got {divisors.shape} divisors up to {np.max(divisors)}, "
-            f"expected {expected.shape}, those of {scaling}"
+
+def _rope_scaling(entries: Mapping[str, Any], prefix: str) -> RopeScaling | None:
+    """As llama.cpp reads it: a factor without a type is linear, one of 0 or 1 changes nothing."""
+
+    def number(key: str, default: float) -> float:
+        value = entries.get(key, default)
+        require_positive(prefix + key, value)
+        return value
+
+    kind, key = entries.get("rope.scaling.type", "linear"), "rope.scaling.factor"
+    key = key if key in entries else "rope.scale_linear"
+    factor = number(key, 1.0) if entries.get(key) else 1.0
+    attention = number("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        return YarnScaling(
+            factor=factor,
+            original_max_position=int(
+                number("rope.scaling.original_context_length", entries["context_length"])
+            ),
+            attention_factor=yarn_attention_factor(factor) * attention,
+            beta_fast=number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=number("rope.scaling.yarn_beta_slow", 1.0),
         )
-    return dataclasses.replace(config, rope_scaling=scaling)
+    if attention != 1:
+        raise ValueError(f"{prefix}rope.scaling.attn_factor: got {attention}, expected yarn's")
+    return None if kind == "none" or factor == 1 else LinearScaling(factor)
+
+
+def _with_divisors(config: LlamaConfig, divisors: np.ndarray) -> LlamaConfig:
+    """Divisors [H/2] that the file tabulates, as those of Llama 3.1."""
+    if config.rope_scaling is not None or divisors.shape != (config.rotated_channels // 2,):
+        raise ValueError(
+            f"rope_freqs.weight: got {divisors.shape} divisors beside {config.rope_scaling}, "
+            f"expected {config.rotated_channels // 2}, beside no other scaling"
+        )
+    table = tuple(float(divisor) for divisor in divisors)
+    return dataclasses.replace(config, rope_scaling=TabulatedScaling(table))

@@ -1,4 +1,4 @@
-"""Published Llama-family configurations, from the `config.json` of each release."""
+"""Published configurations, from the `config.json` of each release."""
 
 import dataclasses
 
@@ -87,6 +87,9 @@ _MISTRAL_7B_V0_3 = dataclasses.replace(
     bos_id=1,
     eos_ids=(2,),
 )
+_MISTRAL_7B_V0_1 = dataclasses.replace(
+    _MISTRAL_7B_V0_3, vocab_size=32_000, rope_theta=10_000.0, sliding_window=4096
+)
 _SMOLLM2_135M = LlamaConfig(
     vocab_size=49_152,
     hidden_size=576,
@@ -128,6 +131,66 @@ _TINYLLAMA_1_1B = dataclasses.replace(
     head_dim=64,
     max_position=2048,
 )
+_QWEN2_5_0_5B = LlamaConfig(
+    vocab_size=151_936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position=32_768,
+    rope_theta=1_000_000.0,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    bos_id=151_643,
+    eos_ids=(151_645, 151_643),
+    qkv_bias=True,
+)
+_QWEN2_5_1_5B = dataclasses.replace(
+    _QWEN2_5_0_5B,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_layers=28,
+    num_heads=12,
+    head_dim=128,
+)
+_QWEN2_5_7B = dataclasses.replace(
+    _QWEN2_5_1_5B,
+    vocab_size=152_064,
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_heads=28,
+    num_kv_heads=4,
+    tie_embeddings=False,
+)
+_QWEN2_5_32B = dataclasses.replace(
+    _QWEN2_5_7B,
+    hidden_size=5120,
+    intermediate_size=27_648,
+    num_layers=64,
+    num_heads=40,
+    num_kv_heads=8,
+)
+_QWEN3_0_6B = dataclasses.replace(
+    _QWEN2_5_1_5B,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_heads=16,
+    num_kv_heads=8,
+    max_position=40_960,
+    qkv_bias=False,
+    qk_norm=True,
+)
+_QWEN3_4B = dataclasses.replace(
+    _QWEN3_0_6B, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32
+)
+_QWEN3_8B = dataclasses.replace(
+    _QWEN3_4B, hidden_size=4096, intermediate_size=12_288, tie_embeddings=False
+)
+_QWEN3_32B = dataclasses.replace(
+    _QWEN3_8B, hidden_size=5120, intermediate_size=25_600, num_layers=64, num_heads=64
+)
 
 PRESETS: dict[str, LlamaConfig] = {
     "llama-2-7b": _LLAMA_2_7B,
@@ -141,9 +204,22 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-3.2-3b": _LLAMA_3_2_3B,
     "llama-3.3-70b": _LLAMA_3_1_70B,
     "mistral-7b": _MISTRAL_7B_V0_3,
+    "mistral-7b-v0.1": _MISTRAL_7B_V0_1,
+    "mistral-7b-v0.3": _MISTRAL_7B_V0_3,
+    "qwen2.5-0.5b": _QWEN2_5_0_5B,
+    "qwen2.5-1.5b": _QWEN2_5_1_5B,
+    "qwen2.5-7b": _QWEN2_5_7B,
+    "qwen2.5-32b": _QWEN2_5_32B,
+    "qwen3-0.6b": _QWEN3_0_6B,
+    "qwen3-4b": _QWEN3_4B,
+    "qwen3-8b": _QWEN3_8B,
+    "qwen3-32b": _QWEN3_32B,
     "smollm2-135m": _SMOLLM2_135M,
     "smollm2-360m": _SMOLLM2_360M,
     "smollm2-1.7b": _SMOLLM2_1_7B,
     "tinyllama-1.1b": _TINYLLAMA_1_1B,
 }
-"""Instruction-tuned releases where there are several; mistral-7b is v0.3 (no sliding window)."""
+"""Instruction-tuned releases where there are several; mistral-7b is v0.3.
+
+Of the Mistrals only v0.1 has a sliding window.
+"""

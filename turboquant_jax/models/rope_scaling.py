@@ -126,6 +126,28 @@ class YarnScaling:
         return 1.0 / ((1.0 - slowed) + slowed / self.factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class TabulatedScaling:
+    """The divisor of each pair as a table: GGUF has no other record of Llama 3.1's scaling."""
+
+    table: tuple[float, ...]
+
+    def __post_init__(self):
+        for divisor in self.table:
+            require_positive("divisor of a RoPE frequency", divisor)
+
+    @property
+    def attention_factor(self) -> float:
+        """1: cosine and sine as they are."""
+        return 1.0
+
+    def divisors(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        """The table; ValueError unless it has a divisor for each frequency."""
+        if len(self.table) != len(frequencies):
+            raise ValueError(f"got {len(self.table)} divisors, expected {len(frequencies)}")
+        return np.array(self.table)
+
+
 def yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:

@@ -13,6 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.gguf import GGUFFile
+from turboquant_jax.models.gguf_keys import architecture_of
 from turboquant_jax.models.model import Llama
 
 
@@ -112,20 +114,26 @@ def read_huggingface(
 
 
 def read_gguf(
-    config: LlamaConfig, source: TensorFile, dtype: DTypeLike, stacked: bool = True
+    config: LlamaConfig, source: GGUFFile, dtype: DTypeLike, stacked: bool = True
 ) -> Llama:
-    """The decoder with the weights of a GGUF file of architecture `llama`, in `dtype`.
+    """The decoder with the weights of a GGUF file, in `dtype`.
 
-    The file interleaves the rows of Q and K per head, for a RoPE of adjacent pairs; they are put
-    back into the order of the halves, so that keys have the channel order of the original model.
+    Where the architecture interleaves the rows of Q and K per head, for a RoPE of adjacent pairs,
+    they and their biases are put back into the order of the halves, so that keys have the channel
+    order of the original model.
     Raises ValueError for a missing, unexpected or wrongly shaped tensor, and for NaN or infinity.
     """
-    heads = {"layers.q": config.num_heads, "layers.k": config.num_kv_heads}
+    _, architecture = architecture_of(source.metadata)
+    of_query, of_key = config.num_heads, config.num_kv_heads
+    heads = {"layers.q": of_query, "layers.k": of_key}
+    heads |= {"layers.q_bias": of_query, "layers.k_bias": of_key}
+    ignored = {"rope_freqs.weight"} if architecture.rope_divisors else set()
 
     def transform(matrix: str, tensor: np.ndarray) -> np.ndarray:
-        return unpermute(tensor, heads[matrix]) if matrix in heads else tensor
+        moved = architecture.interleaved and matrix in heads
+        return unpermute(tensor, heads[matrix]) if moved else tensor
 
-    return _read(config, source, GGUF_NAMES, {"rope_freqs.weight"}, transform, dtype, stacked)
+    return _read(config, source, GGUF_NAMES, ignored, transform, dtype, stacked)
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:

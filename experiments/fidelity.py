@@ -87,7 +87,7 @@ def run(config: Config, track: Track) -> list[Row]:
 
             def make(setting=setting) -> list[Row]:
                 made = losses.measure(held.subject, setting, seeds, errors=part == "curve")
-                head = {"model": config.model, "kind": part, "split": split}
+                head: Row = {"model": config.model, "kind": part, "split": split}
                 head |= {"last": last} if last else {}
                 return list(_rows(held.subject, setting, made.last(last) if last else made, head))
 
@@ -184,7 +184,7 @@ def _noise(config: Config, journal: Journal, forcing: Forcing) -> list[Row]:
             nll, compared.nll[None], compared.kl[None], compared.agrees[None], None
         )
         nothing = turbo(None, None)
-        head = {"model": config.model, "kind": "noise", "split": CALIBRATION}
+        head: Row = {"model": config.model, "kind": "noise", "split": CALIBRATION}
         head |= {"text": "all", "context": context}
         columns = {**nothing.columns(), "preset": "full precision in tensorfloat32"}
         device = {"device": jax.devices()[0].device_kind}

@@ -41,8 +41,10 @@ class Losses:
 
     def last(self, count: int) -> "Losses":
         """Of each text the last predictions; attention errors are those of the whole text."""
-        made = (x[..., -count:] for x in (self.full, self.nll, self.kl, self.agrees))
-        return Losses(*made, self.attention)
+        full, nll, kl, agrees = (
+            x[..., -count:] for x in (self.full, self.nll, self.kl, self.agrees)
+        )
+        return Losses(full, nll, kl, agrees, self.attention)
 
     def columns(self) -> Row:
         """Perplexity, KL, agreement and errors; changes are fractions."""

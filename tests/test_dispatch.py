@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend import core
 
 from turboquant_jax import cache
@@ -18,6 +19,9 @@ from turboquant_jax.attention import (
 )
 from turboquant_jax.attention.teacher_forcing import teacher_forced
 from turboquant_jax.cache.state import rows_of
+from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.model import Llama
+from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.quantizers import quantizer
 
 CODEC = cache.CodecConfig
@@ -145,3 +149,27 @@ def test_the_quantizer(code):
 
     assert kernels(implementation="xla") == [set(), set()]
     assert kernels() == [{"pallas_call"} if code == "trellis" else set(), set()]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kernels"),
+    [
+        ({}, ["rope_and_rotate"]),
+        (dict(qkv_bias=True), ["rope_and_rotate"]),
+        (dict(qk_norm=True, sliding_window=50), ["rope_and_rotate"]),
+        (dict(rotary_dim=DIM // 2), ["rotate_queries"]),  # the fused kernel turns whole heads
+    ],
+)
+def test_which_kernel_turns_the_queries_of_an_architecture(architecture, kernels):
+    sizes = (64, 32, 48, LAYERS, 2 * HEADS, HEADS, DIM, 200, 1e4, 1e-5, True)
+    config = LlamaConfig(*sizes, **architecture)
+    window = {"sliding_window": config.sliding_window, "window": 5, "block": 32}
+    shape = cache.CacheConfig(LAYERS, HEADS, DIM, **window)
+    state = jax.eval_shape(lambda: cache.create(shape, BATCH, 100, key=jax.random.key(0)))
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    token = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
+    jaxpr = str(jax.make_jaxpr(lambda *x: x[0](x[1], x[1], x[2], COMPRESSED.attend))(
+        model, token, state
+    ))  # fmt: skip
+    found = [name for name in ("rope_and_rotate", "rotate_queries") if f"name={name}" in jaxpr]
+    assert found == kernels

@@ -8,8 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from turboquant_jax import cache, cli, plan
+from turboquant_jax import cache, cli, demo, plan
 from turboquant_jax.cache.bytes import planned_bytes
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.config import parameter_count
@@ -58,6 +59,22 @@ def test_one_token_more_would_not_fit(batch, window):
     # and really allocated: the last row's cache
     state = jax.jit(lambda: cache.create(config, batch, row.tokens, key=jax.random.key(0)))()
     assert sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)) == row.cache_bytes
+
+
+def test_a_sliding_window_that_fits_is_all_that_a_model_needs(capsys):
+    """Mistral v0.1 sees 4,096 tokens: full precision keeps them, a cache its ring of blocks."""
+    result = plan.plan("mistral-7b-v0.1", "20GB", 2, [(4, 4)], window=128, sinks=4)
+    full, row = result.rows
+    assert full.cache_bytes == 2 * 4096 * 2 * 32 * 8 * 128 * 2
+    assert full.bytes_per_token == row.bytes_per_token == 0
+    assert row.cache_bytes < full.cache_bytes / 3
+    model = PRESETS["mistral-7b-v0.1"]
+    ring = demo.cache_config(model, 4, 4, window=128, sinks=4)
+    assert row.cache_bytes == planned_bytes(ring, 2, row.tokens).total
+    plan.show(Console(width=120), result)
+    assert capsys.readouterr().out.count(" any ") == 2
+    tight = plan.plan("mistral-7b-v0.1", "15GB", 2, [(4, 4)], window=128, sinks=4).rows[0]
+    assert 0 < tight.tokens < 4096 and tight.bytes_per_token == 2 * 32 * 8 * 128 * 2
 
 
 def test_no_memory_beside_the_weights_means_no_tokens():

@@ -96,7 +96,9 @@ ARCHITECTURES = {
         kind="llama", attention_bias=True, mlp_bias=True,
         rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
     ),
+    "llama, llama3": dict(kind="llama", rope_parameters=LLAMA_3),
     "mistral": dict(kind="mistral", sliding_window=24),
+    "mistral without a window": dict(kind="mistral", sliding_window=None),
     "qwen2, yarn": dict(kind="qwen2", rope_parameters=YARN, tie_word_embeddings=True),
     "qwen2 in a window": dict(
         kind="qwen2", use_sliding_window=True, sliding_window=37, max_window_layers=0
@@ -117,7 +119,7 @@ def test_architectures(tmp_path, torch, forward, name):
     options = {"hidden_size": 96} | ARCHITECTURES[name]  # some classes want heads * head_dim
     tokens, expected, reference = random_checkpoint(tmp_path, shard="1GB", torch=torch, **options)
     config = config_from_huggingface(json.loads((tmp_path / "config.json").read_text()))
-    assert (config.sliding_window is not None) == ("sliding_window" in options)
+    assert config.sliding_window == options.get("sliding_window")
     assert (config.rope_scaling is not None) == ("rope_parameters" in options)
     rotary = reference.model.rotary_emb
     np.testing.assert_allclose(inverse_frequencies(config), rotary.inv_freq.numpy(), rtol=1e-5)

@@ -43,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     for experiment in EXPERIMENTS:
         _add_run(names, experiment)
 
+    add = commands.add_parser("add", help="put rows of runs elsewhere beside those held here")
+    add.add_argument("folders", nargs="+", type=Path, help="what those runs wrote")
+    add.add_argument("--out", type=Path, default=results.COMMITTED, help="folder of the results")
+    add.set_defaults(command=_add)
+
     write = commands.add_parser("report", help="write REPORT.md from the results")
     write.add_argument("--check", action="store_true", help="only say whether it is up to date")
     write.add_argument("--redraw", action="store_true", help="draw every figure anew from its rows")
@@ -117,6 +122,17 @@ def _run(args: argparse.Namespace) -> int:
     for claim in args.experiment.claims(results.read(folder).rows):
         print(f"{claim.verdict:17} {claim.source}: {claim.statement} -> {claim.measured}")
     print(f"{len(rows)} rows in {seconds:.0f} s: {folder}")
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    """Rows of the same model and kind are replaced; the figure is drawn anew."""
+    for folder in args.folders:
+        held = results.read(args.out / folder.name)
+        rows, meta = results.join(held, results.read(folder), ("model", "kind"))
+        experiment = next(e for e in EXPERIMENTS if name_of(e) == folder.name.partition(".")[0])
+        results.write(held.folder, rows, meta, report.draw(experiment, rows))
+        print(f"{len(rows)} rows: {held.folder}")
     return 0
 
 

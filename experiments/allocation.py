@@ -113,7 +113,7 @@ def allocated(kind: str, setting: Setting) -> Allocated:
     Raises:
       ValueError: it was not measured.
     """
-    folder = results.COMMITTED / ("layer_ablation" + ".turned" * setting.turned)
+    folder = results.COMMITTED / ("layer_ablation" + ".pre_rope" * setting.pre_rope)
     name = f"{kind} {setting.preset}"
     for row in where(results.read(folder).rows, preset=name):
         _, keys, _, values = row["allocation"].split(" ")
@@ -169,7 +169,7 @@ def by_head(
 def remembered() -> list[Allocated]:
     """The mixed caches that needles and questions are held against."""
     small, smallest = (turbo(bits, 2, "trellis", window=128) for bits in (3, 2))
-    more = turbo(2, 2, "trellis", window=128, turned=True)
+    more = turbo(2, 2, "trellis", window=128, pre_rope=True)
     return [
         *(allocated("by head", setting) for setting in (small, smallest, more)),
         allocated("mixed", smallest),

@@ -1,14 +1,10 @@
-"""What the rows of `fidelity` say: targets, peers, the worth of every property, and the figure."""
+"""What the rows of `fidelity` say: targets, peers, and the worth of every property."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from experiments.experiment import Claim, Row, Verdict, where
+from experiments.experiment import Claim, Row, Verdict, distinct, where
 from experiments.fidelity_settings import best
 from experiments.statistics import is_below
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # ratio, column, limit, what is asked; then the aim beyond the target
 TARGETS = (
@@ -23,8 +19,10 @@ LENGTHS = {"ratio": "at the texts' length", "ratio_64k": "at 65,536 tokens"}
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Everything that can be said from whatever rows there are."""
-    return [*_targets(rows), *_peers(rows), *_pairs(rows), *_noise(rows)]
+    """Everything that can be said from whatever rows there are, model by model."""
+    judges = _targets, _peers, _pairs, _noise, _centring, _lengths
+    models = [where(rows, model=model) for model in distinct(rows, "model")]
+    return [claim for of_model in models for judge in judges for claim in judge(of_model)]
 
 
 def describe(row: Row) -> str:
@@ -117,13 +115,13 @@ _PAIRS = (
     (
         "our question",
         "keys centred before their rotary embedding pay at 3 bits",
-        "K3 V3 w64 turned",
+        "K3 V3 w64 pre-RoPE",
         "K3 V3 w64",
     ),
     (
         "our question",
         "keys centred before their rotary embedding pay at 2 bits",
-        "K2 V2 trellis w128 turned",
+        "K2 V2 trellis w128 pre-RoPE",
         "K2 V2 trellis w128",
     ),
     (
@@ -135,8 +133,8 @@ _PAIRS = (
     (
         "our question",
         "at equal bytes the bit belongs to the keys, centred before their rotary embedding",
-        "K3 V2 trellis w128 turned",
-        "K2 V3 trellis w128 turned",
+        "K3 V2 trellis w128 pre-RoPE",
+        "K2 V3 trellis w128 pre-RoPE",
     ),
     ("our question", "the trellis pays at 3 bits", "K3 V3 trellis w64", "K3 V3 w64"),
     ("our question", "the trellis pays at 2 bits", "K2 V2 trellis w64", "K2 V2 w64"),
@@ -169,12 +167,11 @@ def _pairs(rows: Sequence[Row]) -> Iterator[Claim]:
 
 
 def _less(source: str, statement: str, better: Row, worse: Row) -> Claim:
-    error = (better["kl_se"] ** 2 + worse["kl_se"] ** 2) ** 0.5
     return Claim(
         source,
         f"{statement}: less KL with {better['preset']} than with {worse['preset']}",
         f"{better['kl']:.4f} ± {better['kl_se']:.4f} and {worse['kl']:.4f} ± {worse['kl_se']:.4f}",
-        is_below(better["kl"] - worse["kl"], error, 0.0),
+        _is_less(better, worse),
     )
 
 
@@ -204,105 +201,68 @@ def _noise(rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
-    """Loss against true bytes; over bits, windows and lengths where these were measured."""
-    from experiments.plotting import panels
-
-    curves = [_bits, _windows] * any(where(rows, kind="curve"))
-    curves += [_contexts] * any(where(rows, kind="context"))
-    made, axes = panels(1 + bool(curves), 3, 4.8, 3.6)
-    _pareto(axes[0, 0], rows, "bytes_per_token", "kl", "KL, nats a token")
-    _pareto(axes[0, 1], rows, "bytes_per_token_64k", "kl", "KL, nats a token")
-    _pareto(axes[0, 2], rows, "bytes_per_token", "perplexity_change", "change of perplexity")
-    for axis, draw in zip(axes[1:].ravel(), curves, strict=False):
-        draw(axis, rows)
-    return made
+LOSSLESS = {"smollm2-135m": 0.0018, "qwen2.5-coder-0.5b": 0.006}
+"""The most KL of 4 bits with keys centred before their rotary embedding, in nats."""
 
 
-_KINDS = {
-    "ours": "the library's, test texts",
-    "more": "what it lacks (8-bit scales, turned means)",
-    "peer": "peers, test texts",
-    "candidate": "candidates, calibration texts",
-}
-
-
-def _group(row: Row) -> str:
-    lacks = row["centred"] == 2 or "scale8" in row["preset"]
-    if row["kind"] == "chosen":
-        return "more" if lacks else "ours"
-    return row["kind"]
-
-
-def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
-    """The test texts, or the calibration texts where these were not reached."""
-    from experiments.plotting import label
-
-    shown = [r for r in rows if r["kind"] in ("chosen", "peer") and r["text"] == "all"]
-    shown = shown or where(rows, kind="candidate", text="all")
-    for kind, words in _KINDS.items():
-        points = [row for row in shown if _group(row) == kind]
-        if not points:
+def _centring(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Keys centred before and after their rotary embedding, and not at all, side by side."""
+    found = {row["preset"]: row for row in where(rows, kind="centring", text="all")}
+    for name, row in found.items():
+        before, bare = found.get(f"{name} pre-RoPE"), found.get(f"{name} uncentred")
+        if before is None:
             continue
-        axis.errorbar(
-            [row[size] for row in points],
-            [row[loss] for row in points],
-            [row[f"{loss}_se"] for row in points],
-            fmt="o",
-            markersize=3,
-            linewidth=0.7,
-            label=words,
+        subject = f"{row['model']}, {name}, {row['tokens']:,} tokens in texts of {row['context']:,}"
+        limit = LOSSLESS.get(row["model"])
+        if limit is not None and name == "K4 V4 trellis w128":
+            verdict = is_below(before["kl"], before["kl_se"], limit)
+            yield Claim(
+                "our aim",
+                f"{subject}: a KL divergence of at most {limit} nats, centred before RoPE",
+                describe(before),
+                "missed" if verdict == "does not hold" else verdict,
+            )
+        ways = {"before RoPE": before, "after": row} | ({"not centred": bare} if bare else {})
+        yield Claim(
+            "our question",
+            f"{subject}: less KL with keys centred before their rotary embedding than after",
+            "; ".join(f"{way}: {_loss(found)}" for way, found in ways.items()),
+            _is_less(before, row),
         )
-        for row in points:
-            if kind != "more":
-                axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
-    axis.set_xscale("log")
-    if any(row[loss] > 0 for row in shown):  # all of few tokens may gain by chance
-        axis.set_yscale("log")
-    when = "65,536 tokens" if size.endswith("64k") else "the texts' length"
-    label(axis, f"bytes at {when}", "bytes a token, everything counted", y)
 
 
-def _bits(axis, rows: Sequence[Row]) -> None:
-    from experiments.plotting import label
-
-    curve = {row["preset"]: row for row in where(rows, kind="curve", text="all")}
-    for words, name in (
-        ("keys and values", "K{0} V{0} w64"),
-        ("keys only", "K{0} Vfull w64"),
-        ("values only", "Kfull V{0} w64"),
-        ("both, trellis", "K{0} V{0} trellis w64"),
-        ("both, no window, sinks or centring", "K{0} V{0} w0 sinks0 uncentred"),
-    ):
-        found = {
-            bits: curve[name.format(bits)] for bits in range(1, 9) if name.format(bits) in curve
-        }
-        axis.plot(list(found), [row["kl"] for row in found.values()], "o-", ms=3, label=words)
-    axis.set_yscale("log")
-    label(axis, "bits", "bits a channel", "KL, nats a token")
+def _loss(row: Row) -> str:
+    change, error = row["perplexity_change"], row["perplexity_change_se"]
+    return f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}, perplexity {change:+.2%} ± {error:.2%}"
 
 
-def _windows(axis, rows: Sequence[Row]) -> None:
-    from experiments.plotting import label
-
-    curve = {row["preset"]: row for row in where(rows, kind="curve", text="all")}
-    for name in ("K3 V3", "K2 V2 trellis"):
-        sizes = (0, 16, 32, 64, 128, 256, 512)
-        found = {w: curve[f"{name} w{w}"] for w in sizes if f"{name} w{w}" in curve}
-        axis.plot(list(found), [row["kl"] for row in found.values()], "o-", ms=3, label=name)
-    axis.set_yscale("log")
-    label(axis, "recent window", "tokens", "KL, nats a token")
+def _is_less(better: Row, worse: Row) -> Verdict:
+    """Whether one has less KL than the other, as if their errors were independent."""
+    error = (better["kl_se"] ** 2 + worse["kl_se"] ** 2) ** 0.5
+    return is_below(better["kl"] - worse["kl"], error, 0.0)
 
 
-def _contexts(axis, rows: Sequence[Row]) -> None:
-    from experiments.plotting import label
-
-    points = [r for r in rows if r["kind"] in ("context", "chosen") and r["text"] == "all"]
-    for name in dict.fromkeys(row["preset"] for row in where(rows, kind="context")):
-        found = sorted(where(points, preset=name), key=lambda row: row["context"])
-        axis.plot(
-            [row["context"] for row in found], [row["kl"] for row in found], "o-", ms=3, label=name
+def _lengths(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Both means on the same tokens after more and more context; judged at the longest."""
+    found = where(rows, kind="length", text="all")
+    for name in distinct(found, "preset"):
+        after, before = (
+            sorted(where(found, preset=preset), key=lambda row: row["context"])
+            for preset in (name, f"{name} pre-RoPE")
         )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    label(axis, "length of the text", "tokens", "KL, nats a token")
+        if not before or len(before) != len(after):
+            continue
+        longest = after[-1]
+        lengths = ", ".join(f"{row['context']:,}" for row in after)
+        yield Claim(
+            "our question",
+            f"{longest['model']}, {name}: at the end of {longest['context']:,} tokens less KL with "
+            f"keys centred before their rotary embedding than after (last {longest['last']:,} of "
+            f"{lengths} tokens)",
+            f"before RoPE: {_kls(before)}; after: {_kls(after)}",
+            _is_less(before[-1], longest),
+        )
+
+
+def _kls(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{row['kl']:.4f} ± {row['kl_se']:.4f}" for row in rows)

@@ -30,16 +30,15 @@ def candidates() -> list[Setting]:
         both = key_bits, value_bits
         made += [turbo(*both, "trellis", True, window=window, block=16) for window in windows]
     made += [turbo(4, 4, "trellis", window=128), turbo(3, 3, window=128)]
-    # what no library has: keys centred before their rotary embedding
-    made += [turned(s) for s in made if s.window == 128 or s.block == 16]
+    made += [pre_rope(s) for s in made if s.window == 128 or s.block == 16]
     balance = turbo(2, 3, "trellis", window=128)
     shorter = turbo(2, 3, "trellis", True, window=64, block=16)
-    return [*made, balance, shorter, turned(balance), turned(shorter)]
+    return [*made, balance, shorter, pre_rope(balance), pre_rope(shorter)]
 
 
-def turned(setting: Setting) -> Setting:
+def pre_rope(setting: Setting) -> Setting:
     """The same with keys centred before their rotary embedding."""
-    return replace(setting, turned=True, preset=f"{setting.preset} turned")
+    return replace(setting, pre_rope=True, preset=f"{setting.preset} pre-RoPE")
 
 
 def judged() -> list[Setting]:
@@ -47,17 +46,17 @@ def judged() -> list[Setting]:
     bits = (4, 4), (3, 3), (3, 2), (2, 2)
     presets = [turbo(4, 4, window=128)]
     presets += [turbo(k, v, "trellis", window=128) for k, v in bits[1:]]
-    made = [*presets, *map(turned, presets)]
+    made = [*presets, *map(pre_rope, presets)]
     made += [turbo(4, 4, window=0, sinks=0, centred=False), turbo(4, 4, "trellis", window=128)]
     # the best of its bytes at 8,192 tokens
     for k, v in ((3, 2), (2, 2)):
         short = turbo(k, v, "trellis", True, window=64, block=16)
-        made += [short, turned(short)]
+        made += [short, pre_rope(short)]
     made += [
         turbo(3, 2, "trellis", True, window=352, block=16),
-        turned(turbo(3, 3, "trellis", True, window=96, block=16)),
-        turned(turbo(2, 2, "trellis", True, window=128, block=16)),
-        turned(turbo(4, 4, "trellis", True, window=256, block=16)),
+        pre_rope(turbo(3, 3, "trellis", True, window=96, block=16)),
+        pre_rope(turbo(2, 2, "trellis", True, window=128, block=16)),
+        pre_rope(turbo(4, 4, "trellis", True, window=256, block=16)),
         turbo(3, 2, "trellis", window=256),
         turbo(3, 3, "trellis", window=256),
     ]
@@ -67,11 +66,11 @@ def judged() -> list[Setting]:
 def best(rows: Sequence[Row], ratio: str, target: float, ours: bool = False) -> Row | None:
     """The row of the least KL among those of at least this ratio; `ours`: of the library's caches.
 
-    The library centres keys as they are stored, and has scales of 16 bits.
+    The library has scales of 16 bits.
     """
     found = [row for row in rows if row[ratio] >= target]
     if ours:
-        found = [row for row in found if row["centred"] < 2 and "scale8" not in row["preset"]]
+        found = [row for row in found if "scale8" not in row["preset"]]
     return min(found, key=lambda row: row["kl"], default=None)
 
 
@@ -84,6 +83,27 @@ def chosen(rows: Sequence[Row]) -> list[str]:
         for ours in (True, False)
     ]
     return list(dict.fromkeys(row["preset"] for row in found if row is not None))
+
+
+def centring() -> list[Setting]:
+    """Keys centred after and before their rotary embedding, and at 4 bits not at all."""
+    made = []
+    for bits in ((4, 4), (3, 3), (3, 2), (2, 2)):
+        made += both_means(turbo(*bits, "trellis", window=128))
+    made += both_means(turbo(4, 4, window=128))
+    codes: tuple[Code, ...] = ("trellis", "scalar")
+    return [*made, *(turbo(4, 4, code, window=128, centred=False) for code in codes)]
+
+
+def over_length() -> list[Setting]:
+    """The presets of the most and the fewest bits, with both means."""
+    made = (turbo(bits, bits, "trellis", window=128) for bits in (4, 2))
+    return [one for setting in made for one in both_means(setting)]
+
+
+def both_means(setting: Setting) -> list[Setting]:
+    """Keys centred after and before their rotary embedding."""
+    return [setting, pre_rope(setting)]
 
 
 def few() -> list[Setting]:
@@ -120,9 +140,9 @@ def curves() -> list[Setting]:
     made += [turbo(3, 3, sinks=sinks) for sinks in (0, 1, 16, 64)]
     made += [turbo(3, 3, block=block) for block in (16, 32, 128)]
     # keys centred before their rotary embedding
-    made += [turbo(bits, None, turned=True) for bits in (2, 3)]
-    made += [turned(turbo(3, 3)), turned(turbo(2, 2, "trellis"))]
-    made += [turbo(4, 4, window=0, turned=on) for on in (False, True)]
+    made += [turbo(bits, None, pre_rope=True) for bits in (2, 3)]
+    made += [pre_rope(turbo(3, 3)), pre_rope(turbo(2, 2, "trellis"))]
+    made += [turbo(4, 4, window=0, pre_rope=on) for on in (False, True)]
     # scales, rotations, levels
     for bits in (2, 3, 4):
         made += [turbo(bits, bits, scale=mode) for mode in ("norm", "matched", "unbiased")]

@@ -2,10 +2,10 @@
 
 The semantics are those of `turboquant_jax.teacher_forcing`, and a test holds the two together:
 query p sees the tokens [sinks, sinks + C(p)) as they come back from compression, and all others in
-full precision. Here window, sinks, block and centring are arrays, the layers are driven from the
-host, and what keys and values go through is any function of arrays, compiled for itself. Queries
-are taken in tiles, so that the scores of a long text never exist at once; on a GPU, where products
-are in TensorFloat-32, a kernel does that (`forced_attention`).
+full precision. Here window, sinks and block are arrays, the layers are driven from the host, and
+what keys and values go through is any function of arrays, compiled for itself. Queries are taken in
+tiles, so that the scores of a long text never exist at once; on a GPU, where products are in
+TensorFloat-32, a kernel does that (`forced_attention`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
 from experiments.forced_attention import forced_attention
-from turboquant_jax.attention.projection import apply_rope
-from turboquant_jax.attention.segments import Scores, attend_segment, merge
+from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
+from turboquant_jax.cache import CacheConfig, pre_rope
 from turboquant_jax.models.evaluate import Comparison, compare
 from turboquant_jax.models.model import Layer, Llama, rms_norm, unstack
-from turboquant_jax.models.rope import rotation_angles
+from turboquant_jax.models.rope import inverse_frequencies, rotation_angles
 
 Trip = Callable[[Float[Array, "B T K H"]], Float[Array, "B T K H"]]
 """Keys (centred), or values, of a layer through compression and back, float32."""
@@ -53,15 +54,14 @@ _TILES = Tiling()
 class Rule:
     """Which tokens are compressed when, see `CacheConfig`; numbers or arrays of them.
 
-    `turned`: the mean is that of the keys before their rotary embedding, and turns with the
-    position where it is subtracted; the library has no such cache.
+    `pre_rope`: keys are centred by their mean before the rotary embedding.
     """
 
     window: Any
     sinks: Any
     block: Any
     centred: Any
-    turned: Any = False
+    pre_rope: Any = False
 
     def arrays(self) -> "Rule":
         """The same rule as arrays, on which nothing is specialised."""
@@ -97,7 +97,7 @@ class Forcing:
 
     def full(self, tokens: Int[np.ndarray, "B T"], keep: bool = False) -> Pass:
         """A cache in full precision, `dtype`; `keep` what enters each layer."""
-        rule = Rule(0, 0, 8, False).arrays()
+        rule = Rule(0, 0, 8, False)
         with jax.default_matmul_precision(self.precision):
             hidden = _embed(self.model, jnp.asarray(tokens, jnp.int32))
             return self._run(hidden, 0, rule, lambda layer: (None, None), False, keep)
@@ -131,7 +131,7 @@ class Forcing:
             if resume is None:
                 resume = 0, _embed(self.model, jnp.asarray(tokens, jnp.int32))
             first, hidden = resume
-            return self._run(hidden, first, rule.arrays(), trips, errors)
+            return self._run(hidden, first, rule, trips, errors)
 
     def compare(self, tokens: Int[np.ndarray, "B T"], exact: Pass, other: Pass) -> Comparison:
         """Predictions of tokens[:, 1:] from two passes, arrays [B, T - 1]."""
@@ -144,24 +144,38 @@ class Forcing:
         self, hidden: Array, first: int, rule: Rule, trips: Trips, errors: bool, keep: bool = False
     ) -> Pass:
         config, found, entering = self.model.config, [], []
+        phases, numbers = self._phases(rule, hidden.shape[1]), rule.arrays()
         positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :]
         angles = rotation_angles(config, jnp.broadcast_to(positions, hidden.shape[:2]))
         for index, layer in enumerate(self.layers[first:], first):
             entering += [hidden] * keep
             q, k, v = _project(layer, hidden, angles, self.dtype)
             key_trip, value_trip = trips(index)
-            mean = _mean(k, angles, rule)
-            approximate_k = k if key_trip is None else _add(key_trip(_subtract(k, mean)), mean)
+            approximate_k = k
+            if key_trip is not None and rule.centred:
+                centred, taken = _center(k, numbers.sinks, rule.block, phases)
+                approximate_k = _add(key_trip(centred), taken)
+            elif key_trip is not None:
+                approximate_k = key_trip(k.astype(jnp.float32))
             approximate_v = v if value_trip is None else value_trip(v.astype(jnp.float32))
-            out = self._attend(q, k, v, approximate_k, approximate_v, rule)
+            out = self._attend(q, k, v, approximate_k, approximate_v, numbers)
             if errors:
-                found.append(_error(out, self._attend(q, k, v, k, v, rule)))
+                found.append(_error(out, self._attend(q, k, v, k, v, numbers)))
             hidden = _finish(layer, hidden, angles, out)
         return Pass(
             rms_norm(hidden, self.model.norm[...], config.rms_norm_eps),
             np.stack([np.asarray(error) for error in found]) if errors else None,
             tuple(entering),
         )
+
+    def _phases(self, rule: Rule, count: int) -> pre_rope.Phases | None:
+        """The angles of the mean in a cache of this rule and of so many tokens."""
+        if not rule.pre_rope:
+            return None
+        frequencies = tuple(inverse_frequencies(self.model.config))
+        dim = self.model.config.head_dim
+        config = CacheConfig(1, 1, dim, sinks=rule.sinks, rope_frequencies=frequencies)
+        return pre_rope.create(config, count)
 
     def _attend(self, q, k, v, approximate_k, approximate_v, rule: Rule) -> Array:
         if self.fused:
@@ -175,16 +189,24 @@ def cut(
     dtype: str = "bfloat16",
     tiling: Tiling = _TILES,
 ) -> Forcing:
-    """Cut a stacked decoder into layers with arrays of their own.
+    """Cut a decoder into layers with arrays of their own.
 
     Args:
       model: the decoder.
       precision: of float32 products, see `jax.default_matmul_precision`.
       dtype: of what the cache holds in full precision.
       tiling: static sizes.
+
+    Raises:
+      ValueError: a model with a window, or a scale or caps of its scores.
     """
+    config = model.config
+    scores = Scores(config.attention_scale, config.attention_softcap)
+    if scores != PLAIN or config.sliding_window is not None:
+        raise ValueError(f"model: got {scores}, {config.sliding_window=}, expected neither")
     fused = precision == "tensorfloat32" and jax.default_backend() == "gpu"
-    return Forcing(model, tuple(unstack(model).layers), precision, dtype, tiling, fused)
+    apart = unstack(model) if isinstance(model.layers, Layer) else model
+    return Forcing(model, tuple(apart.layers), precision, dtype, tiling, fused)
 
 
 @jax.jit
@@ -211,23 +233,18 @@ def _finish(layer, hidden, angles, out):
     return layer(hidden, *angles, jnp.int32(0), (), attend)[0]
 
 
-@jax.jit
-def _mean(k: Float[Array, "B T K H"], angles, rule: Rule) -> Float[Array, "B T K H"]:
-    """What is subtracted from the keys of every position."""
-    cos, sin = angles
-    position = jnp.arange(k.shape[1], dtype=jnp.int32)
-    counts = (position >= rule.sinks) & (position < rule.sinks + rule.block) & (rule.centred > 0)
-    share = counts.astype(jnp.float32) / rule.block.astype(jnp.float32)
-    k = k.astype(jnp.float32)
-    k = jnp.where(rule.turned > 0, apply_rope(k, cos, -sin), k)
-    mean = jnp.einsum("t,btkh->bkh", share, k, precision="highest")[:, None]
-    mean = jnp.broadcast_to(mean, k.shape)
-    return jnp.where(rule.turned > 0, apply_rope(mean, cos, sin), mean)
+@partial(jax.jit, static_argnums=2)
+def _center(k: Float[Array, "B T K H"], sinks: Int[Array, ""], block: int, phases):
+    """Keys less their mean, and what was taken from each, as the library has it."""
+    index = jnp.arange(k.shape[1], dtype=jnp.int32) - sinks
 
+    def of_text(k):
+        first = lax.dynamic_slice_in_dim(k, sinks, block)
+        mean = pre_rope.mean_key(first, phases)
+        taken = pre_rope.mean_at(mean, phases, index)
+        return pre_rope.center(k, mean, phases, index), taken
 
-@jax.jit
-def _subtract(x, mean):
-    return x.astype(jnp.float32) - mean
+    return jax.vmap(of_text)(k)
 
 
 @jax.jit
@@ -270,8 +287,8 @@ def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
         part = q[:, start:stop]
         approximate = approximate_k[:, :stop], approximate_v[:, :stop]
         parts = [
-            attend_segment(part, exact_k, exact_v, of_all(seen), Scores()),
-            attend_segment(part, *approximate, of_all(held), Scores()),
+            attend_segment(part, exact_k, exact_v, of_all(seen), PLAIN),
+            attend_segment(part, *approximate, of_all(held), PLAIN),
         ]
         outputs.append(merge(parts)[0])
     return jnp.concatenate(outputs, axis=1)

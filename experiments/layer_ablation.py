@@ -7,7 +7,7 @@ values of every layer so that the sum is least at the bytes of a uniform cache (
 programming), and the mixed cache is judged on the test texts beside the uniform one. `by head`
 gives bits to every head, whose shares at other bits are taken in proportion to those at 2. The
 library has a cache with bits of every layer (`cache.mixed`), none with bits of every head; the
-bytes are those of the uniform one. `turned` keys are centred by the
+bytes are those of the uniform one. `pre-RoPE` keys are centred by the
 mean of the keys before their rotary embedding.
 """
 
@@ -21,7 +21,7 @@ from experiments.allocation import Mixed, One, by_head
 from experiments.codecs import Mean
 from experiments.experiment import Claim, Row, Track, distinct, option, where
 from experiments.fidelity_judgement import LENGTHS, TARGETS
-from experiments.fidelity_settings import turned
+from experiments.fidelity_settings import pre_rope
 from experiments.forcing import Forcing, Rule, cut
 from experiments.journal import Journal, open_journal
 from experiments.losses import Subject
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Config:
     """What to run."""
 
-    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
     context: int = option(8192, "tokens of a calibration text")
     rows: int = option(1, "calibration texts of each name")
     test_context: int = option(8192, "tokens of a test text")
@@ -53,7 +53,7 @@ class Config:
         "bits of all parts, window and block of more mixed caches, their scales in 8 bits",
     )
     window: int = option(128, "newest tokens in full precision")
-    turned: int = option(0, "whether keys are centred before their rotary embedding, 0 or 1")
+    pre_rope: int = option(0, "whether keys are centred before their rotary embedding, 0 or 1")
     heads: int = option(1, "whether heads are measured too, 0 or 1")
     seeds: int = option(3, "draws of the rotations")
     precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
@@ -78,7 +78,7 @@ def run(config: Config, track: Track) -> list[Row]:
         made = losses.measure(calibration, one, seeds if shared else seeds[:1]).columns()
         return [{"kind": "head" if one.head is not None else "layer", **one.columns(), **made}]
 
-    rule = Rule(config.window, 4, 64, True, bool(config.turned))
+    rule = Rule(config.window, 4, 64, True, bool(config.pre_rope))
     parts = [
         One(b, layer, part, rule=rule)
         for b in config.bits
@@ -136,7 +136,7 @@ def _mixed(config: Config, journal: Journal, forcing: Forcing, rows: list[Row]) 
     for words in config.uniform:
         key_bits, value_bits = map(int, words.split())
         uniform = turbo(key_bits, value_bits, "trellis", window=config.window)
-        uniform = turned(uniform) if config.turned else uniform
+        uniform = pre_rope(uniform) if config.pre_rope else uniform
         budget = model.num_layers * (key_bits + value_bits)
         plain = sum(shares[i][key_bits] for i in range(model.num_layers))
         plain += sum(shares[i][value_bits] for i in range(model.num_layers, len(shares)))
@@ -151,11 +151,11 @@ def _mixed(config: Config, journal: Journal, forcing: Forcing, rows: list[Row]) 
     for words in config.short:
         budget, window, block = map(int, words.split())
         mean = Mean(budget / len(shares))
-        setting = Setting("", mean, mean, window, 4, block, turned=bool(config.turned))
+        setting = Setting("", mean, mean, window, 4, block, pre_rope=bool(config.pre_rope))
         sizes = setting.sizes(model, config.test_context)
         for kind, cached, total in mixed(budget, setting.rule, True):
             name = f"{kind} {budget} bits scale8 w{window} block{block}"
-            name += " turned" * setting.turned
+            name += " pre-RoPE" * setting.pre_rope
             row = {"preset": name, "allocation": cached.describe(), "predicted": total, **sizes}
             yield from journal.measure(name, partial(judge, cached, row))
 

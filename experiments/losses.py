@@ -39,6 +39,13 @@ class Losses:
             None if self.attention is None else self.attention[:, which],
         )
 
+    def last(self, count: int) -> "Losses":
+        """Of each text the last predictions; attention errors are those of the whole text."""
+        full, nll, kl, agrees = (
+            x[..., -count:] for x in (self.full, self.nll, self.kl, self.agrees)
+        )
+        return Losses(full, nll, kl, agrees, self.attention)
+
     def columns(self) -> Row:
         """Perplexity, KL, agreement and errors; changes are fractions."""
         seeds = len(self.nll)

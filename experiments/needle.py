@@ -36,7 +36,7 @@ FULL = "full precision"
 class Config:
     """What to run."""
 
-    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
     lengths: tuple[int, ...] = option(LENGTHS, "tokens of a prompt")
     tasks: tuple[str, ...] = option(tuple(SAMPLES), "single, multi")
     settings: int = option(0, "how many settings, 0 for all")

@@ -1,17 +1,20 @@
-"""Make `.data/prepared.npz`: everything that the experiments on a language model read.
+"""Make `.data/<model>.npz`: everything that the experiments on a language model read.
 
-`python -m experiments.pack_data` needs the packages of requirements.txt. With `--model` it also
-puts SmolLM2 there, in two parts for machines that take no large files:
+`python -m experiments.pack_data` needs the packages of requirements.txt; `--model` and
+`--checkpoint`, a GGUF file, choose another model than SmolLM2, which has texts and no prompts.
+`--weights` also puts the weights there, cut for machines that take no large files:
 
-    cat .data/part0/model .data/part1/model > .data/SmolLM2-135M-Instruct.Q4_1.gguf
+    cat .data/<model>.part* > .data/<model>.gguf
 
 Texts to choose settings by (calibration) and texts to judge them by (test) are different sources.
+Every model reads the same ones, as its own tokenizer cuts them.
 """
 
 import argparse
 import gzip
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,14 @@ import numpy as np
 from experiments import needle_prompts, prepared, question_prompts
 from experiments.data import package_file
 from experiments.prepared import Prompts
-from turboquant_jax import models
 from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.models.gguf import open_gguf
+from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from turboquant_jax.models.tokenizer import Tokenizer
 
 CONTEXT = 8192
+PART = 56 * 2**20
+"""Bytes of a part of the weights."""
 Encode = Callable[[str], list[int]]
 
 
@@ -98,12 +104,16 @@ def texts(encode: Encode) -> Iterator[tuple[str, np.ndarray]]:
         ids = encode(read()[: 8 * need])[:need]
         if len(ids) < need:
             raise ValueError(f"{name} has {len(ids)} tokens, expected at least {need}")
-        yield f"texts/{split}/{name}", np.asarray(ids, np.uint16).reshape(rows, CONTEXT)
+        yield f"texts/{split}/{name}", _narrow(ids).reshape(rows, CONTEXT)
 
 
-def write(file: Path, tokenizer: Tokenizer) -> None:
-    """Write everything into one file."""
-    arrays = dict(texts(tokenizer.encode))
+def _narrow(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Token ids in as few bytes as hold them."""
+    return np.asarray(ids, np.min_scalar_type(np.max(ids)))
+
+
+def prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """Needles and questions."""
     hay = np.asarray(tokenizer.encode(essays()[400_000:2_000_000]), np.int32)
     made: dict[str, Prompts] = {
         **needle_prompts.build(tokenizer, hay),
@@ -116,29 +126,45 @@ def write(file: Path, tokenizer: Tokenizer) -> None:
             hotpot=ruler("hotpotqa"),
         ),
     }
-    for name, prompts in made.items():
-        parts = {"tokens": prompts.tokens.astype(np.uint16), "start": prompts.start}
-        parts |= {"count": prompts.count, **prompts.labels}
-        arrays |= {f"prompts/{name}/{part}": array for part, array in parts.items()}
-    file.parent.mkdir(exist_ok=True)
-    np.savez_compressed(file, allow_pickle=False, **arrays)
+    for name, some in made.items():
+        yield f"prompts/{name}/tokens", _narrow(some.tokens)
+        parts = {"start": some.start, "count": some.count, **some.labels}
+        for part, array in parts.items():
+            yield f"prompts/{name}/{part}", array
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="store_true", help="put the model there too")
+    parser.add_argument("--model", choices=prepared.MODELS, default=prepared.SMOLLM2)
+    parser.add_argument("--checkpoint", type=Path, help="its GGUF file, unless it is packaged")
+    parser.add_argument("--weights", action="store_true", help="put the weights there too")
     args = parser.parse_args()
-    write(prepared.FILE, models.load().tokenizer)
-    print(f"{prepared.FILE}: {prepared.FILE.stat().st_size:,} bytes")
-    if args.model:
-        content = packaged_smollm2().read_bytes()
-        half = len(content) // 2
-        for number, part in enumerate((content[:half], content[half:])):
-            folder = prepared.FOLDER / f"part{number}"
-            folder.mkdir(exist_ok=True)
-            (folder / "model").write_bytes(part)
-            print(f"{folder / 'model'}: {len(part):,} bytes")
+    packaged = args.checkpoint is None and args.model == prepared.SMOLLM2
+    checkpoint = packaged_smollm2() if packaged else args.checkpoint
+    if checkpoint is None:
+        parser.error(f"--checkpoint: {args.model} is in no package")
+    tokenizer = tokenizer_from_gguf(open_gguf(checkpoint).metadata, ())
+    arrays = dict(texts(tokenizer.encode))
+    if args.model == prepared.SMOLLM2:
+        arrays |= dict(prompts(tokenizer))
+    file = prepared.texts_file(args.model)
+    file.parent.mkdir(exist_ok=True)
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    print(f"{file}: {file.stat().st_size:,} bytes")
+    if args.weights:
+        cut(checkpoint, prepared.weights_file(args.model))
+
+
+def cut(checkpoint: Path, file: Path) -> None:
+    """Put a file beside where it belongs, in parts that can be carried one by one."""
+    with checkpoint.open("rb") as source:
+        for number in itertools.count():
+            if not (content := source.read(PART)):
+                return
+            part = file.with_suffix(f".part{number:02}")
+            part.write_bytes(content)
+            print(f"{part}: {len(content):,} bytes")
 
 
 if __name__ == "__main__":

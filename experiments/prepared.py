@@ -1,7 +1,8 @@
-"""Texts and questions as token ids, in one file that `python -m experiments.pack_data` makes.
+"""Texts and questions as token ids, in one file a model that `experiments.pack_data` makes.
 
 So the experiments on a language model need no package of data, and can run on a machine that has
-none: `.data/` holds the file, and the model where its package is not installed.
+none: `.data/` holds `<model>.npz`, and the weights, `<model>.gguf`. Only SmolLM2's are also looked
+for in their package; those of the Qwen models must be put there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from turboquant_jax import models
 from turboquant_jax.models import Llama, LlamaConfig
 
 FOLDER = Path(".data")
-FILE = FOLDER / "prepared.npz"
-MODEL = FOLDER / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = "smollm2-135m"
+MODELS = (SMOLLM2, "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 PASS_TOKENS = 65536
 """Tokens of one pass over a batch, whatever the length of its texts."""
 
@@ -53,24 +54,37 @@ class Prompts:
             )
 
 
+def texts_file(model: str) -> Path:
+    """Where the token ids of a model are."""
+    return FOLDER / f"{model}.npz"
+
+
+def weights_file(model: str) -> Path:
+    """Where the weights of a model are."""
+    return FOLDER / f"{model}.gguf"
+
+
 @lru_cache(maxsize=1)
-def _arrays() -> dict[str, np.ndarray]:
-    if not FILE.is_file():
-        raise MissingDataError(f"no {FILE}: python -m experiments.pack_data")
-    with np.load(FILE) as held:
+def _arrays(model: str) -> dict[str, np.ndarray]:
+    file = texts_file(model)
+    if not file.is_file():
+        raise MissingDataError(f"no {file}: python -m experiments.pack_data")
+    with np.load(file) as held:
         return {name: held[name] for name in held.files}
 
 
-def texts(split: str, context: int, rows: int | None = None) -> dict[str, Int[np.ndarray, "n T"]]:
+def texts(
+    split: str, context: int, rows: int | None = None, model: str = SMOLLM2
+) -> dict[str, Int[np.ndarray, "n T"]]:
     """Name -> token ids of the texts of a split, cut into texts of `context` tokens.
 
-    `rows` takes that many of each, from its beginning.
+    `rows` takes that many of each, from its beginning; the ids are those of the `model`.
 
     Raises:
       MissingDataError: the file is not there.
     """
     found = {}
-    for name, array in _arrays().items():
+    for name, array in _arrays(model).items():
         kind, *where = name.split("/")
         if kind == "texts" and where[0] == split:
             found[where[1]] = array.reshape(-1, context)[:rows].astype(np.int32)
@@ -78,31 +92,33 @@ def texts(split: str, context: int, rows: int | None = None) -> dict[str, Int[np
 
 
 def prompts(name: str) -> Prompts:
-    """Prompts by name, such as "needle/1024".
+    """SmolLM2's prompts by name, such as "needle/1024".
 
     Raises:
       MissingDataError: the file is not there.
     """
     prefix = f"prompts/{name}/"
-    held = {k.removeprefix(prefix): v for k, v in _arrays().items() if k.startswith(prefix)}
+    held = {k.removeprefix(prefix): v for k, v in _arrays(SMOLLM2).items() if k.startswith(prefix)}
     tokens, start, count = (held.pop(part) for part in ("tokens", "start", "count"))
     return Prompts(tokens.astype(np.int32), start, count, held)
 
 
 @lru_cache(maxsize=1)
 def model(name: str) -> Llama:
-    """ "smollm2", or "tiny": random weights, for tests.
+    """One of `MODELS`, in float32, or "tiny": random weights, for tests.
 
     Raises:
-      MissingDataError: SmolLM2 is neither installed nor in `.data/`.
+      MissingDataError: its weights are not in `.data/`, nor in SmolLM2's package.
       ValueError: another name.
     """
     if name == "tiny":
         return jax.jit(lambda: Llama(TINY, nnx.Rngs(0), jnp.float32))()
-    if name != "smollm2":
-        raise ValueError(f"model must be 'smollm2' or 'tiny', got {name!r}")
+    if name not in MODELS:
+        raise ValueError(f"model: got {name!r}, expected 'tiny' or one of {', '.join(MODELS)}")
+    file = weights_file(name)
+    packaged = name == SMOLLM2 and not file.is_file()
     try:
-        return models.load(MODEL if MODEL.is_file() else None).model
+        return models.load(None if packaged else file, stacked=False).model
     except FileNotFoundError as error:
         raise MissingDataError(str(error)) from error
 

@@ -36,7 +36,7 @@ CACHES = ("remedied", "bare")
 class Config:
     """What to run."""
 
-    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
     context: int = option(2048, "tokens of a text")
     rows: int = option(4, "texts of each name")
     bits: tuple[int, ...] = option((2, 3, 4), "bits a channel of the keys")

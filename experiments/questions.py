@@ -44,7 +44,7 @@ _BY_TOKEN = ("human_eval", "gsm8k")
 class Config:
     """What to run."""
 
-    model: str = option("smollm2", "smollm2, or tiny: random weights")
+    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
     tasks: tuple[str, ...] = option(tuple(SIZES), "which questions")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments import results
 from experiments.catalogue import EXPERIMENTS, SPEED
@@ -126,15 +126,21 @@ def _link(result: Results, base: Path) -> str:
 
 
 def _origin(result: Results, base: Path) -> str:
-    """How, when and where the rows were made."""
-    meta, link = result.meta, _link(result, base)
+    """How, when and where the rows were made, all runs that were put together."""
+    runs = "; ".join(map(_run, [result.meta, *result.meta.get("added", [])]))
+    return (
+        f"{runs}. [{len(result.rows)} rows]({_link(result, base)}/rows.csv), "
+        f"SHA-256 {result.meta['rows_sha256'][:12]}.\n"
+    )
+
+
+def _run(meta: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     seconds = f", {meta['seconds']:.0f} s" if "seconds" in meta else ""
     load = f" at load {meta['load_average']}" if "load_average" in meta else ""
     return (
         f"`{meta['command']}`, {meta['date']}, commit {meta['commit']}, {meta['device']}"
-        f"{seconds}{load}; {versions}. [{len(result.rows)} rows]({link}/rows.csv), "
-        f"SHA-256 {meta['rows_sha256'][:12]}.\n"
+        f"{seconds}{load}; {versions}"
     )
 
 

@@ -100,11 +100,17 @@ def check_free(folder: Path, config: dict[str, Any], force: bool) -> None:
     if force or not folder.exists():
         return
     try:
-        held = read(folder).meta["config"]
+        meta = read(folder).meta
+        held = meta["config"]
     except (OSError, KeyError, ValueError):
         raise OtherConfigurationError(
             f"{folder} is not a results folder; use --force to replace it"
         ) from None
+    if meta.get("added"):
+        raise OtherConfigurationError(
+            f"{folder} holds rows of other runs too; use --force to replace all, or --out for "
+            "another place and add them"
+        )
     if held != config:
         changed = [k for k in {*held, *config} if held.get(k) != config.get(k)]
         raise OtherConfigurationError(
@@ -174,6 +180,26 @@ def write(folder: Path, rows: Sequence[Row], meta: dict[str, Any], figure: "Figu
             if stale.exists() and not folder.exists():
                 stale.rename(folder)
             raise
+
+
+def join(held: Results, new: Results, columns: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and meta data of two runs together: new rows take the place of those that they repeat.
+
+    Args:
+      held: what stays, but for rows that agree with a new one in all `columns`.
+      new: what is added; its meta data joins a list in that of `held`, in the place of another run
+        of the same command.
+
+    Raises:
+      ValueError: either was altered since its run.
+    """
+    for result in (held, new):
+        if not result.intact:
+            raise ValueError(f"{result.folder}: rows.csv was altered since its run")
+    repeated = {tuple(row.get(column) for column in columns) for row in new.rows}
+    kept = [row for row in held.rows if tuple(row.get(c) for c in columns) not in repeated]
+    others = [meta for meta in held.meta.get("added", []) if meta["command"] != new.meta["command"]]
+    return kept + new.rows, held.meta | {"added": [*others, new.meta]}
 
 
 def write_table(folder: Path, rows: Sequence[Any], seconds: float) -> None:

@@ -20,6 +20,7 @@ from experiments.forcing import Rule, Trips
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.models import LlamaConfig
+from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.quantizers.quantizer import Code
 
 LONG = 65536
@@ -28,7 +29,7 @@ LONG = 65536
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to hold a cache; `exact_layers` stay in full precision, `turned` as of `Rule`."""
+    """One way to hold a cache; `exact_layers` stay in full precision, `pre_rope` as of `Rule`."""
 
     preset: str
     key: Coder
@@ -37,13 +38,13 @@ class Setting:
     sinks: int = 4
     block: int = 64
     centred: bool = True
-    turned: bool = False
+    pre_rope: bool = False
     exact_layers: tuple[int, ...] = ()
 
     @property
     def rule(self) -> Rule:
         """Which tokens are compressed when."""
-        return Rule(self.window, self.sinks, self.block, self.centred, self.turned)
+        return Rule(self.window, self.sinks, self.block, self.centred, self.pre_rope)
 
     def trips(self, seed: int, model: LlamaConfig) -> Trips:
         """What keys and values go through: the rotations of a cache created with this seed."""
@@ -83,15 +84,13 @@ class Setting:
             "window": self.window,
             "sinks": self.sinks,
             "block": self.block,
-            "centred": int(self.centred) + int(self.turned),
+            "centred": int(self.centred) + int(self.pre_rope),
         }
 
     def cache_config(self, model: LlamaConfig) -> CacheConfig | None:
         """The library's cache of this setting; None where it has none."""
-        if (
-            self.exact_layers
-            or self.turned
-            or not all(isinstance(c, Turbo) and not c.short_scale for c in self._coders)
+        if self.exact_layers or not all(
+            isinstance(c, Turbo) and not c.short_scale for c in self._coders
         ):
             return None
         return self._plain(model, *(c.config for c in self._coders if isinstance(c, Turbo)))
@@ -107,6 +106,7 @@ class Setting:
             window=self.window,
             sinks=self.sinks,
             center_keys=self.centred,
+            rope_frequencies=tuple(inverse_frequencies(model)) if self.pre_rope else None,
         )
 
     def bytes_per_token(self, model: LlamaConfig, context: int) -> float:
@@ -177,7 +177,7 @@ def _name(setting: Setting, key_bits, value_bits, code, short, codec) -> str:
         words.append(f"sinks{setting.sinks}")
     if setting.block != usual.block:
         words.append(f"block{setting.block}")
-    words += ["uncentred"] * (not setting.centred) + ["turned"] * setting.turned
+    words += ["uncentred"] * (not setting.centred) + ["pre-RoPE"] * setting.pre_rope
     return " ".join(words)
 
 
@@ -223,7 +223,7 @@ def for_prompts(layers: int) -> list[Setting]:
         replace(turbo(3, 2, "trellis", window=128), preset="compact (K3 V2 trellis w128)"),
         held["KIVI int2"],
         held["vLLM 3bit_nc"],
-        turbo(2, 2, "trellis", window=128, turned=True),
+        turbo(2, 2, "trellis", window=128, pre_rope=True),
         replace(turbo(4, 4, window=0, sinks=0, centred=False), preset="plain 4 bits"),
         replace(turbo(2, 2, window=0, sinks=0, centred=False), preset="plain 2 bits"),
     ]

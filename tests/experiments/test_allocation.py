@@ -48,7 +48,7 @@ def test_bytes_of_mixed_bits_are_those_of_uniform_bits():
 def test_nothing_holds_on_the_texts_that_chose(loss, on_calibration, on_test):
     sizes = {"ratio": 3.6, "ratio_64k": 3.7, "bytes_per_token_64k": 6000.0, "context": 8192}
     losses = {"kl": loss, "kl_se": 1e-4, "perplexity_change": 0.0, "perplexity_change_se": 1e-3}
-    row = {"text": "all", "preset": "a", "centred": 1, **sizes, **losses}
+    row = {"model": "a model", "text": "all", "preset": "a", "centred": 1, **sizes, **losses}
     calibrated, tested = {**row, "kind": "candidate"}, {**row, "kind": "chosen"}
     for rows, verdict in (([calibrated], on_calibration), ([calibrated, tested], on_test)):
         assert [claim.verdict for claim in fidelity_judgement.claims(rows)] == [verdict] * 2
@@ -73,17 +73,10 @@ def test_every_head_goes_through_the_code_of_its_bits():
 
 
 def test_the_library_s_best_is_not_one_it_lacks():
-    rows = [
-        {"preset": name, "centred": centred, "kl": kl, "ratio": ratio}
-        for name, centred, kl, ratio in (
-            ("a", 1, 3.0, 5.0),
-            ("b scale8", 1, 1.0, 5.0),
-            ("c turned", 2, 2.0, 5.0),
-            ("d", 1, 0.5, 4.0),
-        )
-    ]
+    some = ("a", 3.0, 5.0), ("b scale8", 1.0, 5.0), ("c pre-RoPE", 2.0, 5.0), ("d", 0.5, 4.0)
+    rows = [{"preset": name, "kl": kl, "ratio": ratio} for name, kl, ratio in some]
     assert best(rows, "ratio", 4.8)["preset"] == "b scale8"
-    assert best(rows, "ratio", 4.8, ours=True)["preset"] == "a"
+    assert best(rows, "ratio", 4.8, ours=True)["preset"] == "c pre-RoPE"
     assert best(rows, "ratio", 6.0) is None
 
 

@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import codecs, prepared, settings
 from experiments.allocation import One
+from experiments.fidelity_settings import pre_rope
 from experiments.forced_attention import forced_attention
-from experiments.forcing import Rule, Tiling, _attend, _mean, cut
+from experiments.forcing import Rule, Tiling, _attend, _center, cut
 from experiments.settings import Setting, turbo
 from pallas_kernels.primitives import triton
 from turboquant_jax import cache
-from turboquant_jax.attention.projection import apply_rope
+from turboquant_jax.attention.teacher_forcing import teacher_forced
 from turboquant_jax.cache.bytes import count_bytes
 from turboquant_jax.models.evaluate import compressed_hidden, exact_hidden
-from turboquant_jax.models.rope import rotation_angles
+from turboquant_jax.models.model import Llama
 
 CONTEXT = 90
 SETTINGS = [
@@ -29,6 +31,18 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def tiny():
     return prepared.model("tiny")
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """Untied, head dim 128, groups of 7, and keys whose bias is large at low frequencies."""
+    sizes = dict(num_layers=2, num_heads=7, num_kv_heads=1, head_dim=128)
+    config = dataclasses.replace(prepared.TINY, **sizes, tie_embeddings=False, qkv_bias=True)
+    model = Llama(config, nnx.Rngs(0), jnp.float32)
+    bias = np.zeros(model.layers.qkv_bias.shape)
+    bias[..., -2, :] = np.tile(np.linspace(0, 40, 64), 2)  # of the key, by pair
+    model.layers.qkv_bias[...] = jnp.asarray(bias, jnp.float32)
+    return model
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.preset)
@@ -75,14 +89,39 @@ def test_the_kernel_refuses_texts_that_are_no_whole_tiles():
         forced_attention(x, x, x, x, x, jnp.zeros(3, jnp.int32))
 
 
-def test_a_turned_mean_takes_all_of_keys_that_only_turn(tiny):
-    """Keys that are one vector before their rotary embedding are nothing but the mean."""
-    positions = jnp.arange(CONTEXT, dtype=jnp.int32)[None]
-    angles = rotation_angles(tiny.config, positions)
-    k = apply_rope(jnp.ones((1, CONTEXT, 2, 64)), *angles)
-    turned, plain = (_mean(k, angles, Rule(8, 4, 16, True, on).arrays()) for on in (True, False))
-    np.testing.assert_allclose(turned, k, atol=1e-5)
-    assert jnp.abs(plain - k).max() > 0.5
+def test_keys_are_centred_before_their_rotary_embedding_as_the_library_does(biased):
+    """The same heads in both: what their last bits decide in a code is not at issue."""
+    setting = turbo(2, 3, window=16, sinks=5, block=16, pre_rope=True)
+    config = dataclasses.replace(setting.cache_config(biased.config), dtype="float32")
+    state = cache.create(config, 1, CONTEXT, key=jax.random.key(5))
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, CONTEXT, n, 128)) for key, n in zip(keys, (7, 1, 1)))
+    forcing = cut(biased, dtype="float32", tiling=Tiling(queries=40, reach=32, sinks=6))
+    rule, trips = setting.rule.arrays(), setting.trips(5, biased.config)(0)
+    centred, taken = _center(k, rule.sinks, 16, forcing._phases(setting.rule, CONTEXT))
+    made = forcing._attend(q, k, v, trips[0](centred) + taken, trips[1](v), rule)
+    np.testing.assert_allclose(made, teacher_forced(state, 0, q, k, v), atol=2e-5)
+
+
+def test_keys_of_a_large_mean_survive_centring_before_their_rotary_embedding(biased):
+    """Biases make keys that one vector turned to their positions nearly is: nothing else holds."""
+    tokens = prepared.random_texts(1, CONTEXT)
+    forcing = cut(biased, tiling=Tiling(queries=40, reach=32, sinks=6))
+    exact = forcing.full(tokens)
+    stored = turbo(4, None, window=8, sinks=4, block=16)
+    loss = {
+        setting.preset: forcing.compare(
+            tokens, exact, forcing.run(tokens, setting.rule, setting.trips(0, biased.config))
+        ).kl.mean()
+        for setting in (stored, pre_rope(stored))
+    }
+    assert 10 * loss["K4 Vfull w8 block16 pre-RoPE"] < loss["K4 Vfull w8 block16"]
+
+
+def test_scores_of_another_scale_are_refused(tiny):
+    config = dataclasses.replace(tiny.config, attention_softcap=30.0)
+    with pytest.raises(ValueError, match=r"model: got .*softcap=30\.0.* expected neither"):
+        cut(Llama(config, nnx.Rngs(0), jnp.float32))
 
 
 def test_a_rule_beyond_the_reach_of_the_tiles_is_refused(tiny):

@@ -213,3 +213,29 @@ def test_a_table_is_described_by_its_command_line(tmp_path, monkeypatch):
     assert found.rows == [{"name": "step", "milliseconds": 1.5}]
     assert found.meta["command"] == "python -m experiments.step_speed --bits 4"
     assert found.intact
+
+
+def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
+    """Rows of the same model and kind are replaced, all others stay, every run is named."""
+
+    def write(folder, rows, command):
+        meta = {"config": results.config_of(Config()), "command": command, "versions": {}}
+        meta |= {"date": "today", "commit": "0", "device": "here"}
+        results.write(folder, rows, meta, None)
+
+    held, other = tmp_path / "results" / "planted", tmp_path / "elsewhere" / "planted"
+    small, large = ({"model": m, "kind": "k", "value": 1.5} for m in ("small", "large"))
+    write(held, [small], "first")
+    for value in (2.0, 6.0):
+        write(other, [large | {"value": value}], "second")
+        assert command.main(["add", str(other), "--out", str(held.parent)]) == 0
+    found = results.read(held)
+    assert found.rows == [small, large | {"value": 6}] and found.intact
+    assert found.meta["command"] == "first"
+    assert [meta["command"] for meta in found.meta["added"]] == ["second"]
+    assert write_report(tmp_path) == 0
+    assert "`second`, today" in (tmp_path / "REPORT.md").read_text()
+    assert run(tmp_path) == 1
+    assert "holds rows of other runs too" in capsys.readouterr().err
+    (other / "rows.csv").write_text("altered")
+    assert command.main(["add", str(other), "--out", str(held.parent)]) == 1

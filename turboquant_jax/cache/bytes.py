@@ -23,6 +23,7 @@ class Bytes:
     window: int
     sinks: int
     key_mean: int
+    phases: int
     tables: int
     codecs: int
 
@@ -42,6 +43,7 @@ def count_bytes(cache: Cache) -> Bytes:
         window=nbytes_of(cache.window),
         sinks=nbytes_of(cache.sinks),
         key_mean=nbytes_of(cache.key_mean),
+        phases=nbytes_of(cache.phases),
         tables=nbytes_of(cache.tables),
         codecs=nbytes_of([part.codecs for part in cache.parts]),
     )

@@ -1,0 +1,79 @@
+"""What is said of rows: both means side by side, and over length."""
+
+import numpy as np
+import pytest
+
+from experiments import fidelity, fidelity_settings, losses
+from experiments.experiment import where
+
+LOSS = {"perplexity_change": 0.0, "perplexity_change_se": 0.001, "tokens": 1000, "text": "all"}
+SIZES = {"ratio": 3.6, "ratio_64k": 3.7}
+
+
+def row(kind, preset, kl, context=8192, model="smollm2-135m", **more):
+    centred = 0 if "uncentred" in preset else 2 if "pre-RoPE" in preset else 1
+    head = {"model": model, "kind": kind, "preset": preset, "context": context, "centred": centred}
+    return {**head, **LOSS, **SIZES, "kl": kl, "kl_se": 1e-5, **more}
+
+
+@pytest.mark.parametrize(
+    ("model", "kl", "verdict"),
+    [
+        ("smollm2-135m", 0.0017, "holds"),
+        ("smollm2-135m", 0.0019, "missed"),
+        ("qwen2.5-coder-0.5b", 0.0019, "holds"),
+        ("qwen2.5-coder-0.5b", 0.0065, "missed"),
+        ("qwen2.5-coder-1.5b", 0.0065, None),
+    ],
+)
+def test_each_model_has_its_own_limit(model, kl, verdict):
+    name = "K4 V4 trellis w128"
+    kls = {name: 0.1, f"{name} pre-RoPE": kl, f"{name} uncentred": 1.7, "K2 V2 trellis w128": 0.2}
+    rows = [row("centring", preset, loss, model=model) for preset, loss in kls.items()]
+    *limit, side_by_side = fidelity.claims(rows)
+    assert [claim.verdict for claim in limit] == ([verdict] if verdict else [])
+    assert side_by_side.verdict == "holds" and "not centred: KL 1.7000" in side_by_side.measured
+    assert len(fidelity.figure(rows).axes) == 1
+
+
+def test_over_length_the_longest_decides():
+    name, model = "K2 V2 trellis w128", "qwen2.5-coder-0.5b"
+    kls = {1024: (0.2, 0.1), 8192: (0.1, 0.2)}
+    rows = [
+        row("length", preset, kl, context, model, last=512)
+        for context, both in kls.items()
+        for preset, kl in zip((name, f"{name} pre-RoPE"), both)
+    ]
+    (claim,) = fidelity.claims(rows)
+    assert claim.verdict == "does not hold"
+    assert "last 512 of 1,024, 8,192 tokens" in claim.statement
+    assert claim.measured.startswith("before RoPE: 0.1000 ± 0.0000, 0.2000")
+    assert fidelity.claims(where(rows, preset=name)) == []
+    assert len(fidelity.figure(rows).axes) == 1
+
+
+def test_the_last_tokens_are_those_of_each_text():
+    kl = np.arange(2 * 3 * 8, dtype=np.float32).reshape(2, 3, 8)
+    made = losses.Losses(kl[0], kl, kl, kl, None).last(2)
+    np.testing.assert_array_equal(made.kl, kl[:, :, 6:])
+    assert made.columns()["tokens"] == 6
+
+
+def test_ends_of_texts_are_the_same_tokens_at_every_length():
+    config = fidelity.Config("tiny", lengths=(8, 32), rows=3)
+    short, long = (fidelity._ends(config, "test", length)["test"] for length in config.lengths)
+    assert short.shape == (3, 8) and long.shape == (3, 32)
+    np.testing.assert_array_equal(short, long[:, -8:])
+
+
+def test_every_setting_has_both_means():
+    for settings in (fidelity_settings.centring(), fidelity_settings.over_length()):
+        names = [s.preset for s in settings if s.centred]
+        assert {n for n in names if "pre-RoPE" in n} == {
+            f"{n} pre-RoPE" for n in names if "pre-RoPE" not in n
+        }
+
+
+def test_a_part_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"parts: got \['centering'\], expected some of"):
+        fidelity.run(fidelity.Config("tiny", parts=("centering",)), lambda items, text: items)

@@ -59,10 +59,11 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     centred, taken = k, jnp.zeros_like(k[:, :1])
     if config.center_keys:
         first = k[:, config.sinks : config.sinks + config.block]
-        mean = jax.vmap(partial(pre_rope.mean_key, phases=cache.phases))(first)
+        phases = pre_rope.create(config, k.shape[1])  # the cache's end with its capacity
+        mean = jax.vmap(partial(pre_rope.mean_key, phases=phases))(first)
         index = jnp.arange(k.shape[1], dtype=jnp.int32) - config.sinks
-        taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(mean)
-        centred = jax.vmap(partial(pre_rope.center, phases=cache.phases, index=index))(k, mean)
+        taken = jax.vmap(partial(pre_rope.mean_at, phases=phases, index=index))(mean)
+        centred = jax.vmap(partial(pre_rope.center, phases=phases, index=index))(k, mean)
 
     def through(member: Rows, values: bool):
         codec, own = cache.parts[member.part].codecs[values], member.of(cache.kv_heads)

@@ -104,8 +104,6 @@ def _prefill(cache: Cache, queries: int, softcap: float | None) -> str | None:
     # what cuDNN serves on every GPU that the kernels run on
     if cache.config.head_dim % 8 or cache.config.head_dim > 128:
         return f"a head dim of {cache.config.head_dim}, served are multiples of 8 up to 128"
-    if cache.phases is not None:
-        return "keys centred before RoPE"
     if softcap is not None:
         return "a soft cap"
     if cache.config.sliding_window is not None:
@@ -117,8 +115,6 @@ def _compression(cache: Cache) -> str | None:
     """Why the kernel does not compress, or None if it does."""
     if (reason := no_gpu() or _heads(cache)) is not None:
         return reason
-    if cache.phases is not None:
-        return "keys centred before RoPE"
     if cache.config.block not in PAGE_TOKENS:
         return f"blocks of {cache.config.block} tokens, served are {PAGE_TOKENS}"
     for codec in (codec for part in cache.parts for codec in part.codecs):

@@ -33,7 +33,7 @@ def compress_single(cache: Cache, by: Compression) -> Cache:
     first = config.num_blocks(table.lengths)
     start, opens = layout.window_slot(layout.block_start(first)), first == 0
     if by.blocks == "pallas":
-        return encoding.encode_window(cache, start, jnp.where(complete, pages, -1), opens)
+        return encoding.encode_window(cache, start, jnp.where(complete, pages, -1), first)
     rows = jnp.nonzero(complete, size=complete.shape[0], fill_value=0)[0]
 
     def compress(i, carry):
@@ -78,13 +78,13 @@ def compress_chunk(cache: Cache, rows: LayerRows, new: Exact, by: Compression) -
     slot, filled = cache.layout.completed(table.lengths, table.pending, new.keys.shape[1])
     filled = filled & (table.pending > 1)[:, None]
     page = jnp.take_along_axis(table.pending_pages, slot, axis=1)
-    opens = (cache.config.num_blocks(table.lengths) == 0) & jnp.any(filled, axis=1)
+    first = cache.config.num_blocks(table.lengths)
+    opens = (first == 0) & jnp.any(filled, axis=1)
+    number = first[:, None] + jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :]
     if by.blocks == "pallas":
         block = _gather(cache, layer, new, slot.shape[1])
-        return encoding.encode_chunk(cache, rows, block, jnp.where(filled, page, -1), opens)
+        return encoding.encode_chunk(cache, rows, block, jnp.where(filled, page, -1), number)
     page = jnp.where(filled, page, table.references.shape[0])  # past the end: dropped
-    first = cache.config.num_blocks(table.lengths)
-    number = first[:, None] + jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :]
 
     def compress(carry):
         pools, means = carry

@@ -130,10 +130,41 @@ def mean_at(
 
     Without phases it is the mean of the stored keys, at every place.
     """
-    turned = jnp.broadcast_to(mean[..., None, :, :], (*index.shape, *mean.shape[-2:]))
-    if phases is not None:
-        for angles in _angles(phases, index):
-            turned = turn(turned, angles[..., None, :], phases.rotary)
+    if phases is None:
+        return jnp.broadcast_to(mean[..., None, :, :], (*index.shape, *mean.shape[-2:]))
+    turned = mean_of_period(mean, phases, index // PERIOD)
+    return turn(turned, phases.within[index % PERIOD][..., None, :], phases.rotary)
+
+
+def swap_pairs(x: Float[Array, "*batch H"], rotary: int) -> Float[Array, "*batch H"]:
+    """For each channel the other one of its pair."""
+    return join_pairs(*reversed(split_pairs(x, rotary)), rotary)
+
+
+def signed_angles(angles: Float[Array, "rows H"], rotary: int) -> Float[Array, "rows 2 H"]:
+    """For each channel the cosine of its pair, and the sine, negative for the first of the two."""
+    cos, sin = jnp.split(angles, 2, axis=-1)
+    return jnp.stack([join_pairs(cos, cos, rotary), join_pairs(-sin, sin, rotary)], axis=1)
+
+
+def angles_at(phases: Phases, index: Int[Array, " T"]) -> Float[Array, "T H"]:
+    """The product of the three factors, rounded to float32."""
+    coarse, fine, within = (
+        lax.complex(*jnp.split(angles.astype(jnp.float32), 2, axis=-1))
+        for angles in _angles(phases, index)
+    )
+    whole = coarse * fine * within
+    return jnp.concatenate([whole.real, whole.imag], axis=-1)
+
+
+def mean_of_period(
+    mean: Float[Array, "*batch K H"], phases: Phases, period: Int[Array, "*batch T"]
+) -> Float[Array, "*batch T K H"]:
+    """E_J m, from which tokens of period J turn the mean by their place in it; float32."""
+    coarse, fine, _ = _angles(phases, period * PERIOD)
+    turned = jnp.broadcast_to(mean[..., None, :, :], (*period.shape, *mean.shape[-2:]))
+    for angles in (coarse, fine):
+        turned = turn(turned, angles[..., None, :], phases.rotary)
     return turned
 
 
@@ -145,11 +176,21 @@ def center(
 ) -> Float[Array, "T K H"]:
     """Keys less their mean, as they are quantized, float32.
 
-    With phases they are cut to 16 significant bits: two digits of bfloat16 hold them exactly, so
-    that tensor cores rotate what is meant.
+    With phases, what is left is two digits of bfloat16, the first cut off and the second rounded:
+    tensor cores, which take those, then rotate what is meant.
     """
-    centred = keys.astype(jnp.float32) - mean_at(mean, phases, index)
-    return centred if phases is None else _cut(centred, 8)
+    keys = keys.astype(jnp.float32)
+    if phases is None:
+        return keys - mean[None]
+    turned = mean_of_period(mean, phases, index // PERIOD)
+    cos, sin = jnp.split(phases.within[index % PERIOD][:, None].astype(jnp.float32), 2, axis=-1)
+    (a, a_rest), (b, b_rest) = (_halves(part) for part in split_pairs(turned, phases.rotary))
+    first, second = split_pairs(keys, phases.rotary)
+    first = first - a * cos + b * sin - a_rest * cos + b_rest * sin
+    second = second - b * cos - a * sin - b_rest * cos - a_rest * sin
+    centred = join_pairs(first, second, phases.rotary)
+    upper = _cut(centred, 16)
+    return upper + lax.reduce_precision(centred - upper, 8, 7)
 
 
 def _angles(phases: Phases, index: Int[Array, "*batch T"]) -> tuple[Array, Array, Array]:

@@ -126,7 +126,8 @@ class Tile:
         centre, channels = self.centre, self.column.count
         if centre is None or centre.turned is None:
             return False
-        return channels == self.column.dim == self.source.shape[2] == centre.rotary
+        whole = channels == self.column.dim == self.source.shape[2] == centre.rotary
+        return whole and channels >= 32  # a product takes 16 columns
 
     def all_centred(self) -> list[jax.Array]:
         """`centred` of all pieces."""

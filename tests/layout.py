@@ -127,8 +127,8 @@ def mean_at(config, mean, positions):
     """The mean keys [K, H] as they were taken from keys at these positions: [K, T, H].
 
     Pairs of channels are complex numbers, turned by three angles whose sines and cosines have the
-    precision of float16: of every 64th period of 64 tokens, of the period, of the token in it. Before
-    the last one they have 13 bits.
+    precision of float16: of every 64th period of 64 tokens, of the period, of the token in it.
+    Before the last one they have 13 bits.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]

@@ -117,11 +117,18 @@ def decoded_row(state, part, row, page, values):
     return natural
 
 
+def rounded(x):
+    """To 13 significant bits."""
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.round(fraction * 2**13), exponent - 13)
+
+
 def mean_at(config, mean, positions):
     """The mean keys [K, H] as they were taken from keys at these positions: [K, T, H].
 
     Pairs of channels are complex numbers, turned by three angles whose sines and cosines have the
-    precision of float16: of the token in its period of 64, of the period, of every 64th of them.
+    precision of float16: of every 64th period of 64 tokens, of the period, of the token in it.
+    Before the last one they have 13 bits.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]
@@ -132,8 +139,10 @@ def mean_at(config, mean, positions):
     behind = positions - config.sinks
     angles = config.sinks + behind // 4096 * 4096, behind % 4096 // 64 * 64, behind % 64
     found = mean[:, None, first] + 1j * mean[:, None, second]
-    for angle in angles:
+    for i, angle in enumerate(angles):
         turned = np.exp(1j * np.outer(angle, frequencies))
+        if i == 2:
+            found = rounded(found.real) + 1j * rounded(found.imag)
         found = found * (turned.real.astype(np.float16) + 1j * turned.imag.astype(np.float16))
     whole = np.empty((*found.shape[:2], config.head_dim))
     whole[..., first], whole[..., second] = found.real, found.imag

@@ -221,6 +221,7 @@ def run(
             pending=of_sequence(exact.pending),
             places=exact.places,
             key_mean=None if exact.key_mean is None else segment(exact.key_mean),
+            phases=jax.tree.map(shared, exact.phases),
             write=exact.write,
         )
         inputs = inputs | {"exact": dataclasses.replace(exact, layer=None)}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention.phases import PhasesOperand
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.rotation import merge, split
@@ -58,6 +59,7 @@ class ExactOperand:
     pending: Int[Array, " B"]
     places: Callable[[Any, Any], ExactPlaces] = dataclasses.field(metadata=dict(static=True))
     key_mean: Float[Array, "rows K H"] | None = None
+    phases: PhasesOperand | None = None
     write: bool = dataclasses.field(default=False, metadata=dict(static=True))
     layer: Int[Array, ""] | None = None
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
+from pallas_kernels.decode_attention.phases import coefficients, factors, product, table, turned
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
@@ -27,7 +28,7 @@ from pallas_kernels.decode_attention.scores import (
 )
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import value_scale
-from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.dequantize import divide, power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS, interleave, total, weighted
 
 
@@ -39,18 +40,23 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
     return found
 
 
+def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
+    order = plan.value_decoders[0]
+    column = PHASES * jnp.arange(order.columns // PHASES) + phase
+    which, token, _ = order.elements(column)
+    return which, token
+
+
 def tile_scores(
-    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array]
+    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], rights
 ):
     """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
 
     Row r of phase j is the token in column 2 r + j of the values' operand.
     """
-    order = plan.value_decoders[0]
     found = []
     for phase in range(PHASES):
-        column = PHASES * jnp.arange(order.columns // PHASES) + phase
-        which, token, _ = order.elements(column)
+        which, token = place_of(plan, phase)
         page = pick(pages, which)
         place = (block + which) * plan.tokens + token
         seen = place < state["length"]
@@ -59,15 +65,25 @@ def tile_scores(
         # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
         places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
         words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
-        x, y, z = scores(plan, refs, state, page, token, words)
+        mean = state.get("mean")
+        if rights is not None:
+            mean = product(state["tables"][phase], rights), state["unit"][None, :]
         exponent = value_exponent(words[: len(plan.value_decoders)])
-        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None])
+        bound = exponent.astype(jnp.float32)[:, None]
+        for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
+            bound = triton.fma(x, y, bound)
         found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
     return found
 
 
 def attend(
-    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry
+    plan: DecodePlan,
+    refs: Refs,
+    state: Refs,
+    block: jax.Array,
+    pages: list[jax.Array],
+    carry,
+    rights,
 ):
     """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
 
@@ -80,7 +96,7 @@ def attend(
     is not finite `down` is -infinity, so that no sum of weights is positive again.
     """
     peak, weight, mass, outputs = carry
-    tile = tile_scores(plan, refs, state, block, pages)
+    tile = tile_scores(plan, refs, state, block, pages, rights)
     highest = tile[0][0]
     for bound, _, _ in tile[1:]:
         highest = jnp.maximum(highest, bound)
@@ -194,11 +210,24 @@ def attend_blocks(
     def body(i, carry):
         # The page ids of the next tile are read a turn ahead: read in the turn that loads the
         # pages, they would be copied to shared memory first and cost the pipeline a stage.
-        sums, pages = carry
+        sums, pages, rows, means = carry
         ahead = pages_of(i + 1)
-        return attend(plan, inputs, state, first + i * plan.pages, pages, sums), ahead
+        means_ahead = rows_ahead = None
+        if phases is not None:
+            means_ahead = means_of(rows)
+            rows_ahead = factors(phases, i + 2)
+        return (
+            attend(plan, inputs, state, first + i * plan.pages, pages, sums, means),
+            ahead,
+            rows_ahead,
+            means_ahead,
+        )
+
+    def means_of(rows):
+        return turned(state["ab"], rows, plan.columns, plan.warps)
 
     pages = pages_of(begin)
+    phases = rows = means = None
     state: Refs = {"length": length} | ({} if every else {"start": start})
     state["queries"] = [
         prepare_query(plan, inputs["queries"][source], decoder, channel, multiplier)
@@ -213,7 +242,32 @@ def attend_blocks(
         for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
     ]
     if "exact" in inputs and inputs["exact"].key_mean is not None:
-        state["mean"] = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
+        phases = inputs["exact"].phases
+        if phases is None:
+            mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
+            state["mean"] = mean[None, :], jnp.ones((1, 1))
+        else:
+            for name in ("key_tables", "value_tables"):
+                state[name] = [
+                    [triton.in_lanes(w) for w in t] if isinstance(t, list) else t
+                    for t in state[name]
+                ]
+            state["tables"] = [
+                table(phases, divide(w, 1)[0] * plan.tokens + t)
+                for w, t in map(lambda j: place_of(plan, j), range(PHASES))
+            ]
+            state["ab"], state["unit"] = coefficients(
+                phases,
+                inputs["exact"].query,
+                inputs["exact"].key_mean,
+                row,
+                plan.columns,
+                plan.heads,
+                plan.scale,
+                plan.warps,
+            )
+            means = means_of(factors(phases, begin))
+            rows = factors(phases, begin + 1)
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
@@ -226,7 +280,9 @@ def attend_blocks(
         tuple(zeros if decoder.centre else None for decoder in plan.value_decoders),
         accumulators,
     )
-    (peak, weight, mass, sums), _ = lax.fori_loop(begin, end, body, (carry, pages))
+    (peak, weight, mass, sums), _, _, _ = lax.fori_loop(
+        begin, end, body, (carry, pages, rows, means)
+    )
     weight = weight.sum(axis=0)
     weight = jnp.where(weight >= 0.0, weight, jnp.nan)
     store_part(outputs, plan, peak - BIAS, weight)

@@ -41,6 +41,7 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
 
 
 def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
+    """Page and token of each row of a phase."""
     order = plan.value_decoders[0]
     column = PHASES * jnp.arange(order.columns // PHASES) + phase
     which, token, _ = order.elements(column)

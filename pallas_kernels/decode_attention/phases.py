@@ -29,11 +29,12 @@ LIMIT = 32600.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PhasesOperand:
-    """Phases of the tokens of the blocks, cosines in the first half of the columns, sines after it.
+    """Angles by which the mean of the blocks' keys is turned at each token.
 
-    Token 64 J + t of the blocks has the phases e(J) * w(t): e(J) = coarse[J // 64 modulo its rows]
-    * fine[J % 64], w(t) = within[t] / 127. A pair c of `rotary` channels has channels (c, c + rotary
-    / 2); those beyond, which do not turn, follow in the same way.
+    Token 64 J + t of the blocks has the angles E_J e_t: E_J = coarse[J // 64] fine[J % 64], the last
+    row of `coarse` beyond its end; e_t = within[t], bytes in units of 1 / 127, which `coarse` has as
+    a factor. Of each pair the cosine and the sine lie side by side. Pair c of the first `rotary`
+    channels is (c, c + rotary / 2); those beyond are paired in the same way among themselves.
     """
 
     coarse: Float[Array, "_ H"]

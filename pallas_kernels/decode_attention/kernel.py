@@ -8,6 +8,7 @@ digit, so that up to four heads fill the narrowest product without a loss. All s
 are exact.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
-from pallas_kernels.decode_attention.phases import coefficients, factors, product, table, turned
+from pallas_kernels.decode_attention.phases import PERIOD, turning
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
@@ -28,7 +29,7 @@ from pallas_kernels.decode_attention.scores import (
 )
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import value_scale
-from pallas_kernels.primitives.dequantize import divide, power_of_two
+from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS, interleave, total, weighted
 
 
@@ -49,7 +50,7 @@ def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
 
 
 def tile_scores(
-    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], rights
+    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], digits
 ):
     """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
 
@@ -67,8 +68,8 @@ def tile_scores(
         places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
         words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
         mean = state.get("mean")
-        if rights is not None:
-            mean = product(state["tables"][phase], rights), state["unit"][None, :]
+        if digits is not None:
+            mean = state["turning"].product(phase, digits)
         exponent = value_exponent(words[: len(plan.value_decoders)])
         bound = exponent.astype(jnp.float32)[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
@@ -84,7 +85,7 @@ def attend(
     block: jax.Array,
     pages: list[jax.Array],
     carry,
-    rights,
+    digits,
 ):
     """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
 
@@ -97,7 +98,7 @@ def attend(
     is not finite `down` is -infinity, so that no sum of weights is positive again.
     """
     peak, weight, mass, outputs = carry
-    tile = tile_scores(plan, refs, state, block, pages, rights)
+    tile = tile_scores(plan, refs, state, block, pages, digits)
     highest = tile[0][0]
     for bound, _, _ in tile[1:]:
         highest = jnp.maximum(highest, bound)
@@ -191,7 +192,11 @@ def attend_blocks(
     """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen."""
     start, length = seen
     every = isinstance(start, int) and start == 0
-    first = jnp.int32(0) if every else lax.div(start, plan.tokens)
+    means = "exact" in inputs and inputs["exact"].key_mean is not None
+    turns = means and inputs["exact"].phases is not None
+    first = seen_first = jnp.int32(0) if every else lax.div(start, plan.tokens)
+    if turns and plan.tokens < PERIOD:  # tiles are whole turns
+        first = first - lax.rem(first, PERIOD // plan.tokens)
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
     work = tiles + plan.exact_tiles
@@ -205,30 +210,29 @@ def attend_blocks(
     def pages_of(i):  # beyond the last block its page stands in, unseen
         last = jnp.maximum(first + blocks - 1, 0)
         block = [jnp.minimum(first + i * plan.pages + j, last) for j in range(plan.pages)]
+        if first is not seen_first:
+            block = [jnp.maximum(x, jnp.minimum(seen_first, last)) for x in block]
         found = [inputs["page_table"][lax.rem(x, slots)] for x in block]
         return [page + first_page for page in found]
 
     def body(i, carry):
         # The page ids of the next tile are read a turn ahead: read in the turn that loads the
         # pages, they would be copied to shared memory first and cost the pipeline a stage.
-        sums, pages, rows, means = carry
-        ahead = pages_of(i + 1)
-        means_ahead = rows_ahead = None
-        if phases is not None:
-            means_ahead = means_of(rows)
-            rows_ahead = factors(phases, i + 2)
-        return (
-            attend(plan, inputs, state, first + i * plan.pages, pages, sums, means),
-            ahead,
-            rows_ahead,
-            means_ahead,
-        )
+        # So are the angles, and the digits that they make.
+        sums, pages, angles, digits = carry
+        block, ahead = first + i * plan.pages, (pages_of(i + 1), None, None)
+        if turns:
+            ahead = (
+                ahead[0],
+                state["turning"].angles(turn_of(i + 2)),
+                state["turning"].digits(angles),
+            )
+        return attend(plan, inputs, state, block, pages, sums, digits), *ahead
 
-    def means_of(rows):
-        return turned(state["ab"], rows, plan.columns, plan.warps)
+    def turn_of(i):
+        return lax.div((first + i * plan.pages) * plan.tokens, PERIOD)
 
     pages = pages_of(begin)
-    phases = rows = means = None
     state: Refs = {"length": length} | ({} if every else {"start": start})
     state["queries"] = [
         prepare_query(plan, inputs["queries"][source], decoder, channel, multiplier)
@@ -242,33 +246,23 @@ def attend_blocks(
         decoder.prepare(refs)
         for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
     ]
-    if "exact" in inputs and inputs["exact"].key_mean is not None:
-        phases = inputs["exact"].phases
-        if phases is None:
-            mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
-            state["mean"] = mean[None, :], jnp.ones((1, 1))
-        else:
-            for name in ("key_tables", "value_tables"):
-                state[name] = [
-                    [triton.in_lanes(w) for w in t] if isinstance(t, list) else t
-                    for t in state[name]
-                ]
-            state["tables"] = [
-                table(phases, divide(w, 1)[0] * plan.tokens + t)
-                for w, t in map(lambda j: place_of(plan, j), range(PHASES))
-            ]
-            state["ab"], state["unit"] = coefficients(
-                phases,
-                inputs["exact"].query,
-                inputs["exact"].key_mean,
-                row,
-                plan.columns,
-                plan.heads,
-                plan.scale,
-                plan.warps,
-            )
-            means = means_of(factors(phases, begin))
-            rows = factors(phases, begin + 1)
+    angles = digits = None
+    if turns:
+        for name in ("key_tables", "value_tables"):
+            state[name] = [in_registers(tables) for tables in state[name]]
+        places = [
+            which * plan.tokens + token
+            for which, token in map(partial(place_of, plan), range(PHASES))
+        ]
+        state["turning"] = turning(
+            inputs["exact"], row, plan.scale, plan.heads, plan.columns, plan.warps,
+            (plan.pages * plan.tokens, places),
+        )  # fmt: skip
+        digits = state["turning"].digits(state["turning"].angles(turn_of(begin)))
+        angles = state["turning"].angles(turn_of(begin + 1))
+    elif means:
+        mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
+        state["mean"] = mean[None, :], jnp.ones((1, 1))
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
@@ -282,12 +276,17 @@ def attend_blocks(
         accumulators,
     )
     (peak, weight, mass, sums), _, _, _ = lax.fori_loop(
-        begin, end, body, (carry, pages, rows, means)
+        begin, end, body, (carry, pages, angles, digits)
     )
     weight = weight.sum(axis=0)
     weight = jnp.where(weight >= 0.0, weight, jnp.nan)
     store_part(outputs, plan, peak - BIAS, weight)
     write_output(plan, outputs["sums"], mass, sums)
+
+
+def in_registers(tables: Any) -> Any:
+    """The words of a look-up, each in a register of its own; other tables as they are."""
+    return [triton.in_lanes(word) for word in tables] if isinstance(tables, list) else tables
 
 
 def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:

@@ -224,11 +224,6 @@ def in_lanes(x: jax.Array) -> jax.Array:
     return assembly(text, [x], "=r,r", 1, jnp.int32)
 
 
-def kept(x: jax.Array) -> jax.Array:
-    """The bytes themselves, of an operand of products in a loop; they stay in registers."""
-    return x if is_interpreted() else assembly("mov.b32 $0, $1;", [x], "=r,r", 4, jnp.int8)
-
-
 def rare_loop(turns: int | jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """`lax.fori_loop` from 0, but its loads stay where they are, and nothing else does.
 

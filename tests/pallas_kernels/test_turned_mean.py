@@ -145,8 +145,8 @@ def test_equals_definition(case, interpret):
 def test_scores_far_away_of_large_means(bits, interpret):
     """One token seen, of a key of 0: its log-sum-exp is the score, right to 1e-3 of its size.
 
-    At 4 bits all levels are 0, at 8 bits the scale is. The size is that of the product of vectors in
-    random directions, |q| |m| / sqrt(128).
+    At 4 bits all levels are 0, at 8 bits the scale is. The size is that of the product of vectors
+    in random directions, |q| |m| / sqrt(128).
     """
     rng = np.random.default_rng(1)
     levels = (0,) * 16 if bits == 4 else tuple(range(-128, 128))
@@ -167,7 +167,7 @@ def test_scores_far_away_of_large_means(bits, interpret):
     _, lse = attend((q, held, Softmax(1.0), operand(q, m, phases, None)), interpret)
     want = [mean_product(q[i, 0], m[i, 0], phases, far[i : i + 1])[0] for i in range(12)]
     allowed = 1e-3 * np.linalg.norm(q[:, 0], axis=1) * size / np.sqrt(128)
-    assert np.all(np.abs(lse[:, 0] - want) <= allowed)
+    assert np.all(np.abs(np.asarray(lse)[:, 0] - want) <= allowed)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -14,7 +14,7 @@ FACTORS = {
     "rotations": (("hadamard", "haar"), ("haar", "identity")),  # of keys and of values
     "window": (0, 20),
     "sinks": (0, 3),
-    "center_keys": (False, True),
+    "centring": ("none", "stored", "pre_rope"),
     "sliding_window": (None, 150),
     "softcap": (None, 8.0),
     "sink_logits": (False, True),
@@ -24,6 +24,9 @@ FACTORS = {
     "paged": (False, True),
     "ragged": (False, True),
 }
+
+# of 32 channels: all of a head, or two thirds of it; some turn in a few tokens, some hardly
+FREQUENCIES = tuple(float(w) for w in 300.0 ** -(np.arange(16) / 16))
 
 
 def pairs_of(setting):
@@ -74,13 +77,14 @@ def label(setting):
     words += [f"w{setting['window']}s{setting['sinks']}", setting["rotations"][0]]
     options = {
         "outliers": "outliers",
-        "centred": "center_keys",
         "sliding": "sliding_window",
         "cap": "softcap",
         "logits": "sink_logits",
         "paged": "paged",
         "ragged": "ragged",
     }
+    if setting["centring"] != "none":
+        words += [setting["centring"]]
     return "-".join([*words, *(word for word, name in options.items() if setting[name])])
 
 
@@ -98,7 +102,13 @@ def config_of(setting):
         if rotation == "hadamard" and dim & (dim - 1):
             rotation = "block_hadamard"
         codecs[side] = cache.CodecConfig(bits, rotation, code=setting["code"])
-    same = ("window", "sinks", "center_keys", "sliding_window", "dtype", "head_dim")
+    same = ("window", "sinks", "sliding_window", "dtype", "head_dim")
     return cache.CacheConfig(
-        num_layers=2, num_kv_heads=2, block=32, **codecs, **{name: setting[name] for name in same}
+        num_layers=2,
+        num_kv_heads=2,
+        block=32,
+        **codecs,
+        **{name: setting[name] for name in same},
+        center_keys=setting["centring"] != "none",
+        rope_frequencies=FREQUENCIES if setting["centring"] == "pre_rope" else None,
     )

@@ -117,6 +117,29 @@ def decoded_row(state, part, row, page, values):
     return natural
 
 
+def mean_at(config, mean, positions):
+    """The mean keys [K, H] as they were taken from keys at these positions: [K, T, H].
+
+    Pairs of channels are complex numbers, turned by three angles whose sines and cosines have the
+    precision of float16: of the token in its period of 64, of the period, of every 64th of them.
+    """
+    if config.rope_frequencies is None:
+        return mean[:, None, :]
+    channels, rotary = np.arange(config.head_dim), 2 * len(config.rope_frequencies)
+    halves = [np.split(part, 2) for part in np.split(channels, [rotary])]
+    first, second = (np.concatenate(part) for part in zip(*halves, strict=True))
+    frequencies = np.pad(config.rope_frequencies, (0, len(first) - rotary // 2))
+    behind = positions - config.sinks
+    angles = config.sinks + behind // 4096 * 4096, behind % 4096 // 64 * 64, behind % 64
+    found = mean[:, None, first] + 1j * mean[:, None, second]
+    for angle in angles:
+        turned = np.exp(1j * np.outer(angle, frequencies))
+        found = found * (turned.real.astype(np.float16) + 1j * turned.imag.astype(np.float16))
+    whole = np.empty((*found.shape[:2], config.head_dim))
+    whole[..., first], whole[..., second] = found.real, found.imag
+    return whole
+
+
 def decoded(state, layer, row):
     """Position -> (key, value), each [K, H], of everything the cache holds of a sequence."""
     config, length = state.config, int(state.lengths[row])
@@ -136,7 +159,9 @@ def decoded(state, layer, row):
         page = int(state.table.page_table[row, block % slots])
         key, value = (decoded_page(state, layer, page, values) for values in (False, True))
         if state.key_mean is not None:
-            key = key + np.asarray(state.key_mean[layer, row], np.float64)[:, None]
+            start = config.sinks + block * config.block
+            mean = np.asarray(state.key_mean[layer, row], np.float64)
+            key = key + mean_at(config, mean, start + np.arange(config.block))
         for t in range(config.block):
             tokens[config.sinks + block * config.block + t] = [key[:, t], value[:, t]]
     return tokens

@@ -14,6 +14,7 @@ from turboquant_jax.cache.bytes import planned_bytes
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.config import parameter_count
 from turboquant_jax.models.presets import PRESETS
+from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.units import parse_memory
 
 SMALL = "smollm2-135m"
@@ -35,7 +36,13 @@ def config_of(row, window=128, sinks=4):
     model = PRESETS[SMALL]
     codecs = [cache.CodecConfig(bits) for bits in (row.bits_k, row.bits_v)]
     return cache.CacheConfig(
-        model.num_layers, model.num_kv_heads, model.head_dim, *codecs, window=window, sinks=sinks
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        *codecs,
+        window=window,
+        sinks=sinks,
+        rope_frequencies=tuple(inverse_frequencies(model)),
     )
 
 
@@ -136,7 +143,10 @@ def test_a_head_dim_that_is_no_power_of_two(tmp_path, capsys):
     assert result["rotation"] == "haar"
     row = next(r for r in result["rows"] if r["bits_k"] == 4)
     codec = cache.CodecConfig(4, "haar")
-    config = cache.CacheConfig(30, 3, 96, codec, codec, window=128, sinks=4)
+    frequencies = (1.0,) * 48  # for their bytes
+    config = cache.CacheConfig(
+        30, 3, 96, codec, codec, window=128, sinks=4, rope_frequencies=frequencies
+    )
     assert planned_bytes(config, 1, row["tokens"]).total == row["cache_bytes"]
     assert plan.plan(SMALL, "1GB", 1, [(4, 4)], window=128, sinks=4).rotation == "hadamard"
 

@@ -13,7 +13,7 @@ import jax
 
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
-from turboquant_jax.models import Llama, dense, timing
+from turboquant_jax.models import Llama, dense, rope, timing
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.quantizers.quantizer import Code
@@ -62,6 +62,7 @@ class Grid:
       steps, repeats: steps of a timed loop, and how many loops.
       chunk: tokens of a forward pass of prefill.
       window, sinks, rotation, code: of the cache, see `CacheConfig`.
+      centring: what is subtracted from the keys.
     """
 
     bits: Sequence[Bits]
@@ -74,6 +75,7 @@ class Grid:
     sinks: int = 4
     rotation: Any = "hadamard"
     code: Code = "scalar"
+    centring: rope.Centring = "pre_rope"
 
     def __post_init__(self):
         for name in ("batches", "contexts", "steps", "repeats", "chunk"):
@@ -166,7 +168,13 @@ def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
     pair = (4, 4) if isinstance(bits, Allocation) or bits == (FULL, FULL) else bits
     key, value = (CodecConfig(b, **codec) for b in pair)
     return CacheConfig(
-        *sizes, key, value, window=grid.window, sinks=grid.sinks, allocation=allocation
+        *sizes,
+        key,
+        value,
+        window=grid.window,
+        sinks=grid.sinks,
+        allocation=allocation,
+        **rope.centring(model.config, grid.centring),
     )
 
 

@@ -19,7 +19,7 @@ from turboquant_jax.cache.bytes import (
     exact_bytes_per_token,
     planned_bytes,
 )
-from turboquant_jax.models import Checkpoint, LlamaConfig
+from turboquant_jax.models import Checkpoint, LlamaConfig, rope
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
 from turboquant_jax.models.options import Sampling
@@ -38,7 +38,14 @@ class Answer:
     tokens_per_second: float
 
 
-def cache_config(model: LlamaConfig, key_bits: int, value_bits: int, **options) -> CacheConfig:
+def cache_config(
+    model: LlamaConfig,
+    key_bits: int,
+    value_bits: int,
+    *,
+    centring: rope.Centring = "pre_rope",
+    **options,
+) -> CacheConfig:
     """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
     codec = {name: options.pop(name) for name in ("rotation", "code") if name in options}
     return CacheConfig(
@@ -47,6 +54,7 @@ def cache_config(model: LlamaConfig, key_bits: int, value_bits: int, **options) 
         model.head_dim,
         CodecConfig(key_bits, **codec),
         CodecConfig(value_bits, **codec),
+        **rope.centring(model, centring),
         **options,
     )
 

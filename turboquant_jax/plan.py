@@ -19,6 +19,7 @@ from turboquant_jax.cache.bytes import (
     exact_bytes_per_token,
     planned_bytes,
 )
+from turboquant_jax.models import rope
 from turboquant_jax.models.config import LlamaConfig, parameter_count
 from turboquant_jax.models.gguf import open_gguf
 from turboquant_jax.models.metadata import config_from_gguf, config_from_huggingface
@@ -71,6 +72,7 @@ def plan(
     sinks: int,
     weight_bits: float = 16,
     rotation: Kind | None = None,
+    centring: rope.Centring = "pre_rope",
 ) -> Plan:
     """Plan for a model and a memory, with a row for full precision and each (key, value) bits.
 
@@ -82,6 +84,7 @@ def plan(
       window, sinks, rotation: of the cache, see `CacheConfig`; None is the rotation that
         `rotation.default_kind` has for the head dim.
       weight_bits: bits of a parameter of the model.
+      centring: what is subtracted from the keys.
 
     Raises:
       FileNotFoundError: a model that is no preset and not there.
@@ -109,6 +112,7 @@ def plan(
             CodecConfig(value, rotation),
             window=window,
             sinks=sinks,
+            **rope.centring(config, centring),
         )
         for key, value in pairs
     ]

@@ -24,17 +24,18 @@ PROGRAMS = 396
 def encode(
     keys: Float[Array, "rows slots K H"],
     values: Float[Array, "rows slots K H"],
-    jobs: Int[Array, "jobs 5"],
+    jobs: Int[Array, "jobs 6"],
     pool: Pool,
 ) -> Pool:
     """Compress blocks of T tokens into pages of the pool, in place if the caller gives it away.
 
-    Job (row, slot, page, mean, opens): the tokens in the slots of this row of keys and values, from
-    `slot` on and as a ring, become this page of the first head's row of the pool, counted through
-    the rows before it, and the same page of the next rows for the other heads; nothing happens if
-    it is negative. With a `key_mean`, the mean key in its row `mean` is taken off the keys; if
-    `opens` is not 0, it is the mean of these T keys, and written there. No two jobs may name one
-    page or open one mean.
+    Job (row, slot, page, mean, opens, place): the tokens in the slots of this row of keys and
+    values, from `slot` on and as a ring, become this page of the first head's row of the pool,
+    counted through the rows before it, and the same page of the next rows for the other heads;
+    nothing happens if it is negative. With a `key_mean`, the mean key in its row `mean` is taken
+    off the keys; if `opens` is not 0, it is the mean of these T keys, and written there. No two
+    jobs may name one page or open one mean. A mean before RoPE is turned to the places of the
+    tokens, of which the first is `place` in its period of 64.
 
     Raises ValueError for shapes that do not fit, NotImplementedError for what is not served.
     """
@@ -58,9 +59,12 @@ def encode(
     }
     target_specs = jax.tree.map(whole, targets)
     if pool.key_mean is not None:
-        # the rotated ones, too, since a block that opens one writes both
-        rotated = rotated_means(pool.key_mean, pool.keys)
-        means = {"key_mean": pool.key_mean, "rotated_mean": rotated}
+        # what is made of them, too, since a block that opens one writes both
+        means = {"key_mean": pool.key_mean}
+        if pool.pre_rope is None:
+            means["rotated_mean"] = rotated_means(pool.key_mean, pool.keys)
+        else:
+            means["turned_mean"] = pool.pre_rope.turned
         targets |= means
         target_specs |= jax.tree.map(of_head, means)
     constants = {
@@ -76,6 +80,8 @@ def encode(
             for side, groups in (("keys", pool.keys), ("values", pool.values))
         },
     }
+    if pool.pre_rope is not None:
+        constants |= {"angles": pool.pre_rope.angles, "opening": pool.pre_rope.opening}
     vectors: dict[str, Any] = {"keys": keys, "values": values}
     inputs = (vectors, constants, targets)
     specs = (

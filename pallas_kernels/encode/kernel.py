@@ -17,7 +17,7 @@ from pallas_kernels.encode.task import GroupTask, compress, open_means
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.nearest import Levels
-from pallas_kernels.primitives.tile import Columns
+from pallas_kernels.primitives.tile import Centre, Columns
 
 
 def encode_kernel(
@@ -32,8 +32,18 @@ def encode_kernel(
     begin, stop = (lax.div((program + i) * total, jnp.int32(programs)) for i in (0, 1))
     job = begin + jnp.arange(power_of_two(-(-total // programs)))
 
+    centre = None
+    if "key_mean" in new:
+        centre = Centre(
+            means=new["key_mean"],
+            rotated=new.get("rotated_mean"),
+            turned=new.get("turned_mean"),
+            angles=constants.get("angles"),
+            opening=constants.get("opening"),
+            rotary=0 if pool.pre_rope is None else pool.pre_rope.rotary,
+        )
+
     def part(side: str, g: int, group: GroupOperand, first_channel: int) -> GroupTask:
-        centred = side == "keys" and "key_mean" in new
         return GroupTask(
             group=group,
             column=Columns(group.rotation.parts.shape[2], first_channel),
@@ -44,8 +54,7 @@ def encode_kernel(
             vectors=source[side],
             parts=constants[side][g].parts,
             packing=constants["packing"][g] if side == "values" else None,
-            means=new["key_mean"] if centred else None,
-            rotated_means=new["rotated_mean"] if centred else None,
+            centre=centre if side == "keys" else None,
             planes=new[side][g],
             scales=new["scales"][g],
             shared=side == "values" and g < len(pool.keys),
@@ -66,7 +75,7 @@ def encode_kernel(
             channel = 0
             for g, group in enumerate(groups):
                 own = part(side, g, group, channel)
-                if own.means is not None:
+                if own.centre is not None:
 
                     @triton.when(opens > 0)
                     def opening(own: GroupTask = own) -> None:

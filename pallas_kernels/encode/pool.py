@@ -27,6 +27,28 @@ class GroupOperand:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PreRopeOperand:
+    """A mean key that RoPE turns on from token to token, in pairs of channels.
+
+    Pair c of the first `rotary` channels is (c, c + rotary / 2), the others are paired in the same
+    way among themselves. Angles are [..., 2, H]: the cosine of each channel's pair, and its sine,
+    negative for the first of the two.
+
+    Attributes:
+      angles: float16, of the 64 places in a period, whose numbers of 11 bits are taken as exact.
+      opening: float32, of the tokens of a sequence's first block.
+      turned: [jobs * periods of a block, K, 2, H], of each period of a job its mean as it is at
+        the first place, and for each channel the other one of its pair.
+    """
+
+    angles: Float[Array, "64 2 H"]
+    opening: Float[Array, "T 2 H"]
+    turned: Float[Array, "periods K 2 H"]
+    rotary: int = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Where the blocks go: groups of keys and of values, and their scales."""
 
@@ -34,6 +56,7 @@ class Pool:
     values: tuple[GroupOperand, ...]
     scales: tuple[UInt32[Array, "rows pages T"], ...]
     key_mean: Float[Array, "means K H"] | None
+    pre_rope: PreRopeOperand | None = None
 
 
 def check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:
@@ -46,10 +69,10 @@ def check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> in
             f"keys and values: got {keys.dtype}{list(keys.shape)} and {values.dtype}"
             f"{list(values.shape)}, expected both [rows, slots, K, H]"
         )
-    if keys.shape[1] < tokens or jobs.ndim != 2 or jobs.shape[1] != 5:
+    if keys.shape[1] < tokens or jobs.ndim != 2 or jobs.shape[1] != 6:
         raise ValueError(
             f"slots and jobs: got {keys.shape[1]} and {jobs.shape}, "
-            f"expected at least {tokens} slots and jobs of 5 numbers"
+            f"expected at least {tokens} slots and jobs of 6 numbers"
         )
     for side, groups in (("keys", pool.keys), ("values", pool.values)):
         total = sum(group.rotation.parts.shape[2] for group in groups)

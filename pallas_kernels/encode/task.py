@@ -33,18 +33,20 @@ from pallas_kernels.primitives.quantize import (
     scaled,
     unsafe,
 )
-from pallas_kernels.primitives.tile import Columns, Tile
+from pallas_kernels.primitives.tile import PERIOD, Centre, Columns, Tile
 
 # Tokens that a program has in registers at a time.
 TILE = 64
 
 
 class JobPlace(NamedTuple):
-    """Where the tokens of a block lie, and its mean; int32 scalars."""
+    """Where the tokens of a block lie, its mean, and how that is turned; int32 scalars."""
 
     row: jax.Array
     slot: jax.Array
     mean: jax.Array
+    number: jax.Array
+    place: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,8 @@ class GroupTask:
 
     jobs [jobs, 5]; `first_page` of the kv head, among those of the first one's row; vectors [rows,
     slots, H]; parts [parts, 1, H, H] of the rotation; packing
-    matrices of the planes, of values only; means and rotated_means [rows, H], or None where nothing
-    is taken off; `scales` [pages, tokens], of which another part has the other half if `shared`.
+    matrices of the planes, of values only; centre, or None where nothing is taken off; `scales`
+    [pages, tokens], of which another part has the other half if `shared`.
     """
 
     group: GroupOperand
@@ -66,8 +68,7 @@ class GroupTask:
     vectors: Any
     parts: Any
     packing: list[Any] | None
-    means: Any
-    rotated_means: Any
+    centre: Centre | None
     planes: tuple[Any, ...]
     scales: Any
     shared: bool
@@ -84,7 +85,10 @@ class GroupTask:
 
     def place(self, number: jax.Array) -> JobPlace:
         """Where a job's block lies."""
-        return JobPlace(*(self.of_job(number, column) for column in (0, 1, 3)))
+        row, slot, mean = (self.of_job(number, column) for column in (0, 1, 3))
+        if self.centre is None or self.centre.turned is None:
+            return JobPlace(row, slot, mean, number, number)  # the last two mean nothing
+        return JobPlace(row, slot, mean, number, self.of_job(number, 5))
 
     def page(self, number: jax.Array) -> jax.Array:
         """Which page it becomes, counted through all rows; negative: none."""
@@ -93,6 +97,10 @@ class GroupTask:
 
     def tile(self, place: JobPlace, token: jax.Array) -> Tile:
         """Some tokens of a block."""
+        periods = -(-self.tokens // PERIOD)
+        period = place.number * periods
+        if periods > 1 and self.centre is not None and self.centre.turned is not None:
+            period = period + (token >> 6).min()
         return Tile(
             source=self.vectors,
             row=place.row,
@@ -100,9 +108,10 @@ class GroupTask:
             token=token,
             column=self.column,
             parts=self.parts,
-            means=self.means,
-            rotated_means=self.rotated_means,
+            centre=self.centre,
             mean_row=place.mean,
+            period=period,
+            place=place.place,
         )
 
     def other_scales(self, page: jax.Array) -> list[jax.Array]:
@@ -212,8 +221,9 @@ def open_means(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
 
 
 def _open_mean(tile: Tile) -> None:
-    """The mean of a block's finite vectors, as it is and rotated, a few columns at a time."""
-    column, tokens = tile.column, tile.token.shape[0]
+    """The mean of a block's finite vectors, and what is made of it, a few columns at a time."""
+    column, tokens, centre = tile.column, tile.token.shape[0], tile.centre
+    assert centre is not None
 
     def look(i: jax.Array, largest: jax.Array) -> jax.Array:
         x = tile.of_all_groups(i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)).astype(jnp.float32)
@@ -225,24 +235,28 @@ def _open_mean(tile: Tile) -> None:
     finite = triton.rare_loop(every, look, jnp.zeros(tokens, jnp.int32)) < 0x7F800000
     count = jnp.maximum(jnp.where(finite, 1, 0).sum(), 1)
 
-    def mean_of(within: jax.Array) -> jax.Array:
-        x = tile.vectors(within).astype(jnp.float32)
+    def mean_of(channel: jax.Array) -> jax.Array:
+        x = tile.stored_keys(channel)
         total = jnp.where(jnp.broadcast_to(finite[:, None], x.shape), x, 0.0).sum(axis=0)
         # by a constant where it can be: a division by another number may round otherwise
         return jnp.where(count == tokens, total / tokens, total / count.astype(jnp.float32))
 
     def add(i: jax.Array, rotated: jax.Array) -> jax.Array:
         within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
-        mean = mean_of(within)
-        at = tile.means.at[tile.mean_row, column.first + within]
-        triton.store(at, mean, mask=within < column.dim)
+        channel, exists = column.first + within, within < column.dim
+        mean = jnp.where(exists, mean_of(channel), 0.0)
+        triton.store(centre.means.at[tile.mean_row, channel], mean, mask=exists)
+        if centre.turned is not None:
+            tile.store_turned(channel, (mean, mean_of(centre.partner(channel))), exists)
+            return rotated
         for part in tile.rotation(within):
             rotated = rotated + (part.astype(jnp.float32) * mean[None, :]).sum(axis=1)
         return rotated
 
     turns = column.count // FEW_COLUMNS
     rotated = triton.rare_loop(turns, add, jnp.zeros(column.count, jnp.float32))
-    place, exists = column.rotated()
-    at = tile.rotated_means.at[tile.mean_row, column.first + place]
-    triton.store(at, rotated, mask=exists)
+    if centre.rotated is not None:
+        place, exists = column.rotated()
+        at = centre.rotated.at[tile.mean_row, column.first + place]
+        triton.store(at, rotated, mask=exists)
     triton.barrier()

@@ -49,9 +49,10 @@ class Rotated:
 
 def rotated(tile: Tile, rotation: list[jax.Array]) -> Rotated:
     """Vectors as they come. Those whose square is not `safe` have to be `scaled` first."""
-    products = _products(tile.vectors(tile.column.within), rotation)
+    digits = tile.digits(tile.column.within)
+    products = [product for x in digits for product in _products(x, rotation)]
     z = sum(products[1:], products[0])
-    if tile.centred:
+    if tile.has_rotated_mean:
         z = z - tile.rotated_mean()[None, :]
     square = _length(z)
     return Rotated(z, square, jnp.ones_like(square))
@@ -114,21 +115,23 @@ def scaled(tile: Tile) -> Rotated:
     """
     column, rows = tile.column, tile.token.shape[0]
 
-    def load(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Columns, the vectors there, and those less their mean."""
+    def load(i: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+        """Columns, what is rotated there, and the vectors less their mean."""
         within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
-        wide = tile.vectors(within).astype(jnp.float32)
-        return within, wide, wide - tile.mean(within)[None, :] if tile.centred else wide
+        digits = [x.astype(jnp.float32) for x in tile.digits(within)]
+        wide = sum(digits[1:], digits[0])
+        return within, digits, wide - tile.mean(within)[None, :] if tile.has_rotated_mean else wide
 
     def find_largest(i: jax.Array, largest: jax.Array) -> jax.Array:
         return jnp.maximum(largest, jnp.abs(load(i)[2]).max(axis=1))
 
     def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         square, z = carry
-        within, wide, centred = load(i)
+        within, digits, centred = load(i)
         centred = centred * grow[:, None]
         # of a vector that is not finite only its own row is spoilt
-        z = sum(_products(wide * grow[:, None], tile.rotation(within)), z)
+        for x in digits:
+            z = sum(_products(x * grow[:, None], tile.rotation(within)), z)
         return square + (centred * centred).sum(axis=1), z
 
     zero, turns = jnp.zeros(rows, jnp.float32), column.count // FEW_COLUMNS
@@ -140,7 +143,7 @@ def scaled(tile: Tile) -> Rotated:
     shrink = lax.bitcast_convert_type(exponent << 23, jnp.float32)
     start = zero, jnp.zeros((rows, column.count), jnp.float32)
     square, z = triton.rare_loop(turns, add, start)
-    if tile.centred:
+    if tile.has_rotated_mean:
         z = z - tile.rotated_mean()[None, :] * grow[:, None]
     finite = square < jnp.inf
     usable = (square > 0) & finite

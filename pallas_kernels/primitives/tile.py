@@ -47,12 +47,41 @@ class Columns:
         )
 
 
+# Places that share one mean before RoPE, turned to the first of them.
+PERIOD = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Centre:
+    """What is taken off the keys of one kv head: references inside a kernel.
+
+    means [rows, H]; either rotated [rows, H], which comes off after the rotation, or turned
+    [periods, 2, H] with angles [64, 2, H] and opening [T, 2, H], see `encode.PreRopeOperand`.
+    """
+
+    means: Any
+    rotated: Any
+    turned: Any
+    angles: Any
+    opening: Any
+    rotary: int
+
+    def partner(self, channel: jax.Array) -> jax.Array:
+        """The other channel of the pair."""
+        channels, half = self.means.shape[1], self.rotary // 2
+        rest = (channels - self.rotary) // 2
+        of_rest = jnp.where(channel < self.rotary + rest, channel + rest, channel - rest)
+        of_rotary = jnp.where(channel < half, channel + half, channel - half)
+        return jnp.where(channel < self.rotary, of_rotary, of_rest)
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """References inside a kernel, and where in them.
 
-    source [rows, slots, H]; parts [parts, 1, H, H] of the rotation; means and rotated_means
-    [rows, H], or None where nothing is taken off.
+    source [rows, slots, H]; parts [parts, 1, H, H] of the rotation; centre, or None where nothing
+    is taken off: the row of its mean, the period of the tokens (of the first of them, where a
+    block has several and opens), and the place in a period of the block's first token.
     """
 
     source: Any
@@ -61,14 +90,76 @@ class Tile:
     token: jax.Array
     column: Columns
     parts: Any
-    means: Any
-    rotated_means: Any
+    centre: Centre | None
     mean_row: jax.Array
+    period: jax.Array
+    place: jax.Array
 
     @property
-    def centred(self) -> bool:
-        """Whether a mean is taken off."""
-        return self.means is not None
+    def has_rotated_mean(self) -> bool:
+        """Whether a mean comes off after the rotation."""
+        return self.centre is not None and self.centre.rotated is not None
+
+    def digits(self, within: jax.Array) -> list[jax.Array]:
+        """[tokens, columns] that add up to what is rotated.
+
+        Without their mean before RoPE vectors have two digits of bfloat16, the first one cut off;
+        of wider types they are one.
+        """
+        x = self.vectors(within)
+        if self.centre is None or self.centre.turned is None:
+            return [x]
+        centred = self._centred(within, x.astype(jnp.float32))
+        upper = _cut(centred, 16)
+        lower = (centred - upper).astype(jnp.bfloat16)
+        if self.parts.dtype == jnp.bfloat16:
+            return [upper.astype(jnp.bfloat16), lower]
+        return [upper + lower.astype(jnp.float32)]
+
+    def _centred(self, within: jax.Array, x: jax.Array) -> jax.Array:
+        """Less their mean, turned: numbers of 11 bits times halves of 24, whose products are exact,
+        so that it is what `pre_rope.center` gives.
+        """
+        centre, channel, exists = self.centre, self.column.first + within, within < self.column.dim
+        place = (self.place + self.token) & (PERIOD - 1)
+        wide = jnp.broadcast_to(exists[None, :], x.shape)
+        cos, sin = (
+            self._load(centre.angles.at[place[:, None], i, channel[None, :]], wide) for i in (0, 1)
+        )
+        cos, sin = (part.astype(jnp.float32) for part in (cos, sin))
+        own, other = (self._load(centre.turned.at[self.period, i, channel], exists) for i in (0, 1))
+        own_upper, other_upper = _cut(own, 12), _cut(other, 12)
+        x = x - own_upper[None, :] * cos - other_upper[None, :] * sin
+        return x - (own - own_upper)[None, :] * cos - (other - other_upper)[None, :] * sin
+
+    def stored_keys(self, channel: jax.Array) -> jax.Array:
+        """[tokens, channels] of which a mean is taken, float32: turned back where it is turned."""
+        centre, x = self.centre, self.of_all_groups(channel).astype(jnp.float32)
+        if centre is None or centre.turned is None:
+            return x
+        exists = jnp.broadcast_to((channel < self.source.shape[2])[None, :], x.shape)
+        cos, sin = (
+            triton.load(
+                centre.opening.at[self.token[:, None], i, channel[None, :]], mask=exists, other=0.0
+            )
+            for i in (0, 1)
+        )
+        other = self.of_all_groups(centre.partner(channel)).astype(jnp.float32)
+        return x * cos - other * sin
+
+    def store_turned(
+        self, channel: jax.Array, pair: tuple[jax.Array, jax.Array], exists: jax.Array
+    ) -> None:
+        """A mean at some channels and at their partners, turned to the periods of a first block."""
+        centre, (mean, other) = self.centre, pair
+        for i in range(-(-self.token.shape[0] // PERIOD)):
+            cos, sin = (
+                triton.load(centre.opening.at[i * PERIOD, j, channel], mask=exists, other=0.0)
+                for j in (0, 1)
+            )
+            turned = mean * cos + other * sin, other * cos - mean * sin
+            for j, part in enumerate(turned):
+                triton.store(centre.turned.at[self.period + i, j, channel], part, mask=exists)
 
     def vectors(self, within: jax.Array) -> jax.Array:
         """[tokens, columns] from a ring of slots."""
@@ -89,13 +180,13 @@ class Tile:
 
     def mean(self, within: jax.Array) -> jax.Array:
         """[columns], to be taken off."""
-        at = self.means.at[self.mean_row, self.column.first + within]
+        at = self.centre.means.at[self.mean_row, self.column.first + within]
         return self._load(at, within < self.column.dim)
 
     def rotated_mean(self) -> jax.Array:
         """Pi mean / gain."""
         place, exists = self.column.rotated()
-        return self._load(self.rotated_means.at[self.mean_row, self.column.first + place], exists)
+        return self._load(self.centre.rotated.at[self.mean_row, self.column.first + place], exists)
 
     def rotation(self, within: jax.Array) -> list[jax.Array]:
         """The parts of Pi / gain [rotated columns, columns]."""
@@ -110,3 +201,9 @@ class Tile:
         if self.column.dim == self.column.count:
             return triton.load(at)
         return triton.load(at, mask=exists, other=0.0)
+
+
+def _cut(x: jax.Array, bits: int) -> jax.Array:
+    """Float32 numbers without their last bits."""
+    whole = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type(whole & jnp.int32(-(1 << bits)), jnp.float32)

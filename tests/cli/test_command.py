@@ -16,6 +16,7 @@ from turboquant_jax.cache import presets
 from turboquant_jax.cli import parsers, settings
 from turboquant_jax.models import PRESETS
 from turboquant_jax.models.checkpoint import packaged_smollm2
+from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.quantizers.bounds import lloyd_max_distortion
 
 
@@ -178,7 +179,7 @@ def test_a_preset_is_the_library_s(command, name):
     arguments = parse([command, *given, "--preset", name])
     bits, options = settings.asked_bits(arguments), settings.segments(arguments, 64)
     sizes = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=1, num_kv_heads=2, head_dim=64)
-    expected = cache.preset(name, 1, 2, 64)
+    expected = cache.preset(name, 1, 2, 64, tuple(inverse_frequencies(sizes)))
     assert demo.cache_config(sizes, *bits, code=settings.code(arguments), **options) == expected
     assert settings.table(arguments)[bits] == expected.key.code
     shorter = parse([command, *given, "--preset", name, "--window", "32"])
@@ -190,7 +191,15 @@ def test_generate_makes_the_cache_of_the_preset(name):
     arguments = parsers.build().parse_args(["generate", "x", "--preset", name])
     sizes = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=1, num_kv_heads=2, head_dim=64)
     state = jax.eval_shape(lambda: settings.empty_past(arguments, sizes, 1, 200)[0])
-    assert state.config == cache.preset(name, 1, 2, 64)
+    frequencies = tuple(inverse_frequencies(sizes))
+    assert state.config == cache.preset(name, 1, 2, 64, frequencies)
+
+
+@pytest.mark.parametrize(("said", "centred"), [("stored", True), ("none", False)])
+def test_another_centring_can_be_asked_for(said, centred):
+    arguments = parsers.build().parse_args(["generate", "x", "--centring", said])
+    state = jax.eval_shape(lambda: settings.empty_past(arguments, PRESETS["llama-2-7b"], 1, 9)[0])
+    assert state.config.center_keys == centred and state.config.rope_frequencies is None
 
 
 def test_generate_and_bench_take_a_preset(tiny, tmp_path, capsys):

@@ -7,12 +7,14 @@ import pytest
 from turboquant_jax import cli
 from turboquant_jax.cache import presets
 from turboquant_jax.cli import choices, models
+from turboquant_jax.models import rope
 from turboquant_jax.quantizers import rotation
 
 
 def test_choices_are_the_library_s():
     assert get_args(presets.Preset) == choices.PRESETS
     assert get_args(rotation.Kind) == choices.ROTATIONS
+    assert get_args(rope.Centring) == choices.CENTRINGS
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ Three segments, joined by their log-sum-exp: the chunk, causally; sinks and wind
 compressed blocks, a tile at a time, which is decoded to 16 bits in the rotated space, read once and
 forgotten. So the past is never there in full precision, however long it is.
 
+Keys that were centred before RoPE get their mean back in the tile, turned and rotated, before they
+are rounded to its 16 bits: about the error that keys in full precision have in these bits.
+
 A tile is long and narrow: as few kv heads as give the device enough query rows, and many tokens. It
 takes no more memory than a short one of all heads, and merging, which is a pass over the outputs so
 far, is rare. Tiles that all sequences fill are attended to without a mask, which would cost the
@@ -24,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention import head_rotation, triton
 from turboquant_jax.attention.segments import Scores, SegmentPart, merge, sink_part
-from turboquant_jax.cache import blocks, kernel_operands
+from turboquant_jax.cache import blocks, kernel_operands, pre_rope
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.layout import locate
 from turboquant_jax.cache.state import Cache, LayerRows
@@ -173,6 +176,9 @@ def _over_blocks(
         parts = []
         for q, g in zip(by_group, own, strict=True):
             keys, values = decode(cache, rows, page, g)
+            if cache.phases is not None:
+                keys = keys + _rotated_means(cache, rows, i * size + jnp.arange(size), g)
+                keys = keys.astype(values.dtype)
             if masked:
                 keys, values = (jnp.where(seen, x, 0) for x in (keys, values))
             parts.append(segment(q, keys, values, held if masked else None))
@@ -213,7 +219,11 @@ def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
     if cache.key_mean is None:
         return reach
     mean = _reach(cache.key_mean[rows.layer])
-    return jnp.where((tokens > 0)[:, None], jnp.maximum(reach, mean), 0.0)
+    if cache.phases is None:
+        reach = jnp.maximum(reach, mean)
+    else:  # a part of the keys; each channel of the rotated one at most sqrt(H) times as large
+        reach = reach + mean * cache.config.head_dim
+    return jnp.where((tokens > 0)[:, None], reach, 0.0)
 
 
 def _groups(kv_heads: int, query_rows: int, rows: int) -> int:
@@ -223,12 +233,28 @@ def _groups(kv_heads: int, query_rows: int, rows: int) -> int:
 
 
 def _mean_products(cache: Cache, rows: LayerRows, queries):
-    """<q, mean key>, which centring took from every compressed key; 0 without centring."""
-    if cache.key_mean is None:
+    """<q, mean key>, which is missing in every compressed key; 0 if none is, or tiles have it."""
+    if cache.key_mean is None or cache.phases is not None:
         return jnp.zeros(queries.shape[:-1], jnp.float32)
     mean = jnp.repeat(cache.key_mean[rows.layer], queries.shape[2] // cache.kv_heads, axis=1)
     # a sum, not a product of matrices, for which XLA would write the queries out in float32
     return jnp.sum(queries.astype(jnp.float32) * mean[:, None], axis=-1)
+
+
+def _rotated_means(
+    cache: Cache, rows: LayerRows, index: Int[Array, " S"], heads: Int[Array, " heads"]
+) -> Float[Array, "B S heads H"]:
+    """The mean keys of tokens `index`, counted behind the sinks, in the rotated space, float32."""
+    (member,) = rows.members
+    codec, own = cache.parts[member.part].codecs[0], member.of(cache.kv_heads)[heads]
+    taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(
+        cache.key_mean[rows.layer][:, heads]
+    )
+    if cache.config.dtype != "bfloat16":
+        return head_rotation.rotate_queries(codec, own, taken)
+    # two digits of bfloat16, which tensor cores take; a conversion there and back XLA would skip
+    upper = lax.reduce_precision(taken, 8, 7)
+    return sum(_rotate(codec, own, x.astype(jnp.bfloat16)) for x in (upper, taken - upper))
 
 
 def _rotate(

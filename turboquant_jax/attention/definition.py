@@ -2,7 +2,8 @@
 
 Compressed blocks never leave the rotated space: <q, x~> = s <Pi q, c>, so the query is rotated once
 and the output rotated back once (TurboQuant, arXiv:2504.19874; theory in the identities of its
-section 3). The centre of the keys adds <q, mean> to every score of the compressed segment.
+section 3). The centre of the keys adds <q, R_p m> to every score of the compressed segment
+(`cache.pre_rope`).
 """
 
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def _blocks(cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores) -> S
         by_token(value_codec.dequantize(values)),
         held[:, None, :] & sees(cache.config, query, position),
         scores,
-        head_rotation.mean_products(cache, rows, member, q),
+        head_rotation.mean_products(cache, rows, member, q, position),
     )
     return head_rotation.unrotate_outputs(value_codec, own, output), lse
 

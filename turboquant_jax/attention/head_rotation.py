@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.segments import SegmentPart
+from turboquant_jax.cache import pre_rope
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.state import Cache, LayerRows, Rows
 
@@ -18,14 +19,22 @@ MemberPart = tuple[Float[Array, "B T _ H"], Float[Array, "B T _"]]
 
 
 def mean_products(
-    cache: Cache, rows: LayerRows, member: Rows, q: Float[Array, "B T N H"]
-) -> Float[Array, "B T N"] | None:
-    """<q, mean key>, which centring took from every compressed key; None without centring."""
+    cache: Cache,
+    rows: LayerRows,
+    member: Rows,
+    q: Float[Array, "B T N H"],
+    position: Int[Array, "B S"],
+) -> Float[Array, "B T N _"] | None:
+    """<q, R_p m>, which centring took from the compressed keys at these positions, as one number
+    where it is the same at all of them; None without centring.
+    """
     if cache.key_mean is None:
         return None
     mean = member.pick(cache.key_mean[rows.layer], axis=1)
+    index = position[:, :1] if cache.phases is None else position
+    taken = pre_rope.mean_at(mean, cache.phases, index - cache.config.sinks)
     grouped = _group(q.astype(jnp.float32), mean.shape[1])
-    return jnp.einsum("btkgh,bkh->btkg", grouped, mean).reshape(q.shape[:-1])
+    return jnp.einsum("btkgh,bskh->btkgs", grouped, taken).reshape(*q.shape[:-1], -1)
 
 
 def rotate_queries(

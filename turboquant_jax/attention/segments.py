@@ -72,18 +72,19 @@ def attend_segment(
     v: Float[Array, "B S K H"],
     visible: Bool[Array, "B T S"],
     scores: Scores,
-    bias: Float[Array, "B T N"] | None = None,
+    bias: Float[Array, "B T N _"] | None = None,
 ) -> SegmentPart:
     """Softmax attention in float32, with the log-sum-exp; a query that sees nothing gives 0, -inf.
 
-    `bias` is added to the products of a query before they are scaled.
+    `bias` is added to the products of queries before they are scaled: with each of the S tokens its
+    own, or with all of them the one.
     """
     batch, count, heads, dim = q.shape
     grouped = q.astype(jnp.float32).reshape(batch, count, k.shape[2], -1, dim)
     products = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32))
     if bias is not None:
-        by_group = jnp.moveaxis(bias.reshape(batch, count, k.shape[2], -1), 1, -1)
-        products = products + by_group[..., None]
+        by_group = bias.reshape(batch, count, k.shape[2], -1, bias.shape[3])
+        products = products + jnp.moveaxis(by_group, 1, 3)
     logits = scores.of(products, dim)
     # even -inf: where a sum overflows on its way, the sign is not that of the score
     logits = jnp.where(jnp.isfinite(products) & jnp.isfinite(logits), logits, jnp.nan)

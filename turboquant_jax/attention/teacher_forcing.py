@@ -5,14 +5,16 @@ decoding. Whatever evaluates a text builds on it; that the real cache, appended 
 gives the same is tested.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.definition import check_heads
 from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
+from turboquant_jax.cache import pre_rope
 from turboquant_jax.cache.choose import choose_compression
-from turboquant_jax.cache.compression import mean_key
 from turboquant_jax.cache.layout import edge, sees
 from turboquant_jax.cache.state import Cache, LayerRows, Rows, rows_of
 from turboquant_jax.implementation import Implementation
@@ -54,17 +56,22 @@ def teacher_forced(
 def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     """Keys and values [B, T, K, H] as they come back from the codecs."""
     config = cache.config
-    mean = jnp.zeros_like(k[:, :1])
+    centred, taken = k, jnp.zeros_like(k[:, :1])
     if config.center_keys:
-        mean = jax.vmap(mean_key)(k[:, config.sinks : config.sinks + config.block])[:, None]
+        first = k[:, config.sinks : config.sinks + config.block]
+        phases = pre_rope.create(config, k.shape[1])  # the cache's end with its capacity
+        mean = jax.vmap(partial(pre_rope.mean_key, phases=phases))(first)
+        index = jnp.arange(k.shape[1], dtype=jnp.int32) - config.sinks
+        taken = jax.vmap(partial(pre_rope.mean_at, phases=phases, index=index))(mean)
+        centred = jax.vmap(partial(pre_rope.center, phases=phases, index=index))(k, mean)
 
     def through(member: Rows, values: bool):
         codec, own = cache.parts[member.part].codecs[values], member.of(cache.kv_heads)
-        x = member.pick(v if values else k - mean, axis=2)
+        x = member.pick(v if values else centred, axis=2)
         return codec.unrotate(own, codec.dequantize(codec.quantize(own, x, search)))
 
     keys, values = (
         rows.join([through(member, which) for member in rows.members], axis=2)
         for which in (False, True)
     )
-    return keys + mean, values
+    return keys + taken, values

@@ -23,6 +23,7 @@ class Bytes:
     window: int
     sinks: int
     key_mean: int
+    phases: int
     tables: int
     codecs: int
 
@@ -42,6 +43,7 @@ def count_bytes(cache: Cache) -> Bytes:
         window=nbytes_of(cache.window),
         sinks=nbytes_of(cache.sinks),
         key_mean=nbytes_of(cache.key_mean),
+        phases=nbytes_of(cache.phases),
         tables=nbytes_of(cache.tables),
         codecs=nbytes_of([part.codecs for part in cache.parts]),
     )
@@ -69,13 +71,12 @@ def exact_bytes_per_token(config: CacheConfig) -> int:
 def bytes_per_compressed_token(config: CacheConfig) -> float:
     """Bytes of one more token in a long sequence: codes, scales and its share of the page table.
 
-    Exact: the difference of one block more, over the tokens of a block. 0 in a sliding window,
-    whose ring of blocks is full.
+    Exact: the difference of one block more, over the tokens of a block, but for the angles of RoPE,
+    a row for 4,096 tokens. 0 in a sliding window, whose ring of blocks is full.
     """
     edge = config.sinks + config.window + (config.sliding_window or 0)
-    fewer, more = (
-        planned_bytes(config, 1, edge + blocks * config.block).total for blocks in (8, 9)
-    )
+    counted = (planned_bytes(config, 1, edge + blocks * config.block) for blocks in (8, 9))
+    fewer, more = (found.total - found.phases for found in counted)
     return (more - fewer) / config.block
 
 

@@ -16,9 +16,10 @@ from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from turboquant_jax.cache import blocks, encoding
+from turboquant_jax.cache import blocks, encoding, pre_rope
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.choose import Compression
+from turboquant_jax.cache.pre_rope import Phases
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part, heads_of
 from turboquant_jax.implementation import Implementation
 
@@ -32,7 +33,7 @@ def compress_single(cache: Cache, by: Compression) -> Cache:
     first = config.num_blocks(table.lengths)
     start, opens = layout.window_slot(layout.block_start(first)), first == 0
     if by.blocks == "pallas":
-        return encoding.encode_window(cache, start, jnp.where(complete, pages, -1), opens)
+        return encoding.encode_window(cache, start, jnp.where(complete, pages, -1), first)
     rows = jnp.nonzero(complete, size=complete.shape[0], fill_value=0)[0]
 
     def compress(i, carry):
@@ -41,15 +42,16 @@ def compress_single(cache: Cache, by: Compression) -> Cache:
         place = (start[row] + jnp.arange(config.block)) % layout.ring
         block = Exact(cache.window.keys[:, row, place], cache.window.values[:, row, place])
         if means is not None:
-            mean = jnp.where(opens[row], jax.vmap(mean_key)(block.keys), means[:, row])
+            of_first = jax.vmap(partial(pre_rope.mean_key, phases=cache.phases))(block.keys)
+            mean = jnp.where(opens[row], of_first, means[:, row])
             means = lax.dynamic_update_index_in_dim(means, mean, row, axis=1)
         found = []
         for number, (part, pool) in enumerate(zip(cache.parts, pools, strict=True)):
             own = partial(_rows_of_part, cache, number)
             mean_rows = None if means is None else own(mean[:, None])[0]
             packed = _encode(
-                part, jnp.arange(pool.scales[0].shape[0]), jax.tree.map(own, block), mean_rows,
-                by.search,
+                part, jnp.arange(pool.scales[0].shape[0]), by.search, cache.phases,
+                jax.tree.map(own, block), mean_rows, first[row],
             )  # fmt: skip
             found.append(
                 jax.tree.map(
@@ -76,26 +78,28 @@ def compress_chunk(cache: Cache, rows: LayerRows, new: Exact, by: Compression) -
     slot, filled = cache.layout.completed(table.lengths, table.pending, new.keys.shape[1])
     filled = filled & (table.pending > 1)[:, None]
     page = jnp.take_along_axis(table.pending_pages, slot, axis=1)
-    opens = (cache.config.num_blocks(table.lengths) == 0) & jnp.any(filled, axis=1)
+    first = cache.config.num_blocks(table.lengths)
+    opens = (first == 0) & jnp.any(filled, axis=1)
+    number = first[:, None] + jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :]
     if by.blocks == "pallas":
         block = _gather(cache, layer, new, slot.shape[1])
-        return encoding.encode_chunk(cache, rows, block, jnp.where(filled, page, -1), opens)
+        return encoding.encode_chunk(cache, rows, block, jnp.where(filled, page, -1), number)
     page = jnp.where(filled, page, table.references.shape[0])  # past the end: dropped
 
     def compress(carry):
         pools, means = carry
         block = _gather(cache, layer, new, slot.shape[1])
         if means is not None:
-            of_first = jax.vmap(mean_key)(block.keys[:, 0])
+            of_first = jax.vmap(partial(pre_rope.mean_key, phases=cache.phases))(block.keys[:, 0])
             mean = jnp.where(opens[:, None, None], of_first, means[layer])
             means = means.at[layer].set(mean)
         found = list(pools)
         for member in rows.members:
             own = member.of(cache.kv_heads)
-            encode = partial(_encode, cache.parts[member.part], own, search=by.search)
+            encode = partial(_encode, cache.parts[member.part], own, by.search, cache.phases)
             some = jax.tree.map(partial(member.pick, axis=-2), block)
             mean_rows = None if means is None else member.pick(mean, axis=-2)
-            packed = jax.vmap(jax.vmap(encode, in_axes=(0, None)))(some, mean_rows)
+            packed = jax.vmap(jax.vmap(encode, in_axes=(0, None, 0)))(some, mean_rows, number)
             place = own[:, None, None], page[None]
             found[member.part] = jax.tree.map(
                 lambda old, new, place=place: old.at[place].set(
@@ -159,27 +163,23 @@ def _in_order(x: Array) -> Array:
     return with_layout_constraint(x, MemoryLayout(tuple(range(x.ndim))))
 
 
-def mean_key(keys: Float[Array, "T K H"]) -> Float[Array, "K H"]:
-    """The mean of those keys that are finite, float32; 0 if none is.
-
-    One that is not would spoil all later ones.
-    """
-    keys = keys.astype(jnp.float32)
-    finite = jnp.all(jnp.isfinite(keys), axis=-1, keepdims=True)
-    count = jnp.sum(finite, axis=0, dtype=jnp.float32)
-    return jnp.sum(jnp.where(finite, keys, 0.0), axis=0) / jnp.maximum(count, 1.0)
-
-
 def _encode(
     part: Part,
     rows: Int[Array, " K"],
+    search: Implementation,
+    phases: Phases | None,
     block: Exact,
     mean: Float[Array, "K H"] | None,
-    search: Implementation,
+    number: Int[Array, ""],
 ) -> Blocks:
-    """One block of some rows, [T, K, H]: the same arithmetic for a chunk and for single tokens."""
+    """Block `number` of a sequence, some rows of it [T, K, H]: the same arithmetic for a chunk and
+    for single tokens.
+    """
     key_codec, value_codec = part.codecs
-    keys = block.keys if mean is None else block.keys.astype(jnp.float32) - mean[None]
+    keys, tokens = block.keys, block.keys.shape[0]
+    if mean is not None:
+        index = number * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        keys = pre_rope.center(keys, mean, phases, index)
     return blocks.pack(
         part.codecs,
         key_codec.quantize(rows, keys, search),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 
 import jax.numpy as jnp
 
@@ -76,6 +77,9 @@ class CacheConfig:
       sinks: first tokens that always stay in full precision.
       center_keys: subtract the mean key of the first block (of each sequence and head) from the
         keys that are compressed, and add its product with the query to their scores.
+      rope_frequencies: radians per position of the model's rotary embedding, a number for each pair
+        (c, c + R / 2) of its first R channels: the mean is that of the keys before it, and is
+        turned to every place (`pre_rope`). None: the mean of the keys as they are stored.
       sliding_window: tokens that a query sees, itself included, in models with local attention;
         None = all of them. Blocks beyond it are given up and their pages used again.
       dtype: of everything in full precision.
@@ -91,6 +95,7 @@ class CacheConfig:
     window: int = 128
     sinks: int = 4
     center_keys: bool = True
+    rope_frequencies: tuple[float, ...] | None = None
     sliding_window: int | None = None
     dtype: str = "bfloat16"
     allocation: Allocation | None = None
@@ -109,6 +114,8 @@ class CacheConfig:
             raise ValueError(f"dtype: got {self.dtype!r}, expected a floating type") from error
         _require(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", self.dtype)
         object.__setattr__(self, "dtype", dtype.name)  # compares, hashes and is saved as its name
+        if self.rope_frequencies is not None:
+            object.__setattr__(self, "rope_frequencies", self._checked_frequencies())
         if self.allocation is not None:
             self.allocation.check(self.num_layers, self.num_kv_heads)
         for name in ("key", "value"):
@@ -121,6 +128,17 @@ class CacheConfig:
             )
             for _, bits in groups:
                 _require(1 <= bits <= 8, f"{name}.bits", "between 1 and 8", bits)
+
+    def _checked_frequencies(self) -> tuple[float, ...]:
+        frequencies = tuple(map(float, self.rope_frequencies or ()))
+        _require(all(map(isfinite, frequencies)), "rope_frequencies", "finite ones", frequencies)
+        _require(
+            1 <= len(frequencies) <= self.head_dim / 2 and self.head_dim % 2 == 0,
+            "rope_frequencies",
+            f"1 for each pair of at most {self.head_dim} channels, an even number",
+            f"{len(frequencies)}",
+        )
+        return frequencies
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:

@@ -1,13 +1,14 @@
 """The GPU kernel's view of compression: which blocks of a source become which pages."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels import encode as kernel
-from turboquant_jax.cache import kernel_operands
+from turboquant_jax.cache import kernel_operands, pre_rope
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.kernel_operands import flat
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part, heads_of
@@ -15,22 +16,22 @@ from turboquant_jax.quantizers.quantizer import Quantizer
 
 
 def encode_window(
-    cache: Cache, start: Int[Array, " B"], page: Int[Array, " B"], opens: Bool[Array, " B"]
+    cache: Cache, start: Int[Array, " B"], page: Int[Array, " B"], number: Int[Array, " B"]
 ) -> Cache:
     """Compress a block of each sequence's window, in all layers.
 
-    It begins in slot `start` and becomes this page, or nothing if that is negative; it is the
-    sequence's first if it `opens`.
+    It begins in slot `start` and becomes this page, or nothing if that is negative; of the blocks
+    of the sequence it has this number.
     """
     batch, heads = start.shape[0], cache.kv_heads
     window = jax.tree.map(flat, cache.window)
-    for number in range(len(cache.parts)):
-        layers = [layer for layer, head in heads_of(cache.config, number, heads) if head == 0]
+    for part in range(len(cache.parts)):
+        layers = [layer for layer, head in heads_of(cache.config, part, heads) if head == 0]
         layer = jnp.asarray(layers, jnp.int32)[:, None]
         source = layer * batch + jnp.arange(batch, dtype=jnp.int32)[None, :]
         row = heads * jnp.arange(len(layers), dtype=jnp.int32)[:, None]
-        columns = source, start[None], _through_rows(cache, row, page[None]), source, opens[None]
-        cache = encode_jobs(cache, number, window, _jobs(*jnp.broadcast_arrays(*columns)))
+        columns = source, start[None], _through_rows(cache, row, page[None]), source, number[None]
+        cache = encode_jobs(cache, part, window, _jobs(*jnp.broadcast_arrays(*columns)))
     return cache
 
 
@@ -39,7 +40,7 @@ def encode_chunk(
     rows: LayerRows,
     block: Exact,
     page: Int[Array, "B n"],
-    opens: Bool[Array, " B"],
+    number: Int[Array, "B n"],
 ) -> Cache:
     """Compress blocks [B, n, T, K, H] of each sequence, in one layer; see `encode_window`."""
     (member,) = rows.members
@@ -48,24 +49,31 @@ def encode_chunk(
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
     start = cache.config.block * jnp.arange(count, dtype=jnp.int32)[None, :]
     page = _through_rows(cache, member.first, page)
-    columns = jnp.broadcast_arrays(row, start, page, rows.layer * batch + row)
+    columns = jnp.broadcast_arrays(row, start, page, rows.layer * batch + row, number)
     first, rest = ([column[:, part] for column in columns] for part in (slice(1), slice(1, None)))
     # a sequence's first block alone: the kernel takes its mean, which the next ones need
-    cache = encode_jobs(cache, member.part, source, _jobs(*first, opens))
+    cache = encode_jobs(cache, member.part, source, _jobs(*first))
     if count == 1:
         return cache
-    return encode_jobs(cache, member.part, source, _jobs(*rest, jnp.zeros_like(rest[0])))
+    return encode_jobs(cache, member.part, source, _jobs(*rest))
 
 
 def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs 5"]) -> Cache:
-    """Compress blocks of `source`, [rows, slots, K, H], into pages; see `kernel.encode`."""
+    """Compress blocks of `source`, [rows, slots, K, H], into pages.
+
+    Jobs (row, slot, page, mean, block of the sequence): see `kernel.encode`.
+    """
     part, dtype = cache.parts[number], source.keys.dtype
     pool = kernel.Pool(
         keys=_groups(part.codecs[0].groups, part.pool.keys, dtype),
         values=_groups(part.codecs[1].groups, part.pool.values, dtype),
         scales=part.pool.scales,
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
+        pre_rope=_pre_rope(cache, jobs),
     )
+    index = jobs[:, 4:] * cache.config.block
+    columns = jobs[:, :4], index == 0, index % pre_rope.PERIOD
+    jobs = jnp.concatenate([column.astype(jnp.int32) for column in columns], axis=1)
     made = kernel.encode(source.keys, source.values, jobs, pool)
     found = Blocks(
         tuple(group.planes for group in made.keys),
@@ -78,6 +86,25 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
     if cache.key_mean is None or made.key_mean is None:
         return cache
     return replace(cache, key_mean=made.key_mean.reshape(cache.key_mean.shape))
+
+
+def _pre_rope(cache: Cache, jobs: Int[Array, "jobs 5"]) -> kernel.PreRopeOperand | None:
+    """The mean of each job, turned to its periods."""
+    phases, block = cache.phases, cache.config.block
+    if phases is None or cache.key_mean is None:
+        return None
+    angle = partial(pre_rope.signed_angles, rotary=phases.rotary)
+    periods = jnp.arange(-(-block // pre_rope.PERIOD), dtype=jnp.int32)
+    first = jobs[:, 4:] * block // pre_rope.PERIOD
+    mean = flat(cache.key_mean)[jobs[:, 3]]
+    turned = pre_rope.mean_of_period(mean, phases, first + periods[None])
+    turned = turned.reshape(-1, *turned.shape[2:])
+    return kernel.PreRopeOperand(
+        angles=angle(phases.within),
+        opening=angle(pre_rope.angles_at(phases, jnp.arange(block, dtype=jnp.int32))),
+        turned=jnp.stack([turned, pre_rope.swap_pairs(turned, phases.rotary)], axis=2),
+        rotary=phases.rotary,
+    )
 
 
 def _through_rows(cache: Cache, row: Array, page: Array) -> Array:

@@ -48,12 +48,19 @@ def codecs(name: Preset) -> tuple[CodecConfig, CodecConfig]:
     return _CODECS[name]
 
 
-def preset(name: Preset, num_layers: int, num_kv_heads: int, head_dim: int) -> CacheConfig:
+def preset(
+    name: Preset,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_frequencies: tuple[float, ...] | None = None,
+) -> CacheConfig:
     """A named cache for a model: sinks of 4, a window of 128, blocks of 64, centred keys.
 
     Args:
       name: "lossless", "balanced", "compact" or "max", as the table above has them.
       num_layers, num_kv_heads, head_dim: the model's.
+      rope_frequencies: the model's, see `CacheConfig`; without them keys are centred as stored.
 
     Returns:
       A configuration; `dataclasses.replace` changes the rest of it.
@@ -72,4 +79,5 @@ def preset(name: Preset, num_layers: int, num_kv_heads: int, head_dim: int) -> C
         window=WINDOW,
         sinks=4,
         center_keys=True,
+        rope_frequencies=rope_frequencies,
     )

@@ -18,11 +18,12 @@ import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int
 
-from turboquant_jax.cache import blocks, codec, pages
+from turboquant_jax.cache import blocks, codec, pages, pre_rope
 from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig, Format
 from turboquant_jax.cache.layout import Layout, block_slots
+from turboquant_jax.cache.pre_rope import Phases
 
 
 @register_dataclass
@@ -78,6 +79,7 @@ class Cache:
       tables: one for each kind of window that the layers have; today there is one kind.
       sinks, window: the full-precision segments.
       key_mean: float32 [layers, B, K, H], or None without key centring.
+      phases: the angles that turn the mean to its places, or None where it is that of stored keys.
       parts: the compressed blocks, by format.
     """
 
@@ -87,6 +89,7 @@ class Cache:
     sinks: Exact
     window: Exact
     key_mean: Float[Array, "layers B K H"] | None
+    phases: Phases | None
     parts: tuple[Part, ...]
 
     @property
@@ -320,5 +323,6 @@ def create(
         sinks=exact(min(config.sinks, capacity)),
         window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
         key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.center_keys else None,
+        phases=pre_rope.create(config, capacity),
         parts=tuple(part(number, form) for number, form in enumerate(config.formats)),
     )

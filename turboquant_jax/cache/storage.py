@@ -103,9 +103,10 @@ def _describe(cache: Cache) -> str:
     levels = [
         [[group.levels for group in codec.groups] for codec in part.codecs] for part in cache.parts
     ]
-    return json.dumps(
-        asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}, sort_keys=True
-    )
+    config = asdict(cache.config)
+    if config["rope_frequencies"] is None:  # so are files that know nothing of them
+        del config["rope_frequencies"]
+    return json.dumps(config | {"capacity": cache.capacity, "levels": levels}, sort_keys=True)
 
 
 def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

@@ -1,6 +1,7 @@
 """Names that flags take, known without the library that serves them; a test compares the two."""
 
 PRESETS = ("lossless", "balanced", "compact", "max")
+CENTRINGS = ("pre_rope", "stored", "none")
 ROTATIONS = ("haar", "hadamard", "block_hadamard", "identity")
 FULL = 16
 """Bits of a cache in full precision."""

@@ -69,6 +69,13 @@ def add_segments(parser: argparse.ArgumentParser, window: int) -> None:
         choices=choices.ROTATIONS,
         help="(default: hadamard, or haar for a head dim that is no power of two)",
     )
+    parser.add_argument(
+        "--centring",
+        choices=choices.CENTRINGS,
+        default="pre_rope",
+        help="the mean that is subtracted from keys: before RoPE, as stored, or none "
+        "(default: %(default)s)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

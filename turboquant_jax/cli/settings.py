@@ -80,13 +80,14 @@ def with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def segments(arguments: argparse.Namespace, head_dim: int | None = None) -> dict[str, Any]:
-    """Window, sinks and rotation: the one asked for, or what serves the head dim."""
+    """Window, sinks, centring and rotation: as asked for, or what serves the head dim."""
     usual = arguments.usual_window if arguments.preset is None else presets.WINDOW
     default = None if head_dim is None else default_kind(head_dim)
     return {
         "window": getattr(arguments, "window", usual),
         "sinks": arguments.sinks,
         "rotation": arguments.rotation or default,
+        "centring": arguments.centring,
     }
 
 

@@ -4,12 +4,22 @@ Source: Su et al., RoFormer (arXiv 2104.09864); the scaling follows Meta's Llama
 """
 
 import math
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.models.config import Llama3Scaling, LlamaConfig
+
+Centring = Literal["pre_rope", "stored", "none"]
+"""What is subtracted from the keys of a cache: their mean before RoPE, as stored, or nothing."""
+
+
+def centring(config: LlamaConfig, kind: Centring = "pre_rope") -> dict[str, Any]:
+    """What `CacheConfig` is told of it: the arguments `center_keys` and `rope_frequencies`."""
+    known = tuple(inverse_frequencies(config).tolist()) if kind == "pre_rope" else None
+    return {"center_keys": kind != "none", "rope_frequencies": known}
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:

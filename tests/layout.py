@@ -120,8 +120,9 @@ def decoded_row(state, part, row, page, values):
 def mean_at(config, mean, positions):
     """The mean keys [K, H] as they were taken from keys at these positions: [K, T, H].
 
-    Pairs of channels are complex numbers, turned by three angles whose sines and cosines have the
-    precision of float16: of the token in its period of 64, of the period, of every 64th of them.
+    Pairs of channels are complex numbers, turned by three angles. Sines and cosines of the period
+    and of every 64th of them have the precision of float16; those of the token in its period of 64
+    are integers in units of 1 / 127, which every 64th period has as a factor.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]
@@ -130,11 +131,18 @@ def mean_at(config, mean, positions):
     first, second = (np.concatenate(part) for part in zip(*halves, strict=True))
     frequencies = np.pad(config.rope_frequencies, (0, len(first) - rotary // 2))
     behind = positions - config.sinks
-    angles = config.sinks + behind // 4096 * 4096, behind % 4096 // 64 * 64, behind % 64
     found = mean[:, None, first] + 1j * mean[:, None, second]
-    for angle in angles:
-        turned = np.exp(1j * np.outer(angle, frequencies))
-        found = found * (turned.real.astype(np.float16) + 1j * turned.imag.astype(np.float16))
+    for angle, unit, dtype in (
+        (config.sinks + behind // 4096 * 4096, 1 / 127, np.float16),
+        (behind % 4096 // 64 * 64, 1, np.float16),
+        (behind % 64, 127, np.int8),
+    ):
+        turned = unit * np.exp(1j * np.outer(angle, frequencies))
+        parts = turned.real, turned.imag
+        if dtype == np.int8:
+            parts = map(np.rint, parts)
+        real, imaginary = (part.astype(dtype).astype(float) for part in parts)
+        found = found * (real + 1j * imaginary)
     whole = np.empty((*found.shape[:2], config.head_dim))
     whole[..., first], whole[..., second] = found.real, found.imag
     return whole

@@ -186,14 +186,14 @@ def _digits(
     """
     c1, s1, c2, s2 = angles
     cos, sin = triton.fma(c1, c2, -(s1 * s2)), triton.fma(c1, s2, s1 * c2)
-    cos, sin, back = (_of_threads(x, warps) for x in (cos, sin, -sin))
-    rows: list[list[jax.Array]] = [[] for _ in range(2 * len(cos))]
+    forth = _of_threads(cos, warps), _of_threads(sin, warps), _of_threads(-sin, warps)
+    rows: list[list[jax.Array]] = [[] for _ in range(2 * len(forth[0]))]
     for a, b in coefficients:
-        for i in range(len(cos)):
+        for i, (cos, sin, back) in enumerate(zip(*forth, strict=True)):
             # the bits of MAGIC itself are cut off by the conversion to a byte
             magic = jnp.full_like(a[i], MAGIC + 128.0)
-            x = triton.fma(a[i], cos[i], triton.fma(b[i], sin[i], magic))
-            y = triton.fma(b[i], cos[i], triton.fma(a[i], back[i], magic))
+            x = triton.fma(a[i], cos, triton.fma(b[i], sin, magic))
+            y = triton.fma(b[i], cos, triton.fma(a[i], back, magic))
             for row, turned in ((rows[2 * i], x), (rows[2 * i + 1], y)):
                 bits = lax.bitcast_convert_type(turned, jnp.int32)
                 row += [(bits >> 8).astype(jnp.int8), (bits ^ 128).astype(jnp.int8)]

@@ -133,7 +133,10 @@ def scores(
         unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
         terms.append((scaled, unit))
     if mean is not None:
-        terms.append(tuple(jnp.broadcast_to(x, scaled.shape) for x in mean))
+        product, unit = mean
+        terms.append(
+            (jnp.broadcast_to(product, scaled.shape), jnp.broadcast_to(unit, scaled.shape))
+        )
     if plan.soft_cap is None:
         return terms
     total = jnp.zeros_like(scaled)

@@ -36,6 +36,7 @@ IN_TESTS = {  # each code, allocation and way of appending is met
     "groups, ordered": "singles",
     "k2v3 trellis, sliding, paged": "singles",
     "allocation": "chunks",
+    "before RoPE": "chunks",
 }
 
 
@@ -123,6 +124,13 @@ SETTINGS: dict[str, Setting] = {
         1, 2, 16, {"bits": 7, "rotation": "identity", "codebook": "uniform", "scale": "norm"},
         {"bits": 2, "codebook": "uniform", "scale": "norm"}, num_pages=7,  # too few: overflows
         config={"window": 1},
+    ),
+    "before RoPE": _setting(
+        2, 2, 64, 4, _trellis(2), config={"rope_frequencies": tuple(0.9**i for i in range(32))}
+    ),
+    "before RoPE, partly, sliding, paged": _setting(
+        1, 2, 48, {"bits": 3, **BLOCKS}, {"bits": 3, **BLOCKS}, num_pages=20,
+        config={"rope_frequencies": (1.0, 0.1, 0.01), "sliding_window": 30, "dtype": "float32"},
     ),
     "nothing compressed": _setting(2, 2, 32, 4, 4, config={"window": 62}),
     "allocation": _setting(

@@ -164,7 +164,8 @@ def compress(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
     """Jobs `first` to `first + count`, whose means are there."""
     token = part.tiles[0]
     start, nothing = part.place(first), jnp.zeros(token.shape, jnp.int32)
-    rotation = part.tile(start, token).rotation(part.column.within)
+    tile = part.tile(start, token)
+    rotation = [tile.rotation(within) for within in tile.pieces]
     packing = part.packing_weights()
 
     def usual(i: jax.Array, carry: tuple[JobPlace, jax.Array]) -> tuple[JobPlace, jax.Array]:

@@ -47,10 +47,10 @@ class Rotated:
     unit: jax.Array
 
 
-def rotated(tile: Tile, rotation: list[jax.Array]) -> Rotated:
+def rotated(tile: Tile, rotation: list[list[jax.Array]]) -> Rotated:
     """Vectors as they come. Those whose square is not `safe` have to be `scaled` first."""
-    digits = tile.digits(tile.column.within)
-    products = [product for x in digits for product in _products(x, rotation)]
+    pieces = zip(tile.all_centred(), rotation, strict=True)
+    products = [product for x, own in pieces for product in _products(x, own)]
     z = sum(products[1:], products[0])
     if tile.has_rotated_mean:
         z = z - tile.rotated_mean()[None, :]
@@ -115,23 +115,21 @@ def scaled(tile: Tile) -> Rotated:
     """
     column, rows = tile.column, tile.token.shape[0]
 
-    def load(i: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    def load(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Columns, what is rotated there, and the vectors less their mean."""
         within = i * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
-        digits = [x.astype(jnp.float32) for x in tile.digits(within)]
-        wide = sum(digits[1:], digits[0])
-        return within, digits, wide - tile.mean(within)[None, :] if tile.has_rotated_mean else wide
+        wide = tile.centred(within).astype(jnp.float32)
+        return within, wide, wide - tile.mean(within)[None, :] if tile.has_rotated_mean else wide
 
     def find_largest(i: jax.Array, largest: jax.Array) -> jax.Array:
         return jnp.maximum(largest, jnp.abs(load(i)[2]).max(axis=1))
 
     def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         square, z = carry
-        within, digits, centred = load(i)
+        within, wide, centred = load(i)
         centred = centred * grow[:, None]
         # of a vector that is not finite only its own row is spoilt
-        for x in digits:
-            z = sum(_products(x * grow[:, None], tile.rotation(within)), z)
+        z = sum(_products(wide * grow[:, None], tile.rotation(within)), z)
         return square + (centred * centred).sum(axis=1), z
 
     zero, turns = jnp.zeros(rows, jnp.float32), column.count // FEW_COLUMNS

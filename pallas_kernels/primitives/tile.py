@@ -49,6 +49,8 @@ class Columns:
 
 # Places that share one mean before RoPE, turned to the first of them.
 PERIOD = 64
+# Columns whose angles are in registers at a time.
+PIECE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,41 +98,82 @@ class Tile:
     place: jax.Array
 
     @property
+    def known_centre(self) -> Centre:
+        """Where one is there."""
+        assert self.centre is not None
+        return self.centre
+
+    @property
     def has_rotated_mean(self) -> bool:
         """Whether a mean comes off after the rotation."""
         return self.centre is not None and self.centre.rotated is not None
 
-    def digits(self, within: jax.Array) -> list[jax.Array]:
-        """[tokens, columns] that add up to what is rotated.
-
-        Without their mean before RoPE vectors have two digits of bfloat16, the first one cut off;
-        of wider types they are one.
-        """
-        x = self.vectors(within)
+    @property
+    def pieces(self) -> list[jax.Array]:
+        """Columns that are taken off and rotated at a time: more would not fit into registers."""
         if self.centre is None or self.centre.turned is None:
-            return [x]
-        centred = self._centred(within, x.astype(jnp.float32))
-        upper = _cut(centred, 16)
-        lower = (centred - upper).astype(jnp.bfloat16)
-        if self.parts.dtype == jnp.bfloat16:
-            return [upper.astype(jnp.bfloat16), lower]
-        return [upper + lower.astype(jnp.float32)]
+            return [self.column.within]
+        size = min(PIECE, self.column.count // 2 if self.has_pairs else self.column.count)
+        starts = range(0, self.column.count // (1 + self.has_pairs), size)
+        if not self.has_pairs:
+            return [start + jnp.arange(size) for start in starts]
+        half = self.column.count // 2
+        return [begin + jnp.arange(size) for start in starts for begin in (start, start + half)]
 
-    def _centred(self, within: jax.Array, x: jax.Array) -> jax.Array:
-        """Less their mean, turned: numbers of 11 bits times halves of 24, whose products are exact,
-        so that it is what `pre_rope.center` gives.
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the columns are those of a head in which RoPE turns all channels."""
+        centre, channels = self.centre, self.column.count
+        if centre is None or centre.turned is None:
+            return False
+        return channels == self.column.dim == self.source.shape[2] == centre.rotary
+
+    def all_centred(self) -> list[jax.Array]:
+        """`centred` of all pieces."""
+        pieces = self.pieces
+        if not self.has_pairs:
+            return [self.centred(within) for within in pieces]
+        found = []
+        for first, second in zip(pieces[::2], pieces[1::2], strict=True):
+            x, y = (self.vectors(within).astype(jnp.float32) for within in (first, second))
+            cos, sin = self._angles(first)
+            a, b = (self._turned(0, within, x.shape) for within in (first, second))
+            found += [
+                triton.rounded(triton.fma(-b, sin, triton.fma(-a, cos, x)), self.parts.dtype),
+                triton.rounded(triton.fma(a, sin, triton.fma(-b, cos, y)), self.parts.dtype),
+            ]
+        return found
+
+    def centred(self, within: jax.Array) -> jax.Array:
+        """[tokens, columns] as they are rotated, in the type of the rotation.
+
+        A mean before RoPE is taken off: numbers whose products are exact in float32, so that it is
+        what `pre_rope.center` gives.
         """
-        centre, channel, exists = self.centre, self.column.first + within, within < self.column.dim
+        centre, x = self.centre, self.vectors(within)
+        if centre is None or centre.turned is None:
+            return x.astype(self.parts.dtype)
+        own, other = (self._turned(i, within, x.shape) for i in (0, 1))
+        cos, sin = self._angles(within)
+        found = triton.fma(-other, sin, triton.fma(-own, cos, x.astype(jnp.float32)))
+        return triton.rounded(found, self.parts.dtype)
+
+    def _angles(self, within: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and signed sines [tokens, columns] of the tokens' places, float32."""
+        centre, channel = self.known_centre, self.column.first + within
         place = (self.place + self.token) & (PERIOD - 1)
-        wide = jnp.broadcast_to(exists[None, :], x.shape)
+        shape = self.token.shape[0], within.shape[0]
+        exists = jnp.broadcast_to((within < self.column.dim)[None, :], shape)
         cos, sin = (
-            self._load(centre.angles.at[place[:, None], i, channel[None, :]], wide) for i in (0, 1)
+            self._load(centre.angles.at[place[:, None], i, channel[None, :]], exists)
+            for i in (0, 1)
         )
-        cos, sin = (part.astype(jnp.float32) for part in (cos, sin))
-        own, other = (self._load(centre.turned.at[self.period, i, channel], exists) for i in (0, 1))
-        own_upper, other_upper = _cut(own, 12), _cut(other, 12)
-        x = x - own_upper[None, :] * cos - other_upper[None, :] * sin
-        return x - (own - own_upper)[None, :] * cos - (other - other_upper)[None, :] * sin
+        return cos.astype(jnp.float32), sin.astype(jnp.float32)
+
+    def _turned(self, i: int, within: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The mean of the tokens' period, or of each channel the other one of its pair."""
+        at = self.known_centre.turned.at[self.period, i, self.column.first + within]
+        return jnp.broadcast_to(self._load(at, within < self.column.dim)[None, :], shape)
 
     def stored_keys(self, channel: jax.Array) -> jax.Array:
         """[tokens, channels] of which a mean is taken, float32: turned back where it is turned."""
@@ -151,7 +194,7 @@ class Tile:
         self, channel: jax.Array, pair: tuple[jax.Array, jax.Array], exists: jax.Array
     ) -> None:
         """A mean at some channels and at their partners, turned to the periods of a first block."""
-        centre, (mean, other) = self.centre, pair
+        centre, (mean, other) = self.known_centre, pair
         for i in range(-(-self.token.shape[0] // PERIOD)):
             cos, sin = (
                 triton.load(centre.opening.at[i * PERIOD, j, channel], mask=exists, other=0.0)
@@ -159,6 +202,9 @@ class Tile:
             )
             turned = mean * cos + other * sin, other * cos - mean * sin
             for j, part in enumerate(turned):
+                # to the bits whose products with numbers of 11 bits are exact
+                bits = lax.bitcast_convert_type(part, jnp.int32) + (1 << 10)
+                part = lax.bitcast_convert_type(bits & -(1 << 11), jnp.float32)
                 triton.store(centre.turned.at[self.period + i, j, channel], part, mask=exists)
 
     def vectors(self, within: jax.Array) -> jax.Array:
@@ -180,13 +226,15 @@ class Tile:
 
     def mean(self, within: jax.Array) -> jax.Array:
         """[columns], to be taken off."""
-        at = self.centre.means.at[self.mean_row, self.column.first + within]
+        at = self.known_centre.means.at[self.mean_row, self.column.first + within]
         return self._load(at, within < self.column.dim)
 
     def rotated_mean(self) -> jax.Array:
         """Pi mean / gain."""
         place, exists = self.column.rotated()
-        return self._load(self.centre.rotated.at[self.mean_row, self.column.first + place], exists)
+        return self._load(
+            self.known_centre.rotated.at[self.mean_row, self.column.first + place], exists
+        )
 
     def rotation(self, within: jax.Array) -> list[jax.Array]:
         """The parts of Pi / gain [rotated columns, columns]."""
@@ -201,9 +249,3 @@ class Tile:
         if self.column.dim == self.column.count:
             return triton.load(at)
         return triton.load(at, mask=exists, other=0.0)
-
-
-def _cut(x: jax.Array, bits: int) -> jax.Array:
-    """Float32 numbers without their last bits."""
-    whole = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(whole & jnp.int32(-(1 << bits)), jnp.float32)

@@ -183,6 +183,13 @@ def fma(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     return assembly("fma.rn.f32 $0, $1, $2, $3;", [x, y, z], "=f,f,f,f", 1, jnp.float32)
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Float32 numbers rounded to a type of float32's exponents: XLA may skip that on its way."""
+    if is_interpreted() and jnp.dtype(dtype) == jnp.bfloat16:
+        x = lax.reduce_precision(x, 8, 7)
+    return x.astype(dtype)
+
+
 def fma_saturated(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """x * y + z in float32, brought into [0, 1], in one instruction; NaN becomes 0."""
     shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)

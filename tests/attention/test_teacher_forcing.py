@@ -13,6 +13,7 @@ from turboquant_jax.attention.teacher_forcing import teacher_forced
 CHANGES = {
     "global": {},
     "local": dict(sliding_window=24, window=4, sinks=0),
+    "before RoPE": dict(rope_frequencies=(1.0, 0.3, 0.1, 0.03, 0.01), block=16, window=2),
     "heads of several bits": dict(allocation=cache.Allocation((7, (6, 7)), (8, (7, 8)))),
 }
 

@@ -245,6 +245,7 @@ def _rotated_means(
     cache: Cache, rows: LayerRows, index: Int[Array, " S"], heads: Int[Array, " heads"]
 ) -> Float[Array, "B S heads H"]:
     """The mean keys of tokens `index`, counted behind the sinks, in the rotated space, float32."""
+    assert cache.key_mean is not None
     (member,) = rows.members
     codec, own = cache.parts[member.part].codecs[0], member.of(cache.kv_heads)[heads]
     taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(
@@ -254,7 +255,8 @@ def _rotated_means(
         return head_rotation.rotate_queries(codec, own, taken)
     # two digits of bfloat16, which tensor cores take; a conversion there and back XLA would skip
     upper = lax.reduce_precision(taken, 8, 7)
-    return sum(_rotate(codec, own, x.astype(jnp.bfloat16)) for x in (upper, taken - upper))
+    digits = (_rotate(codec, own, x.astype(jnp.bfloat16)) for x in (upper, taken - upper))
+    return next(digits) + next(digits)
 
 
 def _rotate(

@@ -39,7 +39,7 @@ def teacher_forced(
     config, rows, count = cache.config, rows_of(cache, layer), q.shape[1]
     check_heads(cache, q, k, v)
     search = choose_compression(cache, implementation).search
-    k, v = (x.astype(config.dtype).astype(jnp.float32) for x in (k, v))
+    k, v = (x.astype(config.dtype) for x in (k, v))
     position = jnp.arange(count)
     first, end = config.sinks, edge(config, position)
     is_block = (position[None, :] >= first) & (position[None, :] < end[:, None])

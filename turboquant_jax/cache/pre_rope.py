@@ -30,6 +30,8 @@ from turboquant_jax.cache.config import CacheConfig
 
 PERIOD = 64
 """Tokens that share one E_J."""
+WITHIN_BITS = 11
+"""Significant bits of a cosine or sine in `Phases.within`."""
 FINE = 64
 """Periods of a row of the coarse table."""
 STEPS = 127
@@ -146,7 +148,8 @@ def mean_at(
 
 def swap_pairs(x: Float[Array, "*batch H"], rotary: int) -> Float[Array, "*batch H"]:
     """For each channel the other one of its pair."""
-    return join_pairs(*reversed(split_pairs(x, rotary)), rotary)
+    first, second = split_pairs(x, rotary)
+    return join_pairs(second, first, rotary)
 
 
 def signed_angles(angles: Float[Array, "rows H"], rotary: int) -> Float[Array, "rows 2 H"]:
@@ -168,12 +171,17 @@ def angles_at(phases: Phases, index: Int[Array, " T"]) -> Float[Array, "T H"]:
 def mean_of_period(
     mean: Float[Array, "*batch K H"], phases: Phases, period: Int[Array, "*batch T"]
 ) -> Float[Array, "*batch T K H"]:
-    """E_J m, from which tokens of period J turn the mean by their place in it; float32."""
+    """E_J m, from which tokens of period J turn the mean by their place in it.
+
+    Rounded to those of float32's bits whose products with `within` are exact.
+    """
     coarse, fine, _ = _angles(phases, period * PERIOD)
     turned = jnp.broadcast_to(mean[..., None, :, :], (*period.shape, *mean.shape[-2:]))
     for angles in (coarse, fine):
         turned = turn(turned, angles[..., None, :], phases.rotary)
-    return turned
+    bits = lax.bitcast_convert_type(turned, jnp.int32)
+    half = jnp.int32(1 << (WITHIN_BITS - 1))
+    return lax.bitcast_convert_type((bits + half) & jnp.int32(-(1 << WITHIN_BITS)), jnp.float32)
 
 
 def center(
@@ -184,21 +192,17 @@ def center(
 ) -> Float[Array, "T K H"]:
     """Keys less their mean, as they are quantized, float32.
 
-    With phases, what is left is two digits of bfloat16, the first cut off and the second rounded:
-    tensor cores, which take those, then rotate what is meant.
+    With phases, keys of bfloat16 are rounded to it once more, so that tensor cores rotate what is
+    meant.
     """
-    keys = keys.astype(jnp.float32)
     if phases is None:
-        return keys - mean[None]
+        return keys.astype(jnp.float32) - mean[None]
     turned = mean_of_period(mean, phases, index // PERIOD)
     cos, sin = jnp.split(phases.within[index % PERIOD][:, None].astype(jnp.float32), 2, axis=-1)
-    (a, a_rest), (b, b_rest) = (_halves(part) for part in split_pairs(turned, phases.rotary))
-    first, second = split_pairs(keys, phases.rotary)
-    first = first - a * cos + b * sin - a_rest * cos + b_rest * sin
-    second = second - b * cos - a * sin - b_rest * cos - a_rest * sin
-    centred = join_pairs(first, second, phases.rotary)
-    upper = _cut(centred, 16)
-    return upper + lax.reduce_precision(centred - upper, 8, 7)
+    a, b = split_pairs(turned, phases.rotary)
+    first, second = split_pairs(keys.astype(jnp.float32), phases.rotary)
+    centred = join_pairs(first - a * cos + b * sin, second - b * cos - a * sin, phases.rotary)
+    return lax.reduce_precision(centred, 8, 7) if keys.dtype == jnp.bfloat16 else centred
 
 
 def _angles(phases: Phases, index: Int[Array, "*batch T"]) -> tuple[Array, Array, Array]:
@@ -210,11 +214,6 @@ def _angles(phases: Phases, index: Int[Array, "*batch T"]) -> tuple[Array, Array
 
 def _halves(x: Float[Array, "*batch half"]) -> tuple[Array, Array]:
     """The first 12 significant bits of float32 numbers, and the other 12."""
-    upper = _cut(x, 12)
+    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 12))
+    upper = lax.bitcast_convert_type(bits, jnp.float32)
     return upper, x - upper
-
-
-def _cut(x: Float[Array, "*batch H"], bits: int) -> Float[Array, "*batch H"]:
-    """Float32 numbers without their last bits."""
-    whole = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(whole & jnp.int32(-(1 << bits)), jnp.float32)

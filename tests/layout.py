@@ -117,12 +117,19 @@ def decoded_row(state, part, row, page, values):
     return natural
 
 
+def rounded(x):
+    """To 13 significant bits."""
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.round(fraction * 2**13), exponent - 13)
+
+
 def mean_at(config, mean, positions):
     """The mean keys [K, H] as they were taken from keys at these positions: [K, T, H].
 
-    Pairs of channels are complex numbers, turned by three angles. Sines and cosines of the period
-    and of every 64th of them have the precision of float16; those of the token in its period of 64
-    are integers in units of 1 / 127, which every 64th period has as a factor.
+    Pairs of channels are complex numbers, turned by three angles: of every 64th period of 64
+    tokens, of the period, of the token in it. Sines and cosines of the first two have the precision
+    of float16; those of the last are integers in units of 1 / 2032, of which the first have a factor
+    1 / 127 and the second 1 / 16. Before the last one the numbers have 13 bits.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]
@@ -134,12 +141,13 @@ def mean_at(config, mean, positions):
     found = mean[:, None, first] + 1j * mean[:, None, second]
     for angle, unit, dtype in (
         (config.sinks + behind // 4096 * 4096, 1 / 127, np.float16),
-        (behind % 4096 // 64 * 64, 1, np.float16),
-        (behind % 64, 127, np.int8),
+        (behind % 4096 // 64 * 64, 1 / 16, np.float16),
+        (behind % 64, 2032, np.int16),
     ):
         turned = unit * np.exp(1j * np.outer(angle, frequencies))
         parts = turned.real, turned.imag
-        if dtype == np.int8:
+        if dtype == np.int16:
+            found = rounded(found.real) + 1j * rounded(found.imag)
             parts = map(np.rint, parts)
         real, imaginary = (part.astype(dtype).astype(float) for part in parts)
         found = found * (real + 1j * imaginary)

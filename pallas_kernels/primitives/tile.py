@@ -50,7 +50,7 @@ class Columns:
 # Places that share one mean before RoPE, turned to the first of them.
 PERIOD = 64
 # The cosine of 0 in the table of places.
-STEPS = 127
+STEPS = 127 * 16
 # Columns whose angles are in registers at a time.
 PIECE = 32
 
@@ -128,7 +128,8 @@ class Tile:
         centre, channels = self.centre, self.column.count
         if centre is None or centre.turned is None:
             return False
-        return channels == self.column.dim == self.source.shape[2] == centre.rotary
+        whole = channels == self.column.dim == self.source.shape[2] == centre.rotary
+        return whole and channels >= 32  # a product takes 16 columns
 
     def all_centred(self) -> list[jax.Array]:
         """`centred` of all pieces."""

@@ -31,11 +31,11 @@ SETTINGS = {
     ),
     "before RoPE": dict(
         head_dim=32, key=CODEC(4), value=CODEC(2), window=70,
-        rope_frequencies=(1.0, 0.3, 0.01, 0.001),
+        rope_frequencies=tuple(0.7**i for i in range(16)),
     ),
     "before RoPE, groups": dict(
         head_dim=40, key=CODEC(((32, 3), (8, 5))), value=CODEC(2, "haar"), block=128,
-        rope_frequencies=tuple(100.0 ** -(np.arange(20) / 20)), dtype="float32",
+        rope_frequencies=tuple(0.5**i for i in range(12)), dtype="float32",
     ),
 }  # fmt: skip
 COMPILED = SETTINGS | {
@@ -44,6 +44,20 @@ COMPILED = SETTINGS | {
     "80": dict(head_dim=80, key=CODEC(4, "haar"), value=CODEC(4, "block_hadamard"), block=64),
     "96": dict(head_dim=96, key=CODEC(3, "block_hadamard"), value=CODEC(2, "haar"), block=64),
     "128": dict(head_dim=128, key=CODEC(4, scale="unbiased"), value=CODEC(1), block=64),
+    "128 before RoPE": dict(
+        head_dim=128,
+        key=CODEC(4),
+        value=CODEC(4),
+        block=64,
+        rope_frequencies=tuple(1e4 ** -(i / 64) for i in range(64)),
+    ),
+    "96 before RoPE, in part": dict(
+        head_dim=96,
+        key=CODEC(3, "haar"),
+        value=CODEC(2, "haar"),
+        block=128,
+        rope_frequencies=tuple(0.8**i for i in range(24)),
+    ),
     "float16": dict(head_dim=64, key=CODEC(4), value=CODEC(4, "haar"), dtype="float16"),
 }
 

@@ -126,9 +126,10 @@ def rounded(x):
 def mean_at(config, mean, positions):
     """The mean keys [K, H] as they were taken from keys at these positions: [K, T, H].
 
-    Pairs of channels are complex numbers, turned by three angles whose sines and cosines have the
-    precision of float16: of every 64th period of 64 tokens, of the period, of the token in it.
-    Before the last one they have 13 bits.
+    Pairs of channels are complex numbers, turned by three angles: of every 64th period of 64
+    tokens, of the period, of the token in it. Sines and cosines of the first two have the precision
+    of float16; those of the last are integers in units of 1 / 2032, of which the first have a factor
+    1 / 127 and the second 1 / 16. Before the last one the numbers have 13 bits.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]
@@ -137,13 +138,19 @@ def mean_at(config, mean, positions):
     first, second = (np.concatenate(part) for part in zip(*halves, strict=True))
     frequencies = np.pad(config.rope_frequencies, (0, len(first) - rotary // 2))
     behind = positions - config.sinks
-    angles = config.sinks + behind // 4096 * 4096, behind % 4096 // 64 * 64, behind % 64
     found = mean[:, None, first] + 1j * mean[:, None, second]
-    for i, angle in enumerate(angles):
-        turned = np.exp(1j * np.outer(angle, frequencies))
-        if i == 2:
+    for angle, unit, dtype in (
+        (config.sinks + behind // 4096 * 4096, 1 / 127, np.float16),
+        (behind % 4096 // 64 * 64, 1 / 16, np.float16),
+        (behind % 64, 2032, np.int16),
+    ):
+        turned = unit * np.exp(1j * np.outer(angle, frequencies))
+        parts = turned.real, turned.imag
+        if dtype == np.int16:
             found = rounded(found.real) + 1j * rounded(found.imag)
-        found = found * (turned.real.astype(np.float16) + 1j * turned.imag.astype(np.float16))
+            parts = map(np.rint, parts)
+        real, imaginary = (part.astype(dtype).astype(float) for part in parts)
+        found = found * (real + 1j * imaginary)
     whole = np.empty((*found.shape[:2], config.head_dim))
     whole[..., first], whole[..., second] = found.real, found.imag
     return whole

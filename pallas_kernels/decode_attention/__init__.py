@@ -3,6 +3,7 @@
 from pallas_kernels.decode_attention.call import decode_attention
 from pallas_kernels.decode_attention.exact import ExactOperand, ExactPlaces
 from pallas_kernels.decode_attention.inputs import PagedBlocks, Sketch, Softmax
+from pallas_kernels.decode_attention.phases import PhasesOperand
 from pallas_kernels.decode_attention.schedule import Schedule, default_schedule
 from pallas_kernels.primitives.blocks import BlocksOperand
 from pallas_kernels.primitives.codebook import CodebookOperand
@@ -14,6 +15,7 @@ __all__ = [
     "ExactOperand",
     "ExactPlaces",
     "PagedBlocks",
+    "PhasesOperand",
     "RotationOperand",
     "Schedule",
     "Sketch",

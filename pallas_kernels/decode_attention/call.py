@@ -21,6 +21,7 @@ from pallas_kernels.decode_attention.inputs import (
     check_rotation,
 )
 from pallas_kernels.decode_attention.kernel import decode_kernel
+from pallas_kernels.decode_attention.phases import PERIOD
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
 from pallas_kernels.decode_attention.scores import DecodePlan
 from pallas_kernels.primitives import triton
@@ -72,6 +73,11 @@ def decode_attention(
     plan = make_decode_plan(
         blocks, sketch, softmax, schedule, heads=per_head, exact=exact is not None
     )
+    if exact is not None and exact.phases is not None and plan.pages * plan.tokens % PERIOD:
+        raise ValueError(
+            f"tiles: got {plan.pages} pages of {plan.tokens} tokens, expected a multiple of "
+            f"{PERIOD} tokens where the mean turns"
+        )
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
     groups = blocks.groups
     inputs: dict[str, Any] = {
@@ -221,6 +227,7 @@ def run(
             pending=of_sequence(exact.pending),
             places=exact.places,
             key_mean=None if exact.key_mean is None else segment(exact.key_mean),
+            phases=jax.tree.map(shared, exact.phases),
             write=exact.write,
         )
         inputs = inputs | {"exact": dataclasses.replace(exact, layer=None)}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention.phases import PhasesOperand, check_phases
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.rotation import merge, split
@@ -46,10 +47,11 @@ class ExactOperand:
     query [B, N, H], or [B, K, G, H]: before their rotation. keys, values: an array [layers
     * B, slots, K, H] per segment, of which this is the `layer`, or [B, slots, K, H] without one; of
     the newest [B, 1, K, H]; what lies in slots that are not seen may be anything. key_mean [layers
-    * B, K, H]: was taken off the keys of the blocks; its product with the query is added to their
-    scores. `places` says where the tokens of a sequence lie, from its length and its number of
-    `pending` tokens; it runs inside the kernel, since a kernel of its own would take longer than
-    the arithmetic. With `write` the newest token is written where it says, once it was attended to.
+    * B, K, H]: was taken off the keys of the blocks, turned by the `phases` of each token if there
+    are any; its product with the query is added to their scores. `places` says where the tokens of
+    a sequence lie, from its length and its number of `pending` tokens; it runs inside the kernel,
+    since a kernel of its own would take longer than the arithmetic. With `write` the newest token
+    is written where it says, once it was attended to.
     """
 
     query: Float[Array, "B *heads H"]
@@ -58,6 +60,7 @@ class ExactOperand:
     pending: Int[Array, " B"]
     places: Callable[[Any, Any], ExactPlaces] = dataclasses.field(metadata=dict(static=True))
     key_mean: Float[Array, "rows K H"] | None = None
+    phases: PhasesOperand | None = None
     write: bool = dataclasses.field(default=False, metadata=dict(static=True))
     layer: Int[Array, ""] | None = None
 
@@ -78,6 +81,8 @@ def check_exact(exact: ExactOperand, batch: int, heads: int, kv_heads: int) -> N
                 f"segment: got keys {k.dtype}{list(k.shape)} and values "
                 f"{v.dtype}{list(v.shape)}, expected both [{count}, slots, {kv_heads}, {channels}]"
             )
+    if exact.phases is not None:
+        check_phases(exact.phases, channels)
     if exact.keys[-1].shape[1] != 1:
         raise ValueError(f"newest tokens: got {exact.keys[-1].shape[1]}, expected 1")
 

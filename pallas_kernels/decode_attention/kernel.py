@@ -8,6 +8,7 @@ digit, so that up to four heads fill the narrowest product without a loss. All s
 are exact.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
+from pallas_kernels.decode_attention.phases import PERIOD, turning
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
@@ -39,18 +41,24 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
     return found
 
 
+def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
+    """Page and token of each row of a phase."""
+    order = plan.value_decoders[0]
+    column = PHASES * jnp.arange(order.columns // PHASES) + phase
+    which, token, _ = order.elements(column)
+    return which, token
+
+
 def tile_scores(
-    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array]
+    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], digits
 ):
     """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
 
     Row r of phase j is the token in column 2 r + j of the values' operand.
     """
-    order = plan.value_decoders[0]
     found = []
     for phase in range(PHASES):
-        column = PHASES * jnp.arange(order.columns // PHASES) + phase
-        which, token, _ = order.elements(column)
+        which, token = place_of(plan, phase)
         page = pick(pages, which)
         place = (block + which) * plan.tokens + token
         seen = place < state["length"]
@@ -59,15 +67,25 @@ def tile_scores(
         # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
         places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
         words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
-        x, y, z = scores(plan, refs, state, page, token, words)
+        mean = state.get("mean")
+        if digits is not None:
+            mean = state["turning"].products(phase, digits)
         exponent = value_exponent(words[: len(plan.value_decoders)])
-        bound = triton.fma(x, y, z + exponent.astype(jnp.float32)[:, None])
+        bound = exponent.astype(jnp.float32)[:, None]
+        for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
+            bound = triton.fma(x, y, bound)
         found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
     return found
 
 
 def attend(
-    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], carry
+    plan: DecodePlan,
+    refs: Refs,
+    state: Refs,
+    block: jax.Array,
+    pages: list[jax.Array],
+    carry,
+    digits,
 ):
     """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
 
@@ -80,7 +98,7 @@ def attend(
     is not finite `down` is -infinity, so that no sum of weights is positive again.
     """
     peak, weight, mass, outputs = carry
-    tile = tile_scores(plan, refs, state, block, pages)
+    tile = tile_scores(plan, refs, state, block, pages, digits)
     highest = tile[0][0]
     for bound, _, _ in tile[1:]:
         highest = jnp.maximum(highest, bound)
@@ -174,7 +192,11 @@ def attend_blocks(
     """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen."""
     start, length = seen
     every = isinstance(start, int) and start == 0
-    first = jnp.int32(0) if every else lax.div(start, plan.tokens)
+    means = "exact" in inputs and inputs["exact"].key_mean is not None
+    turns = means and inputs["exact"].phases is not None
+    first = seen_first = jnp.int32(0) if every else lax.div(start, plan.tokens)
+    if turns and plan.tokens < PERIOD:  # tiles are whole turns
+        first = first - lax.rem(first, PERIOD // plan.tokens)
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
     work = tiles + plan.exact_tiles
@@ -188,15 +210,27 @@ def attend_blocks(
     def pages_of(i):  # beyond the last block its page stands in, unseen
         last = jnp.maximum(first + blocks - 1, 0)
         block = [jnp.minimum(first + i * plan.pages + j, last) for j in range(plan.pages)]
+        if first is not seen_first:
+            block = [jnp.maximum(x, jnp.minimum(seen_first, last)) for x in block]
         found = [inputs["page_table"][lax.rem(x, slots)] for x in block]
         return [page + first_page for page in found]
 
     def body(i, carry):
         # The page ids of the next tile are read a turn ahead: read in the turn that loads the
         # pages, they would be copied to shared memory first and cost the pipeline a stage.
-        sums, pages = carry
-        ahead = pages_of(i + 1)
-        return attend(plan, inputs, state, first + i * plan.pages, pages, sums), ahead
+        # So are the angles, and the digits that they make.
+        sums, pages, angles, digits = carry
+        block, ahead = first + i * plan.pages, (pages_of(i + 1), None, None)
+        if turns:
+            ahead = (
+                ahead[0],
+                state["turning"].angles(turn_of(i + 2)),
+                state["turning"].digits(angles),
+            )
+        return attend(plan, inputs, state, block, pages, sums, digits), *ahead
+
+    def turn_of(i):
+        return lax.div((first + i * plan.pages) * plan.tokens, PERIOD)
 
     pages = pages_of(begin)
     state: Refs = {"length": length} | ({} if every else {"start": start})
@@ -212,8 +246,23 @@ def attend_blocks(
         decoder.prepare(refs)
         for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
     ]
-    if "exact" in inputs and inputs["exact"].key_mean is not None:
-        state["mean"] = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
+    angles = digits = None
+    if turns:
+        for name in ("key_tables", "value_tables"):
+            state[name] = [in_registers(tables) for tables in state[name]]
+        places = [
+            which * plan.tokens + token
+            for which, token in map(partial(place_of, plan), range(PHASES))
+        ]
+        state["turning"] = turning(
+            inputs["exact"], row, plan.scale, plan.heads, plan.columns, plan.warps,
+            (plan.pages * plan.tokens, places),
+        )  # fmt: skip
+        digits = state["turning"].digits(state["turning"].angles(turn_of(begin)))
+        angles = state["turning"].angles(turn_of(begin + 1))
+    elif means:
+        mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
+        state["mean"] = [(mean[None, :], jnp.ones((1, 1)))]
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
@@ -226,11 +275,18 @@ def attend_blocks(
         tuple(zeros if decoder.centre else None for decoder in plan.value_decoders),
         accumulators,
     )
-    (peak, weight, mass, sums), _ = lax.fori_loop(begin, end, body, (carry, pages))
+    (peak, weight, mass, sums), _, _, _ = lax.fori_loop(
+        begin, end, body, (carry, pages, angles, digits)
+    )
     weight = weight.sum(axis=0)
     weight = jnp.where(weight >= 0.0, weight, jnp.nan)
     store_part(outputs, plan, peak - BIAS, weight)
     write_output(plan, outputs["sums"], mass, sums)
+
+
+def in_registers(tables: Any) -> Any:
+    """The words of a look-up, each in a register of its own; other tables as they are."""
+    return [triton.in_lanes(word) for word in tables] if isinstance(tables, list) else tables
 
 
 def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:

@@ -123,19 +123,23 @@ def scores(
     page: jax.Array,
     token: jax.Array,
     words: list[jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y, z) of x * y + z."""
+    mean: list[tuple] | None,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""
     terms = []
     for part in range(len(plan.key_parts)):
         product = key_products(plan, refs, state, part, page, token)
         scaled = product * key_scale(words[part])[:, None]
         unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
         terms.append((scaled, unit))
-    zero = jnp.zeros_like(terms[0][0])
-    if len(terms) == 1 and "mean" not in state and plan.soft_cap is None:
-        return (*terms[0], zero)
-    total = zero if "mean" not in state else zero + state["mean"][None, :]
+    for product, unit in mean or []:
+        terms.append(
+            (jnp.broadcast_to(product, scaled.shape), jnp.broadcast_to(unit, scaled.shape))
+        )
+    if plan.soft_cap is None:
+        return terms
+    total = jnp.zeros_like(scaled)
     for scaled, unit in terms:
         total = triton.fma(scaled, unit, total)
     total = capped(total, plan.soft_cap)
-    return total, jnp.ones_like(total), zero
+    return [(total, jnp.ones_like(total))]

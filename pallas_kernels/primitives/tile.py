@@ -49,6 +49,8 @@ class Columns:
 
 # Places that share one mean before RoPE, turned to the first of them.
 PERIOD = 64
+# The cosine of 0 in the table of places.
+STEPS = 127 * 16
 # Columns whose angles are in registers at a time.
 PIECE = 32
 
@@ -199,6 +201,7 @@ class Tile:
         for i in range(-(-self.token.shape[0] // PERIOD)):
             cos, sin = (
                 triton.load(centre.opening.at[i * PERIOD, j, channel], mask=exists, other=0.0)
+                * (1.0 / STEPS)  # of the first place, whose angle is 0
                 for j in (0, 1)
             )
             turned = mean * cos + other * sin, other * cos - mean * sin

@@ -218,6 +218,19 @@ def uniform(x: jax.Array) -> jax.Array:
     return assembly(first, [jnp.full((1,), x)], "=r,r", 1, jnp.int32).max()
 
 
+def in_lanes(x: jax.Array) -> jax.Array:
+    """The int32 tensor [1, 1] itself, as the compiler does not see the same in all lanes of a warp.
+
+    It keeps numbers that are in registers of a warp where registers are scarce, and copies them
+    from there for each use.
+    """
+    if is_interpreted():
+        return x
+    zero = "mov.u32 y, %lanemask_eq; popc.b32 y, y; sub.u32 y, y, 1;"
+    text = "{ .reg .b32 y; " + zero + " add.u32 $0, $1, y; }"
+    return assembly(text, [x], "=r,r", 1, jnp.int32)
+
+
 def rare_loop(turns: int | jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """`lax.fori_loop` from 0, but its loads stay where they are, and nothing else does.
 

@@ -36,8 +36,13 @@ SETTINGS = {
         sliding_window=70, center_keys=False, sinks=0, dtype="float32",
     ),
 }  # fmt: skip
-SERVED = [name for name, one in design.SETTINGS.items() if one["centring"] != "pre_rope"]
 TRELLIS = partial(CODEC, code="trellis")
+SETTINGS["centred before RoPE"] = dict(
+    head_dim=64,
+    key=CODEC(4),
+    value=CODEC(2),
+    rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+)
 SETTINGS["trellis"] = dict(head_dim=64, key=TRELLIS(3), value=TRELLIS(2))
 COMPILED = SETTINGS | {
     "trellis of groups": dict(
@@ -77,7 +82,7 @@ def random_cache(config, rng):
     )
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", list(design.SETTINGS))
 def test_the_fused_kernel_is_attention_over_the_decoded_vectors(name, monkeypatch):
     """As the definition is, of which `test_attention` shows it; and it writes what `write` does."""
     monkeypatch.setattr(schedule, "MIN_TILES", 1)  # several splits

@@ -100,10 +100,12 @@ def _options(bits, channels, tokens) -> Case:
     return Case(call, arguments, ("decode_attention",))
 
 
-def of_cache(bits, head_dim, rotation, dtype) -> dict[str, Case]:
+def of_cache(bits, head_dim, rotation, dtype, frequencies=None) -> dict[str, Case]:
     """A decoding step over all segments, a commit, a chunk's compression and its decoding."""
     codec = cache.CodecConfig(bits, rotation)
-    config = cache.CacheConfig(2, 2, head_dim, codec, codec, window=64, dtype=dtype)
+    config = cache.CacheConfig(
+        2, 2, head_dim, codec, codec, window=64, dtype=dtype, rope_frequencies=frequencies
+    )
     state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
 
     by = Compression("pallas", "pallas")
@@ -150,6 +152,14 @@ CACHES = (
 )
 
 
+def _before_rope(heads) -> Case:
+    """A decoding step over keys whose mean turns, with so many query heads a kv head."""
+    case = of_cache(4, 128, "hadamard", "bfloat16", (1.0, 0.1))["step"]
+    state, query, *new_token = case.arguments
+    query = new((*query.shape[:2], 2 * heads, 128), query.dtype)
+    return Case(case.function, (state, query, *new_token))
+
+
 def _name(*parts) -> str:
     return " ".join("x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in parts)
 
@@ -187,4 +197,5 @@ MAKERS: dict[str, Callable[[], Case]] = {
         for part in ("step", "commit", "chunk", "projected step")
         if part != "projected step" or setting[3] == "bfloat16"
     },
+    **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

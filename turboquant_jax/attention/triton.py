@@ -131,6 +131,7 @@ def _exact_operand(
         pending=cache.table.pending,
         places=partial(_places, cache.layout),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
+        phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
         write=write,
         layer=layer,
     )

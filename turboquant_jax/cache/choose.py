@@ -72,8 +72,6 @@ def _decode(cache: Cache, queries: int) -> str | None:
         return f"{queries} query tokens per sequence, served is 1"
     if jnp.dtype(cache.config.dtype).itemsize not in (2, 4):
         return f"a full precision of {cache.config.dtype}, served are 16 and 32 bits"
-    if cache.phases is not None:
-        return "keys centred before RoPE"
     return _pages(cache)
 
 

@@ -11,9 +11,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import CodebookOperand
+from pallas_kernels.decode_attention import CodebookOperand, PhasesOperand
 from pallas_kernels.rope import RotationOperand
 from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.pre_rope import STEPS, Phases
 from turboquant_jax.quantizers import codebook as codebooks
 from turboquant_jax.quantizers import trellis
 from turboquant_jax.quantizers.quantizer import Quantizer
@@ -23,6 +24,16 @@ from turboquant_jax.quantizers.rotation import Hadamard, Rotation
 def flat(x: Array) -> Array:
     """The layers as more of what a layer has."""
     return x.reshape(-1, *x.shape[2:])
+
+
+def of_phases(phases: Phases) -> PhasesOperand:
+    """The tables of a cache; those of a period in digits, cosine and sine of a pair side by side."""
+    pairs = jnp.stack(jnp.split(phases.within, 2, axis=1), axis=-1)
+    within = pairs.reshape(phases.within.shape).astype(jnp.float32)
+    base = float(STEPS[1])
+    high = jnp.round(within / base)
+    digits = jnp.stack([high, within - base * high]).astype(jnp.int8)
+    return PhasesOperand(phases.coarse, phases.fine, digits, phases.rotary)
 
 
 def of_rotation(rotation: Rotation, dtype: DTypeLike) -> RotationOperand:

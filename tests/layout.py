@@ -128,8 +128,8 @@ def mean_at(config, mean, positions):
 
     Pairs of channels are complex numbers, turned by three angles: of every 64th period of 64
     tokens, of the period, of the token in it. Sines and cosines of the first two have the precision
-    of float16; those of the last are integers in units of 1 / 2032, of which the first have a factor
-    1 / 127 and the second 1 / 16. Before the last one the numbers have 13 bits.
+    of float16; those of the last are integers in units of 1 / 2032, of which the first have a
+    factor 1 / 127 and the second 1 / 16. Before the last one the numbers have 13 bits.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]

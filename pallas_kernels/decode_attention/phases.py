@@ -35,8 +35,8 @@ class PhasesOperand:
     Token 64 J + t has the angles E_J e_t. E_J = coarse[J // 64] fine[J % 64], complex, beyond the
     end of `coarse` its last row: cosines of the pairs in the first half of the columns, sines in
     the second. e_t = BASE within[0, t] + within[1, t]: bytes, cosine and sine of a pair side by
-    side, in units of 1 / STEPS, a factor that E_J has. Pair c of the first `rotary` channels is (c, c + rotary / 2); those
-    beyond are paired in the same way among themselves.
+    side, in units of 1 / STEPS, a factor that E_J has. Pair c of the first `rotary` channels is
+    (c, c + rotary / 2); those beyond are paired in the same way among themselves.
     """
 
     coarse: Float[Array, "_ H"]
@@ -62,8 +62,8 @@ def check_phases(phases: PhasesOperand, channels: int) -> None:
 class Turning:
     """What a program holds of it, and what it does with that.
 
-    tables: of each phase of a tile, both digits, int8 [rows, 2 * pairs]. turns: of each phase, which of the
-    tile's `count` turns a row is in, [rows]. coefficients: (A, B) of each head, in
+    tables: of each phase of a tile, both digits, int8 [rows, 2 * pairs]. turns: of each phase,
+    which of the tile's `count` turns a row is in, [rows]. coefficients: (A, B) of each head, in
     `warps` warps' registers; unit [columns] that of the products, NaN for a query or a mean that is
     not finite.
     """

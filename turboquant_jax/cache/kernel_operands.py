@@ -27,7 +27,7 @@ def flat(x: Array) -> Array:
 
 
 def of_phases(phases: Phases) -> PhasesOperand:
-    """The tables of a cache; those of a period in digits, cosine and sine of a pair side by side."""
+    """The tables of a cache; of a period in digits, cosine and sine of a pair side by side."""
     pairs = jnp.stack(jnp.split(phases.within, 2, axis=1), axis=-1)
     within = pairs.reshape(phases.within.shape).astype(jnp.float32)
     base = float(STEPS[1])

@@ -13,9 +13,9 @@ p = sinks + i, has the period J = i // 64 and the place t = i % 64 in it, whatev
 each factor a table of angles, made in float64: [rows, H], cosines of the pairs in the first half of
 the columns, sines in the second. e_t is rounded to integers in units of 1 / 2032, so that a kernel
 multiplies bytes, two digits of them; E_J, of which 1 / 2032 is a factor, in its tables to float16.
-What the rounding turns wrongly, 3e-4 of |m| or so, stays in the key. A number of 11 bits times half of the 24 bits of
-another is exact in float32: whether a compiler fuses products and sums or not, `turn` gives the
-same bits.
+What the rounding turns wrongly, 3e-4 of |m| or so, stays in the key. A number of 11 bits times
+half of the 24 bits of another is exact in float32: whether a compiler fuses products and sums or
+not, `turn` gives the same bits.
 """
 
 import math

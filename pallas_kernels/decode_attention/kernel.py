@@ -207,12 +207,19 @@ def attend_blocks(
         head = head + inputs["place"][0]
     first_page = head * plan.row_pages
 
+    def slot_of(block):
+        if slots > 1:
+            return lax.rem(block, slots)
+        # 0, which the compiler must not see: of a load that no turn changes it makes no pipeline,
+        # and crashes
+        return jnp.minimum(lax.rem(block, 2), 0)
+
     def pages_of(i):  # beyond the last block its page stands in, unseen
         last = jnp.maximum(first + blocks - 1, 0)
         block = [jnp.minimum(first + i * plan.pages + j, last) for j in range(plan.pages)]
         if first is not seen_first:
             block = [jnp.maximum(x, jnp.minimum(seen_first, last)) for x in block]
-        found = [inputs["page_table"][lax.rem(x, slots)] for x in block]
+        found = [inputs["page_table"][slot_of(x)] for x in block]
         return [page + first_page for page in found]
 
     def body(i, carry):

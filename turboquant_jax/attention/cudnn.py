@@ -121,7 +121,7 @@ def _segment(
 
     A query sees the newest `window` of them, where that is given: itself included, if causal.
     """
-    local = window is not None and window < q.shape[1]
+    local = None if window is None or window >= q.shape[1] else (window - 1, 0)
     mask = None if count is None else jnp.maximum(count, 1)
     output, lse = jax.nn.dot_product_attention(
         q,
@@ -130,7 +130,7 @@ def _segment(
         scale=scale,
         is_causal=is_causal,
         key_value_seq_lengths=mask,
-        local_window_size=(window - 1, 0) if local else None,
+        local_window_size=local,
         implementation=VENDOR,
         return_residual=True,
     )

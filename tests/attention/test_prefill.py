@@ -118,6 +118,7 @@ def in_a_window(config, lengths, count, vendor):
         ("centred", 70, (69, 70, 71), 200),
         ("centred", 1, (0, 3, 399), 3),
         ("groups", 70, (0, 103, 331), 70),
+        ("groups", 70, (0, 103, 331), 68),
         ("groups", 4, (2, 4, 399), 9),
         ("before RoPE", 70, (17, 68, 399), 33),
         ("before RoPE", 150, (399, 140, 160), 151),

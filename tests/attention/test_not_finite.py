@@ -41,10 +41,10 @@ BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
 
 @lru_cache
-def clean(name):
+def clean(name, window=None, count=COUNT):
     """A filled cache and a call, all finite, as a dictionary."""
     rng = np.random.default_rng(3)
-    config = cache.CacheConfig(**SHAPE | SETTINGS[name])
+    config = cache.CacheConfig(**SHAPE | SETTINGS[name], sliding_window=window)
     options = {}
     if name == "groups":
         every = np.tile(np.arange(32, dtype=np.int32), (2, 2, 1))
@@ -59,7 +59,7 @@ def clean(name):
         page_table=jnp.asarray(np.where(np.arange(slots) < held, table, -1), jnp.int32),
         lengths=jnp.asarray(LENGTHS, jnp.int32),
     )
-    shapes = [(BATCH, COUNT, n, 32) for n in (HEADS, 2, 2)]
+    shapes = [(BATCH, count, n, 32) for n in (HEADS, 2, 2)]
     # exact in 16 bits, for kernels that take the query so
     q, k, v = (jnp.asarray(rng.normal(0, 1, s), config.dtype).astype(jnp.float32) for s in shapes)
     return dict(state=state, q=q, k=k, v=v, sinks=jnp.asarray([0.5, 1.0, -1.0, 2.0]))
@@ -254,6 +254,56 @@ def test_of_tiles_by_the_vendor(name, vendor, monkeypatch):
     run = partial(by_tiles, decode_by="pallas" if vendor == "cudnn" else "xla")
     with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes
         assert_follows(name, jax.jit(run), COUNT, 1, 2e-2)
+
+
+def spoilt_at(call, length, window):
+    """(name, call, what it spoils): one thing that is not finite, seen by all, some or no queries.
+
+    What is spoilt is the position of what must be seen for it, and which channels.
+    """
+    ring = call["state"].window.keys.shape[2]
+    edge, own = 2 + 32 * max(0, (length - 7) // 32), slice(CHANNEL, CHANNEL + 1)
+    for side, channels in (("keys", slice(None)), ("values", own)):
+        yield f"sinks' {side}", exact(call, "sinks", side, 1, np.nan), 1, channels
+        for position in {edge, length - 1}:
+            slot = (position - 2) % ring
+            bad = exact(call, "window", side, slot, np.nan)
+            yield f"window's {side} {position}", bad, position, channels
+        # token 20 of slot 1, which has block 1 of the longer sequence, and none of the other
+        position = 2 + 32 + 20 if edge > 2 + 32 else -window
+        yield f"block's {side}", scaled(call, 0, side, np.nan), position, slice(None)
+        for token in (0, 1, 57):
+            bad = new(call, side[0], token, HEAD, np.inf)
+            yield f"new {side} {token}", bad, length + token, channels
+    yield "mean", mean(call, np.nan), edge - 1, slice(None)
+
+
+# Behind 109 tokens the first query alone sees token 20 of block 1, and none a sink; behind 40 some
+# see sinks. Of the chunk's own tokens, which are more than the window, the last ones see but some.
+@pytest.mark.parametrize("length", [109, 40])
+@pytest.mark.parametrize("vendor", [None, "xla", pytest.param("cudnn", marks=GPU)])
+def test_behind_a_window(vendor, length, monkeypatch):
+    """Of the definition, and of the vendor's attention."""
+    window, count = 56, 60
+    monkeypatch.setattr(cudnn, "VENDOR", vendor)
+    call = clean("bfloat16", window, count)
+    lengths = call["state"].lengths.at[ROW].set(length)
+    call = call | dict(state=call["state"].with_lengths(lengths))
+    by = partial(by_tiles, decode_by="pallas" if vendor == "cudnn" else "xla")
+    run = jax.jit(by_definition if vendor is None else by, compiler_options=QUICK)
+    with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes
+        whole_one = np.asarray(run(call))
+        assert np.isfinite(whole_one).all()
+        if length == LENGTHS[ROW]:
+            np.testing.assert_array_equal(np.asarray(run(unseen(call))), whole_one)
+        query, some = length + np.arange(count), set()
+        for name, bad, position, channels in spoilt_at(call, length, window):
+            want = whole_one.copy()
+            seen = (position <= query) & (position > query - window)
+            want[ROW, seen, 2 * HEAD : 2 * HEAD + 2, channels] = np.nan
+            some.add(int(seen.sum()))
+            np.testing.assert_array_equal(np.asarray(run(bad)), want, err_msg=name)
+    assert len(some) > 4
 
 
 def test_of_teacher_forcing():

@@ -84,7 +84,7 @@ def test_decoding(queries, change, words, on_gpu):
         (4, dict(head_dim=20, key=CODEC(rotation="haar")), None, "a head dim of 20"),
         (4, dict(head_dim=256), None, "a head dim of 256"),
         (4, {}, 5.0, "a soft cap"),
-        (4, dict(sliding_window=40), None, "a sliding window"),
+        (4, dict(sliding_window=40), None, None),
         (4, dict(allocation=HEADS), None, OF_HEADS),
     ],
 )

@@ -2,7 +2,8 @@
 
 Three segments, joined by their log-sum-exp: the chunk, causally; sinks and window; and the
 compressed blocks, a tile at a time, which is decoded to 16 bits in the rotated space, read once and
-forgotten. So the past is never there in full precision, however long it is.
+forgotten. So the past is never there in full precision, however long it is. Behind a sliding window
+the past is short, and another module's: `local_past`.
 
 Keys that were centred before RoPE get their mean back in the tile, turned and rotated, before they
 are rounded to its 16 bits: about the error that keys in full precision have in these bits.
@@ -23,12 +24,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from turboquant_jax.attention import head_rotation, triton
+from turboquant_jax.attention import (
+    head_rotation,
+    local_past,
+    not_finite,
+    tensor_cores,
+    triton,
+)
 from turboquant_jax.attention.segments import Scores, SegmentPart, merge, sink_part
-from turboquant_jax.cache import blocks, kernel_operands, pre_rope
-from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache import blocks, pre_rope
 from turboquant_jax.cache.layout import locate
 from turboquant_jax.cache.state import Cache, LayerRows
 from turboquant_jax.implementation import Implementation
@@ -54,61 +60,68 @@ def attend(
     *,
     decode_by: Implementation,
 ) -> Float[Array, "B T N H"]:
-    """What `api.attend` says, with operands in the cache's 16 bits; no cap, no window."""
+    """What `api.attend` says, with operands in the cache's 16 bits; no cap."""
     config = cache.config
     scale = scores.factor(config.head_dim)
     queries, keys, values = (x.astype(config.dtype) for x in (q, k, v))
-    reach = _reach(queries)
+    reach = not_finite.reach(queries)
     queries = jnp.where(jnp.isfinite(reach)[..., None], queries, 0)
-    keys, values, key_reach, bad = _clean(keys, values)
+    keys, values, *own = not_finite.clean(keys, values)
     sinks = [] if sink_logits is None else [sink_part(sink_logits, q.shape)]
     segment = partial(_segment, scale)
+    decode = partial(triton.decode_pages if decode_by == "pallas" else _decode_pages, cache, rows)
+    window = _window(cache, q.shape[1])
+    if window is None:
+        seen = not_finite.seen_so_far
+        over_past = partial(_over_past, cache, rows, queries, segment, scale, decode)
+    else:
+        seen = partial(not_finite.seen_in_window, window)
+        over_past = partial(local_past.attend, cache, rows, queries, window, segment, decode)
 
-    def merged(parts: list[SegmentPart], past_reach, past_bad):
+    def merged(parts: list[SegmentPart], *past):
         """The output, NaN where the past or the chunk up to the query's token spoils it."""
         group = q.shape[2] // cache.kv_heads
-        both = jnp.maximum(lax.cummax(key_reach, axis=1), past_reach[:, None])
-        finite = jnp.isfinite(reach * (config.head_dim * jnp.repeat(both, group, axis=2)))
-        token = jnp.arange(q.shape[1])[None, :, None, None]
-        first = jnp.min(jnp.where(bad, token, q.shape[1]), axis=1)
-        first = jnp.where(past_bad, 0, first)
-        finite = finite[..., None] & jnp.repeat(token < first[:, None], group, axis=2)
+        largest, bad = (jnp.repeat(x, group, axis=2) for x in seen(*own, *past))
+        finite = jnp.isfinite(reach * (config.head_dim * largest))[..., None] & ~bad
         return jnp.where(finite, merge(parts + sinks)[0], jnp.nan).astype(q.dtype)
 
     def alone():
-        parts = [segment(queries, keys, values, is_causal=True)]
-        return parts, jnp.zeros_like(key_reach[:, 0]), jnp.zeros_like(bad[:, 0])
+        return segment(queries, keys, values, is_causal=True, window=window)
 
     def with_past():
-        parts, *_ = alone()
-        held, past_reach, past_bad = _exact(cache, rows)
-        parts.append(segment(queries, *held))
-        if cache.layout.slots:
-            parts.append(_over_blocks(cache, rows, queries, segment, scale, decode_by))
-            past_reach = jnp.maximum(past_reach, _reach_of_blocks(cache, rows))
-        return parts, past_reach, past_bad
+        parts, *past = over_past()
+        return merged([alone(), *parts], *past)
 
     # each branch goes all the way to the output: what leaves a branch is copied
-    return lax.cond(
-        jnp.any(cache.lengths > 0), lambda: merged(*with_past()), lambda: merged(*alone())
-    )
+    return lax.cond(jnp.any(cache.lengths > 0), with_past, lambda: merged([alone()]))
 
 
-def _reach(x: Float[Array, "*batch H"]) -> Float[Array, "*batch"]:
-    """The largest magnitude of each vector, infinity if it holds NaN or infinity; float32."""
-    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
-    return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
+def _window(cache: Cache, count: int) -> int | None:
+    """Tokens that a query sees, itself included; None if every query of a chunk sees all."""
+    window = cache.config.sliding_window
+    return None if window is None or window >= cache.capacity + count else window
 
 
-def _clean(keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]):
-    """Both, finite; the reach of the keys [B, S, K], and where values were not finite."""
-    reach, bad = _reach(keys), ~jnp.isfinite(values)
-    keys = jnp.where(jnp.isfinite(reach)[..., None], keys, 0)
-    return keys, jnp.where(bad, 0, values), reach, bad
+def _over_past(
+    cache: Cache, rows: LayerRows, queries, segment, scale: float, decode
+) -> tuple[list[SegmentPart], Float[Array, "B K"], Bool[Array, "B K H"]]:
+    """The whole past: sinks and window, and the compressed blocks; what of it is not finite."""
+    held, reach, bad = _exact(cache, rows)
+    parts = [segment(queries, *held)]
+    if cache.layout.slots:
+        parts.append(_over_blocks(cache, rows, queries, segment, scale, decode))
+        reach = jnp.maximum(reach, _reach_of_blocks(cache, rows))
+    return parts, reach, bad
 
 
-def _segment(scale: float, q, k, v, count=None, *, is_causal=False) -> SegmentPart:
-    """All tokens, or of each sequence the first `count`, which may be none."""
+def _segment(
+    scale: float, q, k, v, count=None, *, is_causal: bool = False, window: int | None = None
+) -> SegmentPart:
+    """All tokens, or of each sequence the first `count`, which may be none.
+
+    A query sees the newest `window` of them, where that is given: itself included, if causal.
+    """
+    local = None if window is None or window >= q.shape[1] else (window - 1, 0)
     mask = None if count is None else jnp.maximum(count, 1)
     output, lse = jax.nn.dot_product_attention(
         q,
@@ -117,6 +130,7 @@ def _segment(scale: float, q, k, v, count=None, *, is_causal=False) -> SegmentPa
         scale=scale,
         is_causal=is_causal,
         key_value_seq_lengths=mask,
+        local_window_size=local,
         implementation=VENDOR,
         return_residual=True,
     )
@@ -143,14 +157,14 @@ def _exact(cache: Cache, rows: LayerRows):
         for name in ("keys", "values")
     )
     count = place.sinks.count + jnp.maximum(place.window.count, 0)
-    keys, values, reach, bad = _clean(keys, values)
+    keys, values, reach, bad = not_finite.clean(keys, values)
     seen = (jnp.arange(keys.shape[1])[None, :] < count[:, None])[..., None]
     reach = jnp.max(jnp.where(seen, reach, 0.0), axis=1, initial=0.0)
     return (keys, values, count), reach, jnp.any(bad & seen[..., None], axis=1)
 
 
 def _over_blocks(
-    cache: Cache, rows: LayerRows, queries, segment, scale: float, decode_by: Implementation
+    cache: Cache, rows: LayerRows, queries, segment, scale: float, decode
 ) -> SegmentPart:
     """The compressed blocks, tile by tile in the rotated space."""
     config, slots, kv_heads = cache.config, cache.layout.slots, cache.kv_heads
@@ -159,13 +173,12 @@ def _over_blocks(
     key_codec, value_codec = cache.parts[member.part].codecs
     groups = _groups(kv_heads, batch * count * heads, ROWS)
     own = jnp.arange(kv_heads, dtype=jnp.int32).reshape(groups, -1)
-    rotated = _rotate(key_codec, member.of(kv_heads), queries)
+    rotated = tensor_cores.rotate(key_codec, member.of(kv_heads), queries)
     rotated = rotated.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
     by_group = [rotated[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
     tokens = config.compressed_tokens(cache.lengths)
     pages = min(slots, max(1, TILE // config.block))
     table = jnp.pad(jnp.maximum(cache.table.page_table, 0), ((0, 0), (0, pages)))
-    decode = triton.decode_pages if decode_by == "pallas" else _decode_pages
 
     def attend_to(i, masked: bool) -> list[SegmentPart]:
         """Tile i, group by group."""
@@ -175,7 +188,7 @@ def _over_blocks(
         seen = (jnp.arange(size)[None, :] < held[:, None])[..., None, None]
         parts = []
         for q, g in zip(by_group, own, strict=True):
-            keys, values = decode(cache, rows, page, g)
+            keys, values = decode(page, g)
             if cache.phases is not None:
                 keys = keys + _rotated_means(cache, rows, i * size + jnp.arange(size), g)
                 keys = keys.astype(values.dtype)
@@ -198,7 +211,7 @@ def _over_blocks(
         parts = loop(full + 1, -(-jnp.max(tokens) // (pages * config.block)), True, parts)
     output, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
     lse = jnp.where(jnp.isneginf(lse), lse, lse + scale * _mean_products(cache, rows, queries))
-    return _unrotate(value_codec, member.of(kv_heads), output, config.dtype), lse
+    return tensor_cores.unrotate(value_codec, member.of(kv_heads), output, config.dtype), lse
 
 
 def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
@@ -218,7 +231,7 @@ def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
     reach = largest * (level * cache.config.head_dim**0.5)
     if cache.key_mean is None:
         return reach
-    mean = _reach(cache.key_mean[rows.layer])
+    mean = not_finite.reach(cache.key_mean[rows.layer])
     if cache.phases is None:
         reach = jnp.maximum(reach, mean)
     else:  # a part of the keys; each channel of the rotated one at most sqrt(H) times as large
@@ -255,44 +268,10 @@ def _rotated_means(
         return head_rotation.rotate_queries(codec, own, taken)
     # two digits of bfloat16, which tensor cores take; a conversion there and back XLA would skip
     upper = lax.reduce_precision(taken, 8, 7)
-    digits = (_rotate(codec, own, x.astype(jnp.bfloat16)) for x in (upper, taken - upper))
+    digits = (
+        tensor_cores.rotate(codec, own, x.astype(jnp.bfloat16)) for x in (upper, taken - upper)
+    )
     return next(digits) + next(digits)
-
-
-def _rotate(
-    codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B T N H"]
-) -> Float[Array, "B T N H"]:
-    """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
-    if query.dtype != jnp.bfloat16:
-        return head_rotation.rotate_queries(codec, rows, query)
-    rotation = kernel_operands.of_codec(codec, rows)
-    if rotation.signs is not None:
-        query = query * rotation.signs.astype(query.dtype)[None, None, None, :]
-    return rotation.gain * _products("btkgi,kji->btkgj", query, rotation.parts)
-
-
-def _unrotate(
-    codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"], dtype: str
-) -> Float[Array, "B T N H"]:
-    """Outputs back from the rotated space, float32; on the tensor cores to bfloat16."""
-    if dtype != "bfloat16":
-        return head_rotation.unrotate_outputs(codec, rows, output)
-    rotation = kernel_operands.of_codec(codec, rows)
-    rotated = _products("kji,btkgj->btkgi", output.astype(jnp.bfloat16), rotation.parts)
-    rotated = rotated * rotation.gain
-    return rotated if rotation.signs is None else rotated * rotation.signs[None, None, None, :]
-
-
-def _products(
-    equation: str, x: Float[Array, "B T N H"], parts: Float[Array, "parts heads H H"]
-) -> Float[Array, "B T N H"]:
-    """Each head by its matrix, whose parts add up, in float32."""
-    grouped = x.reshape(*x.shape[:2], parts.shape[1], -1, x.shape[3])
-    total = jnp.zeros(grouped.shape, jnp.float32)
-    for part in parts:
-        pair = (grouped, part) if equation.startswith("btkg") else (part, grouped)
-        total = total + jnp.einsum(equation, *pair, preferred_element_type=jnp.float32)
-    return total.reshape(x.shape)
 
 
 def _decode_pages(

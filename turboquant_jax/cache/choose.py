@@ -104,8 +104,6 @@ def _prefill(cache: Cache, queries: int, softcap: float | None) -> str | None:
         return f"a head dim of {cache.config.head_dim}, served are multiples of 8 up to 128"
     if softcap is not None:
         return "a soft cap"
-    if cache.config.sliding_window is not None:
-        return "a sliding window"
     return _heads(cache)
 
 

@@ -69,6 +69,15 @@ class Layout:
         """The position of a block's first token."""
         return self.config.sinks + block * self.config.block
 
+    def slot(self, length: Int[Array, "B 1"], position: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        """Where held positions lie in sinks, window and the tokens of the page table in a row."""
+        behind = position - self.config.sinks
+        block = self.block_slot(behind // self.config.block) * self.config.block
+        block = self.sinks + self.ring + block + behind % self.config.block
+        exact = self.sinks + self.window_slot(position)
+        slot = jnp.where(position < edge(self.config, length), block, exact)
+        return jnp.where(position < self.config.sinks, position, slot)
+
     def exact_positions(
         self, length: Int[Array, "B 1"]
     ) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:

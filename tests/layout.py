@@ -128,8 +128,8 @@ def mean_at(config, mean, positions):
 
     Pairs of channels are complex numbers, turned by three angles: of every 64th period of 64
     tokens, of the period, of the token in it. Sines and cosines of the first two have the precision
-    of float16; those of the last are integers in units of 1 / 2032, of which the first have a
-    factor 1 / 127 and the second 1 / 16. Before the last one the numbers have 13 bits.
+    of float16; those of the last are integers in units of 1 / 127, a factor that the first have.
+    Before the last one the numbers have 13 bits.
     """
     if config.rope_frequencies is None:
         return mean[:, None, :]
@@ -141,12 +141,12 @@ def mean_at(config, mean, positions):
     found = mean[:, None, first] + 1j * mean[:, None, second]
     for angle, unit, dtype in (
         (config.sinks + behind // 4096 * 4096, 1 / 127, np.float16),
-        (behind % 4096 // 64 * 64, 1 / 16, np.float16),
-        (behind % 64, 2032, np.int16),
+        (behind % 4096 // 64 * 64, 1, np.float16),
+        (behind % 64, 127, np.int8),
     ):
         turned = unit * np.exp(1j * np.outer(angle, frequencies))
         parts = turned.real, turned.imag
-        if dtype == np.int16:
+        if dtype == np.int8:
             found = rounded(found.real) + 1j * rounded(found.imag)
             parts = map(np.rint, parts)
         real, imaginary = (part.astype(dtype).astype(float) for part in parts)

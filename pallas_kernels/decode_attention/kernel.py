@@ -69,7 +69,7 @@ def tile_scores(
         words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
         mean = state.get("mean")
         if digits is not None:
-            mean = state["turning"].products(phase, digits)
+            mean = state["turning"].product(phase, digits)
         exponent = value_exponent(words[: len(plan.value_decoders)])
         bound = exponent.astype(jnp.float32)[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
@@ -269,7 +269,7 @@ def attend_blocks(
         angles = state["turning"].angles(turn_of(begin + 1))
     elif means:
         mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
-        state["mean"] = [(mean[None, :], jnp.ones((1, 1)))]
+        state["mean"] = mean[None, :], jnp.ones((1, 1))
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)

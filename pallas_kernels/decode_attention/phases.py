@@ -20,9 +20,8 @@ from pallas_kernels.primitives.digits import MAGIC
 
 # Tokens of a turn.
 PERIOD = 64
-# Of the table, in 1: two signed digits in base BASE, the high one a byte's.
-BASE = 16
-STEPS = 127 * BASE
+# Of the table of bytes, in 1.
+STEPS = 127
 # Coefficients are integers up to this one: two signed digits in base 256.
 LIMIT = 32600.0
 
@@ -34,21 +33,21 @@ class PhasesOperand:
 
     Token 64 J + t has the angles E_J e_t. E_J = coarse[J // 64] fine[J % 64], complex, beyond the
     end of `coarse` its last row: cosines of the pairs in the first half of the columns, sines in
-    the second. e_t = BASE within[0, t] + within[1, t]: bytes, cosine and sine of a pair side by
-    side, in units of 1 / STEPS, a factor that E_J has. Pair c of the first `rotary` channels is
-    (c, c + rotary / 2); those beyond are paired in the same way among themselves.
+    the second. e_t = within[t]: bytes, cosine and sine of a pair side by side, in units of 1 / 127,
+    a factor that `coarse` has. Pair c of the first `rotary` channels is (c, c + rotary / 2); those
+    beyond are paired in the same way among themselves.
     """
 
     coarse: Float[Array, "_ H"]
     fine: Float[Array, "64 H"]
-    within: Int8[Array, "2 64 H"]
+    within: Int8[Array, "64 H"]
     rotary: int = dataclasses.field(metadata=dict(static=True))
 
 
 def check_phases(phases: PhasesOperand, channels: int) -> None:
     """Raises unless the tables are those of so many channels."""
     shapes = phases.fine.shape, phases.within.shape, phases.coarse.shape[1:]
-    expected = (PERIOD, channels), (2, PERIOD, channels), (channels,)
+    expected = (PERIOD, channels), (PERIOD, channels), (channels,)
     if shapes != expected or phases.within.dtype != jnp.int8:
         raise ValueError(
             f"phases: got fine {shapes[0]}, within {phases.within.dtype}{list(shapes[1])} and rows "
@@ -62,14 +61,14 @@ def check_phases(phases: PhasesOperand, channels: int) -> None:
 class Turning:
     """What a program holds of it, and what it does with that.
 
-    tables: of each phase of a tile, both digits, int8 [rows, 2 * pairs]. turns: of each phase,
-    which of the tile's `count` turns a row is in, [rows]. coefficients: (A, B) of each head, in
+    tables: of each phase of a tile, int8 [rows, 2 * pairs]. turns: of each phase, which of the
+    tile's `count` turns a row is in, [rows]. coefficients: (A, B) of each head, in
     `warps` warps' registers; unit [columns] that of the products, NaN for a query or a mean that is
     not finite.
     """
 
     phases: Any
-    tables: list[list[jax.Array]]
+    tables: list[jax.Array]
     turns: list[jax.Array]
     count: int
     coefficients: list[tuple]
@@ -85,16 +84,13 @@ class Turning:
         columns = self.unit.shape[0]
         return [_digits(self.coefficients, x, columns, self.warps) for x in angles]
 
-    def products(self, phase: int, digits: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-        """float32 [rows, columns] of a phase, and their units, of each digit of the table."""
-        terms = []
-        for table, factor in zip(self.tables[phase], (BASE, 1), strict=True):
-            found = _product(table, digits[0])
-            for i, right in enumerate(digits[1:], start=1):
-                other = _product(table, right)
-                found = jnp.where(self.turns[phase][:, None] == i, other, found)
-            terms.append((found, (self.unit * factor)[None, :]))
-        return terms
+    def product(self, phase: int, digits: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """float32 [rows, columns] of a phase, and its unit."""
+        found = _product(self.tables[phase], digits[0])
+        for i, right in enumerate(digits[1:], start=1):
+            other = _product(self.tables[phase], right)
+            found = jnp.where(self.turns[phase][:, None] == i, other, found)
+        return found, self.unit[None, :]
 
 
 def turning(
@@ -106,7 +102,7 @@ def turning(
     coefficients, unit = _coefficients(exact, row, heads, columns, warps)
     return Turning(
         exact.phases,
-        [[_table(exact.phases, digit, token) for digit in (0, 1)] for _, token in found],
+        [_table(exact.phases, token) for _, token in found],
         [turn for turn, _ in found],
         tokens // PERIOD,
         coefficients,
@@ -128,14 +124,14 @@ def _load(ref: Any, place: tuple, inside: jax.Array | None) -> jax.Array:
     return triton.load(ref.at[place], mask=inside, other=jnp.zeros((), ref.dtype))
 
 
-def _table(phases: Any, digit: int, token: jax.Array) -> jax.Array:
-    """int8 [rows, 2 * pairs]: a digit of the angles of these tokens of a turn."""
+def _table(phases: Any, token: jax.Array) -> jax.Array:
+    """int8 [rows, 2 * pairs] of these tokens of a turn."""
     pair, count, inside = _pairs(phases)
     column = jnp.arange(2 * pair.shape[0])
     if inside is not None:
         shape = token.shape[0], column.shape[0]
         inside = jnp.broadcast_to((column < 2 * count)[None, :], shape)
-    return _load(phases.within, (digit, token[:, None], column[None, :]), inside)
+    return _load(phases.within, (token[:, None], column[None, :]), inside)
 
 
 def _coefficients(

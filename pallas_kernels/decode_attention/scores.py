@@ -123,7 +123,7 @@ def scores(
     page: jax.Array,
     token: jax.Array,
     words: list[jax.Array],
-    mean: list[tuple] | None,
+    mean: tuple | None,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""
     terms = []
@@ -132,7 +132,8 @@ def scores(
         scaled = product * key_scale(words[part])[:, None]
         unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
         terms.append((scaled, unit))
-    for product, unit in mean or []:
+    if mean is not None:
+        product, unit = mean
         terms.append(
             (jnp.broadcast_to(product, scaled.shape), jnp.broadcast_to(unit, scaled.shape))
         )

@@ -50,7 +50,7 @@ class Columns:
 # Places that share one mean before RoPE, turned to the first of them.
 PERIOD = 64
 # The cosine of 0 in the table of places.
-STEPS = 127 * 16
+STEPS = 127
 # Columns whose angles are in registers at a time.
 PIECE = 32
 

@@ -57,12 +57,10 @@ def tables(channels, rotary, sinks=4, rows=256):
     turn = lambda p: np.exp(1j * np.asarray(p, float)[:, None] * w)  # noqa: E731
     halves = lambda z: np.concatenate([z.real, z.imag], axis=1).astype(np.float16)  # noqa: E731
     within = turn(range(64))
-    whole = np.rint(2032 * np.stack([within.real, within.imag], -1)).reshape(64, -1)
-    high = np.rint(whole / 16)
     return PhasesOperand(
         halves(turn(sinks + 4096 * np.arange(rows)) / 127).astype(np.float32),
-        halves(turn(64 * np.arange(64)) / 16).astype(np.float32),
-        np.stack([high, whole - 16 * high]).astype(np.int8),
+        halves(turn(64 * np.arange(64))).astype(np.float32),
+        np.rint(127 * np.stack([within.real, within.imag], -1)).reshape(64, -1).astype(np.int8),
         rotary,
     )
 
@@ -75,8 +73,7 @@ def mean_product(q, m, phases, index):
     second = np.where(pair < half, pair + half, pair + count)
     number = lambda x: x[first].astype(float) + 1j * x[second]  # noqa: E731
     halves = lambda x: x[:, :count].astype(float) + 1j * x[:, count:]  # noqa: E731
-    whole = 16.0 * phases.within[0] + phases.within[1]
-    within = whole[:, 0::2] + 1j * whole[:, 1::2]
+    within = phases.within[:, 0::2].astype(float) + 1j * phases.within[:, 1::2]
     turn = index // 64
     coarse = halves(phases.coarse)[np.minimum(turn // 64, phases.coarse.shape[0] - 1)]
     angle = coarse * halves(phases.fine)[turn % 64] * within[index % 64]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_attention import CodebookOperand, PhasesOperand
 from pallas_kernels.rope import RotationOperand
 from turboquant_jax.cache.codec import Codec
-from turboquant_jax.cache.pre_rope import STEPS, Phases
+from turboquant_jax.cache.pre_rope import Phases
 from turboquant_jax.quantizers import codebook as codebooks
 from turboquant_jax.quantizers import trellis
 from turboquant_jax.quantizers.quantizer import Quantizer
@@ -27,13 +27,10 @@ def flat(x: Array) -> Array:
 
 
 def of_phases(phases: Phases) -> PhasesOperand:
-    """The tables of a cache; of a period in digits, cosine and sine of a pair side by side."""
+    """The tables of a cache; those of a period in bytes, cosine and sine of a pair side by side."""
     pairs = jnp.stack(jnp.split(phases.within, 2, axis=1), axis=-1)
-    within = pairs.reshape(phases.within.shape).astype(jnp.float32)
-    base = float(STEPS[1])
-    high = jnp.round(within / base)
-    digits = jnp.stack([high, within - base * high]).astype(jnp.int8)
-    return PhasesOperand(phases.coarse, phases.fine, digits, phases.rotary)
+    within = pairs.reshape(phases.within.shape).astype(jnp.int8)
+    return PhasesOperand(phases.coarse, phases.fine, within, phases.rotary)
 
 
 def of_rotation(rotation: Rotation, dtype: DTypeLike) -> RotationOperand:

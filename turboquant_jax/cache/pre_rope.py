@@ -11,14 +11,13 @@ p = sinks + i, has the period J = i // 64 and the place t = i % 64 in it, whatev
     R_p m = e_t E_J m,    E_J = coarse[J // 64] fine[J % 64],
 
 each factor a table of angles, made in float64: [rows, H], cosines of the pairs in the first half of
-the columns, sines in the second. e_t is rounded to integers in units of 1 / 2032, so that a kernel
-multiplies bytes, two digits of them; E_J, of which 1 / 2032 is a factor, in its tables to float16.
-What the rounding turns wrongly, 3e-4 of |m| or so, stays in the key. A number of 11 bits times
+the columns, sines in the second. e_t is rounded to integers in units of 1 / 127, so that a kernel
+multiplies bytes; E_J, of which 1 / 127 is a factor, in its tables to float16. What the rounding
+turns wrongly, 3e-3 of |m|, stays in the key. A number of 11 bits times
 half of the 24 bits of another is exact in float32: whether a compiler fuses products and sums or
 not, `turn` gives the same bits.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -35,9 +34,8 @@ WITHIN_BITS = 11
 """Significant bits of a cosine or sine in `Phases.within`."""
 FINE = 64
 """Periods of a row of the coarse table."""
-STEPS = 127, 16
-"""Their product is 1 in the table of a period, whose numbers are two digits for a kernel: bytes, in
-base 16."""
+STEPS = 127
+"""Of the table of a period, in 1: a byte's."""
 
 
 @register_dataclass
@@ -48,8 +46,8 @@ class Phases:
     Attributes:
       coarse: of the first token of every `FINE` periods, the sinks before it counted.
       fine: of the first token of a period among those.
-      within: float16, of a token in its period: integers up to 2032, which `coarse` and
-        `fine` are divided by.
+      within: float16, of a token in its period: integers up to `STEPS`, which `coarse`
+        is divided by.
       rotary: channels that RoPE turns, the first ones: pair c of them is (c, c + rotary / 2); the
         others are paired in the same way among themselves and have angle 0.
     """
@@ -80,9 +78,9 @@ def create(config: CacheConfig, capacity: int) -> Phases | None:
 
     coarse = config.sinks + PERIOD * FINE * np.arange(-(-capacity // (PERIOD * FINE)))
     return Phases(
-        coarse=held(table(coarse) / STEPS[0]),
-        fine=held(table(PERIOD * np.arange(FINE)) / STEPS[1]),
-        within=jnp.asarray(np.rint(math.prod(STEPS) * table(np.arange(PERIOD))), jnp.float16),
+        coarse=held(table(coarse) / STEPS),
+        fine=held(table(PERIOD * np.arange(FINE))),
+        within=jnp.asarray(np.rint(STEPS * table(np.arange(PERIOD))), jnp.float16),
         rotary=rotary,
     )
 

@@ -288,7 +288,7 @@ def test_divisors_of_a_file_are_kept(original):
     scaling = dataclasses.replace(config.rope_scaling, original_max_position=original)
     config = dataclasses.replace(config, rope_scaling=scaling)
     plain = inverse_frequencies(PRESETS["llama-3-8b"])
-    divisors = scaling.divisors(plain, 500_000.0).astype(np.float32)
+    divisors = np.array(scaling.divisors(plain.tolist(), 500_000.0), np.float32)
     got = inverse_frequencies(config_from_gguf(GGUF, UNTIED, divisors))
     np.testing.assert_allclose(got, inverse_frequencies(config), rtol=1e-7)
     np.testing.assert_array_equal(got, plain / divisors)

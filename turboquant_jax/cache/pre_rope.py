@@ -34,6 +34,8 @@ WITHIN_BITS = 11
 """Significant bits of a cosine or sine in `Phases.within`."""
 FINE = 64
 """Periods of a row of the coarse table."""
+COARSE = 1024
+"""Most rows of it: 4,194,304 tokens."""
 STEPS = 127
 """Of the table of a period, in 1: a byte's."""
 
@@ -61,7 +63,7 @@ class Phases:
 def create(config: CacheConfig, capacity: int) -> Phases | None:
     """Tables for sequences of up to `capacity` tokens; None where the config has no use for them.
 
-    Longer ones have the last coarse angle: exact all the same.
+    Tokens beyond its end have the last coarse angle: exact all the same, but less is taken off.
     """
     if not config.center_keys or config.rope_frequencies is None:
         return None
@@ -76,7 +78,8 @@ def create(config: CacheConfig, capacity: int) -> Phases | None:
     def held(angles: np.ndarray) -> Float[Array, "rows H"]:
         return jnp.asarray(angles.astype(np.float16), jnp.float32)
 
-    coarse = config.sinks + PERIOD * FINE * np.arange(-(-capacity // (PERIOD * FINE)))
+    rows = min(-(-capacity // (PERIOD * FINE)), COARSE)
+    coarse = config.sinks + PERIOD * FINE * np.arange(rows)
     return Phases(
         coarse=held(table(coarse) / STEPS),
         fine=held(table(PERIOD * np.arange(FINE))),

@@ -29,7 +29,9 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     channels, theta = config.rotated_channels, config.rope_theta
     frequencies = theta ** -(np.arange(0, channels, 2, dtype=np.float64) / channels)
     scaling = config.rope_scaling
-    return frequencies if scaling is None else frequencies / scaling.divisors(frequencies, theta)
+    if scaling is None:
+        return frequencies
+    return frequencies / np.array(scaling.divisors(frequencies.tolist(), theta))
 
 
 def rotation_angles(

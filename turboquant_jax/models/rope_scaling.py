@@ -7,9 +7,8 @@ sine. The formulas are those of transformers, `modeling_rope_utils`.
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from typing import Protocol
-
-import numpy as np
 
 
 class RopeScaling(Protocol):
@@ -19,8 +18,8 @@ class RopeScaling(Protocol):
     def attention_factor(self) -> float:
         """What cosine and sine are multiplied by, so that scores are by its square."""
 
-    def divisors(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
-        """The divisor of each inverse frequency: [R/2] in, `theta**(-2i/R)`, [R/2] out."""
+    def divisors(self, frequencies: Sequence[float], theta: float) -> tuple[float, ...]:
+        """The divisor of each inverse frequency: R/2 in, `theta**(-2i/R)`, R/2 out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,9 @@ class LinearScaling:
         """1: cosine and sine as they are."""
         return 1.0
 
-    def divisors(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+    def divisors(self, frequencies: Sequence[float], theta: float) -> tuple[float, ...]:
         """`factor` for every pair."""
-        return np.full(frequencies.shape, float(self.factor))
+        return (float(self.factor),) * len(frequencies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +69,16 @@ class Llama3Scaling:
         """1: cosine and sine as they are."""
         return 1.0
 
-    def divisors(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+    def divisors(self, frequencies: Sequence[float], theta: float) -> tuple[float, ...]:
         """1 for fast pairs, `factor` for slow ones."""
-        turns = self.original_max_position * frequencies / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return 1.0 / (kept + (1.0 - kept) / self.factor)
+
+        def divisor(frequency: float) -> float:
+            turns = self.original_max_position * frequency / (2 * math.pi)
+            kept = _clip((turns - low) / (high - low))
+            return 1.0 / (kept + (1.0 - kept) / self.factor)
+
+        return tuple(map(divisor, frequencies))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ class YarnScaling:
                 f"beta_slow: got {self.beta_slow}, expected less than beta_fast = {self.beta_fast}"
             )
 
-    def divisors(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+    def divisors(self, frequencies: Sequence[float], theta: float) -> tuple[float, ...]:
         """1 for fast pairs, `factor` for slow ones."""
         pairs = len(frequencies)
 
@@ -122,8 +125,8 @@ class YarnScaling:
         first, last = max(first, 0), min(last, 2 * pairs - 1)
         if first == last:
             last += 0.001  # as transformers does: a step instead of a ramp
-        slowed = np.clip((np.arange(pairs) - first) / (last - first), 0.0, 1.0)
-        return 1.0 / ((1.0 - slowed) + slowed / self.factor)
+        slowed = (_clip((pair - first) / (last - first)) for pair in range(pairs))
+        return tuple(1.0 / ((1.0 - part) + part / self.factor) for part in slowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +144,11 @@ class TabulatedScaling:
         """1: cosine and sine as they are."""
         return 1.0
 
-    def divisors(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+    def divisors(self, frequencies: Sequence[float], theta: float) -> tuple[float, ...]:
         """The table; ValueError unless it has a divisor for each frequency."""
         if len(self.table) != len(frequencies):
             raise ValueError(f"got {len(self.table)} divisors, expected {len(frequencies)}")
-        return np.array(self.table)
+        return self.table
 
 
 def yarn_attention_factor(
@@ -168,3 +171,7 @@ def require_positive(name: str, value: object, *, whole: bool = False) -> None:
     if not (number and 0 < value <= sys.float_info.max):  # type: ignore[operator]
         kind = "integer" if whole else "number"
         raise ValueError(f"{name}: got {value!r}, expected a positive {kind}")
+
+
+def _clip(x: float) -> float:
+    return min(max(x, 0.0), 1.0)

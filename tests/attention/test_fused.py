@@ -89,8 +89,8 @@ def test_the_fused_kernel_is_attention_over_the_decoded_vectors(name, monkeypatc
     case = crossed.case(name)
     assert case.splits() > 1
     want, (got, written, definition) = case.expected(1), case.kernel()
-    # queries and shares of the blocks are 15-bit integers (see tests/pallas_kernels), of logits up to
-    # a hundred here
+    # queries and shares of the blocks are 15-bit integers, see tests/pallas_kernels; some logits
+    # are around a hundred
     error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert error.max() <= 4e-3
     jax.tree.map(np.testing.assert_array_equal, written, definition)

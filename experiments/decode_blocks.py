@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention import BlocksOperand
+from pallas_kernels.decode_attention import (
+    BlocksOperand,
+    ExactOperand,
+    ExactPlaces,
+    PagedBlocks,
+    PhasesOperand,
+    Softmax,
+    decode_attention,
+)
 from pallas_kernels.primitives.codebook import CodebookOperand, CodeKind, level_limits
+from turboquant_jax.cache import CacheConfig, kernel_operands, pre_rope
 
 QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
 SM_SCALE = CHANNELS**-0.5
@@ -83,3 +92,40 @@ def definition(
     score = jnp.where(seen[:, None, None, :], score, -jnp.inf)
     out = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(score, axis=-1), v, precision=high)
     return out.reshape(q.shape)
+
+
+def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesOperand | None]:
+    """Mean keys and phases for the kernel: of `kind` "" none, "stored" or "pre_rope"."""
+    if not kind:
+        return None, None
+    mean = 3.0 * jax.random.normal(jax.random.key(1), (batch, KV_HEADS, CHANNELS), jnp.float32)
+    frequencies = tuple((5e5 ** -(np.arange(CHANNELS // 2) / (CHANNELS // 2))).tolist())
+    config = CacheConfig(1, KV_HEADS, CHANNELS, rope_frequencies=frequencies)
+    phases = pre_rope.create(config, tokens) if kind == "pre_rope" else None
+    return mean, None if phases is None else kernel_operands.of_phases(phases)
+
+
+def _places(length, pending) -> ExactPlaces:
+    del pending
+    return ExactPlaces((0, length), ((0, 1, 0),))
+
+
+def attend_with_newest(
+    q: jax.Array,
+    held: PagedBlocks,
+    mean: jax.Array | None,
+    phases: PhasesOperand | None,
+) -> jax.Array:
+    """The kernel over blocks and one newest token in full precision, on which a mean rides."""
+    batch = q.shape[0]
+    newest = jnp.zeros((batch, 1, KV_HEADS, CHANNELS), jnp.bfloat16)
+    exact = ExactOperand(
+        query=q,
+        keys=(newest,),
+        values=(newest,),
+        pending=jnp.zeros((batch,), jnp.int32),
+        places=_places,
+        key_mean=mean,
+        phases=phases,
+    )
+    return decode_attention(q, held, Softmax(SM_SCALE), exact=exact, dtype=q.dtype)[0]

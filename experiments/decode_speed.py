@@ -7,6 +7,9 @@ are those of the device by the profiler, medians over chains: `milliseconds` the
 of a call, `span_milliseconds` with the gaps between them, which a chain of kernels that are shorter
 than their launches has. Bytes are those of the packed cache (codes and scales).
 
+`pallas-exact` sees one newest token in full precision too, as a mean of the keys needs: `mean`
+is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 where it is empty.
+
 Rows labelled `queued` are of an earlier kernel, by a host clock over queued chains of calls.
 """
 
@@ -31,7 +34,9 @@ from experiments.decode_blocks import (
     QUERY_HEADS,
     SM_SCALE,
     Pair,
+    attend_with_newest,
     definition,
+    means,
     random_blocks,
 )
 from experiments.device_time import copy_bandwidth, device_time
@@ -50,6 +55,7 @@ SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
 # Of trellis codes: the presets'.
 TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
+MEANS = ("", "stored", "pre_rope")
 # More than the 50 MB of an H100's L2 several times over; calls of a chain at least.
 BYTES_IN_TURN, CALLS = 200e6, 8
 
@@ -69,6 +75,8 @@ class Row:
     gigabytes_per_second: float
     fraction_of_copy_bandwidth: float
     speedup_over_cudnn: float
+    mean: str = ""
+    queries: int = QUERY_HEADS // KV_HEADS
 
 
 def check(bits: Pair, schedule: Schedule | None = None, code: CodeKind = "scalar") -> float:
@@ -120,6 +128,8 @@ class Case:
     schedule: Schedule | None = None
     code: CodeKind = "scalar"
     paged: bool = True
+    mean: str = ""
+    queries: int = QUERY_HEADS // KV_HEADS
 
     @property
     def nbytes(self) -> float:
@@ -139,6 +149,8 @@ class Case:
             return cudnn(q, *cache)
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
+        if self.name == "pallas-exact":
+            return attend_with_newest(q, PagedBlocks((cache[0],), *cache[1:3]), *cache[3:])
         return attend(q, *cache, self.schedule)
 
     def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:
@@ -151,7 +163,9 @@ class Case:
         """The first query, and caches that together are more than L2 holds."""
         count = max(2, int(np.ceil(BYTES_IN_TURN / self.nbytes)))
         dtype = jnp.float32 if self.schedule else jnp.bfloat16
-        q = jax.random.normal(jax.random.key(0), (self.shape[0], QUERY_HEADS, CHANNELS), dtype)
+        q = jax.random.normal(
+            jax.random.key(0), (self.shape[0], self.queries * KV_HEADS, CHANNELS), dtype
+        )
         return q, [_cache(self, jax.random.key(i)) for i in range(count)]
 
 
@@ -171,7 +185,8 @@ def _cache(case: Case, key: jax.Array) -> tuple:
     order = jnp.arange(pages, dtype=jnp.int32)
     order = jax.random.permutation(keys[0], order) if case.paged else order
     blocks = random_blocks(keys[1], case.bits, pages, code=case.code)
-    return blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
+    held = blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
+    return (*held, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else held
 
 
 def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
@@ -188,7 +203,7 @@ class Bench:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.start = time.monotonic()
-        self.cudnn: dict[Pair, float] = {}
+        self.cudnn: dict[tuple[Pair, int], float] = {}
         self.copy = copy_bandwidth()
         device = jax.devices()[0].device_kind
         print(f"{device}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s")
@@ -204,16 +219,17 @@ class Bench:
         time = device_time(lambda: chain(q, caches))
         took, span = time.busy / case.calls, time.span / case.calls
         if case.name == "cudnn":
-            self.cudnn[case.shape] = took
-        rate, base = case.nbytes / took, self.cudnn.get(case.shape, float("nan"))
+            self.cudnn[case.shape, case.queries] = took
+        rate, base = case.nbytes / took, self.cudnn.get((case.shape, case.queries), float("nan"))
         row = Row(
             case.name, *case.bits, *case.shape, label, took * 1e3, span * 1e3, rate / 1e9,
-            rate / self.copy, base / took,
+            rate / self.copy, base / took, case.mean, case.queries,
         )  # fmt: skip
         self.rows.append(row)
         print(
             f"{case.name:14s} {case.bits[0]}/{case.bits[1]:<2d} {case.shape[0]:3d} x "
-            f"{case.shape[1]:<6d} {label:16s} {took * 1e6:8.1f} us (span {span * 1e6:.1f}) "
+            f"{case.shape[1]:<6d} {case.queries} {case.mean or label:16s} "
+            f"{took * 1e6:8.1f} us (span {span * 1e6:.1f}) "
             f"{rate / 1e9:6.0f} GB/s {rate / self.copy:5.2f} of copy {base / took:5.2f}x",
             flush=True,
         )
@@ -262,11 +278,20 @@ def cases_of(shape: Pair, bits: Sequence[Pair], sweep: Sequence[str]) -> list[Ca
     return cases
 
 
-def run(out: Path, shapes: Sequence[Pair], bits: Sequence[Pair], sweep: Sequence[str]) -> None:
+def mean_cases() -> list[Case]:
+    """4 bits with and without a mean; groups of 7 and 8 query heads as well."""
+    settings = [(shape, 4) for shape in SHAPES[:3]] + [((8, 32768), n) for n in (7, 8)]
+    cases = []
+    for shape, queries in settings:
+        cases.append(Case("cudnn", (16, 16), shape, queries=queries))
+        cases += [Case("pallas-exact", (4, 4), shape, mean=m, queries=queries) for m in MEANS]
+    return cases
+
+
+def run(out: Path, bits: Sequence[Pair], cases: Sequence[Case]) -> None:
     """Correctness first; what is measured is compiled ahead, several cases at a time."""
     checks: list[tuple[Pair, CodeKind]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
     checks += [(pair, "trellis") for pair in TRELLIS_BITS]
-    cases = [case for shape in shapes for case in cases_of(shape, bits, sweep)]
     with ThreadPoolExecutor() as pool:
         errors = pool.map(lambda job: check(job[0], code=job[1]), checks)
         chains = pool.map(compiled, cases)
@@ -291,16 +316,16 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", choices=("all", "mean"), default="all")
     parser.add_argument("--shapes", default="", help="such as 32x4096,1x8192")
     parser.add_argument("--bits", default="", help="such as 4/4,3/2")
     parser.add_argument("--sweep", action="append", default=[], help="programs;pages;warps;stages")
     a = parser.parse_args()
-    run(
-        a.out,
-        pairs_of(a.shapes, "x") if a.shapes else SHAPES,
-        pairs_of(a.bits, "/") if a.bits else BITS,
-        a.sweep,
-    )
+    if a.cases == "mean":
+        return run(a.out, ((4, 4),), mean_cases())
+    shapes = pairs_of(a.shapes, "x") if a.shapes else SHAPES
+    bits = pairs_of(a.bits, "/") if a.bits else BITS
+    run(a.out, bits, [case for shape in shapes for case in cases_of(shape, bits, a.sweep)])
 
 
 if __name__ == "__main__":

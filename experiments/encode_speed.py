@@ -5,7 +5,7 @@ layer's keys and values in bfloat16, 8 kv heads of 128 channels, become packed b
 Bytes are those read and written. Times are those of the device by the profiler, medians over chains
 of calls: the sum of all kernels of a call, the small ones included. The vectors are more than L2
 holds. `codes_apart` is the part of all codes that differ from the definition's, by rounding at a
-threshold.
+threshold. `mean`: of the keys, "stored" or "pre_rope"; where it is empty, "stored" if `centred`.
 """
 
 import argparse
@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from experiments.device_time import copy_bandwidth, device_time
 from experiments.results import write_table
 from turboquant_jax import cache
-from turboquant_jax.cache import blocks, encoding
+from turboquant_jax.cache import blocks, encoding, pre_rope
 from turboquant_jax.cache.compression import with_pools
 from turboquant_jax.cache.state import Exact
 
 KV_HEADS, CHANNELS, BLOCK = 8, 128, 64
+FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
 Case = tuple[int, Any, Any, bool]  # bits, rotation, scale, whether centred
 CASES: tuple[Case, ...] = (
     *((bits, "hadamard", "least_squares", True) for bits in (4, 3, 2, 1, 5, 8)),
@@ -59,13 +60,24 @@ class Row:
     gigabytes_per_second: float
     fraction_of_copy_bandwidth: float
     codes_apart: float
+    mean: str = ""
 
 
-def empty(bits: int, rotation, scale, centred: bool, tokens: int) -> cache.Cache:
+def empty(case: Case, tokens: int, mean: str) -> cache.Cache:
     """A cache of one layer and one sequence."""
+    bits, rotation, scale, centred = case
     codec = cache.CodecConfig(bits, rotation, scale=scale)
     config = cache.CacheConfig(
-        1, KV_HEADS, CHANNELS, codec, codec, block=BLOCK, window=0, sinks=0, center_keys=centred
+        1,
+        KV_HEADS,
+        CHANNELS,
+        codec,
+        codec,
+        block=BLOCK,
+        window=0,
+        sinks=0,
+        center_keys=centred,
+        rope_frequencies=FREQUENCIES if mean == "pre_rope" else None,
     )
     return cache.create(config, 1, tokens, key=jax.random.key(0))
 
@@ -94,7 +106,8 @@ def by_definition(state: cache.Cache, source: Exact) -> cache.Cache:
     """The same through XLA."""
     keys = source.keys.astype(jnp.float32)
     if state.key_mean is not None:
-        keys = keys - state.key_mean[0][:, None]
+        index = BLOCK + jnp.arange(keys.shape[1])  # behind a sequence's first block, as `jobs`
+        keys = pre_rope.center(source.keys[0], state.key_mean[0, 0], state.phases, index)[None]
     shape = (source.keys.shape[1] // BLOCK, BLOCK, KV_HEADS, CHANNELS)
     rows, (codecs,) = jnp.arange(KV_HEADS), [part.codecs for part in state.parts]
     packed = blocks.pack(
@@ -118,12 +131,13 @@ class Programs:
 
     case: Case
     tokens: int
+    mean: str
     create: Callable[[], cache.Cache]
     chains: dict[str, Any]
     definition: Callable[[cache.Cache, Exact], cache.Cache]
 
 
-def prepare(case: Case, tokens: int) -> Programs:
+def prepare(case: Case, tokens: int, mean: str = "") -> Programs:
     """Compile what a case needs."""
 
     def chain(encode, calls: int, state: cache.Cache, source: Exact) -> cache.Cache:
@@ -131,9 +145,11 @@ def prepare(case: Case, tokens: int) -> Programs:
             state = encode(state, source)
         return state
 
-    create = partial(empty, *case, tokens)
+    create = partial(empty, case, tokens, mean)
     shapes = jax.eval_shape(create), jax.eval_shape(partial(vectors, tokens))
-    encoders = {"pallas": by_kernel} | ({"xla": by_definition} if case == CASES[0] else {})
+    encoders = {"pallas": by_kernel} | (
+        {"xla": by_definition} if case == CASES[0] and not mean else {}
+    )
     chains = {
         name: jax.jit(partial(chain, encode, CALLS[name]), donate_argnums=0)
         .lower(*shapes)
@@ -142,7 +158,7 @@ def prepare(case: Case, tokens: int) -> Programs:
     }
     with jax.default_matmul_precision("highest"):
         definition = jax.jit(by_definition).lower(*shapes).compile(UNTIMED)
-    return Programs(case, tokens, jax.jit(create).lower().compile(), chains, definition)
+    return Programs(case, tokens, mean, jax.jit(create).lower().compile(), chains, definition)
 
 
 def seconds(
@@ -177,7 +193,7 @@ def measure(programs: Programs, source: Exact, copy: float) -> list[Row]:
         rows.append(
             Row(
                 name, *programs.case, programs.tokens, took * 1e3, rate / 1e9, rate / copy,
-                apart(made, want),
+                apart(made, want), programs.mean,
             )
         )  # fmt: skip
     return rows
@@ -188,10 +204,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--means", action="store_true", help="only the two means, at 4 bits")
     arguments = parser.parse_args()
     rows, start = [], time.monotonic()
-    jobs = [(case, TOKENS[0]) for case in CASES[: arguments.cases]]
-    jobs += [(case, TOKENS[1]) for case in CASES[: min(arguments.cases, LONG_CASES)]]
+    jobs = [(case, TOKENS[0], "") for case in CASES[: arguments.cases]]
+    jobs += [(case, TOKENS[1], "") for case in CASES[: min(arguments.cases, LONG_CASES)]]
+    if arguments.means:
+        jobs = [(CASES[0], n, mean) for n in TOKENS for mean in ("stored", "pre_rope")]
     # compiling takes longer than measuring
     with ThreadPoolExecutor() as pool:
         prepared = list(pool.map(lambda job: prepare(*job), jobs))
@@ -205,7 +224,7 @@ def main() -> None:
             write_table(arguments.out, rows, time.monotonic() - start)
             print(
                 f"{row.implementation:6s} {row.bits} bits {row.rotation:8s} {row.scale:13s} "
-                f"centred {row.centred!s:5} {row.tokens:6d} tokens "
+                f"centred {row.centred!s:5} {row.mean:8s} {row.tokens:6d} tokens "
                 f"{row.milliseconds * 1e3:8.1f} us {row.gigabytes_per_second:6.0f} GB/s "
                 f"{row.fraction_of_copy_bandwidth:5.2f} of copy, apart {row.codes_apart:.1e}",
                 flush=True,

@@ -32,6 +32,7 @@ from turboquant_jax.models.dense import DENSE
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.model import random_model
 from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.models.rope import centring
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +108,8 @@ class Bench:
         """The default cache, values rotated already."""
         codecs = CodecConfig(bits), CodecConfig(bits, rotation="identity")
         sizes = self.llama.num_layers, self.llama.num_kv_heads, self.llama.head_dim
-        return CacheConfig(*sizes, *codecs)
+        window, means = self.llama.sliding_window, centring(self.llama)
+        return CacheConfig(*sizes, *codecs, sliding_window=window, **means)
 
     def compile(self, case: str, every: Sequence[int]) -> None:
         """Compile the loops of a case ahead.
@@ -206,6 +208,7 @@ class Bench:
         stats = jax.devices()[0].memory_stats() or {}
         return {
             "case": case,
+            "model": self.config.model,
             "cache": "bf16" if bits == FULL else f"{bits} bits",
             "bits_k": bits,
             "bits_v": bits,
@@ -248,7 +251,12 @@ def main() -> None:
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
     def here() -> list[Row]:
-        return [row for row in rows if row.get("memory_limit", memory) == memory]
+        return [
+            row
+            for row in rows
+            if row.get("memory_limit", memory) == memory
+            and llama_claims.model_of(row) == config.model
+        ]
 
     for case in config.cases:
         held = [row["bits_k"] for row in where(here(), case=case)]

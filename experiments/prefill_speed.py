@@ -13,6 +13,8 @@ over repetitions of one compiled call: `milliseconds` from its first kernel to i
 `peak_ratio`: what the compiled call needs, arguments and temporaries, over what cannot be less, the
 cache (of all 32 layers), the prompt's queries, keys and values, and a chunk's copies and outputs.
 
+`mean`: of the keys, "stored" or "pre_rope", where both were measured; "stored" where it is empty.
+
 Rows labelled `before` are of an earlier form of chunks, with one length of tile for all heads, by a
 host clock.
 """
@@ -20,7 +22,7 @@ host clock.
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +37,9 @@ from turboquant_jax.attention import attend_and_write
 
 HEADS, KV_HEADS, CHANNELS, LAYERS = 32, 8, 128, 32
 WHOLE, LONG, CHUNK = (32768, 8192), 131072, 8192
+Kind = tuple[int, str]  # bits, mean
 BITS = (4, 3, 2)
+FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Row:
     busy_milliseconds: float
     ratio_to_cudnn: float
     peak_ratio: float
+    mean: str = ""
 
 
 def random(seed: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -98,23 +103,27 @@ def compressed(
     return state, outs.astype(jnp.float32).sum()
 
 
-def create(bits: int, layers: int, tokens: int) -> cache.Cache:
+def create(bits: int, layers: int, tokens: int, mean: str) -> cache.Cache:
     """An empty cache."""
     codec = cache.CodecConfig(bits)
-    config = cache.CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec)
+    turned = FREQUENCIES if mean == "pre_rope" else None
+    config = cache.CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec, rope_frequencies=turned)
     return jax.jit(lambda: cache.create(config, 1, tokens, key=jax.random.key(0)))()
 
 
 def build(
-    bits: int, chunk: int, layers: int, qkv: tuple[jax.Array, ...]
+    kind: Kind, chunk: int, layers: int, qkv: tuple[jax.Array, ...]
 ) -> tuple[cache.Cache, jax.stages.Compiled]:
     """An empty cache, and what reads a prompt into it."""
-    state = create(bits, layers, qkv[0].shape[1])
+    bits, mean = kind
+    state = create(bits, layers, qkv[0].shape[1], mean)
     run = jax.jit(compressed, static_argnums=1, donate_argnums=0)
     return state, run.lower(state, chunk, *qkv).compile()
 
 
-def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int) -> Iterator[Row]:
+def measure(
+    kinds: Sequence[Kind], setting: str, tokens: int, chunk: int, layers: int, repetitions: int
+) -> Iterator[Row]:
     """The baseline and every number of bits."""
     qkv = random(1, tokens)
     run_plain = jax.jit(plain, static_argnums=0)
@@ -122,8 +131,8 @@ def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int
     times = base.span * 1e3, base.busy * 1e3
     yield show(Row(f"{setting}: cudnn", 16, tokens, *times, 1.0, float("nan")))
     with ThreadPoolExecutor() as pool:  # compiled side by side, run one by one
-        built = list(pool.map(lambda bits: build(bits, chunk, layers, qkv), BITS))
-    for bits, (state, run) in zip(BITS, built, strict=True):
+        built = list(pool.map(lambda kind: build(kind, chunk, layers, qkv), kinds))
+    for (bits, mean), (state, run) in zip(kinds, built, strict=True):
         size, prompt = state.nbytes, sum(x.nbytes for x in qkv)
 
         def once(run=run) -> jax.Array:
@@ -138,13 +147,14 @@ def measure(setting: str, tokens: int, chunk: int, layers: int, repetitions: int
         assert memory is not None  # it is known on a GPU
         peak = memory.temp_size_in_bytes + size + prompt
         ratio = took.span / base.span
-        yield show(Row(f"{setting}: compressed", bits, tokens, *times, ratio, peak / held))
+        yield show(Row(f"{setting}: compressed", bits, tokens, *times, ratio, peak / held, mean))
 
 
 def show(row: Row) -> Row:
     """One line, and the row."""
     print(
-        f"{row.setting:22s} {row.bits:2d} bits {row.tokens:6d} tokens {row.milliseconds:9.2f} ms "
+        f"{row.setting:22s} {row.bits:2d} bits {row.mean:8s} "
+        f"{row.tokens:6d} tokens {row.milliseconds:9.2f} ms "
         f"({row.busy_milliseconds:.2f} busy) {row.ratio_to_cudnn:6.3f}x cudnn, "
         f"peak {row.peak_ratio:5.3f}",
         flush=True,
@@ -157,11 +167,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--cases", choices=("all", "mean"), default="all")
     arguments = parser.parse_args()
     rows, start = [], time.monotonic()
     whole = [("whole", tokens, tokens, 1, 2 * arguments.repetitions) for tokens in WHOLE]
-    for case in [*whole, ("chunked", LONG, CHUNK, LAYERS, arguments.repetitions)]:
-        for row in measure(*case):
+    cases = [*whole, ("chunked", LONG, CHUNK, LAYERS, arguments.repetitions)]
+    kinds: list[Kind] = [(bits, "") for bits in BITS]
+    if arguments.cases == "mean":
+        cases, kinds = whole[:1], [(4, "stored"), (4, "pre_rope")]
+    for case in cases:
+        for row in measure(kinds, *case):
             rows.append(row)
             write_table(arguments.out, rows, time.monotonic() - start)
 

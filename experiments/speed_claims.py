@@ -59,13 +59,13 @@ def step(rows: Sequence[Row]) -> list[Claim]:
             f"{row['ratio_to_blocks']:.3f} times: {row['milliseconds'] * 1e3:.1f} us a layer",
             _met(row["ratio_to_blocks"] <= STEP),
         )
-        for row in where(rows, part="step", batch=8, tokens=32768)
+        for row in where(_plain(rows), part="step", batch=8, tokens=32768)
     ]
 
 
 def encode(rows: Sequence[Row]) -> list[Claim]:
     """Of `encode_speed`."""
-    return [*_copied(rows), *_codes(rows)]
+    return [*_copied(_plain(rows)), *_codes(rows)]
 
 
 def _copied(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -95,7 +95,7 @@ def _codes(rows: Sequence[Row]) -> Iterator[Claim]:
 
 def prefill(rows: Sequence[Row]) -> list[Claim]:
     """Of `prefill_speed`."""
-    claims = []
+    rows, claims = _plain(rows), []
     for name, tokens, limit in (("whole", 32768, WHOLE), ("chunked", 131072, CHUNKED)):
         found = where(rows, setting=f"{name}: compressed", tokens=tokens)
         if found:
@@ -119,6 +119,11 @@ def prefill(rows: Sequence[Row]) -> list[Claim]:
             )
         )
     return claims
+
+
+def _plain(rows: Sequence[Row]) -> list[Row]:
+    """Without those that compare the means."""
+    return [row for row in rows if not row.get("mean")]
 
 
 def _list(numbers, form: str = "g") -> str:

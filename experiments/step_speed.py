@@ -13,7 +13,7 @@ Each is a loop on the device in which an output is the next query and the layers
 another, as in a decoder that is not scanned. A time is the span of the loop on
 the device, gaps included, by the profiler, and the median over loops. Every layer has a cache of
 its own, so that L2 holds none; the sequences are of different lengths, so that one in 64 completes
-a block in a step.
+a block in a step. `mean`: of the keys, "stored" or "pre_rope"; "stored" where it is empty.
 """
 
 import argparse
@@ -42,6 +42,7 @@ SHAPES = ((8, 32768), (32, 4096))
 BITS = (4, 3, 2)
 LAYERS, HEADS, KV_HEADS, CHANNELS = 32, 32, 8, 128
 STEPS = 16
+FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Row:
     tokens: int
     milliseconds: float
     ratio_to_blocks: float
+    mean: str = ""
 
 
-def filled(bits: int, batch: int, tokens: int, layers: int = LAYERS) -> Cache:
+def filled(bits: int, batch: int, tokens: int, layers: int = LAYERS, mean: str = "") -> Cache:
     """A cache of about `tokens` random tokens a sequence: random codes, plausible scales."""
     codec = CodecConfig(bits)
-    config = CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec)
+    turned = FREQUENCIES if mean == "pre_rope" else None
+    config = CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec, rope_frequencies=turned)
     keys = map(jax.random.key, itertools.count(1))
 
     @jax.jit
@@ -86,9 +89,9 @@ def lengths_of(batch: int, tokens: int) -> jax.Array:
     return tokens - 11 * jnp.arange(batch, dtype=jnp.int32) % 64
 
 
-def check(bits: int) -> float:
+def check(bits: int, mean: str) -> float:
     """Relative error of attention by the kernel against the definition, on the device."""
-    state = filled(bits, 3, 1000, layers=2)
+    state = filled(bits, 3, 1000, 2, mean)
     q = jax.random.normal(jax.random.key(2), (3, 1, HEADS, CHANNELS))
     k, v = jax.random.normal(jax.random.key(3), (2, 3, 1, KV_HEADS, CHANNELS))
     run = jax.jit(attention.attend, static_argnames="implementation")
@@ -188,26 +191,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="*", default=BITS)
+    parser.add_argument("--cases", choices=("all", "mean"), default="all")
     arguments = parser.parse_args()
+    means, shapes = [""], SHAPES
+    if arguments.cases == "mean":
+        means, shapes = ["stored", "pre_rope"], SHAPES[:1]
+    kinds = [(bits, mean) for bits in arguments.bits for mean in means]
     rows, start = [], time.monotonic()
-    for bits in arguments.bits:
-        error = check(bits)
+    for bits, mean in kinds:
+        error = check(bits, mean)
         print(f"check {bits} bits: relative error {error:.1e}", flush=True)
         if not error < 5e-3:
             raise ValueError(f"got relative error {error} at {bits} bits, expected below 5e-3")
-    for batch, tokens in SHAPES:
+    for batch, tokens in shapes:
         q = jax.random.normal(jax.random.key(4), (batch, 1, HEADS, CHANNELS), jnp.bfloat16)
         size = (batch, 1, KV_HEADS, CHANNELS)
         new = tuple(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (5, 6))
-        for bits in arguments.bits:
-            state, base = filled(bits, batch, tokens), None
+        for bits, mean in kinds:
+            state, base = filled(bits, batch, tokens, mean=mean), None
             for name, part in PARTS.items():
                 took, state = seconds(part, state, q, new, tokens)
                 base = took if base is None else base
-                rows.append(Row(name, bits, batch, tokens, took * 1e3, took / base))
+                rows.append(Row(name, bits, batch, tokens, took * 1e3, took / base, mean))
                 write_table(arguments.out, rows, time.monotonic() - start)
                 print(
-                    f"{name:9s} {bits} bits {batch:3d} x {tokens:<6d} {took * 1e6:8.1f} us"
+                    f"{name:9s} {bits} bits {mean:8s} "
+                    f"{batch:3d} x {tokens:<6d} {took * 1e6:8.1f} us"
                     f" {took / base:5.2f}x the kernel",
                     flush=True,
                 )

@@ -61,7 +61,7 @@ def test_attention_over_the_cache_is_attention_over_the_decoded_vectors(name):
     # float32 sums of some 300 terms of order 1; rounding of the large logits moves their shares,
     # and a turned mean has 13 bits, of which float64 may round the last one otherwise
     np.testing.assert_allclose(got[:, :, 1:], want[:, :, 1:], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(got[:, :, 0], want[:, :, 0], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(got[:, :, 0], want[:, :, 0], rtol=0, atol=5e-4)
     if case.scores.softcap is None:
         assert case.largest_logit() > 150, "large enough for exp to overflow"
 

@@ -193,9 +193,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=BITS)
     parser.add_argument("--cases", choices=("all", "mean"), default="all")
     arguments = parser.parse_args()
-    means, shapes = [""], SHAPES
+    means, shapes = [""], list(SHAPES)
     if arguments.cases == "mean":
-        means, shapes = ["stored", "pre_rope"], SHAPES[:1]
+        means, shapes = ["stored", "pre_rope"], list(SHAPES[:1])
     kinds = [(bits, mean) for bits in arguments.bits for mean in means]
     rows, start = [], time.monotonic()
     for bits, mean in kinds:

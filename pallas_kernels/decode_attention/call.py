@@ -21,13 +21,13 @@ from pallas_kernels.decode_attention.inputs import (
     check_rotation,
 )
 from pallas_kernels.decode_attention.kernel import decode_kernel
-from pallas_kernels.decode_attention.phases import PERIOD
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
 from pallas_kernels.decode_attention.scores import DecodePlan
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import flat
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
+from pallas_kernels.primitives.period import PERIOD
 from pallas_kernels.primitives.rotation import RotationOperand
 
 SIGNS = CodebookOperand(bits=1, levels=(-1, 1), step=1.0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
-from pallas_kernels.decode_attention.phases import PERIOD, turning
+from pallas_kernels.decode_attention.phases import turning
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
@@ -31,6 +31,7 @@ from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import value_scale
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS, interleave, total, weighted
+from pallas_kernels.primitives.period import PERIOD
 
 
 def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:

@@ -17,11 +17,8 @@ from jaxtyping import Array, Float, Int8
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import MIN_COLUMNS, divide, power_of_two
 from pallas_kernels.primitives.digits import MAGIC
+from pallas_kernels.primitives.period import PERIOD, STEPS
 
-# Tokens of a turn.
-PERIOD = 64
-# Of the table of bytes, in 1.
-STEPS = 127
 # Coefficients are integers up to this one: two signed digits in base 256.
 LIMIT = 32600.0
 

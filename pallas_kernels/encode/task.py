@@ -25,6 +25,7 @@ from pallas_kernels.primitives.packing import (
     store_values,
     weights,
 )
+from pallas_kernels.primitives.period import PERIOD
 from pallas_kernels.primitives.quantize import (
     FEW_COLUMNS,
     Rotated,
@@ -33,7 +34,7 @@ from pallas_kernels.primitives.quantize import (
     scaled,
     unsafe,
 )
-from pallas_kernels.primitives.tile import PERIOD, Centre, Columns, Tile
+from pallas_kernels.primitives.tile import Centre, Columns, Tile
 
 # Tokens that a program has in registers at a time.
 TILE = 64

@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.period import PERIOD, STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,6 @@ class Columns:
         )
 
 
-# Places that share one mean before RoPE, turned to the first of them.
-PERIOD = 64
-# The cosine of 0 in the table of places.
-STEPS = 127
 # Columns whose angles are in registers at a time.
 PIECE = 32
 

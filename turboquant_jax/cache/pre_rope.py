@@ -13,9 +13,9 @@ p = sinks + i, has the period J = i // 64 and the place t = i % 64 in it, whatev
 each factor a table of angles, made in float64: [rows, H], cosines of the pairs in the first half of
 the columns, sines in the second. e_t is rounded to integers in units of 1 / 127, so that a kernel
 multiplies bytes; E_J, of which 1 / 127 is a factor, in its tables to float16. What the rounding
-turns wrongly, 3e-3 of |m|, stays in the key. A number of 11 bits times
-half of the 24 bits of another is exact in float32: whether a compiler fuses products and sums or
-not, `turn` gives the same bits.
+turns wrongly, 3e-3 of |m|, stays in the key. A number of 11 bits times half of the 24 bits of
+another is exact in float32: whether a compiler fuses products and sums or not, `turn` gives the
+same bits.
 """
 
 from dataclasses import dataclass, field
@@ -26,18 +26,15 @@ from jax import lax
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.primitives.period import PERIOD, STEPS
 from turboquant_jax.cache.config import CacheConfig
 
-PERIOD = 64
-"""Tokens that share one E_J."""
 WITHIN_BITS = 11
-"""Significant bits of a cosine or sine in `Phases.within`."""
+"""Most significant bits of a cosine or sine in the tables."""
 FINE = 64
 """Periods of a row of the coarse table."""
 COARSE = 1024
 """Most rows of it: 4,194,304 tokens."""
-STEPS = 127
-"""Of the table of a period, in 1: a byte's."""
 
 
 @register_dataclass

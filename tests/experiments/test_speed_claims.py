@@ -20,6 +20,13 @@ def test_decoding_is_judged_by_shape(speedup, verdicts):
     assert "".join(claim.verdict[0] for claim in decode(rows)) == verdicts
 
 
+@pytest.mark.parametrize(("speedup", "verdict"), [(2.96, "holds"), (2.9, "missed")])
+def test_decoding_with_the_mean_before_rope_has_a_target_of_its_own(speedup, verdict):
+    row = decode_row("pallas-exact", (32, 4096), speedup) | dict(mean="pre_rope", queries=4)
+    (claim,) = decode([row, row | dict(mean="stored"), row | dict(queries=7)])
+    assert claim.verdict == verdict
+
+
 @pytest.mark.parametrize(("dense", "verdict"), [(0.96, "holds"), (0.9, "missed")])
 def test_random_pages_are_compared_with_the_same_case_in_order(dense, verdict):
     rows = [decode_row("pallas", (1, 8192), 1.5), decode_row("pallas", (32, 4096), 3.0, 7.0)]

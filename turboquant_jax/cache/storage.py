@@ -103,9 +103,11 @@ def _describe(cache: Cache) -> str:
     levels = [
         [[group.levels for group in codec.groups] for codec in part.codecs] for part in cache.parts
     ]
-    return json.dumps(
-        asdict(cache.config) | {"capacity": cache.capacity, "levels": levels}, sort_keys=True
-    )
+    config = asdict(cache.config)
+    for side in ("key", "value"):
+        if config[side]["scales"] == "group":  # so are files that know no other
+            del config[side]["scales"]
+    return json.dumps(config | {"capacity": cache.capacity, "levels": levels}, sort_keys=True)
 
 
 def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.layout import calibration
 from turboquant_jax import cache
 from turboquant_jax.attention import PLAIN, Scores, attend_and_write
 from turboquant_jax.cache import CacheConfig, CodecConfig
@@ -124,6 +125,10 @@ SETTINGS: dict[str, Setting] = {
         {"bits": 2, "codebook": "uniform", "scale": "norm"}, num_pages=7,  # too few: overflows
         config={"window": 1},
     ),
+    "calibrated, trellis keys, scalar values, paged": _setting(
+        2, 2, 64, _trellis(((16, 4), (16, 2), (32, 1)), scales="joint"),
+        {"bits": ((32, 3), (32, 2)), "scales": "joint_products"}, num_pages=12,
+    ),
     "nothing compressed": _setting(2, 2, 32, 4, 4, config={"window": 62}),
     "allocation": _setting(
         3, 2, 32, 4, 4, num_pages=14, allocation=cache.Allocation((4, 2, 4), (3, 2, 3))
@@ -141,6 +146,7 @@ def _create(setting: Setting, order):
     return cache.create(
         config, BATCH, setting.capacity, key=jax.random.key(3), num_pages=setting.num_pages,
         key_order=order, value_order=None if order is None else order[..., ::-1],
+        calibration=calibration(config),
     )  # fmt: skip
 
 

@@ -13,6 +13,10 @@ from turboquant_jax.attention.teacher_forcing import teacher_forced
 CHANGES = {
     "global": {},
     "local": dict(sliding_window=24, window=4, sinks=0),
+    "calibrated": dict(
+        key=CODEC(((8, 8), (24, 7)), "block_hadamard", scales="joint"),
+        value=CODEC(((16, 8), (8, 8), (8, 7)), scales="joint_products"),
+    ),
     "heads of several bits": dict(allocation=cache.Allocation((7, (6, 7)), (8, (7, 8)))),
 }
 

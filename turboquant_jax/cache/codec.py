@@ -104,10 +104,11 @@ class Codec:
 
     def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
         """Vectors in the rotated space, float32; NaN as a whole if the part of a group is."""
-        first = groups[0][1]
+        scales = [scale for _, scale in groups if scale is not None]
+        scales = scales * (len(groups) // len(scales))
         parts = [
-            quantizers.dequantize(group, indices, first if scale is None else scale)
-            for group, (indices, scale) in zip(self.groups, groups, strict=True)
+            quantizers.dequantize(group, indices, scale)
+            for group, (indices, _), scale in zip(self.groups, groups, scales, strict=True)
         ]
         # the whole of one group is NaN, or nothing of it is
         return parts[0] if len(parts) == 1 else nan_unless_finite(jnp.concatenate(parts, axis=-1))

@@ -79,9 +79,7 @@ def moments(
     return of_x, of_q / (tokens * grouped.shape[2])
 
 
-def from_moments(
-    of_x: Float[np.ndarray, "*heads H H"], of_q: Float[np.ndarray, "*heads H H"]
-) -> Basis:
+def from_moments(of_x: Float[Array, "*heads H H"], of_q: Float[Array, "*heads H H"]) -> Basis:
     """The basis of each head from its second moments S_x and S_q; computed in float64.
 
     A head whose vectors, or queries, are all zero has the basis that the other moment gives.

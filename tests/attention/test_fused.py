@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention import schedule
 from pallas_kernels.primitives.triton import interpreted
 from pallas_kernels.rope import rope_and_rotate
 from tests import crossed, design
-from tests.layout import random_parts, row_of_head
+from tests.layout import calibration, random_parts, row_of_head
 from tests.marks import GPU
 from turboquant_jax import cache
 from turboquant_jax.attention import (
@@ -69,8 +69,9 @@ def random_cache(config, rng):
         rng.permuted(np.tile(np.arange(config.head_dim), (2, 2, 1)), axis=-1).astype(np.int32)
         for _ in range(2)
     ]
-    mixed = not isinstance(config.key.bits, int)
+    mixed = not isinstance(config.key.bits, int) and config.key.scales == "group"
     options = dict(key_order=orders[0], value_order=orders[1]) if mixed else {}
+    options["calibration"] = calibration(config)
     state = cache.create(config, 3, 400, key=jax.random.key(0), **options)
 
     slots = state.table.page_table.shape[1]

@@ -2,6 +2,7 @@
 
 from turboquant_jax.cache.allocation import Allocation as Allocation
 from turboquant_jax.cache.allocation import allocate as allocate
+from turboquant_jax.cache.calibration import Calibration as Calibration
 from turboquant_jax.cache.config import CacheConfig as CacheConfig
 from turboquant_jax.cache.config import CodecConfig as CodecConfig
 from turboquant_jax.cache.config import Format as Format

@@ -7,8 +7,8 @@
 one uint8 array per plane of `packing`. Attention contracts keys over channels and values over
 tokens; so packed, both contractions run along contiguous bytes, and codes can go from memory to
 the operands of the tensor cores without a transposition. With T = 64 and H >= 64 every plane of a
-block is a whole number of 128-byte lines. Groups of channels are arrays of their own; group g of
-the keys and group g of the values share a scale word.
+block is a whole number of 128-byte lines. Groups of channels are arrays of their own; scale g of
+the keys and scale g of the values share a word. Calibrated groups of a side have one scale.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ class Blocks:
     """Packed blocks of any leading shape.
 
     `keys[g][p]` is uint8 [*lead, T, bytes], `values[g][p]` uint8 [*lead, H_g, bytes] and
-    `scales[g]` uint32 [*lead, T], for group g of channels and plane p of its bits.
+    `scales[g]` uint32 [*lead, T], for group g of channels and plane p of its bits; `scales[0]` is
+    that of all groups of a side that is calibrated.
     """
 
     keys: tuple[tuple[UInt8[Array, "*lead T _"], ...], ...]
@@ -47,7 +48,7 @@ def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], tokens: int) -> Bl
             for width in group.plane_widths
         )
 
-    words = max(len(key.groups), len(value.groups))
+    words = max(key.scale_count, value.scale_count)
     return Blocks(
         tuple(planes(group.dim, group, tokens) for group in key.groups),
         tuple(planes(tokens, group, group.dim) for group in value.groups),
@@ -71,10 +72,10 @@ def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Gro
     )
     words = tuple(
         _scale_word(
-            None if k is None else jnp.swapaxes(k[1], -1, -2),
-            None if v is None else jnp.swapaxes(v[1], -1, -2),
+            None if k is None else jnp.swapaxes(k, -1, -2),
+            None if v is None else jnp.swapaxes(v, -1, -2),
         )
-        for k, v in zip_longest(keys, values)
+        for k, v in zip_longest(_scales(keys), _scales(values))
     )
     return Blocks(packed_keys, packed_values, words)
 
@@ -84,19 +85,18 @@ def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
     key_codec, value_codec = codecs
     tokens = blocks.scales[0].shape[-1]
     keys = tuple(
-        (packing.unpack(planes, group.plane_widths, group.dim), _as_bfloat16(word))
-        for group, planes, word in zip(key_codec.groups, blocks.keys, blocks.scales, strict=False)
+        packing.unpack(planes, group.plane_widths, group.dim)
+        for group, planes in zip(key_codec.groups, blocks.keys, strict=True)
     )
     values = tuple(
-        (
-            jnp.swapaxes(packing.unpack(planes, group.plane_widths, tokens), -1, -2),
-            _as_bfloat16(word >> jnp.uint32(16)),
-        )
-        for group, planes, word in zip(
-            value_codec.groups, blocks.values, blocks.scales, strict=False
-        )
+        jnp.swapaxes(packing.unpack(planes, group.plane_widths, tokens), -1, -2)
+        for group, planes in zip(value_codec.groups, blocks.values, strict=True)
     )
-    return keys, values
+    key_scales = [_as_bfloat16(word) for word in blocks.scales[: key_codec.scale_count]]
+    value_scales = [
+        _as_bfloat16(word >> jnp.uint32(16)) for word in blocks.scales[: value_codec.scale_count]
+    ]
+    return tuple(zip_longest(keys, key_scales)), tuple(zip_longest(values, value_scales))
 
 
 def largest_key_scale(scales: tuple[UInt32[Array, "*lead T"], ...]) -> Float[Array, "*lead T"]:
@@ -107,6 +107,10 @@ def largest_key_scale(scales: tuple[UInt32[Array, "*lead T"], ...]) -> Float[Arr
         finite = jnp.isfinite(key) & jnp.isfinite(value)
         found = jnp.maximum(found, jnp.where(finite, jnp.abs(key.astype(jnp.float32)), jnp.inf))
     return found
+
+
+def _scales(groups: tuple[Group, ...]) -> list[Float[Array, "*vectors"]]:
+    return [scale for _, scale in groups if scale is not None]
 
 
 def _scale_word(

@@ -10,11 +10,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from turboquant_jax.cache.config import CodecConfig
 from turboquant_jax.implementation import Implementation
+from turboquant_jax.quantizers import channels
 from turboquant_jax.quantizers import quantizer as quantizers
+from turboquant_jax.quantizers.channels import Basis, Transform
 from turboquant_jax.quantizers.direction import nan_unless_finite
 from turboquant_jax.quantizers.quantizer import Quantizer
 
-Group = tuple[UInt8[Array, "*vectors _"], Float[Array, "*vectors"]]
+Group = tuple[UInt8[Array, "*vectors _"], Float[Array, "*vectors"] | None]
+"""Indices and scales of a group of channels; no scale where the first group's is that of all."""
 
 
 @register_dataclass
@@ -24,16 +27,25 @@ class Codec:
 
     `order` is int32 [rows, H], a row for each head of each layer, or None for the natural order;
     the functions say with `rows` whose channels they are given. The *rotated space* of a codec is
-    the concatenation of its groups' rotated channels.
+    the concatenation of its groups' rotated channels. A calibrated `transform` leads there instead,
+    and leads queries elsewhere than the vectors that they meet (`quantizers.channels`).
     """
 
     groups: tuple[Quantizer, ...]
     order: Int[Array, "rows H"] | None
+    transform: Transform | None = None
 
-    def rotate(
+    @property
+    def scale_count(self) -> int:
+        """Scales of a vector."""
+        return len(self.groups) if self.transform is None else 1
+
+    def rotate_query(
         self, rows: Int[Array, " K"], x: Float[Array, "*batch K H"]
     ) -> Float[Array, "*batch K H"]:
-        """Into the rotated space, float32: scores and outputs are computed there."""
+        """What meets the vectors into their rotated space, float32: scores are computed there."""
+        if self.transform is not None:
+            return channels.apply(self.transform.dual[rows], x)
         parts = self._split(self._reorder(rows, x.astype(jnp.float32)))
         return jnp.concatenate(
             [group.rotation.apply(part) for group, part in zip(self.groups, parts, strict=True)], -1
@@ -42,7 +54,9 @@ class Codec:
     def unrotate(
         self, rows: Int[Array, " K"], y: Float[Array, "*batch K H"]
     ) -> Float[Array, "*batch K H"]:
-        """Back from the rotated space, float32."""
+        """Vectors, or a sum of them, back from the rotated space, float32."""
+        if self.transform is not None:
+            return channels.apply(jnp.swapaxes(self.transform.dual[rows], 1, 2), y)
         parts = self._split(y)
         x = jnp.concatenate(
             [group.rotation.invert(part) for group, part in zip(self.groups, parts, strict=True)],
@@ -54,11 +68,22 @@ class Codec:
         return jnp.take_along_axis(x, _broadcast(order, x), axis=-1)
 
     def matrix(self, rows: Int[Array, " K"]) -> Float[Array, "heads H H"]:
-        """The whole rotation, dense: of each head if their channels are ordered, else of all."""
+        """That of `rotate_query`, dense; transposed, that of `unrotate`.
+
+        Of each head if they differ, in the order of their channels or calibrated, else of all.
+        """
+        if self.transform is not None:
+            return self.transform.dual[rows]
         matrix = linalg.block_diag(*(group.rotation.matrix for group in self.groups))
         if self.order is None:
             return matrix[None]
         return jnp.moveaxis(matrix[:, jnp.argsort(self.order[rows], axis=-1)], 0, 1)
+
+    def query_gain(self, rows: Int[Array, " K"]) -> Float[Array, "#K"]:
+        """How many times its largest magnitude a query's may be in the rotated space."""
+        if self.transform is None:
+            return jnp.full(1, sum(group.dim for group in self.groups) ** 0.5)
+        return jnp.max(jnp.sum(jnp.abs(self.transform.dual[rows]), axis=2), axis=1)
 
     def quantize(
         self,
@@ -67,6 +92,10 @@ class Codec:
         search: Implementation | None = None,
     ) -> tuple[Group, ...]:
         """Indices and scales of each group of channels; `search` finds the path of a trellis."""
+        if self.transform is not None:
+            own = jax.tree.map(lambda leaf: leaf[rows], self.transform)
+            indices, scale = channels.quantize(self.groups, own, x, implementation=search)
+            return (indices[0], scale), *((rest, None) for rest in indices[1:])
         parts = self._split(self._reorder(rows, x))
         return tuple(
             quantizers.quantize(group, part, implementation=search)
@@ -75,9 +104,11 @@ class Codec:
 
     def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
         """Vectors in the rotated space, float32; NaN as a whole if the part of a group is."""
+        scales = [scale for _, scale in groups if scale is not None]
+        scales = scales * (len(groups) // len(scales))
         parts = [
             quantizers.dequantize(group, indices, scale)
-            for group, (indices, scale) in zip(self.groups, groups, strict=True)
+            for group, (indices, _), scale in zip(self.groups, groups, scales, strict=True)
         ]
         # the whole of one group is NaN, or nothing of it is
         return parts[0] if len(parts) == 1 else nan_unless_finite(jnp.concatenate(parts, axis=-1))
@@ -96,14 +127,34 @@ class Codec:
 
 
 def create(
-    key: Array, config: CodecConfig, head_dim: int, order: Int[Array, "rows H"] | None = None
+    key: Array,
+    config: CodecConfig,
+    head_dim: int,
+    order: Int[Array, "rows H"] | None = None,
+    basis: Basis | None = None,
 ) -> Codec:
-    """Draw the rotations of a codec.
+    """Draw the rotations of a codec. Joint scales need the `basis` of each row, and no order.
 
     Raises:
       ValueError: a codebook, code or rotation that the bits or the channels of a group rule out.
     """
     groups = config.groups(head_dim)
+    if config.scales != "group":
+        if basis is None or order is not None:
+            raise ValueError(
+                f"scales: got {config.scales!r} without a calibration or with an order of channels,"
+                " expected a calibration, whose basis has its own order"
+            )
+        made, transform = channels.create(
+            key,
+            basis,
+            groups,
+            least="vector" if config.scales == "joint" else "product",
+            rotation=config.rotation,
+            codebook=config.codebook,
+            code=config.code,
+        )
+        return Codec(made, None, transform)
     keys = jax.random.split(key, len(groups))
     return Codec(
         tuple(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -10,6 +11,7 @@ from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.quantizers import rotation as rotations
 from turboquant_jax.quantizers.quantizer import Code, Codebook, ScaleMode
 
+Scales = Literal["group", "joint", "joint_products"]
 Groups = tuple[tuple[int, int], ...]
 
 
@@ -25,6 +27,9 @@ class CodecConfig:
       codebook: see `quantizer.create`; "grid" is what the GPU kernels serve at full speed.
       code: "scalar" or "trellis".
       scale: the per-vector scale mode.
+      scales: "group" for one of each group of channels; or one for all, of groups in a calibrated
+        basis (`quantizers.channels`; `state.create` takes the calibration), largest channels first:
+        "joint" with the least error of the vector, "joint_products" of its products.
     """
 
     bits: int | Groups = 4
@@ -32,6 +37,7 @@ class CodecConfig:
     codebook: Codebook = "grid"
     code: Code = "scalar"
     scale: ScaleMode = "least_squares"
+    scales: Scales = "group"
 
     def groups(self, head_dim: int) -> Groups:
         """((channels, bits), ...) that together cover the head.
@@ -119,7 +125,20 @@ class CacheConfig:
         if self.allocation is not None:
             self.allocation.check(self.num_layers, self.num_kv_heads)
         for name in ("key", "value"):
-            groups = getattr(self, name).groups(self.head_dim)
+            codec = getattr(self, name)
+            _require(
+                codec.scales in get_args(Scales),
+                f"{name}.scales",
+                f"one of {', '.join(get_args(Scales))}",
+                repr(codec.scales),
+            )
+            _require(
+                codec.scales == "group" or codec.scale == "least_squares",
+                f"{name}.scale",
+                "least_squares, where one scale is for all groups",
+                codec.scale,
+            )
+            groups = codec.groups(self.head_dim)
             _require(
                 sum(channels for channels, _ in groups) == self.head_dim,
                 f"{name}.bits",

@@ -1,16 +1,15 @@
-"""Everything static about a cache, in two frozen dataclasses that hash and compare by value."""
+"""Everything static about a cache, in frozen dataclasses that hash and compare by value. No JAX."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from typing import Literal, get_args
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  gives numpy bfloat16
+import numpy as np
 
 from turboquant_jax.cache.allocation import Allocation
-from turboquant_jax.quantizers import qjl
-from turboquant_jax.quantizers import rotation as rotations
-from turboquant_jax.quantizers.quantizer import Codebook, ScaleMode
+from turboquant_jax.quantizers.formats import Code, Codebook, RotationKind, ScaleMode, SketchKind
 
 CodecCode = Literal["scalar", "trellis", "prod"]
 Scales = Literal["group", "joint", "joint_products"]
@@ -37,12 +36,12 @@ class CodecConfig:
     """
 
     bits: int | Groups = 4
-    rotation: rotations.Kind = "hadamard"
+    rotation: RotationKind = "hadamard"
     codebook: Codebook = "grid"
     code: CodecCode = "scalar"
     scale: ScaleMode = "least_squares"
     scales: Scales = "group"
-    sketch: qjl.Kind = "orthogonal"
+    sketch: SketchKind = "orthogonal"
 
     def groups(self, head_dim: int) -> Groups:
         """((channels, bits), ...) that together cover the head.
@@ -63,6 +62,11 @@ class CodecConfig:
         """`groups` without the bits that are signs of a sketch."""
         signs = int(self.code == "prod")
         return tuple((channels, bits - signs) for channels, bits in self.groups(head_dim))
+
+
+def value_code(code: CodecCode) -> Code:
+    """The code of values beside keys of this code: a sketch is for products, of keys alone."""
+    return "scalar" if code == "prod" else code
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,10 @@ class CacheConfig:
         if self.sliding_window is not None:
             _require(self.sliding_window >= 1, "sliding_window", "at least 1", self.sliding_window)
         try:
-            dtype = jnp.dtype(self.dtype)
+            dtype = np.dtype(self.dtype)
         except TypeError as error:
             raise ValueError(f"dtype: got {self.dtype!r}, expected a floating type") from error
-        _require(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", self.dtype)
+        _require("float" in dtype.name, "dtype", "a floating type", self.dtype)
         object.__setattr__(self, "dtype", dtype.name)  # compares, hashes and is saved as its name
         if self.rope_frequencies is not None:
             object.__setattr__(self, "rope_frequencies", self._checked_frequencies())
@@ -137,12 +141,12 @@ class CacheConfig:
         self._check_codecs()
 
     def _check_codecs(self) -> None:
-        for name, codes in (("key", get_args(CodecCode)), ("value", ("scalar", "trellis"))):
+        for name, codes in (("key", get_args(CodecCode)), ("value", get_args(Code))):
             codec = getattr(self, name)
-            only = "" if codec.code in codes or name == "key" else ": a sketch is for products"
-            _require(
-                codec.code in codes, f"{name}.code", f"one of {', '.join(codes)}{only}", codec.code
-            )
+            expected = f"one of {', '.join(codes)}"
+            if codec.code == "prod":
+                expected += ": a sketch is for products of keys"
+            _require(codec.code in codes, f"{name}.code", expected, repr(codec.code))
             _require(
                 codec.code != "prod" or codec.scales == "group",
                 f"{name}.scales",

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
 from experiments.harness.statistics import SIGMAS, all_equal, are_below, is_below, mean_and_error
-from experiments.quantizers import vectors
-from turboquant_jax.quantizers import bounds, learned, quantizer
+from experiments.quantizers import learned, vectors
+from turboquant_jax.quantizers import bounds, quantizer
 from turboquant_jax.quantizers import rotation as rotations
 
 if TYPE_CHECKING:

@@ -14,8 +14,6 @@ from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation, no_gpu, resolve
 
-JOINT = "calibrated channels with one scale for all groups"
-
 
 @dataclass(frozen=True)
 class Compression:
@@ -84,12 +82,7 @@ def _pages(cache: Cache) -> str | None:
     if (reason := no_gpu() or _heads(cache)) is not None:
         return reason
     for part in cache.parts:
-        key, value = part.codecs
-        if key.transform is not None or value.transform is not None:
-            return JOINT
-        if [group.dim for group in key.groups] != [group.dim for group in value.groups]:
-            return "keys and values with different groups of channels"
-        for group in (*key.groups, *value.groups):
+        for group in (group for codec in part.codecs for group in codec.groups):
             if kernel_operands.codebook_of(group) is None:
                 return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
     return None
@@ -119,7 +112,7 @@ def _compression(cache: Cache) -> str | None:
         return f"blocks of {cache.config.block} tokens, served are {PAGE_TOKENS}"
     for codec in (codec for part in cache.parts for codec in part.codecs):
         if codec.transform is not None:
-            return JOINT
+            return "calibrated channels with one scale for all groups"
         if codec.order is not None:
             return "channels in an order of their own"
         for group in codec.groups:

@@ -36,7 +36,7 @@ SETTINGS = {
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
         dtype="bfloat16",
     ),
-    "prod": dict(key=CODEC(3, code="prod"), value=CODEC(2), dtype="bfloat16"),
+    "prod": dict(key=CODEC(4, code="prod"), value=CODEC(3), dtype="bfloat16"),
     "trellis": dict(key=CODEC(2, code="trellis"), value=CODEC(3, code="trellis"), dtype="float16"),
 }
 SERVED = tuple(name for name in SETTINGS if name != "calibrated")  # by the kernels
@@ -130,8 +130,7 @@ def spoilt(call, token):
         for group in groups:
             yield f"compressed {side} {group}", scaled(call, group, side, np.nan)
     if call["state"].parts[0].pool.sketches is not None:
-        for bad in (np.nan, np.inf):
-            yield f"compressed norm {bad}", sketched(call, bad)
+        yield "compressed norm", sketched(call, np.nan)
         huge = new(call, "q", token, 2 * HEAD, 1e15)
         yield "overflow of the signs", sketched(huge, 1e30)
     # 16-bit floats do not reach so far

@@ -2,23 +2,46 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, presets
-from turboquant_jax.cache.config import CodecCode
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, presets
+from turboquant_jax.cache.config import CodecCode, value_code
 from turboquant_jax.cli import choices, flags
-from turboquant_jax.demo import cache_config
-from turboquant_jax.models import LlamaConfig, dense
+from turboquant_jax.models import LlamaConfig, dense, rope
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
 _ALLOCATION = {"keys", "values", "code"}
+
+
+def cache_config(
+    model: LlamaConfig,
+    key_bits: int,
+    value_bits: int,
+    *,
+    centring: rope.Centring = "pre_rope",
+    **options,
+) -> CacheConfig:
+    """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
+    codec = {name: options.pop(name) for name in ("rotation", "code") if name in options}
+    key = CodecConfig(key_bits, **codec)
+    return CacheConfig(
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        key,
+        replace(key, bits=value_bits, code=value_code(key.code)),
+        sliding_window=model.sliding_window,
+        **rope.centring(model, centring),
+        **options,
+    )
 
 
 def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:

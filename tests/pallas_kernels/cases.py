@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -100,11 +100,14 @@ def _options(bits, channels, tokens) -> Case:
     return Case(call, arguments, ("decode_attention",))
 
 
-def of_cache(bits, head_dim, rotation, dtype, frequencies=None) -> dict[str, Case]:
+def of_cache(
+    bits, head_dim, rotation, dtype, frequencies=None, key_code="scalar"
+) -> dict[str, Case]:
     """A decoding step over all segments, a commit, a chunk's compression and its decoding."""
     codec = cache.CodecConfig(bits, rotation)
+    key = replace(codec, code=key_code)
     config = cache.CacheConfig(
-        2, 2, head_dim, codec, codec, window=64, dtype=dtype, rope_frequencies=frequencies
+        2, 2, head_dim, key, codec, window=64, dtype=dtype, rope_frequencies=frequencies
     )
     state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
 
@@ -197,5 +200,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
         for part in ("step", "commit", "chunk", "projected step")
         if part != "projected step" or setting[3] == "bfloat16"
     },
+    "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

@@ -1,8 +1,8 @@
 """What a cache of a configuration is made of, as numpy arrays: the same as the JAX library's.
 
-One seed gives one rotation in both: signs of Hadamard rotations are drawn here as `jax.random` draws
-them, from Threefry-2x32 (Salmon et al., 2011). Dense random rotations are drawn by JAX itself, the
-only thing here that imports it.
+One seed gives one rotation in both: signs of Hadamard rotations are drawn here as `jax.random`
+draws them, from Threefry-2x32 (Salmon et al., 2011). Dense random rotations are drawn by JAX, here
+alone.
 """
 
 from dataclasses import dataclass

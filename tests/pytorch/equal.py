@@ -22,6 +22,15 @@ def assert_equal(jax_cache, own):
         np.testing.assert_array_equal(leaf, array.numpy(), err_msg=name)
 
 
+def adopt(own, jax_cache):
+    """Give a torch cache the bits of a JAX one."""
+    for name, leaf in leaves_of(jax_cache).items():
+        array = own.leaves[name]
+        if leaf.dtype.name == "bfloat16":
+            leaf, array = leaf.view(np.uint16), array.view(torch.uint16)
+        array.copy_(torch.from_numpy(np.array(leaf)))
+
+
 def leaves_of(cache):
     """Leaves of a JAX cache by the names that the torch cache gives them."""
     table = cache.table

@@ -8,7 +8,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'torc
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, vocab_size=96, max_position_embeddings=512,
-    pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.2,
+    pad_token_id=0, bos_token_id=1, eos_token_id=None,
 )  # fmt: skip
 SLIDING = dict(use_sliding_window=True, sliding_window=24, max_window_layers=0)
 FAMILIES = {

@@ -38,7 +38,7 @@ def logits_of(model, cache, tokens, mask=None, chunks=()):
 
 
 def distance(expected, got):
-    return ((expected - got).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    return ((expected - got).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,11 +46,12 @@ def test_logits_at_8_bits(family):
     """A padded batch through `generate`: every step's logits as with DynamicCache, to 2e-3."""
     model = random_model(family)
     model.set_attn_implementation("turboquant")
-    cache = TurboQuantCache.from_model(model, config=small_config(model))
+    config = replace(small_config(model), window=16)
+    cache = TurboQuantCache.from_model(model, config=config)
     inputs = prompts(3, 30, padding=(0, 11, 29))
     got = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, **GREEDY)
     assert cache.steps.lengths == cache.state.table.lengths.tolist() == [69, 58, 40]
-    assert int(cache.config.num_blocks(cache.state.table.lengths).min()) >= 3
+    assert config.num_blocks(cache.state.table.lengths).tolist() == [6, 5, 2]
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 39, dtype=torch.long)], dim=1)
     expected = logits_of(
         model, transformers.DynamicCache(config=model.config), got.sequences[:, :-1], mask, (30,)
@@ -65,7 +66,7 @@ def test_full_precision_and_one_bit():
     expected = logits_of(model, transformers.DynamicCache(config=model.config), tokens, None, (50,))
     for config, low, high in (
         (replace(small_config(model), window=64), 0, 1e-5),
-        (small_config(model, bits=1), 0.02, 2),
+        (small_config(model, bits=1), 0.03, 1),
     ):
         cache = TurboQuantCache.from_model(model, config=config)
         assert low <= distance(expected, logits_of(model, cache, tokens, None, (50,))) < high
@@ -73,7 +74,10 @@ def test_full_precision_and_one_bit():
 
 @pytest.mark.parametrize("chunks", [(), (50,), (7, 1, 13, 20)])
 def test_chunks_of_a_prompt_give_one_cache(chunks):
-    """The law of the library: any chunks of a prompt, the same tensors."""
+    """The law of the library: any chunks, the same tensors; of the first layer, whose keys no
+
+    attention comes before. Matrix products of other chunks have other last bits: a code may differ.
+    """
     model = random_model("Qwen3")
     inputs = prompts(2, 60, padding=(0, 5))
     config = small_config(model)
@@ -83,11 +87,12 @@ def test_chunks_of_a_prompt_give_one_cache(chunks):
     assert whole.state.table.lengths.tolist() == [60, 55]
     for name, leaf in whole.state.leaves.items():
         got = other.state.leaves[name]
-        if name.startswith("parts") or not leaf.is_floating_point():
-            # float32 sums of a model over other chunks: codes may differ at a tie
-            assert (leaf != got).to(torch.float32).mean() < 0.02, name
+        if name.startswith("parts"):
+            assert (leaf[:2] != got[:2]).to(torch.float32).mean() < 2e-3, name
+        elif name.startswith(("sinks", "window", "key_mean")):
+            torch.testing.assert_close(leaf[0], got[0], rtol=1e-5, atol=1e-6)
         else:
-            torch.testing.assert_close(leaf, got, rtol=0.02, atol=0.02)
+            assert torch.equal(leaf, got), name
 
 
 def test_beams():

@@ -1,52 +1,26 @@
 """What runs a call of the torch cache: the one place where it is held against what serves it.
 
 On a GPU the library's kernels, through their operators, wherever they serve; else the definition.
-Reasons are sentences, so that a refusal can say them.
+On a CPU the kernels run only if they are asked for: interpreted, slow, and in need of jax. Reasons
+are sentences, so that a refusal can say them.
 """
 
-import importlib.util
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
 
-from turboquant_jax.pytorch import definition, updating
+from turboquant_jax.pytorch import codec, definition, updating
+from turboquant_jax.pytorch.compression import DEFINITION, Compression
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import State
 
 Implementation = Literal["torch", "kernels"]
 """The definition, and our GPU kernels."""
-
-
-def choose(state: State, queries: int, implementation: Implementation | None) -> Implementation:
-    """What attends to `queries` new tokens a sequence.
-
-    Raises:
-      ValueError: an unknown implementation.
-      NotImplementedError: kernels that do not serve this cache or call.
-    """
-    if implementation not in ("torch", "kernels", None):
-        raise ValueError(
-            f"implementation: got {implementation!r}, expected 'torch', 'kernels' or None"
-        )
-    if implementation == "torch":
-        return "torch"
-    reason = _why_no_kernels(state, queries)
-    if reason is None:
-        return "kernels"
-    if implementation == "kernels":
-        raise NotImplementedError(f"implementation='kernels' got {reason}")
-    return "torch"
-
-
-def _why_no_kernels(state: State, queries: int) -> str | None:
-    """Why the kernel does not attend, or None if it does."""
-    if state.device.type != "cuda":
-        return f"a cache on {state.device.type!r}, served is 'cuda'"
-    if importlib.util.find_spec("turboquant_jax.pytorch.operators") is None:
-        return "an installation without operators"
-    if queries != 1:
-        return f"{queries} query tokens per sequence, served is 1"
-    return None
+PAGE_TOKENS = (32, 64, 128)
+"""Tokens of a page that the kernels serve."""
+MOST_QUERIES = 16
+"""Query heads of a kv head that the kernel serves."""
 
 
 def attend_and_write(
@@ -57,17 +31,97 @@ def attend_and_write(
     sink_logits: Tensor | None,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Attention of queries, keys and values [B, T, heads, H], then `updating.write` of them."""
+    """Attention of queries, keys and values [B, T, heads, H], then `updating.write` of them.
+
+    Raises:
+      ValueError: an unknown implementation, or keys and values of the wrong shape.
+      NotImplementedError: kernels that do not serve this cache or call.
+    """
     q, k, v = heads
-    if choose(state, q.shape[1], implementation) == "kernels":
+    if _resolve(state, implementation, _why_not_attend(state, q)):
         from turboquant_jax.pytorch import kernels
 
         return kernels.attend_and_write(state, layer, heads, scores, sink_logits)
     output = definition.attend(state, layer, q, k, v, scores, sink_logits)
-    updating.write(state, layer, k, v)
+    updating.write(state, layer, k, v, compression_of(state, below(implementation)))
     return output
 
 
-def commit(state: State, rows: Tensor | None) -> None:
-    """`updating.commit`."""
-    updating.commit(state, rows)
+def commit(state: State, rows: Tensor | None, implementation: Implementation | None = None) -> None:
+    """`updating.commit`, by what serves; errors as those of `attend_and_write`."""
+    updating.commit(state, rows, compression_of(state, implementation))
+
+
+def compression_of(state: State, implementation: Implementation | None) -> Compression:
+    """What compresses. Errors as those of `attend_and_write`."""
+    if implementation == "torch":
+        return DEFINITION
+    if _resolve(state, implementation, _why_not_compress(state)):
+        return Compression(kernels=True)
+    if _resolve(state, None, _why_no_kernels(state)):
+        from turboquant_jax.pytorch import kernels
+
+        return Compression(search=kernels.trellis_search)
+    return DEFINITION
+
+
+def below(implementation: Implementation | None) -> Implementation | None:
+    """What a call asks of the calls below it: nothing but the definition is contagious."""
+    return "torch" if implementation == "torch" else None
+
+
+def _resolve(state: State, asked: Implementation | None, reason: str | None) -> bool:
+    """Whether kernels run, of which `reason` says why they do not serve."""
+    if asked not in ("torch", "kernels", None):
+        raise ValueError(f"implementation: got {asked!r}, expected 'torch', 'kernels' or None")
+    if asked == "kernels" and reason is not None:
+        raise NotImplementedError(f"implementation='kernels' got {reason}")
+    if asked is None:
+        return reason is None and state.device.type == "cuda"
+    return asked == "kernels"
+
+
+def _why_no_kernels(state: State) -> str | None:
+    if state.device.type not in ("cuda", "cpu"):
+        return f"a cache on {state.device.type!r}, served are 'cuda' and 'cpu'"
+    if find_spec("turboquant_jax.pytorch.operators") is None:
+        return "an installation without operators"
+    if any(len(place) > 1 for place in state.config.places):
+        return "heads of one layer in several formats"
+    return None
+
+
+def _why_not_attend(state: State, q: Tensor) -> str | None:
+    if (reason := _why_no_kernels(state)) is not None:
+        return reason
+    if q.shape[1] != 1:
+        return f"{q.shape[1]} query tokens per sequence, served is 1"
+    if q.shape[2] > MOST_QUERIES * state.config.num_kv_heads:
+        return f"{q.shape[2]} query heads, served are {MOST_QUERIES} a kv head"
+    if not state.layout.slots:
+        return "a cache without blocks"
+    if state.config.block not in PAGE_TOKENS:
+        return f"blocks of {state.config.block} tokens, served are {PAGE_TOKENS}"
+    for part in state.parts:
+        key, value = part.codecs
+        if [g.constants.dim for g in key.groups] != [g.constants.dim for g in value.groups]:
+            return "keys and values with different groups of channels"
+        if not all(codec.grid_of(g) is not None for g in (*key.groups, *value.groups)):
+            return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
+    return None
+
+
+def _why_not_compress(state: State) -> str | None:
+    if (reason := _why_no_kernels(state)) is not None:
+        return reason
+    if state.config.block not in PAGE_TOKENS:
+        return f"blocks of {state.config.block} tokens, served are {PAGE_TOKENS}"
+    for own in (own for part in state.parts for own in part.codecs):
+        if own.order is not None:
+            return "channels in an order of their own"
+        for group in own.groups:
+            if group.constants.code != "scalar":
+                return f"a {group.constants.code} code, served are scalar codes"
+            if group.constants.dim % 8:
+                return f"a group of {group.constants.dim} channels, served are multiples of 8"
+    return None

@@ -4,14 +4,28 @@ Every sequence that may have completed a block is encoded, and what none did goe
 not depend on values.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from turboquant_jax.pytorch import packing, pre_rope
+from turboquant_jax.pytorch import packing, pre_rope, trellis
+from turboquant_jax.pytorch.codec import Search
 from turboquant_jax.pytorch.state import Part, State
 
 
-def compress_single(state: State, rows: Tensor | None = None) -> None:
+@dataclass(frozen=True)
+class Compression:
+    """What compresses: the GPU kernel, or this module, where `search` finds a trellis' paths."""
+
+    kernels: bool = False
+    search: Search = trellis.search
+
+
+DEFINITION = Compression()
+
+
+def compress_single(state: State, rows: Tensor | None = None, by: Compression = DEFINITION) -> None:
     """Compress what sequences with one pending token completed, in all layers.
 
     `rows` [n]: those that come into question, all of them unless given.
@@ -21,6 +35,12 @@ def compress_single(state: State, rows: Tensor | None = None) -> None:
     complete = filled[:, 0] & (table.pending == 1)
     page = torch.gather(table.pending_pages, 1, slot.long())[:, 0]
     first = config.num_blocks(table.lengths)
+    if by.kernels:
+        from turboquant_jax.pytorch import kernels
+
+        start = layout.window_slot(layout.block_start(first))
+        kernels.encode_window(state, start, torch.where(complete, page, -1), first)
+        return
     if rows is None and state.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = complete.nonzero()[:, 0]  # a CPU may look
         if not len(rows):
@@ -42,10 +62,13 @@ def compress_single(state: State, rows: Tensor | None = None) -> None:
     for part in state.parts:
         own = [x[part.layer, :, :, part.head].permute(1, 2, 0, 3) for x in (keys, values)]
         centre = None if mean is None else mean[part.layer, :, part.head].transpose(0, 1)
-        _store(state, part, slice(None), own, centre, first, torch.where(complete, page, -1))
+        page = torch.where(complete, page, -1)
+        _store(state, part, slice(None), own, centre, first, page, by.search)
 
 
-def compress_chunk(state: State, layer: int, k: Tensor, v: Tensor) -> None:
+def compress_chunk(
+    state: State, layer: int, k: Tensor, v: Tensor, by: Compression = DEFINITION
+) -> None:
     """Compress what sequences with more pending tokens completed, in one layer.
 
     k, v [B, T, K, H] are the chunk, which enters the window only after this.
@@ -59,6 +82,11 @@ def compress_chunk(state: State, layer: int, k: Tensor, v: Tensor) -> None:
     opens = (first == 0) & filled.any(dim=1)
     number = first[:, None] + torch.arange(count, dtype=torch.int32, device=state.device)
     block = [_gather(state, layer, i, new, count) for i, new in enumerate((k, v))]
+    if by.kernels:
+        from turboquant_jax.pytorch import kernels
+
+        kernels.encode_chunk(state, layer, block, torch.where(filled, page, -1), number)
+        return
     mean = None
     if state.key_mean is not None:
         of_first = pre_rope.mean_key(block[0][:, 0], state.phases)
@@ -70,7 +98,8 @@ def compress_chunk(state: State, layer: int, k: Tensor, v: Tensor) -> None:
         heads = list(member.heads)
         own = [x.flatten(0, 1)[:, :, heads] for x in block]
         centre = None if mean is None else mean[:, heads]
-        _store(state, state.parts[member.part], member.rows, own, centre, number, page)
+        part = state.parts[member.part]
+        _store(state, part, member.rows, own, centre, number, page, by.search)
 
 
 def _store(
@@ -81,6 +110,7 @@ def _store(
     mean: Tensor | None,
     number: Tensor,
     page: Tensor,
+    search: Search,
 ) -> None:
     """Encode blocks `number` [n], keys and values [n, T, rows, H] with means [n, rows, H], into
     pages [n]; a negative one is nowhere.
@@ -91,7 +121,8 @@ def _store(
         index = number[:, None] * keys.shape[1] + token
         keys = pre_rope.center(keys, mean, state.phases, index)
     key, value = (
-        codec.quantize(rows, x) for codec, x in zip(part.codecs, (keys, values), strict=True)
+        codec.quantize(rows, x, search)
+        for codec, x in zip(part.codecs, (keys, values), strict=True)
     )
     row = torch.arange(len(part.heads), device=state.device)[rows]
     index = page[:, None] + row * part.pool.scales[0].lead[1]

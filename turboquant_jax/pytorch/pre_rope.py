@@ -14,7 +14,7 @@ from turboquant_jax.cache.angles import FINE, WITHIN_BITS, angle_tables
 from turboquant_jax.cache.config import CacheConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Phases:
     """The tables of `cache.pre_rope.Phases` as tensors."""
 

@@ -40,7 +40,7 @@ class Rows:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exact:
     """Tokens in full precision, [layers, B, slots, K, H] each."""
 
@@ -48,7 +48,7 @@ class Exact:
     values: Rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """Pages [rows, pages, ...] by group and plane; `scales` hold the bits of uint32 as int32."""
 
@@ -63,7 +63,7 @@ class Blocks:
         return [*planes, *self.scales]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """The heads of one format: codecs of keys and of values, and their pages.
 
@@ -77,7 +77,7 @@ class Part:
     head: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """Lengths and pages of the sequences; see `cache.state.Table`."""
 
@@ -89,7 +89,7 @@ class Table:
     references: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
     """Heads of a layer that share a part: their rows follow each other."""
 
@@ -98,7 +98,7 @@ class Member:
     rows: slice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """The cache of all layers for B sequences."""
 

@@ -29,6 +29,11 @@ def encode(y: Tensor, table: Tensor) -> Tensor:
     return join(y, bits, table)
 
 
+def search(y: Tensor, table: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """`encode`; the same levels as numbers are for kernels."""
+    return encode(y, table)
+
+
 def join(y: Tensor, trellis_bits: Tensor, table: Tensor) -> Tensor:
     """Indices of a path: its bits, and the nearest level of the subset that they select."""
     subset = _subsets(trellis_bits).long()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from turboquant_jax.pytorch import compression, pages
+from turboquant_jax.pytorch.compression import DEFINITION, Compression
 from turboquant_jax.pytorch.state import Exact, State
 
 
@@ -31,7 +32,7 @@ def begin(state: State, counts: Tensor, most: int) -> None:
     table.overflow.logical_or_(~fits | ~granted)
 
 
-def write(state: State, layer: int, k: Tensor, v: Tensor) -> None:
+def write(state: State, layer: int, k: Tensor, v: Tensor, by: Compression = DEFINITION) -> None:
     """Write the pending tokens of one layer: keys after RoPE and values, [B, T, K, H].
 
     Of row b the first `pending[b]` tokens count, the rest is padding. Of a chunk (T > 1), the
@@ -48,13 +49,13 @@ def write(state: State, layer: int, k: Tensor, v: Tensor) -> None:
     dtype = state.window.keys.storage.dtype
     k, v = k.to(dtype), v.to(dtype)
     if layout.slots and k.shape[1] > 1:
-        compression.compress_chunk(state, layer, k, v)
+        compression.compress_chunk(state, layer, k, v, by)
     slots = layout.written(table.lengths[:, None], table.pending[:, None], k.shape[1])
     for segment, slot in zip((state.sinks, state.window), slots, strict=True):
         _put(segment, layer, slot, k, v)
 
 
-def commit(state: State, rows: Tensor | None = None) -> None:
+def commit(state: State, rows: Tensor | None = None, by: Compression = DEFINITION) -> None:
     """Count the pending tokens, which every layer has now written.
 
     `rows` int64 [n]: the sequences among which are all that single tokens complete a block of. Who
@@ -62,7 +63,7 @@ def commit(state: State, rows: Tensor | None = None) -> None:
     """
     table = state.table
     if state.layout.slots and (rows is None or rows.shape[0]):
-        compression.compress_single(state, rows)
+        compression.compress_single(state, rows, by)
     given = table.pending_pages != pages.UNASSIGNED
     table.page_table.copy_(torch.where(given, table.pending_pages, table.page_table))
     table.pending_pages.fill_(pages.UNASSIGNED)

@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function
 
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset
-from turboquant_jax.pytorch import sharing, state, step, supported
+from turboquant_jax.pytorch import capture, sharing, state, step, supported
 from turboquant_jax.pytorch.segments import Scores
 
 NAME = "turboquant"
@@ -151,14 +151,21 @@ class TurboQuantCache(Cache):
     def attend(self, layer: int, heads: tuple, mask: Tensor | None, scores: Scores, sink_logits):
         """Attention of new tokens [B, T, heads, H] of a layer, which then are in the cache."""
         if layer == 0:
-            self._make_room(heads[1], mask)
+            count, device = heads[1].shape[1], heads[1].device
+            if self.steps.captured is None:
+                self.room(heads[1].shape[0], count, device)
+            assert self.state is not None
+            self.steps.begin(self.state, count, mask)
         assert self.state is not None
         return self.steps.layer(self.state, layer, heads, scores, sink_logits)
 
-    def _make_room(self, keys: Tensor, mask: Tensor | None) -> None:
-        """Before the first layer of a call: tensors for the new tokens, and their pages."""
-        batch, count = keys.shape[:2]
-        if self.state is not None and self.state.batch != batch and not self.steps.captured:
+    def room(self, batch: int, count: int, device: torch.device) -> state.State:
+        """The tensors, with room for `count` more tokens of each of `batch` sequences.
+
+        Raises:
+          ValueError: another batch than the cache has tokens of, or more tokens than its capacity.
+        """
+        if self.state is not None and self.state.batch != batch:
             if self.steps.seen:
                 raise ValueError(
                     f"batch: got {batch} sequences, expected the cache's {self.state.batch}; "
@@ -173,12 +180,21 @@ class TurboQuantCache(Cache):
             )
         if self.state is None:
             room = self.capacity or step.room_for(self.config, needed)
-            self.state = state.create(self.config, batch, room, seed=self.seed, device=keys.device)
+            self.state = state.create(self.config, batch, room, seed=self.seed, device=device)
             self.steps.start(batch)
         elif needed > self.state.capacity:
-            self.steps.refuse_captured("tokens beyond its capacity")
             self.state = sharing.grown(self.state, step.room_for(self.config, needed))
-        self.steps.begin(self.state, count, mask)
+        return self.state
+
+    def capture(self, model: Any) -> capture.CapturedStep:
+        """A context in which the model's single tokens over this cache are a CUDA graph.
+
+        Raises:
+          ValueError: another model than the cache was made for.
+        """
+        if supported.attention_modules(model) != self.modules:
+            raise ValueError("model: got another one than the cache was made for")
+        return capture.CapturedStep(self, model)
 
     def reset(self) -> None:
         """Forget all tokens; tensors are kept for the next ones."""
@@ -213,7 +229,6 @@ class TurboQuantCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences, in this order."""
         if self.state is not None:
-            self.steps.refuse_captured("another batch")
             self.state = sharing.selected(self.state, indices)
             self.steps.select(indices.tolist())
 

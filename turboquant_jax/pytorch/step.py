@@ -39,10 +39,16 @@ class Steps:
         """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
 
-    def refuse_captured(self, what: str) -> None:
-        """ValueError if a step is captured, which holds on to the tensors."""
-        if self.captured is not None:
-            raise ValueError(f"captured step: got {what}, expected the same tensors at every step")
+    def completing(self) -> list[int]:
+        """The sequences of which one more token completes a block."""
+        blocks = self.config.num_blocks
+        return [b for b, n in enumerate(self.lengths) if blocks(n + 1) > blocks(n)]
+
+    def advance(self) -> None:
+        """After a captured step: one token more of every sequence."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self.seen += 1
+        self.unpadded += 1
 
     def begin(self, state: State, count: int, mask: Tensor | None) -> None:
         """Announce `count` columns; `mask` [B, count] says which are tokens."""
@@ -64,7 +70,8 @@ class Steps:
             # tokens first, in their order; padding behind them
             self.order = torch.argsort(~real, dim=1, stable=True).to(state.device)
         updating.begin(state, torch.tensor(counts, dtype=torch.int32, device=state.device), count)
-        self.completes = self._completes(counts, state.device)
+        rows = [b for b in self.completing() if counts[b] == 1]
+        self.completes = torch.tensor(rows, dtype=torch.int64, device=state.device)
         self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
         self.seen += count
 
@@ -81,15 +88,6 @@ class Steps:
         if layer == state.config.num_layers - 1:
             choose.commit(state, self.completes)
         return output
-
-    def _completes(self, counts: list[int], device: torch.device) -> Tensor:
-        blocks = self.config.num_blocks
-        rows = [
-            b
-            for b, (n, new) in enumerate(zip(self.lengths, counts, strict=True))
-            if new == 1 and blocks(n + 1) > blocks(n)
-        ]
-        return torch.tensor(rows, dtype=torch.int64, device=device)
 
     def crop(self, state: State, count: int) -> None:
         """Take back the newest `count` columns.

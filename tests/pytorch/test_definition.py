@@ -45,7 +45,7 @@ CASES = {
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name, count, monkeypatch):
-    monkeypatch.setattr(definition, "QUERIES", 4)  # a chunk in three parts
+    monkeypatch.setattr(definition, "SCORES", 5000)  # a chunk in several parts
     config, options = CASES[name]
     rng = np.random.default_rng(4)
     order = rng.permuted(np.broadcast_to(np.arange(16, dtype=np.int32), (2, 2, 16)), axis=-1)

@@ -30,8 +30,12 @@ def attend_and_write(
     scores: Scores,
     sink_logits: Tensor | None,
     implementation: Implementation | None = None,
+    *,
+    empty: bool = False,
 ) -> Tensor:
     """Attention of queries, keys and values [B, T, heads, H], then `updating.write` of them.
+
+    `empty`: whether the caller knows that the cache holds no tokens.
 
     Raises:
       ValueError: an unknown implementation, or keys and values of the wrong shape.
@@ -42,7 +46,12 @@ def attend_and_write(
         from turboquant_jax.pytorch import kernels
 
         return kernels.attend_and_write(state, layer, heads, scores, sink_logits)
-    output = definition.attend(state, layer, q, k, v, scores, sink_logits)
+    window = state.config.sliding_window
+    plain = scores.softcap is None and sink_logits is None
+    if empty and plain and (window is None or window >= q.shape[1]):
+        output = definition.attend_to_itself(q, k, v, scores)
+    else:
+        output = definition.attend(state, layer, q, k, v, scores, sink_logits)
     updating.write(state, layer, k, v, compression_of(state, below(implementation)))
     return output
 

@@ -94,7 +94,7 @@ def compress_chunk(
         state.key_mean[layer] = mean
         mean = mean[:, None].expand(-1, count, -1, -1).flatten(0, 1)
     page, number = torch.where(filled, page, -1).flatten(), number.flatten()
-    for member in state.members(layer):
+    for member in state.members[layer]:
         heads = list(member.heads)
         own = [x.flatten(0, 1)[:, :, heads] for x in block]
         centre = None if mean is None else mean[:, heads]

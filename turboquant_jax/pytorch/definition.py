@@ -4,14 +4,15 @@ Correct on any device, and slow: every page is decoded for every call.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant_jax.pytorch import packing, pre_rope
 from turboquant_jax.pytorch.segments import Scores, SegmentPart, attend_segment, merge
 from turboquant_jax.pytorch.state import Member, Part, State
 
-QUERIES = 256
-"""Query tokens at a time: what their scores take is bounded."""
+SCORES = 2**27
+"""Most scores at a time, of as many queries as that allows."""
 
 
 def attend(
@@ -33,14 +34,26 @@ def attend(
       scores: scale and soft cap.
       sink_logits: [N], a logit per query head without a value, or None.
     """
+    layout = state.layout
+    keys = layout.sinks + layout.ring + layout.slots * state.config.block + k.shape[1]
+    count = max(1, SCORES // (q.shape[0] * q.shape[2] * keys))
     parts = []
-    for first in range(0, q.shape[1], QUERIES):
-        some = q[:, first : first + QUERIES]
+    for first in range(0, q.shape[1], count):
+        some = q[:, first : first + count]
         seen = first + some.shape[1]  # of the chunk itself
         parts.append(
             _attend(state, layer, some, k[:, :seen], v[:, :seen], first, scores, sink_logits)
         )
     return torch.cat(parts, dim=1).to(q.dtype)
+
+
+def attend_to_itself(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """`attend` over an empty cache, without a cap: torch's own causal attention of a chunk."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype)))
+    output = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scores.factor(q.shape[3]), enable_gqa=True
+    )
+    return output.transpose(1, 2)
 
 
 def _attend(state, layer, q, k, v, first, scores, sink_logits) -> Tensor:
@@ -78,7 +91,7 @@ def _blocks(state: State, layer: int, q: Tensor, query: Tensor, scores: Scores) 
     grouped = q.to(torch.float32).unflatten(2, (heads, -1))  # [B, T, K, G, H]
     output = torch.zeros_like(grouped)
     lse = grouped.new_zeros(grouped.shape[:-1])
-    for member in state.members(layer):
+    for member in state.members[layer]:
         part, own = state.parts[member.part], list(member.heads)
         whole = len(own) == heads
         some = grouped if whole else grouped[:, :, own]

@@ -30,7 +30,7 @@ def attend_and_write(
 
     Queries [B, 1, N, H], keys and values [B, 1, K, H]; the output has the dtype of the queries.
     """
-    (member,) = state.members(layer)
+    (member,) = state.members[layer]
     part = state.parts[member.part]
     dtype = state.window.keys.storage.dtype
     query = heads[0][:, 0].contiguous()
@@ -80,7 +80,7 @@ def encode_chunk(
     state: State, layer: int, block: list[Tensor], page: Tensor, number: Tensor
 ) -> None:
     """Compress blocks [B, n, T, K, H] of each sequence, in one layer, into pages [B, n]."""
-    (member,) = state.members(layer)
+    (member,) = state.members[layer]
     part, (batch, count) = state.parts[member.part], page.shape
     source = [x.flatten(1, 2).contiguous() for x in block]
     row = torch.arange(batch, device=state.device)[:, None]

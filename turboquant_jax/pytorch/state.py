@@ -6,7 +6,10 @@ are tensor operations of fixed shapes without a look at a value, so that CUDA gr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -127,15 +130,18 @@ class State:
         """Where it lies."""
         return self.table.lengths.device
 
-    def members(self, layer: int) -> tuple[Member, ...]:
-        """Where the heads of a layer lie: one entry for each of their formats."""
-        found = []
+    @cached_property
+    def members(self) -> tuple[tuple[Member, ...], ...]:
+        """Where the heads of each layer lie: one entry for each of their formats."""
+        found: list[list[Member]] = [[] for _ in range(self.config.num_layers)]
         for number, part in enumerate(self.parts):
-            rows = [row for row, (own, _) in enumerate(part.heads) if own == layer]
-            if rows:
-                heads = tuple(part.heads[row][1] for row in rows)
-                found.append(Member(number, heads, slice(rows[0], rows[-1] + 1)))
-        return tuple(found)
+            first = 0
+            for layer, group in groupby(part.heads, key=itemgetter(0)):
+                heads = tuple(head for _, head in group)
+                rows = slice(first, first + len(heads))
+                found[layer].append(Member(number, heads, rows))
+                first = rows.stop
+        return tuple(map(tuple, found))
 
     @property
     def leaves(self) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class Steps:
         self.captured: Tensor | None = None
         self.completes: Tensor | None = None
         self.order: Tensor | None = None
+        self.empty = False
         self.start(0)
 
     def start(self, batch: int) -> None:
@@ -52,10 +53,11 @@ class Steps:
 
     def begin(self, state: State, count: int, mask: Tensor | None) -> None:
         """Announce `count` columns; `mask` [B, count] says which are tokens."""
-        self.order = None
+        self.order, self.empty = None, False
         if self.captured is not None:
             updating.begin(state, self.captured, count)
             return
+        self.empty = not self.seen
         real = None
         # single tokens are tokens, but in the left padding of a sequence that has none yet
         if mask is not None and (count > 1 or not all(self.lengths)):
@@ -82,7 +84,7 @@ class Steps:
         order = self.order
         if order is not None:
             heads = tuple(_along_tokens(x, order) for x in heads)
-        output = choose.attend_and_write(state, layer, heads, scores, sink_logits)
+        output = choose.attend_and_write(state, layer, heads, scores, sink_logits, empty=self.empty)
         if order is not None:
             output = _along_tokens(output, torch.argsort(order, dim=1))
         if layer == state.config.num_layers - 1:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.layout import calibration
 from turboquant_jax import cache
 from turboquant_jax.attention import PLAIN, Scores, attend_and_write
 from turboquant_jax.cache import CacheConfig, CodecConfig
@@ -132,6 +133,10 @@ SETTINGS: dict[str, Setting] = {
         1, 2, 48, {"bits": 3, **BLOCKS}, {"bits": 3, **BLOCKS}, num_pages=20,
         config={"rope_frequencies": (1.0, 0.1, 0.01), "sliding_window": 30, "dtype": "float32"},
     ),
+    "calibrated, trellis keys, scalar values, paged": _setting(
+        2, 2, 64, _trellis(((16, 4), (16, 2), (32, 1)), scales="joint"),
+        {"bits": ((32, 3), (32, 2)), "scales": "joint_products"}, num_pages=12,
+    ),
     "nothing compressed": _setting(2, 2, 32, 4, 4, config={"window": 62}),
     "allocation": _setting(
         3, 2, 32, 4, 4, num_pages=14, allocation=cache.Allocation((4, 2, 4), (3, 2, 3))
@@ -149,6 +154,7 @@ def _create(setting: Setting, order):
     return cache.create(
         config, BATCH, setting.capacity, key=jax.random.key(3), num_pages=setting.num_pages,
         key_order=order, value_order=None if order is None else order[..., ::-1],
+        calibration=calibration(config),
     )  # fmt: skip
 
 

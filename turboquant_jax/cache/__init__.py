@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.cache.allocation import Allocation, allocate
+    from turboquant_jax.cache.calibration import Calibration
     from turboquant_jax.cache.config import CacheConfig, CodecConfig, Format
     from turboquant_jax.cache.presets import Preset, preset
     from turboquant_jax.cache.sharing import fork, free, free_pages
@@ -14,6 +15,7 @@ else:  # loaded when they are first used: the configuration alone needs no JAX
 
     _MODULES = {
         "allocation": ("Allocation", "allocate"),
+        "calibration": ("Calibration",),
         "config": ("CacheConfig", "CodecConfig", "Format"),
         "presets": ("Preset", "preset"),
         "sharing": ("fork", "free", "free_pages"),
@@ -29,6 +31,7 @@ __all__ = [
     "Allocation",
     "Cache",
     "CacheConfig",
+    "Calibration",
     "CodecConfig",
     "Format",
     "Preset",

@@ -1,8 +1,8 @@
 """What a cache of a configuration is made of, as numpy arrays: the same as the JAX library's.
 
 One seed gives one rotation in both: signs of Hadamard rotations are drawn here as `jax.random`
-draws them, from Threefry-2x32 (Salmon et al., 2011). Dense random rotations are drawn by JAX, here
-alone.
+draws them, from Threefry-2x32 (Salmon et al., 2011). Dense random rotations are drawn by JAX
+itself, the only thing here that imports it.
 """
 
 from dataclasses import dataclass
@@ -73,6 +73,8 @@ def codecs_of(
 
 def _groups(config: CodecConfig, head_dim: int, key: np.ndarray) -> tuple[GroupConstants, ...]:
     groups = config.groups(head_dim)
+    if config.code == "prod":
+        raise ValueError("code: got prod, expected scalar or trellis: torch has no sketches")
     return tuple(
         GroupConstants(
             _rotation(config, channels, own),
@@ -103,7 +105,9 @@ def _by_jax(config: CodecConfig, dim: int, key: np.ndarray) -> RotationConstants
     from turboquant_jax.quantizers import rotation
 
     with jax.default_device(jax.devices("cpu")[0]):
-        found = rotation.create(config.rotation, jax.random.wrap_key_data(key), dim)
+        found = rotation.create(
+            config.rotation, jax.random.wrap_key_data(jax.numpy.asarray(key)), dim
+        )
         return RotationConstants(dim, np.asarray(found.matrix))
 
 

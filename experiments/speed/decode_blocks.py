@@ -47,11 +47,11 @@ def random_blocks(
     scale = jax.random.uniform(keys[3], (2, KV_HEADS, pages, tokens), minval=0.5, maxval=1.5)
     words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     return BlocksOperand(
-        keys=planes[0],
-        values=planes[1],
-        scales=words[0] << 16 | words[1],
-        key_codebook=books[0],
-        value_codebook=books[1],
+        keys=(planes[0],),
+        values=(planes[1],),
+        scales=(words[0] << 16 | words[1],),
+        key_codebooks=(books[0],),
+        value_codebooks=(books[1],),
     )
 
 

@@ -169,7 +169,7 @@ def test_min_max_levels_are_exact_on_their_grid():
         (codecs.PerToken(4, 64), 36, (0.002, 0.02)),
         (codecs.VllmKey(4), 34, (0.005, 0.012)),
         (codecs.Fp8(), 64, (1e-5, 2e-3)),
-        (codecs.Sketched(3, "orthogonal"), 28, (0.02, 0.2)),
+        (codecs.Turbo(cache.CodecConfig(3, code="prod")), 28, (0.02, 0.2)),
     ],
 )
 def test_peers_cost_what_they_say_and_err_as_they_should(coder, bytes_of_64, error):

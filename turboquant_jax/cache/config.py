@@ -1,15 +1,15 @@
-"""Everything static about a cache, in two frozen dataclasses that hash and compare by value."""
+"""Everything static about a cache, in frozen dataclasses that hash and compare by value. No JAX."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from typing import Literal, get_args
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  gives numpy bfloat16
+import numpy as np
 
 from turboquant_jax.cache.allocation import Allocation
-from turboquant_jax.quantizers import rotation as rotations
-from turboquant_jax.quantizers.quantizer import Code, Codebook, ScaleMode
+from turboquant_jax.quantizers.formats import Code, Codebook, RotationKind, ScaleMode
 
 Scales = Literal["group", "joint", "joint_products"]
 Groups = tuple[tuple[int, int], ...]
@@ -33,7 +33,7 @@ class CodecConfig:
     """
 
     bits: int | Groups = 4
-    rotation: rotations.Kind = "hadamard"
+    rotation: RotationKind = "hadamard"
     codebook: Codebook = "grid"
     code: Code = "scalar"
     scale: ScaleMode = "least_squares"
@@ -115,10 +115,10 @@ class CacheConfig:
         if self.sliding_window is not None:
             _require(self.sliding_window >= 1, "sliding_window", "at least 1", self.sliding_window)
         try:
-            dtype = jnp.dtype(self.dtype)
+            dtype = np.dtype(self.dtype)
         except TypeError as error:
             raise ValueError(f"dtype: got {self.dtype!r}, expected a floating type") from error
-        _require(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", self.dtype)
+        _require("float" in dtype.name, "dtype", "a floating type", self.dtype)
         object.__setattr__(self, "dtype", dtype.name)  # compares, hashes and is saved as its name
         if self.rope_frequencies is not None:
             object.__setattr__(self, "rope_frequencies", self._checked_frequencies())

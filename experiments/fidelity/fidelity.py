@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""
@@ -255,6 +258,8 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
                 f"{row['perplexity_change']:+.2%} ± {row['perplexity_change_se']:.2%}, "
                 f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}",
                 "missed" if verdict == "does not hold" else verdict,
+                topic=f"bits by layer or head, true bytes {when}",
+                short=f"{target:g}x, {words}: {row['perplexity_change']:+.2%}",
             )
 
 

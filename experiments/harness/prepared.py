@@ -1,4 +1,4 @@
-"""Texts and questions as token ids, in one file a model that `experiments.pack_data` makes.
+"""Texts and questions as token ids, in one file a model that `tasks.pack_data` makes.
 
 So the experiments on a language model need no package of data, and can run on a machine that has
 none: `.data/` holds `<model>.npz`, and the weights, `<model>.gguf`. Only SmolLM2's are also looked

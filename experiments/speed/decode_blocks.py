@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.speed.common import CHANNELS, KV_HEADS, cache_config
 from pallas_kernels.decode_attention import (
     BlocksOperand,
     ExactOperand,
@@ -16,9 +17,9 @@ from pallas_kernels.decode_attention import (
     decode_attention,
 )
 from pallas_kernels.primitives.codebook import CodebookOperand, CodeKind, level_limits
-from turboquant_jax.cache import CacheConfig, kernel_operands, pre_rope
+from turboquant_jax.cache import kernel_operands, pre_rope
 
-QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
+PAGE = 64
 SM_SCALE = CHANNELS**-0.5
 Pair = tuple[int, int]
 STEP = 0.04
@@ -99,9 +100,7 @@ def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesO
     if not kind:
         return None, None
     mean = 3.0 * jax.random.normal(jax.random.key(1), (batch, KV_HEADS, CHANNELS), jnp.float32)
-    frequencies = tuple((5e5 ** -(np.arange(CHANNELS // 2) / (CHANNELS // 2))).tolist())
-    config = CacheConfig(1, KV_HEADS, CHANNELS, rope_frequencies=frequencies)
-    phases = pre_rope.create(config, tokens) if kind == "pre_rope" else None
+    phases = pre_rope.create(cache_config(1, 4, kind), tokens) if kind == "pre_rope" else None
     return mean, None if phases is None else kernel_operands.of_phases(phases)
 
 

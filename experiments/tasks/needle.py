@@ -18,9 +18,9 @@ import numpy as np
 
 from experiments.fidelity.allocation import Allocated, remembered
 from experiments.fidelity.forcing import cut
-from experiments.fidelity.settings import Setting, for_prompts
+from experiments.fidelity.settings import PAPERS, Setting, for_prompts
 from experiments.harness import prepared
-from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.experiment import QUESTION, Claim, Row, Track, distinct, option, where
 from experiments.harness.journal import open_journal
 from experiments.harness.statistics import wilson
 from experiments.tasks import answers
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FULL = "full precision"
+
+
+NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             found, count = _total(cells, "found"), _total(cells, "prompts")
             made.append(
                 Claim(
-                    "our question",
+                    QUESTION,
                     f"the model itself finds every needle ({task}, {length:,} tokens)",
                     f"{found} of {count}",
                     "holds" if found == count else "does not hold",
@@ -141,10 +144,12 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             low, high = wilson(kept, found)
             made.append(
                 Claim(
-                    "TurboQuant, figure 4",
+                    "TurboQuant, figure 4" if preset == PAPERS else QUESTION,
                     f"{preset} finds every needle that full precision finds ({task})",
                     f"{kept} of {found} ({low:.0%} to {high:.0%} at 95 %)",
                     "holds" if kept == found else "does not hold",
+                    topic=f"{preset} finds every needle that full precision finds",
+                    short=f"{kept} of {found} ({task})",
                 )
             )
     return made

@@ -15,22 +15,23 @@ solutions over their tokens as if these were independent. The caches with bits b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from experiments.fidelity.allocation import Allocated, remembered
 from experiments.fidelity.forcing import cut
-from experiments.fidelity.settings import Setting, for_prompts
+from experiments.fidelity.settings import PAPERS, Setting, for_prompts
 from experiments.harness import prepared
-from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.experiment import AIM, QUESTION, Claim, Row, Track, distinct, option, where
 from experiments.harness.journal import open_journal
 from experiments.harness.prepared import Prompts
 from experiments.harness.statistics import is_below, wilson
 from experiments.tasks import answers
 from experiments.tasks.answers import Answers, Asked
 from experiments.tasks.question_prompts import SIZES
+from turboquant_jax.cache.presets import Preset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,9 @@ FULL = "full precision"
 _NAMES = {"hellaswag": "HellaSwag", "squad": "SQuAD", "hotpot": "HotpotQA"}
 _NAMES |= {"human_eval": "HumanEval", "gsm8k": "GSM8K"}
 _BY_TOKEN = ("human_eval", "gsm8k")
+
+
+NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         inside = [r["score_low"] <= full[r["task"]]["score"] <= r["score_high"] for r in found]
         made.append(
             Claim(
-                "TurboQuant, section 4.3",
+                "TurboQuant, section 4.3" if preset == PAPERS else QUESTION,
                 f"{preset} scores like full precision, within its interval",
                 "; ".join(
                     f"{_NAMES[r['task']]} {r['score']:.3f} ({full[r['task']]['score']:.3f}), "
@@ -170,7 +174,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         verdicts = {is_below(row["kl"], row["kl_se"], 0.01) for row in long}
         made.append(
             Claim(
-                "our aim",
+                AIM if preset.split(" (")[0] in get_args(Preset) else QUESTION,
                 f"{preset} changes an answer from documents by at most 0.01 nats a token of KL",
                 "; ".join(
                     f"{_NAMES[r['task']]}, {r['context']:,} tokens: {r['kl']:.4f} ± "
@@ -182,9 +186,11 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
                 else "holds"
                 if verdicts == {"holds"}
                 else "undecided",
+                topic="presets change an answer from documents by at most 0.01 nats a token of KL",
+                short=f"{preset.partition(' ')[0]} {max(row['kl'] for row in long):.3f}",
             )
         )
-    return made or [Claim("our question", "scores do not move", "full precision only", "undecided")]
+    return made or [Claim(QUESTION, "scores do not move", "full precision only", "undecided")]
 
 
 def figure(rows: Sequence[Row]) -> "Figure":

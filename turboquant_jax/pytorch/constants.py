@@ -73,6 +73,8 @@ def codecs_of(
 
 def _groups(config: CodecConfig, head_dim: int, key: np.ndarray) -> tuple[GroupConstants, ...]:
     groups = config.groups(head_dim)
+    if config.code == "prod":
+        raise ValueError("code: got prod, expected scalar or trellis: torch has no sketches")
     return tuple(
         GroupConstants(
             _rotation(config, channels, own),

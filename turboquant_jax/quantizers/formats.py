@@ -11,6 +11,7 @@ RotationKind = Literal["haar", "hadamard", "block_hadamard", "identity"]
 ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
 Codebook = Literal["lloyd_max", "gaussian", "uniform", "grid"]
 Code = Literal["scalar", "trellis"]
+SketchKind = Literal["gaussian", "orthogonal"]
 Widths = tuple[int, ...]
 
 

@@ -1,6 +1,6 @@
 """The demonstration: a real model, a real text, a cache that is really compressed.
 
-Three parts, each a function from settings to numbers; `cli` prints them.
+Three parts, each a function from settings to numbers; `demo` prints them.
 """
 
 import time
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from turboquant_jax import cache
-from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache import CacheConfig
 from turboquant_jax.cache.bytes import (
     bytes_per_compressed_token,
     exact_bytes_per_token,
     planned_bytes,
 )
-from turboquant_jax.models import Checkpoint, LlamaConfig, rope
+from turboquant_jax.models import Checkpoint
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
 from turboquant_jax.models.options import Sampling
@@ -36,28 +36,6 @@ class Answer:
     text: str
     tokens: int
     tokens_per_second: float
-
-
-def cache_config(
-    model: LlamaConfig,
-    key_bits: int,
-    value_bits: int,
-    *,
-    centring: rope.Centring = "pre_rope",
-    **options,
-) -> CacheConfig:
-    """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
-    codec = {name: options.pop(name) for name in ("rotation", "code") if name in options}
-    return CacheConfig(
-        model.num_layers,
-        model.num_kv_heads,
-        model.head_dim,
-        CodecConfig(key_bits, **codec),
-        CodecConfig(value_bits, **codec),
-        sliding_window=model.sliding_window,
-        **rope.centring(model, centring),
-        **options,
-    )
 
 
 def full_precision(config: CacheConfig, capacity: int) -> CacheConfig:

@@ -62,8 +62,8 @@ def rotated() -> Figure:
     right.bar(np.arange(64), y / size, color=CODES, width=0.8)
     for level in quantizer.levels:
         right.axhline(level, color=SCALES, linewidth=1)
-    right.text(64.5, max(quantizer.levels), "levels", color=SCALES, fontsize=8, va="center")
-    for axis, title in ((left, "a vector"), (right, "the same, rotated, and the levels of 2 bits")):
+    right.text(1, 5.6, "levels of 2 bits", color=SCALES, fontsize=9)
+    for axis, title in ((left, "a vector"), (right, "the same, rotated")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("channel", fontsize=9)
         axis.set_ylim(-5, 6.5)

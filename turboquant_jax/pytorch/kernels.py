@@ -17,7 +17,7 @@ from turboquant_jax.pytorch.codec import Codec, Group, grid_of
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import Member, Part, State
 
-_MADE: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()  # of owners, see `_once`
 
 
 def attend_and_write(
@@ -88,9 +88,8 @@ def encode_chunk(
     page = _through_rows(state, torch.full_like(row, member.rows.start), page)
     columns = torch.broadcast_tensors(row, start, page, layer * batch + row, number)
     # a sequence's first block alone: the kernel takes its mean, which the next ones need
-    for some in (slice(1), slice(1, None)):
-        if len(range(count)[some]):
-            _encode_jobs(state, part, source, [column[:, some] for column in columns])
+    for some in (slice(1), slice(1, None))[:count]:
+        _encode_jobs(state, part, source, [column[:, some] for column in columns])
 
 
 def groups_of(part: Part, rows: slice) -> tuple[operands.Operand, ...]:

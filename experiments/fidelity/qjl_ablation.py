@@ -12,10 +12,10 @@ keys and values.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.fidelity import losses
-from experiments.fidelity.codecs import Exact, Sketched, Turbo
+from experiments.fidelity.codecs import Exact, Turbo
 from experiments.fidelity.forcing import cut
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting
@@ -33,7 +33,7 @@ SKETCHES = ("gaussian", "orthogonal")
 CACHES = ("remedied", "bare")
 
 
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,9 @@ def run(config: Config, track: Track) -> list[Row]:
 
 
 def _setting(bits: int, code: str, cache: str) -> Setting:
-    if code in SKETCHES:
-        key: Sketched | Turbo = Sketched(bits, code)  # type: ignore[arg-type]
-    else:
-        key = Turbo(CodecConfig(bits, codebook="lloyd_max", scale=code))  # type: ignore[arg-type]
+    plain: Any = {"codebook": "lloyd_max", "scale": "norm" if code in SKETCHES else code}
+    sketch: Any = {"code": "prod", "sketch": code} if code in SKETCHES else {}
+    key = Turbo(CodecConfig(bits, **plain, **sketch))
     if cache == "bare":
         return Setting(f"{code} {bits}", key, Exact(), 0, 0, 64, False)
     return Setting(f"{code} {bits}", key, Exact())

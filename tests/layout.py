@@ -5,9 +5,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import linalg
+from scipy import linalg, special
 
 from turboquant_jax import cache
+from turboquant_jax.cache.calibration import Calibration
+from turboquant_jax.quantizers.channels import Basis
 
 CODEC = cache.CodecConfig
 SMALL = dict(num_layers=2, num_kv_heads=2, block=8, window=5, sinks=2, dtype="float32")
@@ -15,7 +17,27 @@ CAPACITY = 70
 QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; the results stay
 
 
+def calibration(config):
+    """Bases for the sides that have one scale, or None: a reflection of each head, stretched.
+
+    In float64 and without LAPACK, whose signs are its own. Not far from the identity: what tests
+    draw is isotropic.
+    """
+    rng, sides = np.random.default_rng(8), {}
+    for side in ("key", "value"):
+        v = rng.normal(0, 1, (config.num_layers, config.num_kv_heads, config.head_dim))
+        v = v / np.sqrt(np.sum(v * v, axis=-1, keepdims=True))
+        reflection = np.eye(config.head_dim) - 2 * v[..., :, None] * v[..., None, :]
+        stretch = np.geomspace(1.3, 0.7, config.head_dim)
+        variance = np.broadcast_to(stretch**2, v.shape)
+        made = (reflection * stretch, reflection / stretch[:, None], variance)
+        if getattr(config, side).scales != "group":
+            sides[f"{side}s"] = Basis(*(jnp.asarray(x, jnp.float32) for x in made))
+    return Calibration(**sides) if sides else None
+
+
 def empty_cache(config, batch, **options):
+    options |= {"calibration": calibration(config)}
     make = lambda: cache.create(config, batch, CAPACITY, key=jax.random.key(2), **options)  # noqa: E731
     return jax.jit(make, compiler_options=QUICK)()
 
@@ -29,6 +51,8 @@ def random_parts(state, rng):
             return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
         if leaf.dtype == jnp.uint8:
             return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
+        if leaf.dtype == jnp.bfloat16 and leaf.ndim == 3:  # norms of sketches, by H**0.5 a scale
+            return jnp.asarray(rng.uniform(1, 4, leaf.shape), leaf.dtype)
         return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
 
     names = ("sinks", "window", "key_mean")
@@ -105,16 +129,40 @@ def decoded_row(state, part, row, page, values):
         planes = [p[row, page] for p in (part.pool.values if values else part.pool.keys)[g]]
         index = unpack(planes, widths(group), block if values else group.dim)
         index = np.swapaxes(index, -1, -2) if values else index
-        word = np.asarray(part.pool.scales[g][row, page]).astype(np.uint32)
+        word = part.pool.scales[g if codec.transform is None else 0][row, page]
+        word = np.asarray(word).astype(np.uint32)
         half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
         scale = half.view(jnp.bfloat16).astype(np.float64)
-        parts.append(scale[..., None] * (levels_of(group, index) @ matrix(group.rotation)))
-    ordered = np.concatenate(parts, axis=-1)
+        parts.append(scale[..., None] * levels_of(group, index))
+    turned = np.concatenate(parts, axis=-1)
+    if codec.sketch is not None:
+        turned = turned + of_signs(codec.sketch, part.pool.sketches, row, page)
+    turns = [matrix(group.rotation) for group in codec.groups]
+    ordered = turned @ linalg.block_diag(*turns)
+    if codec.transform is not None:  # x~ = T^-1 s c
+        return ordered @ np.linalg.inv(np.asarray(codec.transform.matrix[row], np.float64)).T
     if codec.order is None:
         return ordered
     natural = np.empty_like(ordered)
     natural[:, np.asarray(codec.order[row])] = ordered
     return natural
+
+
+def of_signs(sketch, held, row, page):
+    """What signs say of the residual in the rotated space, [T, H]: f |r| S^T sign(S r).
+
+    f = sqrt(pi / 2) / (H kappa), and kappa = 1 for entries of variance 1, or for H orthogonal rows
+    of length sqrt(H) that which makes E |s_1| of one of them sqrt(2 / pi).
+    """
+    rows = np.asarray(sketch.matrix, np.float64)
+    count = rows.shape[1]
+    signs = 2.0 * unpack([held.signs[row, page]], [1], count) - 1
+    kappa = 1.0
+    if sketch.kind == "orthogonal":
+        half = special.gammaln(count / 2) - special.gammaln((count + 1) / 2)
+        kappa = np.sqrt(count / 2) * np.exp(half)
+    norms = np.asarray(held.norms[row, page], np.float64)
+    return np.sqrt(np.pi / 2) / (count * kappa) * norms[..., None] * (signs @ rows)
 
 
 def rounded(x):

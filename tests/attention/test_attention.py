@@ -30,6 +30,14 @@ PLAIN = dict(head_dim=16, key=CODEC(4), value=CODEC(2))
 OTHERS = {  # what no setting of the design has
     "every bit width": dict(head_dim=64, key=CODEC(ALL_BITS), value=CODEC(ALL_BITS[::-1])),
     "nothing compressed": dict(head_dim=16, window=100),
+    "calibrated keys": dict(
+        head_dim=32, key=CODEC(((8, 4), (8, 2), (16, 1)), scales="joint"), value=CODEC(3)
+    ),
+    "calibrated, of different groups": dict(
+        head_dim=32,
+        key=CODEC(((8, 3), (24, 2)), "block_hadamard", code="trellis", scales="joint_products"),
+        value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
+    ),
 }
 BATCH = 4
 attend_one = jax.jit(attend, compiler_options=QUICK)
@@ -38,7 +46,7 @@ attend_one = jax.jit(attend, compiler_options=QUICK)
 def random_cache(config, rng):
     """Any bytes, any pages, any lengths: everything that the arrays can say."""
     layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
-    mixed = not isinstance(config.key.bits, int)
+    mixed = not isinstance(config.key.bits, int) and config.key.scales == "group"
     orders = [
         rng.permuted(np.tile(np.arange(dim, dtype=np.int32), (layers, heads, 1)), axis=-1)
         for _ in range(2)

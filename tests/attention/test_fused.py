@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention import schedule
 from pallas_kernels.primitives.triton import interpreted
 from pallas_kernels.rope import rope_and_rotate
 from tests import crossed, design
-from tests.layout import random_parts, row_of_head
+from tests.layout import calibration, random_parts, row_of_head
 from tests.marks import GPU
 from turboquant_jax import cache
 from turboquant_jax.attention import (
@@ -43,6 +43,12 @@ SETTINGS["centred before RoPE"] = dict(
     value=CODEC(2),
     rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
 )
+SETTINGS["calibrated"] = dict(
+    head_dim=64,
+    key=CODEC(((16, 4), (16, 2), (32, 1)), scales="joint"),
+    value=CODEC(2),
+    rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+)
 SETTINGS["trellis"] = dict(head_dim=64, key=TRELLIS(3), value=TRELLIS(2))
 COMPILED = SETTINGS | {
     "trellis of groups": dict(
@@ -50,6 +56,14 @@ COMPILED = SETTINGS | {
         key=TRELLIS(((32, 2), (32, 1))),
         value=CODEC(((32, 4), (32, 3)), "haar"),
         center_keys=False,
+    ),
+    "calibrated trellis": dict(
+        head_dim=128, key=TRELLIS(((32, 4), (32, 2), (64, 1)), scales="joint"), value=TRELLIS(2)
+    ),
+    "calibrated values": dict(
+        head_dim=64,
+        key=CODEC(2),
+        value=CODEC(((16, 3), (40, 2), (8, 1)), "block_hadamard", scales="joint_products"),
     ),
     "balanced": dict(head_dim=128, key=TRELLIS(3), value=TRELLIS(3), block=64, window=128),
     "max": dict(head_dim=128, key=TRELLIS(2), value=TRELLIS(2), block=64, window=128),
@@ -59,6 +73,14 @@ COMPILED = SETTINGS | {
     "trellis of 4 bits": dict(head_dim=64, key=TRELLIS(4), value=TRELLIS(4)),
     "folded rotation": dict(head_dim=128, key=CODEC(4), value=CODEC(4, "identity"), window=128),
     "wide": dict(head_dim=80, key=CODEC(8, "haar"), value=CODEC(5, "haar"), dtype="float16"),
+    "prod": dict(head_dim=128, key=CODEC(4, code="prod"), value=CODEC(3), block=64),
+    "prod of groups": dict(
+        head_dim=80,
+        key=CODEC(((32, 4), (48, 2)), "block_hadamard", code="prod", sketch="gaussian"),
+        value=CODEC(((32, 3), (48, 5)), "haar"),
+        sliding_window=70,
+        rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+    ),
     "plain": dict(head_dim=128, key=CODEC(4), value=CODEC(3), window=100, sinks=20),
 }
 
@@ -69,8 +91,9 @@ def random_cache(config, rng):
         rng.permuted(np.tile(np.arange(config.head_dim), (2, 2, 1)), axis=-1).astype(np.int32)
         for _ in range(2)
     ]
-    mixed = not isinstance(config.key.bits, int)
+    mixed = not isinstance(config.key.bits, int) and config.key.scales == "group"
     options = dict(key_order=orders[0], value_order=orders[1]) if mixed else {}
+    options["calibration"] = calibration(config)
     state = cache.create(config, 3, 400, key=jax.random.key(0), **options)
 
     slots = state.table.page_table.shape[1]
@@ -133,7 +156,7 @@ def random_projection(config, rng):
     return Projection(qkv, *angles, sliding_window=config.sliding_window)
 
 
-@pytest.mark.parametrize("name", ["centred", "outliers in a sliding window"])
+@pytest.mark.parametrize("name", ["centred", "outliers in a sliding window", "calibrated"])
 def test_a_query_that_is_turned_on_the_way_is_in_the_keys_space(name):
     """The kernel is given the rotation of a layer's heads as the codec applies it."""
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
@@ -174,8 +197,9 @@ def test_a_step_that_turns_its_own_queries(name):
     [
         ("outliers in a sliding window", True),
         ("trellis", True),
+        ("calibrated", True),
         ("layers of several bits", True),
-        *(pytest.param(n, False, marks=GPU) for n in COMPILED),
+        *(pytest.param(n, False, marks=GPU) for n in COMPILED if "prod" not in n),
     ],
 )
 def test_decoded_pages_are_those_of_the_definition(name, interpret):

@@ -31,6 +31,12 @@ SETTINGS = {
     "groups": dict(
         key=CODEC(((16, 3), (16, 2))), value=CODEC(((16, 2), (16, 3)), "identity"), dtype="float32"
     ),
+    "calibrated": dict(
+        key=CODEC(((8, 4), (24, 2)), "block_hadamard", scales="joint"),
+        value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
+        dtype="bfloat16",
+    ),
+    "prod": dict(key=CODEC(4, code="prod"), value=CODEC(3), dtype="bfloat16"),
     "trellis": dict(key=CODEC(2, code="trellis"), value=CODEC(3, code="trellis"), dtype="float16"),
 }
 SHAPE = dict(num_layers=2, num_kv_heads=2, head_dim=32, block=32, window=5, sinks=2)
@@ -45,10 +51,10 @@ def clean(name, window=None, count=COUNT):
     """A filled cache and a call, all finite, as a dictionary."""
     rng = np.random.default_rng(3)
     config = cache.CacheConfig(**SHAPE | SETTINGS[name], sliding_window=window)
-    options = {}
+    options = {"calibration": layout.calibration(config)}
     if name == "groups":
         every = np.tile(np.arange(32, dtype=np.int32), (2, 2, 1))
-        options = {f"{side}_order": rng.permuted(every, axis=-1) for side in ("key", "value")}
+        options |= {f"{side}_order": rng.permuted(every, axis=-1) for side in ("key", "value")}
     make = lambda: cache.create(config, BATCH, 140, key=jax.random.key(2), **options)  # noqa: E731
     state = jax.jit(make, compiler_options=QUICK)()
     slots, pages = state.table.page_table.shape[1], state.table.references.shape[0]
@@ -86,6 +92,16 @@ def scaled(call, group, side, to):
     return call | dict(state=replace(state, parts=(part,)))
 
 
+def sketched(call, to):
+    """With another norm of what the codes of a compressed key leave."""
+    state, page = call["state"], int(call["state"].table.page_table[ROW, 1])
+    part, row = layout.row_of_head(state, LAYER, HEAD)
+    held = part.pool.sketches
+    held = replace(held, norms=held.norms.at[row, page, 20].set(to))
+    part = replace(part, pool=replace(part.pool, sketches=held))
+    return call | dict(state=replace(state, parts=(part,)))
+
+
 def new(call, name, token, head, to):
     return call | {name: call[name].at[ROW, token, head, CHANNEL].set(to)}
 
@@ -112,6 +128,10 @@ def spoilt(call, token):
     for side in ("keys", "values"):
         for group in groups:
             yield f"compressed {side} {group}", scaled(call, group, side, np.nan)
+    if call["state"].parts[0].pool.sketches is not None:
+        yield "compressed norm", sketched(call, np.nan)
+        huge = new(call, "q", token, 2 * HEAD, 1e15)
+        yield "overflow of the signs", sketched(huge, 1e30)
     # 16-bit floats do not reach so far
     if call["state"].config.dtype != "float16":
         for sign in (1, -1):
@@ -169,12 +189,14 @@ def unseen(call):
         return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), jnp.nan, x)
 
     words = tuple(jnp.where(scales, jnp.uint32(0x7FC07FC0), x) for x in part.pool.scales)
+    if (sketches := part.pool.sketches) is not None:
+        sketches = replace(sketches, norms=put(scales, sketches.norms))
     state = replace(
         state,
         sinks=jax.tree.map(partial(put, sinks), state.sinks),
         window=jax.tree.map(partial(put, window), state.window),
         key_mean=put(mean, state.key_mean),
-        parts=(replace(part, pool=replace(part.pool, scales=words)),),
+        parts=(replace(part, pool=replace(part.pool, scales=words, sketches=sketches)),),
     )
     return call | dict(state=state)
 
@@ -251,9 +273,11 @@ def test_of_the_decode_kernel(name, interpret):
 def test_of_tiles_by_the_vendor(name, vendor, monkeypatch):
     monkeypatch.setattr(cudnn, "VENDOR", vendor)
     monkeypatch.setattr(cudnn, "TILE", 64)  # of which a sequence may have half
-    run = partial(by_tiles, decode_by="pallas" if vendor == "cudnn" else "xla")
+    served = vendor == "cudnn" and name != "prod"
+    run = partial(by_tiles, decode_by="pallas" if served else "xla")
     with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes
-        assert_follows(name, jax.jit(run), COUNT, 1, 2e-2)
+        # a transform that is not orthogonal magnifies the rounding of what it is applied to
+        assert_follows(name, jax.jit(run), COUNT, 1, 4e-2 if name == "calibrated" else 2e-2)
 
 
 def spoilt_at(call, length, window):
@@ -379,21 +403,22 @@ def test_the_mean_is_that_of_the_finite_keys():
 def test_of_blocks_without_exact_tokens(interpret):
     """Which would be NaN with the same query, and tell a sum that is not positive."""
     call = make_call(Case(((3, 2),), (64,), heads=2))
-    q, groups, table, lengths = arrays(call.arguments)
+    q, pool, table, lengths = arrays(call.arguments)
     run = jax.jit(lambda q, *held: decode_attention(q, PagedBlocks(*held), Softmax(0.1))[:2])
 
     def halves(word):  # of a token of kv head 1 in row 2
-        scales = groups[0].scales
+        (scales,) = pool.scales
         own = int(scales[1, table[2, 1], 7])
-        return (replace(groups[0], scales=scales.at[1, table[2, 1], 7].set(np.uint32(word(own)))),)
+        changed = scales.at[1, table[2, 1], 7].set(np.uint32(word(own)))
+        return replace(pool, scales=(changed,))
 
     key = halves(lambda own: own & 0xFFFF0000 | 0x7FC0)
     value = halves(lambda own: own & 0xFFFF | 0x7FC00000)
     infinite = halves(lambda own: own & 0xFFFF | 0x7F800000)
-    cases = [((q.at[2, 1, 5].set(bad), groups), [1]) for bad in BAD.values()]
+    cases = [((q.at[2, 1, 5].set(bad), pool), [1]) for bad in BAD.values()]
     cases += [((q, one), [2, 3]) for one in (key, value, infinite)]
     with triton.interpreted(interpret):
-        wants = run(q, groups, table, lengths)
+        wants = run(q, pool, table, lengths)
         for inputs, heads in cases:
             for got, want in zip(run(*inputs, table, lengths), wants, strict=True):
                 want = np.asarray(want).copy()

@@ -14,6 +14,11 @@ CHANGES = {
     "global": {},
     "local": dict(sliding_window=24, window=4, sinks=0),
     "before RoPE": dict(rope_frequencies=(1.0, 0.3, 0.1, 0.03, 0.01), block=16, window=2),
+    "calibrated": dict(
+        key=CODEC(((8, 8), (24, 7)), "block_hadamard", scales="joint"),
+        value=CODEC(((16, 8), (8, 8), (8, 7)), scales="joint_products"),
+    ),
+    "prod": dict(key=CODEC(7, "haar", code="prod", sketch="gaussian")),
     "heads of several bits": dict(allocation=cache.Allocation((7, (6, 7)), (8, (7, 8)))),
 }
 

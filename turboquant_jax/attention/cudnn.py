@@ -217,18 +217,18 @@ def _over_blocks(
 def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
     """Of the compressed keys that are seen in the rotated space; infinity if a value is not finite.
 
-    A query's largest magnitude may be sqrt(H) times as large there, which is counted in here.
+    What a query's largest magnitude may be multiplied by on its way there is counted in here.
     """
     (member,) = rows.members
-    part = cache.parts[member.part]
+    part, own = cache.parts[member.part], member.of(cache.kv_heads)
     tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
-    place = member.of(cache.kv_heads)[:, None, None], jnp.maximum(table, 0)[None]
-    scales = blocks.largest_key_scale(tuple(x[place] for x in part.pool.scales))
-    scales = scales.reshape(*scales.shape[:2], -1)  # [K, B, tokens]
-    seen = jnp.arange(scales.shape[2])[None, :] < tokens[:, None]
-    largest = jnp.max(jnp.where(seen[None], scales, 0.0), axis=2).T
-    level = max(abs(level) for group in part.codecs[0].groups for level in group.levels)
-    reach = largest * (level * cache.config.head_dim**0.5)
+    place = own[:, None, None], jnp.maximum(table, 0)[None]
+    pages = jax.tree.map(lambda x: x[place], part.pool)
+    keys = blocks.largest_key(part.codecs[0], pages)
+    keys = keys.reshape(*keys.shape[:2], -1)  # [K, B, tokens]
+    seen = jnp.arange(keys.shape[2])[None, :] < tokens[:, None]
+    largest = jnp.max(jnp.where(seen[None], keys, 0.0), axis=2).T
+    reach = largest * part.codecs[0].query_gain(own)[None]
     if cache.key_mean is None:
         return reach
     mean = not_finite.reach(cache.key_mean[rows.layer])

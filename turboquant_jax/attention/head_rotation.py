@@ -41,7 +41,7 @@ def rotate_queries(
     codec: Codec, rows: Int[Array, " K"], q: Float[Array, "B T N H"]
 ) -> Float[Array, "B T N H"]:
     """Queries of the heads in these rows in the rotated space of the keys, float32."""
-    return _ungroup(codec.rotate(rows, _heads_last(_group(q, rows.shape[0]))), q)
+    return _ungroup(codec.rotate_query(rows, _heads_last(_group(q, rows.shape[0]))), q)
 
 
 def unrotate_outputs(

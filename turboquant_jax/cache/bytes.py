@@ -8,14 +8,17 @@ from dataclasses import dataclass, fields
 
 import jax
 
-from turboquant_jax.cache import state
+from turboquant_jax.cache import calibration, state
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.state import Cache, nbytes_of
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of a cache by part; `total` is the sum over every array of its pytree."""
+    """Bytes of a cache by part; `total` is the sum over every array of its pytree.
+
+    The signs of a sketch are codes of the keys, its norms scales.
+    """
 
     key_codes: int
     value_codes: int
@@ -35,11 +38,11 @@ class Bytes:
 
 def count_bytes(cache: Cache) -> Bytes:
     """Bytes by part of a cache, or of the shapes of one."""
-    pools = [part.pool for part in cache.parts]
+    pools = [(part.pool, part.pool.sketches) for part in cache.parts]
     return Bytes(
-        key_codes=nbytes_of([pool.keys for pool in pools]),
-        value_codes=nbytes_of([pool.values for pool in pools]),
-        scales=nbytes_of([pool.scales for pool in pools]),
+        key_codes=nbytes_of([(pool.keys, sketch and sketch.signs) for pool, sketch in pools]),
+        value_codes=nbytes_of([pool.values for pool, _ in pools]),
+        scales=nbytes_of([(pool.scales, sketch and sketch.norms) for pool, sketch in pools]),
         window=nbytes_of(cache.window),
         sinks=nbytes_of(cache.sinks),
         key_mean=nbytes_of(cache.key_mean),
@@ -53,11 +56,14 @@ def planned_bytes(config: CacheConfig, batch: int, capacity: int) -> Bytes:
     """Bytes of the dense cache that `create` would allocate; no device is touched.
 
     Without an order of channels, which adds `4 layers K H` bytes where the bits of a vector are
-    mixed.
+    mixed. Calibrated codecs are counted with their matrices.
     """
+    sizes = config.num_layers, config.num_kv_heads, config.head_dim
+    joint = any(codec.scales != "group" for codec in (config.key, config.value))
 
     def make() -> Cache:
-        return state.create(config, batch, capacity, key=jax.random.key(0))
+        known = calibration.identity(*sizes) if joint else None
+        return state.create(config, batch, capacity, key=jax.random.key(0), calibration=known)
 
     return count_bytes(jax.eval_shape(make))
 
@@ -80,10 +86,14 @@ def bytes_per_compressed_token(config: CacheConfig) -> float:
     return (more - fewer) / config.block
 
 
-def compression_ratio(config: CacheConfig, tokens: int, batch: int = 1) -> float:
+def compression_ratio(
+    config: CacheConfig, tokens: int, batch: int = 1, *, codecs: bool = True
+) -> float:
     """How many times the bytes of full precision are those of a dense cache for so many tokens.
 
-    Everything is counted: codes, scales, window, sinks, means, tables, rotations.
+    Everything is counted: codes, scales, window, sinks, means, tables, rotations. `codecs=False`
+    leaves out rotations and calibrated matrices, which are there once for any number of caches.
     """
     full = batch * tokens * exact_bytes_per_token(config)
-    return full / planned_bytes(config, batch, tokens).total
+    planned = planned_bytes(config, batch, tokens)
+    return full / (planned.total - (0 if codecs else planned.codecs))

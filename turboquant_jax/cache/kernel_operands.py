@@ -45,8 +45,8 @@ def of_rotation(rotation: Rotation, dtype: DTypeLike) -> RotationOperand:
 
 
 def of_codec(codec: Codec, rows: Int[Array, " K"]) -> RotationOperand:
-    """The whole rotation of the keys, or values, of some rows, in bfloat16 parts."""
-    if len(codec.groups) == 1 and codec.order is None:
+    """`Codec.matrix` of some rows in bfloat16 parts: for queries, or transposed for outputs."""
+    if len(codec.groups) == 1 and codec.order is None and codec.transform is None:
         return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
     return _split(codec.matrix(rows), jnp.bfloat16)
 

@@ -19,7 +19,9 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.cache import blocks, codec, pages, pre_rope
+from turboquant_jax.cache import calibration as calibrations
 from turboquant_jax.cache.blocks import Blocks
+from turboquant_jax.cache.calibration import Calibration
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig, Format
 from turboquant_jax.cache.layout import Layout, block_slots
@@ -258,6 +260,7 @@ def create(
     num_pages: int | None = None,
     key_order: Int[Array, "layers K H"] | None = None,
     value_order: Int[Array, "layers K H"] | None = None,
+    calibration: Calibration | None = None,
 ) -> Cache:
     """An empty cache.
 
@@ -270,9 +273,10 @@ def create(
       num_pages: pages of a pool that the sequences share, given out when blocks are compressed.
       key_order, value_order: channels of each layer and head in the order of the codec's groups,
         outliers first (`outliers.select_channels`).
+      calibration: of the model, for codecs with joint scales.
 
     Raises:
-      ValueError: a batch, capacity, number of pages or codec that cannot be.
+      ValueError: a batch, capacity, number of pages, codec or calibration that cannot be.
     """
     slots = block_slots(config, capacity)
     dense = num_pages is None
@@ -287,17 +291,23 @@ def create(
         expected = (config.num_layers, heads, dim)
         if order is not None and order.shape != expected:
             raise ValueError(f"order of channels: got {order.shape}, expected {expected}")
+    bases = calibrations.bases(config, calibration)
 
     def part(number: int, form: Format) -> Part:
         rows = heads_of(config, number, heads)
         layer, head = np.transpose(rows)
+        sides = zip(
+            jax.random.split(key),
+            (form.key, form.value),
+            (key_order, value_order),
+            bases,
+            strict=True,
+        )
         key_codec, value_codec = (
             codec.create(
-                own, codecs, dim, None if order is None else jnp.asarray(order)[layer, head]
+                own, codecs, dim, *jax.tree.map(lambda x: jnp.asarray(x)[layer, head], of_heads)
             )
-            for own, codecs, order in zip(
-                jax.random.split(key), (form.key, form.value), (key_order, value_order), strict=True
-            )
+            for own, codecs, *of_heads in sides
         )
         codecs = key_codec, value_codec
         return Part(codecs, blocks.empty(codecs, (len(rows), num_pages), config.block))

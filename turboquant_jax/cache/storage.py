@@ -106,6 +106,11 @@ def _describe(cache: Cache) -> str:
     config = asdict(cache.config)
     if config["rope_frequencies"] is None:  # so are files that know nothing of them
         del config["rope_frequencies"]
+    for side in ("key", "value"):
+        if config[side]["scales"] == "group":  # so are files that know no other
+            del config[side]["scales"]
+        if config[side]["code"] != "prod":
+            del config[side]["sketch"]
     return json.dumps(config | {"capacity": cache.capacity, "levels": levels}, sort_keys=True)
 
 

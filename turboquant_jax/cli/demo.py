@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from turboquant_jax import demo
-from turboquant_jax.cli import settings
+from turboquant_jax.cli import demonstration, settings
 from turboquant_jax.models import load
 
 
@@ -30,21 +29,23 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         checkpoint = load(arguments.model)
         segments = settings.segments(arguments, checkpoint.config.head_dim)
         configs = {
-            pair: demo.cache_config(checkpoint.config, *pair, code=code, **segments)
+            pair: settings.cache_config(checkpoint.config, *pair, code=code, **segments)
             for pair, code in pairs.items()
         }
-        tokens = demo.text_tokens(checkpoint, arguments.text, arguments.context)
-        prompt = arguments.prompt or demo.default_prompt()
+        tokens = demonstration.text_tokens(checkpoint, arguments.text, arguments.context)
+        prompt = arguments.prompt or demonstration.default_prompt()
         answers = []
-        exact = demo.full_precision(configs[asked], checkpoint.config.max_position)
+        exact = demonstration.full_precision(configs[asked], checkpoint.config.max_position)
         named = {"full precision": exact, settings.name_of_bits(*asked): configs[asked]}
         for name, config in named.items():
             step(f"answer: {name}")
             answers.append(
-                demo.answer(checkpoint, config, prompt, arguments.tokens, arguments.seed, name)
+                demonstration.answer(
+                    checkpoint, config, prompt, arguments.tokens, arguments.seed, name
+                )
             )
         step("read the text: full precision")
-        fidelity = demo.Fidelity(checkpoint, tokens, arguments.seed)
+        fidelity = demonstration.Fidelity(checkpoint, tokens, arguments.seed)
         rows = [fidelity.full(configs[asked])]
         for pair, config in configs.items():
             step(f"read the text: {settings.name_of_bits(*pair)}")
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         for bits in range(1, 9):
             step(f"quantize uniform vectors at {bits} bits")
             theory.append(
-                demo.theory_row(
+                demonstration.theory_row(
                     bits, checkpoint.config.head_dim, segments["rotation"], arguments.seed
                 )
             )

@@ -1,0 +1,131 @@
+"""Random compressed blocks in an 8B model's shapes, and attention over them in plain float32."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.speed.common import CHANNELS, KV_HEADS, cache_config
+from pallas_kernels.decode_attention import (
+    BlocksOperand,
+    ExactOperand,
+    ExactPlaces,
+    PagedBlocks,
+    PhasesOperand,
+    Softmax,
+    decode_attention,
+)
+from pallas_kernels.primitives.codebook import CodebookOperand, CodeKind, level_limits
+from turboquant_jax.cache import kernel_operands, pre_rope
+
+PAGE = 64
+SM_SCALE = CHANNELS**-0.5
+Pair = tuple[int, int]
+STEP = 0.04
+
+
+def codebook(bits: int, code: CodeKind = "scalar") -> CodebookOperand:
+    """Evenly spread levels with a dent, so that no shortcut for uniform levels is right."""
+    low, high = level_limits(bits, code)
+    position = np.linspace(-1.0, 1.0, 2 ** (bits + (code == "trellis")))
+    levels = np.round((0.7 * position + 0.3 * position**3) * min(-low, high)).astype(int)
+    return CodebookOperand(bits, tuple(int(x) for x in levels), STEP, code)
+
+
+def random_blocks(
+    key: jax.Array, bits: Pair, pages: int, tokens: int = PAGE, code: CodeKind = "scalar"
+) -> BlocksOperand:
+    """Random codes and scales near 1: any byte is valid."""
+    keys, books = jax.random.split(key, 8), [codebook(b, code) for b in bits]
+    rows = [(tokens, CHANNELS), (CHANNELS, tokens)]
+    planes = [
+        tuple(
+            jax.random.bits(keys[4 * side + i], (KV_HEADS, pages, r, n * w // 8), jnp.uint8)
+            for i, w in enumerate(books[side].widths)
+        )
+        for side, (r, n) in enumerate(rows)
+    ]
+    scale = jax.random.uniform(keys[3], (2, KV_HEADS, pages, tokens), minval=0.5, maxval=1.5)
+    words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    return BlocksOperand(
+        keys=(planes[0],),
+        values=(planes[1],),
+        scales=(words[0] << 16 | words[1],),
+        key_codebooks=(books[0],),
+        value_codebooks=(books[1],),
+    )
+
+
+def unpack(planes: Sequence[jax.Array], book: CodebookOperand, path: int) -> jax.Array:
+    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]; a trellis has its path
+
+    along the axis `path`, that of the channels.
+    """
+    code, done = jnp.int32(0), 0
+    for plane, width in zip(planes, book.widths, strict=True):
+        fields = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
+        code = code | jnp.concatenate(fields, axis=-1).astype(jnp.int32) << done
+        done += width
+    if book.code == "trellis":
+        u = jnp.moveaxis(code >> (book.bits - 1), path, -1)
+        start = jnp.zeros((*u.shape[:-1], 3), jnp.int32)
+        count, before = u.shape[-1], jnp.concatenate([start, u], axis=-1)
+        u1, u2, u3 = (before[..., 3 - k : 3 - k + count] for k in (1, 2, 3))
+        subset = jnp.moveaxis(2 * (u ^ u1 ^ u3) + u2, -1, path)
+        code = 4 * (code & (2 ** (book.bits - 1) - 1)) + subset
+    return jnp.array(book.levels, jnp.float32)[code] * book.step
+
+
+def definition(
+    q: jax.Array, blocks: BlocksOperand, table: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """The same attention in plain float32."""
+    to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
+    (keys,), (values,), (scales,) = blocks.keys, blocks.values, blocks.scales
+    k = unpack(keys, blocks.key_codebooks[0], -1) * to_float(scales << 16)[..., None]
+    v = unpack(values, blocks.value_codebooks[0], -2).swapaxes(2, 3)
+    v = v * to_float((scales >> 16) << 16)[..., None]
+    k, v = (x[:, table].swapaxes(0, 1).reshape(len(table), KV_HEADS, -1, CHANNELS) for x in (k, v))
+    split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
+    high = jax.lax.Precision.HIGHEST
+    score = jnp.einsum("bkgh,bksh->bkgs", split, k, precision=high) * SM_SCALE
+    seen = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
+    score = jnp.where(seen[:, None, None, :], score, -jnp.inf)
+    out = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(score, axis=-1), v, precision=high)
+    return out.reshape(q.shape)
+
+
+def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesOperand | None]:
+    """Mean keys and phases for the kernel: of `kind` "" none, "stored" or "pre_rope"."""
+    if not kind:
+        return None, None
+    mean = 3.0 * jax.random.normal(jax.random.key(1), (batch, KV_HEADS, CHANNELS), jnp.float32)
+    phases = pre_rope.create(cache_config(1, 4, kind), tokens) if kind == "pre_rope" else None
+    return mean, None if phases is None else kernel_operands.of_phases(phases)
+
+
+def _places(length, pending) -> ExactPlaces:
+    del pending
+    return ExactPlaces((0, length), ((0, 1, 0),))
+
+
+def attend_with_newest(
+    q: jax.Array,
+    held: PagedBlocks,
+    mean: jax.Array | None,
+    phases: PhasesOperand | None,
+) -> jax.Array:
+    """The kernel over blocks and one newest token in full precision, on which a mean rides."""
+    batch = q.shape[0]
+    newest = jnp.zeros((batch, 1, KV_HEADS, CHANNELS), jnp.bfloat16)
+    exact = ExactOperand(
+        query=q,
+        keys=(newest,),
+        values=(newest,),
+        pending=jnp.zeros((batch,), jnp.int32),
+        places=_places,
+        key_mean=mean,
+        phases=phases,
+    )
+    return decode_attention(q, held, Softmax(SM_SCALE), exact=exact, dtype=q.dtype)[0]

@@ -1,0 +1,305 @@
+"""How fast decode attention reads a compressed cache, against cuDNN on bf16.
+
+One new token per sequence, 32 query and 8 kv heads of 128 channels. A call's output is the next
+call's query; the calls of a chain read different caches, which together are larger than L2. Times
+are those of the device by the profiler, medians over chains: `milliseconds` the sum of all kernels
+of a call, `span_milliseconds` with the gaps between them, which a chain of kernels that are shorter
+than their launches has. Bytes are those of the packed cache (codes and scales).
+
+`pallas-exact` sees one newest token in full precision too, as a mean of the keys needs: `mean`
+is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 where it is empty.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.speed import speed_claims
+from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, require_near, vendor
+from experiments.speed.decode_blocks import (
+    PAGE,
+    SM_SCALE,
+    Pair,
+    attend_with_newest,
+    definition,
+    means,
+    random_blocks,
+)
+from experiments.speed.device_time import copy_bandwidth, device_time
+from pallas_kernels.decode_attention import (
+    BlocksOperand,
+    PagedBlocks,
+    Schedule,
+    Softmax,
+    decode_attention,
+    default_schedule,
+)
+from pallas_kernels.primitives.codebook import CodeKind
+
+SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
+BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
+# Of trellis codes: the presets'.
+TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
+MEANS = ("", "stored", "pre_rope")
+GROUP = HEADS // KV_HEADS
+NEEDS = GPU
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    cases: str = option("all", "all, or mean: with and without a mean", choices=("all", "mean"))
+    shapes: str = option("", "batch x tokens instead of all, such as 32x4096,1x8192")
+    bits: str = option("", "of keys / of values instead of all, such as 4/4,3/2")
+    sweep: tuple[str, ...] = option((), "schedules too: programs;pages;warps;stages")
+    calls: int = option(8, "calls of a chain at least")
+    turn: float = option(200.0, "megabytes of caches in turn, more than L2 holds")
+
+
+SMOKE = Config(shapes="1x128", bits="4/4", calls=1, turn=0.1)
+
+
+def check(bits: Pair, schedule: Schedule | None = None, code: CodeKind = "scalar") -> float:
+    """Relative error of the output norm, random pages and lengths that end inside a block."""
+    blocks = random_blocks(jax.random.key(7), bits, 64, code=code)
+    table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
+    lengths = jnp.array([1024, 777, 65], jnp.int32)
+    q = 2.0 * jax.random.normal(jax.random.key(9), (3, HEADS, CHANNELS))
+    got = attend(q, blocks, table, lengths, schedule)
+    want = jax.jit(definition)(q, blocks, table, lengths)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def attend(
+    q: jax.Array,
+    blocks: BlocksOperand,
+    table: jax.Array,
+    lengths: jax.Array,
+    schedule: Schedule | None = None,
+) -> jax.Array:
+    """The kernel's output."""
+    held = PagedBlocks(blocks, table, lengths)
+    return decode_attention(q, held, Softmax(SM_SCALE), schedule=schedule)[0]
+
+
+def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax.Array:
+    """An int8 cache [B, K, S, H] with float32 scales [2, B, K, S], left to XLA."""
+    split = q.reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
+    score = jnp.einsum("bkgh,bksh->bkgs", split, k.astype(jnp.bfloat16)).astype(jnp.float32)
+    share = jax.nn.softmax(score * scales[0][:, :, None, :] * SM_SCALE, axis=-1)
+    share = (share * scales[1][:, :, None, :]).astype(jnp.bfloat16)
+    return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line to be measured; `code` and `schedule` are those of the kernel.
+
+    `least`: calls of a chain, and bytes that they read, at least.
+    """
+
+    name: str
+    bits: Pair
+    shape: Pair
+    schedule: Schedule | None = None
+    code: CodeKind = "scalar"
+    paged: bool = True
+    mean: str = ""
+    queries: int = GROUP
+    least: tuple[int, float] = (8, 200e6)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of keys and values, with scales where there are any."""
+        batch, tokens = self.shape
+        scales = {"cudnn": 0, "int8-xla": 8}.get(self.name, 4)
+        return batch * tokens * KV_HEADS * (CHANNELS * sum(self.bits) / 8 + scales)
+
+    @property
+    def caches(self) -> int:
+        """How many are read in turn."""
+        return max(2, int(np.ceil(self.least[1] / self.nbytes)))
+
+    @property
+    def calls(self) -> int:
+        """Of a chain: all caches in turn, and a few."""
+        return max(self.least[0], self.caches)
+
+    def step(self, q: jax.Array, *cache: Any) -> jax.Array:
+        """A call."""
+        if self.name == "cudnn":
+            return vendor(q[:, None], *cache)[:, 0]
+        if self.name == "int8-xla":
+            return int8_xla(q, *cache)
+        if self.name == "pallas-exact":
+            return attend_with_newest(q, PagedBlocks(cache[0], *cache[1:3]), *cache[3:])
+        return attend(q, *cache, self.schedule)
+
+    def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:
+        """Calls one after another, each with another cache."""
+        for cache in itertools.islice(itertools.cycle(caches), self.calls):
+            q = self.step(q, *cache)
+        return q
+
+    def make(self) -> tuple[jax.Array, list[tuple]]:
+        """The first query, and caches that together are more than L2 holds."""
+        dtype = jnp.float32 if self.schedule else jnp.bfloat16
+        q = jax.random.normal(
+            jax.random.key(0), (self.shape[0], self.queries * KV_HEADS, CHANNELS), dtype
+        )
+        return q, [_cache(self, jax.random.key(i)) for i in range(self.caches)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cache(case: Case, key: jax.Array) -> tuple:
+    """Random keys and values; in pages that are shuffled if `paged`."""
+    batch, tokens = case.shape
+    keys = jax.random.split(key)
+    if case.name == "cudnn":
+        size = (batch, tokens, KV_HEADS, CHANNELS)
+        return tuple(jax.random.normal(k, size, jnp.bfloat16) for k in keys)
+    if case.name == "int8-xla":
+        size = (batch, KV_HEADS, tokens, CHANNELS)
+        codes = (jax.random.bits(k, size, jnp.uint8).astype(jnp.int8) for k in keys)
+        return (*codes, jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32))
+    pages = batch * tokens // PAGE
+    order = jnp.arange(pages, dtype=jnp.int32)
+    order = jax.random.permutation(keys[0], order) if case.paged else order
+    blocks = random_blocks(keys[1], case.bits, pages, code=case.code)
+    held = blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
+    return (*held, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else held
+
+
+def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
+    """The chain of a case, or why there is none: a schedule may not fit the device."""
+    try:
+        return jax.jit(case.chain).lower(*jax.eval_shape(case.make)).compile()
+    except Exception as error:
+        return error
+
+
+def measure(case: Case, chain: Callable[..., jax.Array], copy: float, base: float) -> Row:
+    """One measurement; `base` are the seconds of the baseline, NaN for the baseline itself."""
+    s = case.schedule
+    q, caches = case.make()
+    time = device_time(lambda: chain(q, caches))
+    took = time.busy / case.calls
+    rate = case.nbytes / took
+    return {
+        "implementation": case.name,
+        "bits_k": case.bits[0],
+        "bits_v": case.bits[1],
+        "batch": case.shape[0],
+        "tokens": case.shape[1],
+        "schedule": f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}" if s else "",
+        "milliseconds": took * 1e3,
+        "span_milliseconds": time.span / case.calls * 1e3,
+        "gigabytes_per_second": rate / 1e9,
+        "fraction_of_copy_bandwidth": rate / copy,
+        "speedup_over_cudnn": 1.0 if case.name == "cudnn" else base / took,
+        "mean": case.mean,
+        "queries": case.queries,
+    }
+
+
+def schedule_of(bits: Pair, shape: Pair) -> Schedule:
+    """What the kernel chooses by itself."""
+    return default_schedule(
+        batch=shape[0],
+        kv_heads=KV_HEADS,
+        heads=GROUP,
+        channels=CHANNELS,
+        bits=max(bits),
+        tokens=PAGE,
+        max_pages=shape[1] // PAGE,
+    )
+
+
+def sweep_schedules(shape: Pair, choices: str) -> list[Schedule]:
+    """'512,1024;1,2;2;3': programs; pages; warps; stages."""
+    programs, pages, warps, stages = (
+        [int(x) for x in part.split(",")] for part in choices.split(";")
+    )
+    batch, tokens = shape
+    found = []
+    for p, w, st, n in itertools.product(pages, warps, stages, programs):
+        splits = max(1, min(n // (batch * KV_HEADS), tokens // (PAGE * p)))
+        found.append(Schedule(splits=splits, pages=p, warps=w, stages=st))
+    return list(dict.fromkeys(found))
+
+
+def cases_of(shape: Pair, bits: Sequence[Pair], sweep: Sequence[str]) -> list[Case]:
+    """Baselines, then the kernel."""
+    cases = [Case("cudnn", (16, 16), shape), Case("int8-xla", (8, 8), shape)]
+    for pair in bits:
+        schedules = [schedule_of(pair, shape)]
+        for choices in sweep:
+            schedules += sweep_schedules(shape, choices)
+        cases += [Case("pallas", pair, shape, s) for s in dict.fromkeys(schedules)]
+    if not sweep:
+        schedule = schedule_of(bits[0], shape)
+        cases.append(Case("pallas-dense", bits[0], shape, schedule, paged=False))
+        for pair in TRELLIS_BITS:
+            schedule = schedule_of(pair, shape)
+            cases.append(Case("pallas-trellis", pair, shape, schedule, "trellis"))
+    return cases
+
+
+def mean_cases() -> list[Case]:
+    """4 bits with and without a mean; groups of 7 and 8 query heads as well."""
+    settings = [(shape, 4) for shape in SHAPES[:3]] + [((8, 32768), n) for n in (7, 8)]
+    cases = []
+    for shape, queries in settings:
+        cases.append(Case("cudnn", (16, 16), shape, queries=queries))
+        cases += [Case("pallas-exact", (4, 4), shape, mean=m, queries=queries) for m in MEANS]
+    return cases
+
+
+def run(config: Config, track: Track) -> Iterator[Row]:
+    """Correctness first; what is measured is compiled ahead, several cases at a time."""
+    shapes = _pairs(config.shapes, "x") or SHAPES
+    bits: Sequence[Pair] = _pairs(config.bits, "/") or BITS
+    cases = [case for shape in shapes for case in cases_of(shape, bits, config.sweep)]
+    if config.cases == "mean":
+        bits, cases = ((4, 4),), mean_cases()
+    least = config.calls, config.turn * 1e6
+    cases = [dataclasses.replace(case, least=least) for case in cases]
+    checks: list[tuple[Pair, CodeKind]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
+    checks += [(pair, "trellis") for pair in TRELLIS_BITS]
+    with ThreadPoolExecutor() as pool:
+        errors = pool.map(lambda job: check(job[0], code=job[1]), checks)
+        chains = pool.map(compiled, cases)
+        for (pair, code), error in zip(checks, errors, strict=True):
+            require_near(f"{pair} bits, {code}", error)
+        ready = list(chains)
+    copy, bases = copy_bandwidth(), dict[Any, float]()
+    for case, chain in track(list(zip(cases, ready, strict=True)), "decode_speed"):
+        if isinstance(chain, Exception):
+            print(f"{case} failed: {str(chain)[:200]}", flush=True)
+            continue
+        row = measure(case, chain, copy, bases.get((case.shape, case.queries), float("nan")))
+        if case.name == "cudnn":
+            bases[case.shape, case.queries] = row["milliseconds"] / 1e3
+        yield row
+
+
+def _pairs(text: str, mark: str) -> list[Pair]:
+    """'32x4096,1x8192' -> [(32, 4096), (1, 8192)]."""
+    split = [part.split(mark) for part in text.split(",") if part]
+    return [(int(first), int(second)) for first, second in split]
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aims against cuDNN, and that pages in any order cost little."""
+    return speed_claims.decode(rows)

@@ -1,0 +1,121 @@
+"""What is known about a model: in which basis its keys, and values, are best coded.
+
+Of the vectors x of a head (keys as they are compressed, centred) and of what meets them (the
+queries of its group) calibration texts give the second moments S_x and S_q. With
+
+    S_q^1/2 S_x S_q^1/2 = U L U^T,    B = S_q^1/2 U L^-1/4,    x' = B^T x,    q' = B^-1 q,
+
+<q', x'> = <q, x>, and both have the second moment diag(L^1/2): an error in channel i of x' costs
+the products its square times L_i^1/2, and channel i varies by as much. `quantizers.channels` gives
+the first channels more bits. An output is a linear function of the values, which meet no query: for
+them S_q is the identity, or the metric in which their error counts.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Float
+
+from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.quantizers.channels import Basis
+
+CLIP = 1e-5
+"""Least eigenvalue of S_q and of L, of the largest: a channel that no text met stays invertible."""
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Calibration:
+    """The bases of a model's keys and values [layers, K, ...]; None for those coded without."""
+
+    keys: Basis | None = None
+    values: Basis | None = None
+
+
+def bases(
+    config: CacheConfig, calibration: Calibration | None
+) -> tuple[Basis | None, Basis | None]:
+    """What the codecs of keys and of values take of a calibration.
+
+    Raises:
+      ValueError: one that no codec asks for, or that lacks what a codec asks for.
+    """
+    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+    found: list[Basis | None] = []
+    for name in ("key", "value"):
+        basis = None if calibration is None else getattr(calibration, f"{name}s")
+        if getattr(config, name).scales == "group":
+            basis = None
+        elif basis is None:
+            raise ValueError(
+                f"{name}.scales: got one for all groups, expected a calibration of the {name}s"
+            )
+        elif basis.variance.shape != shape:
+            raise ValueError(
+                f"calibration of the {name}s: got {basis.variance.shape} layers, heads and "
+                f"channels, expected {shape}"
+            )
+        found.append(basis)
+    if calibration is not None and all(basis is None for basis in found):
+        raise ValueError("calibration: got one, expected a codec with scales='joint'")
+    return found[0], found[1]
+
+
+def moments(
+    q: Float[Array, "T N H"], x: Float[Array, "T K H"]
+) -> tuple[Float[Array, "K H H"], Float[Array, "K H H"]]:
+    """S_x and S_q of each kv head over a text, float32; N query heads share K heads.
+
+    x: keys as they are compressed, after RoPE and centring. The moments of several texts are added
+    up as they are means: weighted by the tokens.
+    """
+    tokens, heads, dim = x.shape
+    x = x.astype(jnp.float32)
+    grouped = q.astype(jnp.float32).reshape(tokens, heads, -1, dim)
+    of_x = jnp.einsum("tki,tkj->kij", x, x, precision="highest") / tokens
+    of_q = jnp.einsum("tkgi,tkgj->kij", grouped, grouped, precision="highest")
+    return of_x, of_q / (tokens * grouped.shape[2])
+
+
+def from_moments(of_x: Float[Array, "*heads H H"], of_q: Float[Array, "*heads H H"]) -> Basis:
+    """The basis of each head from its second moments S_x and S_q; computed in float64.
+
+    A head whose vectors, or queries, are all zero has the basis that the other moment gives.
+
+    Raises:
+      ValueError: moments of different shapes, or that are not finite.
+    """
+    x, q = (np.asarray(moment, np.float64) for moment in (of_x, of_q))
+    if x.shape != q.shape or not (np.all(np.isfinite(x)) and np.all(np.isfinite(q))):
+        raise ValueError(
+            f"moments: got shapes {x.shape} and {q.shape}, expected the same, and finite numbers"
+        )
+    values, vectors = _eigen(q)
+    root = (vectors * np.sqrt(values)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+    values, vectors = _eigen(root @ x @ root)
+    values, vectors = values[..., ::-1], vectors[..., ::-1]
+    matrix = (root @ vectors * values[..., None, :] ** -0.25).astype(np.float32)
+    # of the matrix as it is stored, so that products are exact
+    inverse = np.linalg.inv(matrix.astype(np.float64))
+    return Basis(
+        jnp.asarray(matrix),
+        jnp.asarray(inverse, jnp.float32),
+        jnp.asarray(np.sqrt(values), jnp.float32),
+    )
+
+
+def identity(num_layers: int, num_kv_heads: int, head_dim: int) -> Calibration:
+    """That of a model of which nothing is known: every channel as it is, of variance 1."""
+    shape = (num_layers, num_kv_heads, head_dim)
+    eye = jnp.broadcast_to(jnp.eye(head_dim), (*shape, head_dim))
+    basis = Basis(eye, eye, jnp.ones(shape))
+    return Calibration(basis, basis)
+
+
+def _eigen(moment: Float[np.ndarray, "*heads H H"]):
+    """Eigenvalues, ascending and clipped, and eigenvectors of symmetric matrices."""
+    values, vectors = np.linalg.eigh((moment + np.swapaxes(moment, -1, -2)) / 2)
+    largest = values[..., -1:]
+    return np.maximum(values, np.where(largest > 0, CLIP * largest, 1.0)), vectors

@@ -5,6 +5,7 @@ documented and checked: shapes, dtypes and layout are those of the JAX kernels. 
 new format needs no change here.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -106,10 +107,10 @@ def _literal(x: Any) -> str:
         return "true" if x else "false"
     if isinstance(x, int):
         return str(int(x))
-    if isinstance(x, float):
+    if isinstance(x, float) and math.isfinite(x):
         return repr(float(x))
     if isinstance(x, str) and x.isidentifier():
         return f'"{x}"'
     if isinstance(x, torch.dtype):
         return f'"{str(x)[6:]}"'
-    raise ValueError(f"operand: got {x!r}, expected a tensor, a number, a name, None or sequences")
+    raise ValueError(f"operand: got {x!r}, expected a tensor, a finite number, a name or None")

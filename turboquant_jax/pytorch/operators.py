@@ -8,7 +8,7 @@ tensors of all layers, which costs nothing in torch, so that `PagedBlocks.row` a
 variants are compiled.
 
 Every function can be captured in a CUDA graph once it ran, and holds under
-`torch.compile(fullgraph=True)`.
+`torch.compile(fullgraph=True)`. `bind` prepares a call for repeated launches of the same tensors.
 On a CPU the JAX kernels run interpreted: exact, slow, and in need of jax.
 """
 
@@ -54,6 +54,13 @@ class Operator:
         spec, read, written = flatten(call.arguments, call.written)
         self.run(spec, read, written, list(call.outputs))
         return _returned(call.outputs)
+
+    def bind(self, *arguments: Any, **named: Any) -> tuple[runner.Bound, Any]:
+        """The call on these CUDA tensors, ready to be launched many times; its new tensors."""
+        call = self.describe(*arguments, **named)
+        spec, read, written = flatten(call.arguments, call.written)
+        bound = runner.bind(call.name, spec, read, written, list(call.outputs))
+        return bound, _returned(call.outputs)
 
 
 def _returned(outputs: tuple[torch.Tensor, ...]) -> Any:

@@ -25,7 +25,7 @@ from pallas_kernels.primitives import triton
 from turboquant_jax.pytorch.plan import Buffer, Kernel, Kind, Plan, constant
 
 # Releases whose plans are tested.
-SERVED = ("0.11", "0.12")
+SERVED = ("0.10", "0.11", "0.12")
 
 TARGET = "__gpu$xla.gpu.triton"
 # Of the oldest GPUs that are served: what is lowered for them runs on all.
@@ -53,7 +53,7 @@ def make_plan(
         raise NotImplementedError(
             f"jax: got {jax.__version__}, launch plans are made by {' or '.join(SERVED)}"
         )
-    with _for_gpu(), jax.default_device(jax.devices("cpu")[0]):
+    with _for_gpu(), jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(False):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(read), list(written))
         tracer = _Tracer()
         count = len(read)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)

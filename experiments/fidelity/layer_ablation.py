@@ -20,9 +20,10 @@ from experiments.fidelity import losses
 from experiments.fidelity.allocation import Mixed, One, by_head
 from experiments.fidelity.choices import pre_rope
 from experiments.fidelity.codecs import Mean
-from experiments.fidelity.forcing import Forcing, Rule, cut
+from experiments.fidelity.forcing import Forcing, cut
 from experiments.fidelity.judgement import LENGTHS, TARGETS
 from experiments.fidelity.losses import Subject
+from experiments.fidelity.rule import Rule
 from experiments.fidelity.settings import Setting, turbo
 from experiments.harness import prepared
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ SKETCHES = ("gaussian", "orthogonal")
 CACHES = ("remedied", "bare")
 
 
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ def random_blocks(
     scale = jax.random.uniform(keys[3], (2, KV_HEADS, pages, tokens), minval=0.5, maxval=1.5)
     words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     return BlocksOperand(
-        keys=planes[0],
-        values=planes[1],
-        scales=words[0] << 16 | words[1],
-        key_codebook=books[0],
-        value_codebook=books[1],
+        keys=(planes[0],),
+        values=(planes[1],),
+        scales=(words[0] << 16 | words[1],),
+        key_codebooks=(books[0],),
+        value_codebooks=(books[1],),
     )
 
 
@@ -82,9 +82,10 @@ def definition(
 ) -> jax.Array:
     """The same attention in plain float32."""
     to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
-    k = unpack(blocks.keys, blocks.key_codebook, -1) * to_float(blocks.scales << 16)[..., None]
-    v = unpack(blocks.values, blocks.value_codebook, -2).swapaxes(2, 3)
-    v = v * to_float((blocks.scales >> 16) << 16)[..., None]
+    (keys,), (values,), (scales,) = blocks.keys, blocks.values, blocks.scales
+    k = unpack(keys, blocks.key_codebooks[0], -1) * to_float(scales << 16)[..., None]
+    v = unpack(values, blocks.value_codebooks[0], -2).swapaxes(2, 3)
+    v = v * to_float((scales >> 16) << 16)[..., None]
     k, v = (x[:, table].swapaxes(0, 1).reshape(len(table), KV_HEADS, -1, CHANNELS) for x in (k, v))
     split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
     high = jax.lax.Precision.HIGHEST

@@ -61,10 +61,10 @@ def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8
     pages = batch * max_pages
     rows = (kv_heads, pages, tokens), (kv_heads, pages, channels)
     blocks = BlocksOperand(
-        tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),
-        tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),
-        new(rows[0], jnp.uint32),
-        *books,
+        (tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),),
+        (tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),),
+        (new(rows[0], jnp.uint32),),
+        *((book,) for book in books),
     )
     q = new((batch, heads, channels), jnp.bfloat16)
     return q, blocks, new((batch, max_pages), jnp.int32), new((batch,), jnp.int32)
@@ -87,13 +87,13 @@ def _search(bits, channels) -> Case:
 def _options(bits, channels, tokens) -> Case:
     """Wide codes, odd dims and every option."""
     q, blocks, table, lengths = shapes(bits, 2, 4, channels, tokens, heads=8, kv_heads=2)
-    pages = blocks.scales.shape
+    pages = blocks.scales[0].shape
     sketch = Sketch(
         new((2, 8, 64), jnp.float32), new((*pages, 8), jnp.uint8), new(pages, jnp.bfloat16)
     )
 
     def call(q, blocks, table, lengths, sketch, sinks):
-        held = PagedBlocks((blocks,), table, lengths)
+        held = PagedBlocks(blocks, table, lengths)
         return decode_attention(q, held, Softmax(0.1, 30.0, sinks), sketch=sketch)
 
     arguments = q, blocks, table, lengths, sketch, new((8,), jnp.float32)

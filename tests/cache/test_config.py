@@ -96,7 +96,7 @@ def test_what_is_refused(change, says):
 
 
 def test_torch_says_that_it_has_no_sketches():
-    with pytest.raises(ValueError, match="code: got prod, .* torch has no sketches"):
+    with pytest.raises(ValueError, match="expected scalar or trellis: torch has no sketches"):
         codecs_of(CacheConfig(1, 1, 8, CodecConfig(code="prod")), 0)
 
 

@@ -45,18 +45,26 @@ def test_moments_are_those_of_the_vectors_of_each_head():
 
 
 def test_in_the_basis_vectors_and_queries_have_the_same_diagonal_moments():
-    """sqrt(L), descending; L are the eigenvalues of S_x S_q, which is not symmetric."""
+    """sqrt(L), descending; L are the eigenvalues of S_x S_q, which is not symmetric.
+
+    In a unit of each head, a power of two, in which float16 holds the matrix.
+    """
     rng = np.random.default_rng(1)
     of_x, of_q = (moments((3, 2, 16), rng, 5) for _ in range(2))
-    basis = from_moments(of_x, of_q)
+    basis = from_moments(100 * of_x, of_q)
     matrix, inverse = (np.asarray(m, np.float64) for m in (basis.matrix, basis.inverse))
-    values = np.sort(np.linalg.eigvals(of_x @ of_q).real, axis=-1)[..., ::-1]
-    np.testing.assert_allclose(basis.variance, np.sqrt(values), rtol=1e-4)
+    assert np.all(matrix.astype(np.float16) == matrix)
+    largest = np.abs(matrix).max(axis=(-2, -1))
+    assert np.all((largest > 0.5) & (largest <= 1))
+    values = np.sort(np.linalg.eigvals(100 * of_x @ of_q).real, axis=-1)[..., ::-1]
+    unit = np.asarray(basis.variance[..., :1]) / np.sqrt(values[..., :1])
+    assert np.all(np.abs(np.log2(unit) - np.rint(np.log2(unit))) < 1e-4)
+    np.testing.assert_allclose(basis.variance, unit * np.sqrt(values), rtol=1e-4)
     expected = np.sqrt(values)[..., None] * np.eye(16)
-    of_x = np.swapaxes(matrix, -1, -2) @ of_x @ matrix
-    of_q = inverse @ of_q @ np.swapaxes(inverse, -1, -2)
+    of_x = np.swapaxes(matrix, -1, -2) @ (100 * of_x) @ matrix / unit[..., None]
+    of_q = inverse @ of_q @ np.swapaxes(inverse, -1, -2) * unit[..., None]
     for found in (of_x, of_q):
-        np.testing.assert_allclose(found, expected, atol=1e-4 * values.max() ** 0.5)
+        np.testing.assert_allclose(found, expected, atol=2**-9 * values.max() ** 0.5)
 
 
 def test_directions_that_no_text_met_stay_invertible():

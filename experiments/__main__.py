@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import report, results
 from experiments.catalogue import EXPERIMENTS
-from experiments.data import MissingDataError
-from experiments.experiment import Experiment, name_of
-from experiments.results import OtherConfigurationError
+from experiments.harness import report, results
+from experiments.harness.data import MissingDataError
+from experiments.harness.experiment import Experiment, name_of
+from experiments.harness.results import OtherConfigurationError
 
 REPORT = Path(__file__).parent.parent / "REPORT.md"
 SMOKE_OUT = Path("build/experiments")

@@ -3,28 +3,26 @@
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from experiments import (
+from experiments.fidelity import fidelity, layer_ablation, qjl_ablation
+from experiments.harness.experiment import Claim, Experiment, Row
+from experiments.peers import nearest_neighbor, quantization_time
+from experiments.quantizers import (
     bit_width_ablation,
     codebook_ablation,
-    decode_speed,
     distortion,
-    encode_speed,
-    fidelity,
     inner_product,
-    layer_ablation,
-    llama_speed,
-    nearest_neighbor,
-    needle,
-    prefill_speed,
-    qjl_ablation,
-    quantization_time,
-    questions,
     rotation_ablation,
     scale_ablation,
+)
+from experiments.speed import (
+    decode_speed,
+    encode_speed,
+    llama_speed,
+    prefill_speed,
     speed_claims,
     step_speed,
 )
-from experiments.experiment import Claim, Experiment, Row
+from experiments.tasks import needle, questions
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     distortion,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import linalg
+from scipy import linalg, special
 
 from turboquant_jax import cache
 from turboquant_jax.cache.calibration import Calibration
@@ -51,6 +51,8 @@ def random_parts(state, rng):
             return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
         if leaf.dtype == jnp.uint8:
             return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
+        if leaf.dtype == jnp.bfloat16 and leaf.ndim == 3:  # norms of sketches, by H**0.5 a scale
+            return jnp.asarray(rng.uniform(1, 4, leaf.shape), leaf.dtype)
         return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
 
     names = ("sinks", "window", "key_mean")
@@ -131,8 +133,12 @@ def decoded_row(state, part, row, page, values):
         word = np.asarray(word).astype(np.uint32)
         half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
         scale = half.view(jnp.bfloat16).astype(np.float64)
-        parts.append(scale[..., None] * (levels_of(group, index) @ matrix(group.rotation)))
-    ordered = np.concatenate(parts, axis=-1)
+        parts.append(scale[..., None] * levels_of(group, index))
+    turned = np.concatenate(parts, axis=-1)
+    if codec.sketch is not None:
+        turned = turned + of_signs(codec.sketch, part.pool.sketches, row, page)
+    turns = [matrix(group.rotation) for group in codec.groups]
+    ordered = turned @ linalg.block_diag(*turns)
     if codec.transform is not None:  # x~ = T^-1 s c
         return ordered @ np.linalg.inv(np.asarray(codec.transform.matrix[row], np.float64)).T
     if codec.order is None:
@@ -140,6 +146,23 @@ def decoded_row(state, part, row, page, values):
     natural = np.empty_like(ordered)
     natural[:, np.asarray(codec.order[row])] = ordered
     return natural
+
+
+def of_signs(sketch, held, row, page):
+    """What signs say of the residual in the rotated space, [T, H]: f |r| S^T sign(S r).
+
+    f = sqrt(pi / 2) / (H kappa), and kappa = 1 for entries of variance 1, or for H orthogonal rows
+    of length sqrt(H) that which makes E |s_1| of one of them sqrt(2 / pi).
+    """
+    rows = np.asarray(sketch.matrix, np.float64)
+    count = rows.shape[1]
+    signs = 2.0 * unpack([held.signs[row, page]], [1], count) - 1
+    kappa = 1.0
+    if sketch.kind == "orthogonal":
+        half = special.gammaln(count / 2) - special.gammaln((count + 1) / 2)
+        kappa = np.sqrt(count / 2) * np.exp(half)
+    norms = np.asarray(held.norms[row, page], np.float64)
+    return np.sqrt(np.pi / 2) / (count * kappa) * norms[..., None] * (signs @ rows)
 
 
 def rounded(x):

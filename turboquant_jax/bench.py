@@ -13,10 +13,10 @@ import jax
 
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
+from turboquant_jax.cache.config import CodecCode, value_code
 from turboquant_jax.models import Llama, dense, rope, timing
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.past import COMPRESSED
-from turboquant_jax.quantizers.quantizer import Code
 
 FULL = 16
 Bits = tuple[int, int] | Allocation
@@ -74,7 +74,7 @@ class Grid:
     window: int = 128
     sinks: int = 4
     rotation: Any = "hadamard"
-    code: Code = "scalar"
+    code: CodecCode = "scalar"
     centring: rope.Centring = "pre_rope"
 
     def __post_init__(self):
@@ -163,10 +163,10 @@ def _row(
 def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
     """Of full precision only the sizes are used; bits of each layer are the allocation's."""
     sizes = model.config.num_layers, model.config.num_kv_heads, model.config.head_dim
-    codec = {"rotation": grid.rotation, "code": grid.code}
     allocation = bits if isinstance(bits, Allocation) else None
     pair = (4, 4) if isinstance(bits, Allocation) or bits == (FULL, FULL) else bits
-    key, value = (CodecConfig(b, **codec) for b in pair)
+    codes = grid.code, value_code(grid.code)
+    key, value = (CodecConfig(b, grid.rotation, code=c) for b, c in zip(pair, codes, strict=True))
     return CacheConfig(
         *sizes,
         key,

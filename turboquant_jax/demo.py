@@ -19,6 +19,7 @@ from turboquant_jax.cache.bytes import (
     exact_bytes_per_token,
     planned_bytes,
 )
+from turboquant_jax.cache.config import value_code
 from turboquant_jax.models import Checkpoint, LlamaConfig, rope
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
@@ -48,12 +49,13 @@ def cache_config(
 ) -> CacheConfig:
     """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
     codec = {name: options.pop(name) for name in ("rotation", "code") if name in options}
+    key = CodecConfig(key_bits, **codec)
     return CacheConfig(
         model.num_layers,
         model.num_kv_heads,
         model.head_dim,
-        CodecConfig(key_bits, **codec),
-        CodecConfig(value_bits, **codec),
+        key,
+        replace(key, bits=value_bits, code=value_code(key.code)),
         sliding_window=model.sliding_window,
         **rope.centring(model, centring),
         **options,

@@ -36,6 +36,7 @@ SETTINGS = {
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
         dtype="bfloat16",
     ),
+    "prod": dict(key=CODEC(3, code="prod"), value=CODEC(2), dtype="bfloat16"),
     "trellis": dict(key=CODEC(2, code="trellis"), value=CODEC(3, code="trellis"), dtype="float16"),
 }
 SERVED = tuple(name for name in SETTINGS if name != "calibrated")  # by the kernels
@@ -92,6 +93,16 @@ def scaled(call, group, side, to):
     return call | dict(state=replace(state, parts=(part,)))
 
 
+def sketched(call, to):
+    """With another norm of what the codes of a compressed key leave."""
+    state, page = call["state"], int(call["state"].table.page_table[ROW, 1])
+    part, row = layout.row_of_head(state, LAYER, HEAD)
+    held = part.pool.sketches
+    held = replace(held, norms=held.norms.at[row, page, 20].set(to))
+    part = replace(part, pool=replace(part.pool, sketches=held))
+    return call | dict(state=replace(state, parts=(part,)))
+
+
 def new(call, name, token, head, to):
     return call | {name: call[name].at[ROW, token, head, CHANNEL].set(to)}
 
@@ -118,6 +129,11 @@ def spoilt(call, token):
     for side in ("keys", "values"):
         for group in groups:
             yield f"compressed {side} {group}", scaled(call, group, side, np.nan)
+    if call["state"].parts[0].pool.sketches is not None:
+        for bad in (np.nan, np.inf):
+            yield f"compressed norm {bad}", sketched(call, bad)
+        huge = new(call, "q", token, 2 * HEAD, 1e15)
+        yield "overflow of the signs", sketched(huge, 1e30)
     # 16-bit floats do not reach so far
     if call["state"].config.dtype != "float16":
         for sign in (1, -1):
@@ -175,12 +191,14 @@ def unseen(call):
         return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), jnp.nan, x)
 
     words = tuple(jnp.where(scales, jnp.uint32(0x7FC07FC0), x) for x in part.pool.scales)
+    if (sketches := part.pool.sketches) is not None:
+        sketches = replace(sketches, norms=put(scales, sketches.norms))
     state = replace(
         state,
         sinks=jax.tree.map(partial(put, sinks), state.sinks),
         window=jax.tree.map(partial(put, window), state.window),
         key_mean=put(mean, state.key_mean),
-        parts=(replace(part, pool=replace(part.pool, scales=words)),),
+        parts=(replace(part, pool=replace(part.pool, scales=words, sketches=sketches)),),
     )
     return call | dict(state=state)
 
@@ -257,7 +275,7 @@ def test_of_the_decode_kernel(name, interpret):
 def test_of_tiles_by_the_vendor(name, vendor, monkeypatch):
     monkeypatch.setattr(cudnn, "VENDOR", vendor)
     monkeypatch.setattr(cudnn, "TILE", 64)  # of which a sequence may have half
-    served = vendor == "cudnn" and name in SERVED
+    served = vendor == "cudnn" and name in SERVED and name != "prod"
     run = partial(by_tiles, decode_by="pallas" if served else "xla")
     with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes
         # a transform that is not orthogonal magnifies the rounding of what it is applied to

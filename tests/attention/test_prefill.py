@@ -31,6 +31,7 @@ SETTINGS = {
         head_dim=32, key=CODEC(((8, 4), (24, 2)), "block_hadamard", scales="joint"),
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
     ),
+    "prod": dict(head_dim=64, key=CODEC(((32, 4), (32, 3)), code="prod"), value=CODEC(2, "haar")),
 }  # fmt: skip
 
 
@@ -54,6 +55,7 @@ RAGGED, LONG = ((0, 3, 367), 10**6), ((399, 300, 331), 1)
         ("groups", "xla", RAGGED),
         ("before RoPE", "xla", LONG),
         ("calibrated", "xla", LONG),
+        ("prod", "xla", RAGGED),
         *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),
     ],
 )
@@ -70,7 +72,7 @@ def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, p
     def both(state, q, k, v):
         with jax.default_matmul_precision("highest"):
             want = attend(state, 1, q, k, v, scores=scores, sink_logits=sinks, implementation="xla")
-        decode_by = "pallas" if vendor == "cudnn" and name != "calibrated" else "xla"
+        decode_by = "pallas" if vendor == "cudnn" and name not in ("calibrated", "prod") else "xla"
         return want, cudnn.attend(
             state, rows_of(state, 1), q, k, v, scores, sinks, decode_by=decode_by
         )
@@ -92,6 +94,7 @@ WINDOWS = {
         center_keys=False, sinks=0,
     ),
     "before RoPE": SETTINGS["before RoPE"] | dict(sinks=20),
+    "prod": SETTINGS["prod"],
 }  # fmt: skip
 
 
@@ -100,7 +103,8 @@ def in_a_window(config, lengths, count, vendor):
     state = random_cache(config, np.random.default_rng(7))
     state = state.with_lengths(jnp.asarray(lengths, jnp.int32))
     sinks = jnp.asarray(np.linspace(-1, 1, 2 * config.num_kv_heads), jnp.float32)
-    scores, decode_by = Scores(scale=0.2), "pallas" if vendor == "cudnn" else "xla"
+    served = vendor == "cudnn" and config.key.code != "prod"
+    scores, decode_by = Scores(scale=0.2), "pallas" if served else "xla"
 
     @partial(jax.jit, compiler_options=QUICK)
     def both(state, q, k, v):
@@ -130,6 +134,7 @@ def in_a_window(config, lengths, count, vendor):
         ("before RoPE", 70, (0, 0, 0), 100),
         ("before RoPE", 401, (399, 140, 391), 40),
         ("centred", 416, (399, 140, 391), 16),
+        ("prod", 70, (0, 103, 331), 33),
     ],
 )
 @pytest.mark.parametrize("vendor", ["xla", pytest.param("cudnn", marks=GPU)])

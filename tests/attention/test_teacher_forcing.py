@@ -18,6 +18,7 @@ CHANGES = {
         key=CODEC(((8, 8), (24, 7)), "block_hadamard", scales="joint"),
         value=CODEC(((16, 8), (8, 8), (8, 7)), scales="joint_products"),
     ),
+    "prod": dict(key=CODEC(7, "haar", code="prod", sketch="gaussian")),
     "heads of several bits": dict(allocation=cache.Allocation((7, (6, 7)), (8, (7, 8)))),
 }
 

@@ -1,6 +1,7 @@
 """Planned bytes are the bytes of a cache that is really allocated, part by part."""
 
 import doctest
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ CONFIGS = {
         1, 1, 128, CODEC(((32, 3), (96, 2)), "haar"), CODEC(4), center_keys=False
     ),
     "local": cache.CacheConfig(2, 1, 16, CODEC(4), CODEC(4), block=16, window=8, sliding_window=50),
+    "prod": cache.CacheConfig(2, 2, 40, CODEC(3, "haar", code="prod"), CODEC(2, "haar"), window=8),
     "float32": cache.CacheConfig(1, 1, 8, block=8, window=16, dtype="float32"),
 }
 
@@ -50,7 +52,7 @@ def by_hand(config, capacity):
     return {
         "key_codes": vectors * dim * c.key.bits // 8,
         "value_codes": vectors * dim * c.value.bits // 8,
-        "scales": vectors * 4,
+        "scales": vectors * (6 if c.key.code == "prod" else 4),
         "window": 2 * layers * (c.window + c.block) * heads * dim * item,
         "sinks": 2 * layers * c.sinks * heads * dim * item,
         "key_mean": layers * heads * dim * 4,
@@ -58,7 +60,7 @@ def by_hand(config, capacity):
     }
 
 
-@pytest.mark.parametrize("name", ["default", "uneven", "float32"])
+@pytest.mark.parametrize("name", ["default", "uneven", "prod", "float32"])
 def test_the_parts_are_what_the_layout_says(name):
     config = CONFIGS[name]
     planned = planned_bytes(config, 1, 1000)
@@ -71,6 +73,8 @@ def test_bytes_of_a_further_token():
     config = cache.CacheConfig(32, 8, 128)
     assert exact_bytes_per_token(config) == 32 * 8 * 2 * 256
     assert bytes_per_compressed_token(config) == 32 * 8 * 2 * 66 + 12 / 64
+    sketched = replace(config, key=CODEC(4, code="prod"))  # a norm more, the signs are a bit of 4
+    assert bytes_per_compressed_token(sketched) == 32 * 8 * (66 + 68) + 12 / 64
     ring = cache.CacheConfig(32, 8, 128, sliding_window=4096)
     assert bytes_per_compressed_token(ring) == 0
 

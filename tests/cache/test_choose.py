@@ -105,6 +105,7 @@ def test_a_chunk(queries, change, softcap, words, on_gpu):
         ({}, ("key_order",), "channels in an order of their own"),
         ({}, ("value_order",), "channels in an order of their own"),
         (dict(value=CODEC(2, code="trellis")), (), "a trellis code"),
+        (dict(key=CODEC(code="prod")), (), "keys of the code prod"),
         (dict(value=CODEC(code="trellis"), allocation=LAYERS), (), "a trellis code"),
         (dict(key=CODEC(((20, 4), (12, 3)), "haar")), (), "a group of 20 channels"),
         (dict(allocation=HEADS), (), OF_HEADS),
@@ -140,6 +141,10 @@ def test_the_first_that_serves_is_taken(on_gpu):
     # and the vendor reads pages that only XLA decodes
     off_grid = shapes(dict(key=CODEC(codebook="gaussian")))
     assert choose_attention(off_grid, 4, None, None) == Attention("cudnn", "xla", kernel)
+    # signs have a linear reconstruction, which XLA multiplies out; decoding needs none
+    sketched, plain = shapes(dict(key=CODEC(code="prod"))), Compression("xla", "pallas")
+    assert choose_attention(sketched, 4, None, None) == Attention("cudnn", "xla", plain)
+    assert choose_attention(sketched, 1, None, None) == Attention("pallas", "xla", plain)
 
 
 @pytest.mark.parametrize("queries", [1, 4])

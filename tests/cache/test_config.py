@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.cache.layout import block_slots
 
 sizes = st.fixed_dictionaries(
@@ -66,6 +66,26 @@ def _seen_blocks(config, length):
         (dict(value=CodecConfig(((4, 2), (3, 1)))), "add up to head_dim 8"),
         (dict(value=CodecConfig(2.5)), "got .*2.5.*, expected an integer or"),
         (dict(value=CodecConfig([(8, 2)])), "an integer or"),
+        (
+            dict(value=CodecConfig(code="prod")),
+            "value.code: got 'prod', .* a sketch is for products",
+        ),
+        (
+            dict(key=CodecConfig(code="qjl")),
+            "key.code: got 'qjl', expected one of scalar, trellis, p",
+        ),
+        (
+            dict(key=CodecConfig(1, code="prod")),
+            "key.bits: got 1, expected at least 2, one of them",
+        ),
+        (
+            dict(key=CodecConfig(code="prod"), allocation=Allocation((1,), (1,))),
+            "key.bits: got 1, expected at least 2",
+        ),
+        (
+            dict(key=CodecConfig(code="prod", scales="joint")),
+            "key.scales: got joint, expected group",
+        ),
         (dict(num_layers=0), "num_layers: got 0, expected at least 1"),
     ],
 )

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from experiments import results
-from experiments.experiment import where
-from experiments.settings import turbo
+from experiments.fidelity.settings import turbo
+from experiments.harness import results
+from experiments.harness.experiment import where
 from turboquant_jax import cache
 from turboquant_jax.cache import presets
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes

@@ -57,6 +57,22 @@ def test_a_cache_without_blocks_sinks_or_mean_comes_back(tmp_path, same_bits):
     same_bits(restore(make(config), tmp_path / "small", model="m"), state)
 
 
+def test_keys_with_a_sketch_come_back(tmp_path, same_bits):
+    """Of another kind of sketch it is another config; which kind the others would have is not."""
+    config = replace(CONFIG, key=replace(CONFIG.key, code="prod"))
+    state = filled(make(config))
+    save(state, tmp_path / "prod", model="m")
+    same_bits(restore(make(config), tmp_path / "prod", model="m"), state)
+    gaussian = replace(config, key=replace(config.key, sketch="gaussian"))
+    with pytest.raises(ValueError, match="got config"):
+        restore(jax.eval_shape(lambda: make(gaussian)), tmp_path / "prod", model="m")
+
+
+def test_what_a_file_says_of_other_codes_does_not_know_of_sketches(saved):
+    header = saved[1].read_bytes()
+    assert b"scalar" in header and b"sketch" not in header
+
+
 @pytest.mark.parametrize(
     ("like", "model", "says"),
     [

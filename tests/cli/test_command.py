@@ -227,6 +227,7 @@ def test_generate_and_bench_take_bits_of_each_layer(tiny, tmp_path, capsys):
     given += ["--allocation", str(path)]
     assert cli.main(["generate", "x", "--tokens", "3", *given]) == 0
     assert json.loads(out.read_text())["bits"] == {"keys": [3], "values": [2]}
+    path.write_text('{"keys": [3], "values": [2], "code": "prod"}')
     sizes = ["--context", "200", "--steps", "2", "--repeats", "1"]
     assert cli.main(["bench", *sizes, *given]) == 0
     rows = json.loads(out.read_text())["rows"]
@@ -247,7 +248,7 @@ def test_generate_and_bench_take_bits_of_each_layer(tiny, tmp_path, capsys):
         ('{"keys": [9], "values": [2]}', [], "got 9 for the keys of layer 0"),
         ('{"keys": [3], "values": [2.5]}', [], "got 2.5 for the values of layer 0"),
         ('{"keys": [3, 3], "values": [2, 2]}', [], "got bits of 2 layers, expected 1"),
-        ('{"keys": [3], "values": [2], "code": "x"}', [], "one of scalar, trellis, got 'x'"),
+        ('{"keys": [3], "values": [2], "code": "x"}', [], "one of scalar, trellis, prod, got"),
         ('{"keys": [3], "values": [2]}', ["--preset", "max"], "says the bits, got --preset"),
         ('{"keys": [3], "values": [2]}', ["--bits", "4"], "says the bits, got --bits beside"),
         (None, [], "no such file, expected bits of each layer"),

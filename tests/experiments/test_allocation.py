@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import fidelity_judgement
-from experiments.allocation import Mixed, allocated, by_head, remembered
-from experiments.codecs import Mean
-from experiments.fidelity_settings import best
-from experiments.forcing import Rule
-from experiments.prepared import TINY
-from experiments.settings import Setting, turbo
+from experiments.fidelity import judgement
+from experiments.fidelity.allocation import Mixed, allocated, by_head, remembered
+from experiments.fidelity.choices import best
+from experiments.fidelity.codecs import Mean
+from experiments.fidelity.forcing import Rule
+from experiments.fidelity.settings import Setting, turbo
+from experiments.harness.prepared import TINY
 from turboquant_jax.cache import allocate
 from turboquant_jax.cli import settings
 
@@ -51,7 +51,7 @@ def test_nothing_holds_on_the_texts_that_chose(loss, on_calibration, on_test):
     row = {"model": "a model", "text": "all", "preset": "a", "centred": 1, **sizes, **losses}
     calibrated, tested = {**row, "kind": "candidate"}, {**row, "kind": "chosen"}
     for rows, verdict in (([calibrated], on_calibration), ([calibrated, tested], on_test)):
-        assert [claim.verdict for claim in fidelity_judgement.claims(rows)] == [verdict] * 2
+        assert [claim.verdict for claim in judgement.claims(rows)] == [verdict] * 2
 
 
 def test_heads_share_a_part_s_loss_as_they_do_at_one_number_of_bits():

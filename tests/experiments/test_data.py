@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import data, peers, vectors
-from experiments.data import MissingDataError
+from experiments.harness import data
+from experiments.harness.data import MissingDataError
+from experiments.peers import packages
+from experiments.quantizers import vectors
 
 
 def needs(*modules):
@@ -68,12 +70,12 @@ def test_sparse_families_are_sparse(family, entries):
     assert len({tuple(row) for row in x}) > 40
 
 
-@pytest.mark.parametrize("name", peers.NAMES)
+@pytest.mark.parametrize("name", packages.NAMES)
 def test_peers_find_a_vector_in_its_own_codes(name):
-    if not peers.is_installed(name):
+    if not packages.is_installed(name):
         pytest.skip(f"{name} is not installed")
     x = np.asarray(vectors.draw("sphere", jax.random.key(0), 512, 64))
-    index = peers.build(name, x, 4, train=512, iterations=2)
+    index = packages.build(name, x, 4, train=512, iterations=2)
     found = index.search(x[:50], 5)
     assert found.shape == (50, 5)
     assert np.mean(found[:, 0] == np.arange(50)) > 0.95
@@ -82,4 +84,4 @@ def test_peers_find_a_vector_in_its_own_codes(name):
 
 def test_an_unknown_peer_is_refused():
     with pytest.raises(ValueError, match="peer must be one of"):
-        peers.build("nobody", np.zeros((4, 8), np.float32), 4, train=4)
+        packages.build("nobody", np.zeros((4, 8), np.float32), 4, train=4)

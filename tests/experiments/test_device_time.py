@@ -3,7 +3,7 @@
 import pytest
 from jax.profiler import ProfileData
 
-from experiments.device_time import DeviceTime, device_time, times_of_calls
+from experiments.speed.device_time import DeviceTime, device_time, times_of_calls
 
 LINE = 'lines {{ name: "{name}" timestamp_ns: {start} {events} }}'
 EVENT = "events {{ metadata_id: 1 offset_ps: {} duration_ps: {} }}"
@@ -31,6 +31,6 @@ def test_calls_are_told_apart_and_only_device_streams_count():
 
 
 def test_a_device_without_a_profiler_is_refused(monkeypatch):
-    monkeypatch.setattr("experiments.device_time.times_of_calls", lambda data: [])
+    monkeypatch.setattr("experiments.speed.device_time.times_of_calls", lambda data: [])
     with pytest.raises(ValueError, match="0 calls in the trace, expected 2"):
         device_time(lambda: 0, repetitions=2)

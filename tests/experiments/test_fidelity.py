@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import fidelity, fidelity_settings, losses
-from experiments.experiment import where
+from experiments.fidelity import choices, fidelity, losses
+from experiments.harness.experiment import where
 
 LOSS = {"perplexity_change": 0.0, "perplexity_change_se": 0.001, "tokens": 1000, "text": "all"}
 SIZES = {"ratio": 3.6, "ratio_64k": 3.7}
@@ -67,7 +67,7 @@ def test_ends_of_texts_are_the_same_tokens_at_every_length():
 
 
 def test_every_setting_has_both_means():
-    for settings in (fidelity_settings.centring(), fidelity_settings.over_length()):
+    for settings in (choices.centring(), choices.over_length()):
         names = [s.preset for s in settings if s.centred]
         assert {n for n in names if "pre-RoPE" in n} == {
             f"{n} pre-RoPE" for n in names if "pre-RoPE" not in n

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import codecs, prepared, settings
-from experiments.allocation import One
-from experiments.fidelity_settings import pre_rope
-from experiments.forced_attention import forced_attention
-from experiments.forcing import Rule, Tiling, _attend, _center, cut
-from experiments.settings import Setting, turbo
+from experiments.fidelity import codecs, settings
+from experiments.fidelity.allocation import One
+from experiments.fidelity.choices import pre_rope
+from experiments.fidelity.forced_attention import forced_attention
+from experiments.fidelity.forcing import Rule, Tiling, _attend, _center, cut
+from experiments.fidelity.settings import Setting, turbo
+from experiments.harness import prepared
 from pallas_kernels.primitives import triton
 from turboquant_jax import cache
 from turboquant_jax.attention.teacher_forcing import teacher_forced

@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 
 from experiments import __main__ as command
-from experiments import report, results
-from experiments.experiment import Claim, option
-from experiments.plotting import panels
+from experiments.harness import report, results
+from experiments.harness.experiment import Claim, option
+from experiments.harness.plotting import panels
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def test_a_table_is_described_by_its_command_line(tmp_path, monkeypatch):
     results.write_table(tmp_path / "table", [Measured("step", 1.5)], 2.0)
     found = results.read(tmp_path / "table")
     assert found.rows == [{"name": "step", "milliseconds": 1.5}]
-    assert found.meta["command"] == "python -m experiments.step_speed --bits 4"
+    assert found.meta["command"] == "python -m experiments.speed.step_speed --bits 4"
     assert found.intact
 
 

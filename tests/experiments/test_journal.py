@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments import answers, journal, losses
-from experiments.prepared import Prompts
-from experiments.questions import choices
-from experiments.statistics import wilson
+from experiments.fidelity import losses
+from experiments.harness import journal
+from experiments.harness.prepared import Prompts
+from experiments.harness.statistics import wilson
+from experiments.tasks import answers
+from experiments.tasks.questions import choices
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import needle_prompts, question_prompts
+from experiments.tasks import needle_prompts, question_prompts
 
 
 class Letters:

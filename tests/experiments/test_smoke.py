@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from experiments import __main__ as command
-from experiments import results
 from experiments.catalogue import EXPERIMENTS
-from experiments.experiment import name_of
+from experiments.harness import results
+from experiments.harness.experiment import name_of
 
 by_name = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name_of)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from experiments import results
 from experiments.catalogue import SPEED
-from experiments.experiment import name_of
-from experiments.speed_claims import decode, encode, prefill, step
+from experiments.harness import results
+from experiments.harness.experiment import name_of
+from experiments.speed.speed_claims import decode, encode, prefill, step
 
 
 def decode_row(implementation, shape, speedup, milliseconds=1.0):

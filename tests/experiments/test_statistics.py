@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.codebook_ablation import entropy, huffman_length
-from experiments.statistics import all_equal, are_below, is_below, mean_and_error
+from experiments.harness.statistics import all_equal, are_below, is_below, mean_and_error
+from experiments.quantizers.codebook_ablation import entropy, huffman_length
 
 
 def test_standard_error_counts_draws_where_vectors_share_them():

@@ -1,5 +1,7 @@
 """What a step reads, against what is allocated; filled pasts, against those that were prefilled."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,9 @@ def test_filled_pasts_hold_their_tokens(tiny_config):
         len(np.unique(state.parts[0].pool.keys[0][0])) > 100
         and jnp.isfinite(state.window.keys).all()
     )
+    key = CodecConfig(3, code="prod")
+    sketched = timing.filled_cache(replace(CONFIG, key=key), 1, 61, 70).parts[0].pool.sketches
+    assert len(np.unique(sketched.signs)) > 20 and np.all(sketched.norms == 1)
     full = timing.filled_dense(tiny_config, 2, 61, 70)
     np.testing.assert_array_equal(full.lengths, [61, 61])
     assert full.nbytes == dense.create(tiny_config, 2, 70).nbytes

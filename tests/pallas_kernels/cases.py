@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from experiments.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
+from experiments.speed.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
 from pallas_kernels.decode_attention import (
     BlocksOperand,
     CodebookOperand,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.trellis_levels import train
+from experiments.quantizers.trellis_levels import train
 from tests.compiling import FULL
 from turboquant_jax.quantizers import codebook, trellis
 from turboquant_jax.quantizers.trellis_levels import SPHERE_128_MSE

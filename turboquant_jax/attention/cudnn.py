@@ -223,12 +223,12 @@ def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
     part, own = cache.parts[member.part], member.of(cache.kv_heads)
     tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
     place = own[:, None, None], jnp.maximum(table, 0)[None]
-    scales = blocks.largest_key_scale(tuple(x[place] for x in part.pool.scales))
-    scales = scales.reshape(*scales.shape[:2], -1)  # [K, B, tokens]
-    seen = jnp.arange(scales.shape[2])[None, :] < tokens[:, None]
-    largest = jnp.max(jnp.where(seen[None], scales, 0.0), axis=2).T
-    level = max(abs(level) for group in part.codecs[0].groups for level in group.levels)
-    reach = largest * level * part.codecs[0].query_gain(own)[None]
+    pages = jax.tree.map(lambda x: x[place], part.pool)
+    keys = blocks.largest_key(part.codecs[0], pages)
+    keys = keys.reshape(*keys.shape[:2], -1)  # [K, B, tokens]
+    seen = jnp.arange(keys.shape[2])[None, :] < tokens[:, None]
+    largest = jnp.max(jnp.where(seen[None], keys, 0.0), axis=2).T
+    reach = largest * part.codecs[0].query_gain(own)[None]
     if cache.key_mean is None:
         return reach
     mean = not_finite.reach(cache.key_mean[rows.layer])

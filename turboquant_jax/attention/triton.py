@@ -17,6 +17,7 @@ from pallas_kernels.decode_attention import (
     ExactOperand,
     ExactPlaces,
     PagedBlocks,
+    Sketch,
     Softmax,
     decode_attention,
 )
@@ -64,6 +65,7 @@ def attend(
         ),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
         exact=_exact_operand(cache, rows.layer, query, new, write),
+        sketch=_sketch(part, rotated),
         rotation=kernel_operands.of_codec(value_codec, own) if rotated_values else None,
         dtype=query.dtype,
     )
@@ -118,6 +120,13 @@ def _rotate(
     if query.dtype != jnp.bfloat16:
         return rotate_queries(codec, rows, query[:, None])[:, 0]
     return rotate_in_kernel(query, kernel_operands.of_codec(codec, rows))
+
+
+def _sketch(part: Part, rotated: Float[Array, "B N H"]) -> Sketch | None:
+    """What a sketch of the keys adds to their scores, for these queries in the rotated space."""
+    if (held := part.pool.sketches) is None:
+        return None
+    return Sketch(part.codecs[0].sketch_query(rotated), held.signs, held.norms)
 
 
 def _exact_operand(

@@ -1,19 +1,48 @@
 """The immutable compressed cache: static config, state, updating, paging, exact byte counts."""
 
-from turboquant_jax.cache.allocation import Allocation as Allocation
-from turboquant_jax.cache.allocation import allocate as allocate
-from turboquant_jax.cache.calibration import Calibration as Calibration
-from turboquant_jax.cache.config import CacheConfig as CacheConfig
-from turboquant_jax.cache.config import CodecConfig as CodecConfig
-from turboquant_jax.cache.config import Format as Format
-from turboquant_jax.cache.presets import Preset as Preset
-from turboquant_jax.cache.presets import preset as preset
-from turboquant_jax.cache.sharing import fork as fork
-from turboquant_jax.cache.sharing import free as free
-from turboquant_jax.cache.sharing import free_pages as free_pages
-from turboquant_jax.cache.state import Cache as Cache
-from turboquant_jax.cache.state import create as create
-from turboquant_jax.cache.updating import append as append
-from turboquant_jax.cache.updating import begin as begin
-from turboquant_jax.cache.updating import commit as commit
-from turboquant_jax.cache.updating import write as write
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for type checkers
+    from turboquant_jax.cache.allocation import Allocation, allocate
+    from turboquant_jax.cache.calibration import Calibration
+    from turboquant_jax.cache.config import CacheConfig, CodecConfig, Format
+    from turboquant_jax.cache.presets import Preset, preset
+    from turboquant_jax.cache.sharing import fork, free, free_pages
+    from turboquant_jax.cache.state import Cache, create
+    from turboquant_jax.cache.updating import append, begin, commit, write
+else:  # loaded when they are first used: the configuration alone needs no JAX
+    from turboquant_jax import lazy
+
+    _MODULES = {
+        "allocation": ("Allocation", "allocate"),
+        "calibration": ("Calibration",),
+        "config": ("CacheConfig", "CodecConfig", "Format"),
+        "presets": ("Preset", "preset"),
+        "sharing": ("fork", "free", "free_pages"),
+        "state": ("Cache", "create"),
+        "updating": ("append", "begin", "commit", "write"),
+    }
+    __getattr__, __dir__ = lazy.names(
+        __name__,
+        {name: (f"{__name__}.{module}", name) for module, own in _MODULES.items() for name in own},
+    )
+
+__all__ = [
+    "Allocation",
+    "Cache",
+    "CacheConfig",
+    "Calibration",
+    "CodecConfig",
+    "Format",
+    "Preset",
+    "allocate",
+    "append",
+    "begin",
+    "commit",
+    "create",
+    "fork",
+    "free",
+    "free_pages",
+    "preset",
+    "write",
+]

@@ -9,6 +9,11 @@ tokens; so packed, both contractions run along contiguous bytes, and codes can g
 the operands of the tensor cores without a transposition. With T = 64 and H >= 64 every plane of a
 block is a whole number of 128-byte lines. Groups of channels are arrays of their own; scale g of
 the keys and scale g of the values share a word. Calibrated groups of a side have one scale.
+
+Keys of the code "prod" have beside them, of what their codes leave,
+
+    signs   uint8 [T, H/8]   of its projections, one bit each (1 is +1), packed along them
+    norms   bfloat16 [T]
 """
 
 from dataclasses import dataclass
@@ -17,10 +22,19 @@ from itertools import zip_longest
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import register_dataclass
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, BFloat16, Float, UInt8, UInt32
 
 from turboquant_jax.cache.codec import Codec, Group
 from turboquant_jax.quantizers import packing
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Sketches:
+    """Of each key the signs of the projections of what its codes leave, and the norm of that."""
+
+    signs: UInt8[Array, "*lead T _"]
+    norms: BFloat16[Array, "*lead T"]
 
 
 @register_dataclass
@@ -30,12 +44,13 @@ class Blocks:
 
     `keys[g][p]` is uint8 [*lead, T, bytes], `values[g][p]` uint8 [*lead, H_g, bytes] and
     `scales[g]` uint32 [*lead, T], for group g of channels and plane p of its bits; `scales[0]` is
-    that of all groups of a side that is calibrated.
+    that of all groups of a side that is calibrated. `sketches` are those of the keys, if any.
     """
 
     keys: tuple[tuple[UInt8[Array, "*lead T _"], ...], ...]
     values: tuple[tuple[UInt8[Array, "*lead _ _"], ...], ...]
     scales: tuple[UInt32[Array, "*lead T"], ...]
+    sketches: Sketches | None = None
 
 
 def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], tokens: int) -> Blocks:
@@ -48,11 +63,17 @@ def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], tokens: int) -> Bl
             for width in group.plane_widths
         )
 
-    words = max(key.scale_count, value.scale_count)
+    words, sketches = max(key.scale_count, value.scale_count), None
+    if key.sketch is not None:
+        size = packing.plane_bytes(key.sketch.rows, 1)
+        sketches = Sketches(
+            jnp.zeros((*lead, tokens, size), jnp.uint8), jnp.zeros((*lead, tokens), jnp.bfloat16)
+        )
     return Blocks(
         tuple(planes(group.dim, group, tokens) for group in key.groups),
         tuple(planes(tokens, group, group.dim) for group in value.groups),
         tuple(jnp.zeros((*lead, tokens), jnp.uint32) for _ in range(words)),
+        sketches,
     )
 
 
@@ -62,6 +83,12 @@ def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Gro
     The blocks are [*lead, K, ...].
     """
     key_codec, value_codec = codecs
+    sketches = None
+    if key_codec.sketch is not None:
+        *_, (signs, norms) = keys
+        keys = keys[:-1]
+        assert norms is not None
+        sketches = Sketches(jnp.swapaxes(signs, -3, -2), jnp.swapaxes(norms, -2, -1))
     packed_keys = tuple(
         packing.pack(jnp.swapaxes(indices, -3, -2), group.plane_widths)
         for group, (indices, _) in zip(key_codec.groups, keys, strict=True)
@@ -77,11 +104,11 @@ def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Gro
         )
         for k, v in zip_longest(_scales(keys), _scales(values))
     )
-    return Blocks(packed_keys, packed_values, words)
+    return Blocks(packed_keys, packed_values, words, sketches)
 
 
 def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
-    """Invert `pack`: groups of keys and of values, indices [*lead, T, channels]."""
+    """Invert `pack`: groups of keys and of values, indices [*lead, T, channels]; packed signs."""
     key_codec, value_codec = codecs
     tokens = blocks.scales[0].shape[-1]
     keys = tuple(
@@ -96,17 +123,31 @@ def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
     value_scales = [
         _as_bfloat16(word >> jnp.uint32(16)) for word in blocks.scales[: value_codec.scale_count]
     ]
-    return tuple(zip_longest(keys, key_scales)), tuple(zip_longest(values, value_scales))
+    of_keys = list(zip_longest(keys, key_scales))
+    if blocks.sketches is not None:
+        of_keys.append((blocks.sketches.signs, blocks.sketches.norms))
+    return tuple(of_keys), tuple(zip_longest(values, value_scales))
 
 
-def largest_key_scale(scales: tuple[UInt32[Array, "*lead T"], ...]) -> Float[Array, "*lead T"]:
-    """Of the groups of each token, float32; infinity where the key or the value is not finite."""
-    found = jnp.zeros(scales[0].shape, jnp.float32)
-    for word in scales:
+def largest_key(codec: Codec, blocks: Blocks) -> Float[Array, "*lead T"]:
+    """What no channel of a token's key exceeds in the rotated space of its codec, float32;
+
+    infinity where the key or the value is not finite.
+    """
+    scale = jnp.zeros(blocks.scales[0].shape, jnp.float32)
+    for word in blocks.scales:
         key, value = (_as_bfloat16(half) for half in (word, word >> jnp.uint32(16)))
-        finite = jnp.isfinite(key) & jnp.isfinite(value)
-        found = jnp.maximum(found, jnp.where(finite, jnp.abs(key.astype(jnp.float32)), jnp.inf))
-    return found
+        scale = jnp.maximum(scale, jnp.where(jnp.isfinite(value), _magnitude(key), jnp.inf))
+    found = scale * max(abs(level) for group in codec.groups for level in group.levels)
+    if codec.sketch is None or blocks.sketches is None:
+        return found
+    gain = codec.sketch.factor * jnp.max(jnp.sum(jnp.abs(codec.sketch.matrix), axis=0))
+    return found + gain * _magnitude(blocks.sketches.norms)
+
+
+def _magnitude(scale: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """float32; infinity of what is not finite."""
+    return jnp.where(jnp.isfinite(scale), jnp.abs(scale.astype(jnp.float32)), jnp.inf)
 
 
 def _scales(groups: tuple[Group, ...]) -> list[Float[Array, "*vectors"]]:

@@ -15,7 +15,10 @@ from turboquant_jax.cache.state import Cache, nbytes_of
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of a cache by part; `total` is the sum over every array of its pytree."""
+    """Bytes of a cache by part; `total` is the sum over every array of its pytree.
+
+    The signs of a sketch are codes of the keys, its norms scales.
+    """
 
     key_codes: int
     value_codes: int
@@ -35,11 +38,11 @@ class Bytes:
 
 def count_bytes(cache: Cache) -> Bytes:
     """Bytes by part of a cache, or of the shapes of one."""
-    pools = [part.pool for part in cache.parts]
+    pools = [(part.pool, part.pool.sketches) for part in cache.parts]
     return Bytes(
-        key_codes=nbytes_of([pool.keys for pool in pools]),
-        value_codes=nbytes_of([pool.values for pool in pools]),
-        scales=nbytes_of([pool.scales for pool in pools]),
+        key_codes=nbytes_of([(pool.keys, sketch and sketch.signs) for pool, sketch in pools]),
+        value_codes=nbytes_of([pool.values for pool, _ in pools]),
+        scales=nbytes_of([(pool.scales, sketch and sketch.norms) for pool, sketch in pools]),
         window=nbytes_of(cache.window),
         sinks=nbytes_of(cache.sinks),
         key_mean=nbytes_of(cache.key_mean),

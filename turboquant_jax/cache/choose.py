@@ -15,6 +15,7 @@ from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation, no_gpu, resolve
 
 JOINT = "calibrated channels with one scale for all groups"
+SKETCHED = "keys of the code prod, with a sketch of what their codes leave"
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,20 @@ def _decode(cache: Cache, queries: int) -> str | None:
         return f"{queries} query tokens per sequence, served is 1"
     if jnp.dtype(cache.config.dtype).itemsize not in (2, 4):
         return f"a full precision of {cache.config.dtype}, served are 16 and 32 bits"
-    return _pages(cache)
+    return _blocks(cache)
 
 
 def _pages(cache: Cache) -> str | None:
-    """Why the kernels do not read the pages of a cache, or None if they do."""
+    """Why the kernel does not decode pages to vectors, or None if it does."""
+    return SKETCHED if _sketched(cache) else _blocks(cache)
+
+
+def _sketched(cache: Cache) -> bool:
+    return any(part.codecs[0].sketch is not None for part in cache.parts)
+
+
+def _blocks(cache: Cache) -> str | None:
+    """Why the kernels do not read the blocks of a cache, or None if they do."""
     if not cache.layout.slots:
         return "a cache without blocks"
     if (reason := no_gpu() or _heads(cache)) is not None:
@@ -117,6 +127,8 @@ def _compression(cache: Cache) -> str | None:
         return reason
     if cache.config.block not in PAGE_TOKENS:
         return f"blocks of {cache.config.block} tokens, served are {PAGE_TOKENS}"
+    if _sketched(cache):
+        return SKETCHED
     for codec in (codec for part in cache.parts for codec in part.codecs):
         if codec.transform is not None:
             return JOINT

@@ -10,14 +10,17 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from turboquant_jax.cache.config import CodecConfig
 from turboquant_jax.implementation import Implementation
-from turboquant_jax.quantizers import channels
+from turboquant_jax.quantizers import channels, direction, qjl
 from turboquant_jax.quantizers import quantizer as quantizers
 from turboquant_jax.quantizers.channels import Basis, Transform
-from turboquant_jax.quantizers.direction import nan_unless_finite
+from turboquant_jax.quantizers.qjl import Sketch
 from turboquant_jax.quantizers.quantizer import Quantizer
 
 Group = tuple[UInt8[Array, "*vectors _"], Float[Array, "*vectors"] | None]
-"""Indices and scales of a group of channels; no scale where the first group's is that of all."""
+"""Indices and scales of a group of channels; no scale where the first group's is that of all.
+
+Behind those of the channels a sketch has one more: packed signs, and the norm of what they tell of.
+"""
 
 
 @register_dataclass
@@ -29,15 +32,20 @@ class Codec:
     the functions say with `rows` whose channels they are given. The *rotated space* of a codec is
     the concatenation of its groups' rotated channels. A calibrated `transform` leads there instead,
     and leads queries elsewhere than the vectors that they meet (`quantizers.channels`).
+
+    A `sketch` keeps what the groups leave of a vector, r = y - s c in the rotated space: the signs
+    of S r, and |r|. They have a linear reconstruction, f |r| S^T sign(S r), which is added to s c:
+    its product with a query is the unbiased estimate itself (`quantizers.qjl`).
     """
 
     groups: tuple[Quantizer, ...]
     order: Int[Array, "rows H"] | None
     transform: Transform | None = None
+    sketch: Sketch | None = None
 
     @property
     def scale_count(self) -> int:
-        """Scales of a vector."""
+        """Scales of a vector, but for the norm of a sketch."""
         return len(self.groups) if self.transform is None else 1
 
     def rotate_query(
@@ -85,6 +93,16 @@ class Codec:
             return jnp.full(1, sum(group.dim for group in self.groups) ** 0.5)
         return jnp.max(jnp.sum(jnp.abs(self.transform.dual[rows]), axis=2), axis=1)
 
+    def sketch_query(self, rotated: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """f S of queries in the rotated space: times the signs and |r| what these add to a score.
+
+        Raises:
+          ValueError: a codec without a sketch.
+        """
+        if self.sketch is None:
+            raise ValueError("sketch: got none, expected a codec of the code prod")
+        return self.sketch.factor * qjl.project(self.sketch, rotated)
+
     def quantize(
         self,
         rows: Int[Array, " K"],
@@ -97,13 +115,21 @@ class Codec:
             indices, scale = channels.quantize(self.groups, own, x, implementation=search)
             return (indices[0], scale), *((rest, None) for rest in indices[1:])
         parts = self._split(self._reorder(rows, x))
-        return tuple(
+        found = tuple(
             quantizers.quantize(group, part, implementation=search)
             for group, part in zip(self.groups, parts, strict=True)
         )
+        return found if self.sketch is None else (*found, self._sketch_rest(rows, x, found))
 
     def dequantize(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
         """Vectors in the rotated space, float32; NaN as a whole if the part of a group is."""
+        if self.sketch is not None:
+            *_, (signs, norm) = groups
+            assert norm is not None
+            return self._of_groups(groups[:-1]) + qjl.decode(self.sketch, signs, norm)
+        return self._of_groups(groups)
+
+    def _of_groups(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
         scales = [scale for _, scale in groups if scale is not None]
         scales = scales * (len(groups) // len(scales))
         parts = [
@@ -111,7 +137,24 @@ class Codec:
             for group, (indices, _), scale in zip(self.groups, groups, scales, strict=True)
         ]
         # the whole of one group is NaN, or nothing of it is
-        return parts[0] if len(parts) == 1 else nan_unless_finite(jnp.concatenate(parts, axis=-1))
+        if len(parts) == 1:
+            return parts[0]
+        return direction.nan_unless_finite(jnp.concatenate(parts, axis=-1))
+
+    def _sketch_rest(self, rows, x, groups: tuple[Group, ...]) -> Group:
+        """Of what these groups, as they are stored, leave of x; of its direction, as squares of
+        huge and tiny vectors are out of range.
+        """
+        assert self.sketch is not None
+        root, unit = direction.split(x)
+        size = jnp.where(root > 0, root, 1.0)
+        relative = tuple(
+            (indices, None if scale is None else scale.astype(jnp.float32) / size)
+            for indices, scale in groups
+        )
+        rest = self.rotate_query(rows, unit) - self._of_groups(relative)
+        signs, norm = qjl.encode(self.sketch, rest)
+        return signs, (root * norm).astype(self.groups[0].scale_dtype)
 
     def _reorder(self, rows, x):
         if self.order is None:
@@ -138,7 +181,10 @@ def create(
     Raises:
       ValueError: a codebook, code or rotation that the bits or the channels of a group rule out.
     """
-    groups = config.groups(head_dim)
+    groups, sketch, code = config.first_stage(head_dim), None, config.code
+    if code == "prod":
+        key, of_sketch = jax.random.split(key)
+        sketch, code = qjl.create(of_sketch, head_dim, kind=config.sketch), "scalar"
     if config.scales != "group":
         if basis is None or order is not None:
             raise ValueError(
@@ -152,7 +198,7 @@ def create(
             least="vector" if config.scales == "joint" else "product",
             rotation=config.rotation,
             codebook=config.codebook,
-            code=config.code,
+            code=code,
         )
         return Codec(made, None, transform)
     keys = jax.random.split(key, len(groups))
@@ -164,12 +210,13 @@ def create(
                 bits,
                 rotation=config.rotation,
                 codebook=config.codebook,
-                code=config.code,
+                code=code,
                 scale=config.scale,
             )
             for subkey, (channels, bits) in zip(keys, groups, strict=True)
         ),
         order,
+        sketch=sketch,
     )
 
 

@@ -1,16 +1,17 @@
-"""Everything static about a cache, in two frozen dataclasses that hash and compare by value."""
+"""Everything static about a cache, in frozen dataclasses that hash and compare by value. No JAX."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from typing import Literal, get_args
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  gives numpy bfloat16
+import numpy as np
 
 from turboquant_jax.cache.allocation import Allocation, Bits, Groups, is_split
-from turboquant_jax.quantizers import rotation as rotations
-from turboquant_jax.quantizers.quantizer import Code, Codebook, ScaleMode
+from turboquant_jax.quantizers.formats import Code, Codebook, RotationKind, ScaleMode, SketchKind
 
+CodecCode = Literal["scalar", "trellis", "prod"]
 Scales = Literal["group", "joint", "joint_products"]
 
 
@@ -21,22 +22,25 @@ class CodecConfig:
     Attributes:
       bits: bits per channel; or ((channels, bits), ...) to split the channels, outliers first:
         each group has its own rotation, codebook and scale. ((32, 3), (96, 2)) is what the paper
-        calls 2.5 bits.
+        calls 2.5 bits. Of "prod", one of each channel's bits is a sign of the sketch.
       rotation: see `rotation.create`.
       codebook: see `quantizer.create`; "grid" is what the GPU kernels serve at full speed.
-      code: "scalar" or "trellis".
-      scale: the per-vector scale mode.
+      code: "scalar", "trellis", or of keys "prod": a scalar code of one bit less, and the signs and
+        the norm of what it leaves, for scores without bias (`quantizers.prod`).
+      scale: the per-vector scale mode; "norm" is the paper's.
       scales: "group" for one of each group of channels; or one for all, of groups in a calibrated
         basis (`quantizers.channels`; `state.create` takes the calibration), largest channels first:
         "joint" with the least error of the vector, "joint_products" of its products.
+      sketch: of "prod", see `qjl.create`; "gaussian" is the paper's.
     """
 
     bits: int | Groups = 4
-    rotation: rotations.Kind = "hadamard"
+    rotation: RotationKind = "hadamard"
     codebook: Codebook = "grid"
-    code: Code = "scalar"
+    code: CodecCode = "scalar"
     scale: ScaleMode = "least_squares"
     scales: Scales = "group"
+    sketch: SketchKind = "orthogonal"
 
     def groups(self, head_dim: int) -> Groups:
         """((channels, bits), ...) that together cover the head.
@@ -54,6 +58,16 @@ class CodecConfig:
     def of(self, bits: Bits) -> "CodecConfig":
         """The codec of a head of an allocation: without groups it has no use for a basis."""
         return replace(self, bits=bits, scales=self.scales if is_split(bits) else "group")
+
+    def first_stage(self, head_dim: int) -> Groups:
+        """`groups` without the bits that are signs of a sketch."""
+        signs = int(self.code == "prod")
+        return tuple((channels, bits - signs) for channels, bits in self.groups(head_dim))
+
+
+def value_code(code: CodecCode) -> Code:
+    """The code of values beside keys of this code: a sketch is for products, of keys alone."""
+    return "scalar" if code == "prod" else code
 
 
 @dataclass(frozen=True)
@@ -117,17 +131,30 @@ class CacheConfig:
         if self.sliding_window is not None:
             _require(self.sliding_window >= 1, "sliding_window", "at least 1", self.sliding_window)
         try:
-            dtype = jnp.dtype(self.dtype)
+            dtype = np.dtype(self.dtype)
         except TypeError as error:
             raise ValueError(f"dtype: got {self.dtype!r}, expected a floating type") from error
-        _require(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", self.dtype)
+        _require("float" in dtype.name, "dtype", "a floating type", self.dtype)
         object.__setattr__(self, "dtype", dtype.name)  # compares, hashes and is saved as its name
         if self.rope_frequencies is not None:
             object.__setattr__(self, "rope_frequencies", self._checked_frequencies())
         if self.allocation is not None:
             self.allocation.check(self.num_layers, self.num_kv_heads, self.head_dim)
-        for name in ("key", "value"):
+        self._check_codecs()
+
+    def _check_codecs(self) -> None:
+        for name, codes in (("key", get_args(CodecCode)), ("value", get_args(Code))):
             codec = getattr(self, name)
+            expected = f"one of {', '.join(codes)}"
+            if codec.code == "prod":
+                expected += ": a sketch is for products of keys"
+            _require(codec.code in codes, f"{name}.code", expected, repr(codec.code))
+            _require(
+                codec.code != "prod" or codec.scales == "group",
+                f"{name}.scales",
+                "group, where the code is prod",
+                codec.scales,
+            )
             _require(
                 codec.scales in get_args(Scales),
                 f"{name}.scales",
@@ -149,6 +176,9 @@ class CacheConfig:
             )
             for _, bits in groups:
                 _require(1 <= bits <= 8, f"{name}.bits", "between 1 and 8", bits)
+        for form in self.formats:
+            for _, bits in form.key.first_stage(self.head_dim):
+                _require(bits >= 1, "key.bits", "at least 2, one of them a sign of prod", bits + 1)
 
     def _checked_frequencies(self) -> tuple[float, ...]:
         frequencies = tuple(map(float, self.rope_frequencies or ()))

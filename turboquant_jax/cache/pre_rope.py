@@ -21,20 +21,16 @@ same bits.
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.primitives.period import PERIOD, STEPS
+from pallas_kernels.primitives.period import PERIOD as PERIOD
+from turboquant_jax.cache.angles import COARSE as COARSE
+from turboquant_jax.cache.angles import FINE as FINE
+from turboquant_jax.cache.angles import WITHIN_BITS as WITHIN_BITS
+from turboquant_jax.cache.angles import angle_tables
 from turboquant_jax.cache.config import CacheConfig
-
-WITHIN_BITS = 11
-"""Most significant bits of a cosine or sine in the tables."""
-FINE = 64
-"""Periods of a row of the coarse table."""
-COARSE = 1024
-"""Most rows of it: 4,194,304 tokens."""
 
 
 @register_dataclass
@@ -64,24 +60,12 @@ def create(config: CacheConfig, capacity: int) -> Phases | None:
     """
     if not config.center_keys or config.rope_frequencies is None:
         return None
-    rotary, half = 2 * len(config.rope_frequencies), config.head_dim // 2
-    frequencies = np.zeros(half)
-    frequencies[: rotary // 2] = config.rope_frequencies
-
-    def table(positions: np.ndarray) -> np.ndarray:
-        angles = positions[:, None] * frequencies[None, :]
-        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-
-    def held(angles: np.ndarray) -> Float[Array, "rows H"]:
-        return jnp.asarray(angles.astype(np.float16), jnp.float32)
-
-    rows = min(-(-capacity // (PERIOD * FINE)), COARSE)
-    coarse = config.sinks + PERIOD * FINE * np.arange(rows)
+    coarse, fine, within = angle_tables(config, capacity)
     return Phases(
-        coarse=held(table(coarse) / STEPS),
-        fine=held(table(PERIOD * np.arange(FINE))),
-        within=jnp.asarray(np.rint(STEPS * table(np.arange(PERIOD))), jnp.float16),
-        rotary=rotary,
+        coarse=jnp.asarray(coarse),
+        fine=jnp.asarray(fine),
+        within=jnp.asarray(within),
+        rotary=2 * len(config.rope_frequencies),
     )
 
 

@@ -89,4 +89,6 @@ def _describe(cache: Cache) -> str:
     for side in ("key", "value"):
         if config[side]["scales"] == "group":  # so are files that know no other
             del config[side]["scales"]
+        if config[side]["code"] != "prod":
+            del config[side]["sketch"]
     return json.dumps(config | {"capacity": cache.capacity, "levels": levels}, sort_keys=True)

@@ -50,7 +50,7 @@ def add_allocation(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help='bits of each layer, instead of bits: {"keys": [4, 3, ...], "values": [3, 2, ...], '
-        '"code": "trellis"}; the code is scalar unless given',
+        '"code": "trellis"}; the code is scalar unless given; "prod" is one of keys',
     )
 
 

@@ -9,12 +9,12 @@ import jax
 
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, presets
+from turboquant_jax.cache.config import CodecCode
 from turboquant_jax.cli import choices, flags
 from turboquant_jax.demo import cache_config
 from turboquant_jax.models import LlamaConfig, dense
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.past import COMPRESSED
-from turboquant_jax.quantizers.quantizer import Code
 from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
@@ -36,7 +36,7 @@ def preset_bits(name: presets.Preset) -> tuple[int, int]:
     return key, value
 
 
-def allocation(path: Path | None) -> tuple[Allocation, Code] | None:
+def allocation(path: Path | None) -> tuple[Allocation, CodecCode] | None:
     """Bits of each layer and their code, out of a file.
 
     Raises:
@@ -51,8 +51,8 @@ def allocation(path: Path | None) -> tuple[Allocation, Code] | None:
         if not all(isinstance(found[name], list) for name in ("keys", "values")):
             raise ValueError("expected lists of the bits of each layer")
         code = found.get("code", "scalar")
-        if code not in get_args(Code):
-            raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")
+        if code not in get_args(CodecCode):
+            raise ValueError(f"code must be one of {', '.join(get_args(CodecCode))}, got {code!r}")
         keys, values = (
             tuple(tuple(bits) if isinstance(bits, list) else bits for bits in found[name])
             for name in ("keys", "values")
@@ -62,14 +62,14 @@ def allocation(path: Path | None) -> tuple[Allocation, Code] | None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def table(arguments: argparse.Namespace) -> dict[tuple[int, int], Code]:
+def table(arguments: argparse.Namespace) -> dict[tuple[int, int], CodecCode]:
     """(key, value) bits of the rows of a table and their code: of all presets, if one is asked."""
     if arguments.preset is None:
         return dict.fromkeys(with_table(asked_bits(arguments)), "scalar")
     return {preset_bits(name): presets.codecs(name)[0].code for name in get_args(presets.Preset)}
 
 
-def code(arguments: argparse.Namespace) -> Code:
+def code(arguments: argparse.Namespace) -> CodecCode:
     """The code of keys and values: a preset's, scalar otherwise."""
     return "scalar" if arguments.preset is None else presets.codecs(arguments.preset)[0].code
 

@@ -6,10 +6,10 @@ Source: Su et al., RoFormer (arXiv 2104.09864).
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.frequencies import inverse_frequencies as inverse_frequencies
 
 Centring = Literal["pre_rope", "stored", "none"]
 """What is subtracted from the keys of a cache: their mean before RoPE, as stored, or nothing."""
@@ -19,19 +19,6 @@ def centring(config: LlamaConfig, kind: Centring = "pre_rope") -> dict[str, Any]
     """What `CacheConfig` is told of it: the arguments `center_keys` and `rope_frequencies`."""
     known = tuple(inverse_frequencies(config).tolist()) if kind == "pre_rope" else None
     return {"center_keys": kind != "none", "rope_frequencies": known}
-
-
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each channel pair: float64 [R/2], `theta**(-2i/R)`, or scaled.
-
-    R, `config.rotated_channels`, is the head dim unless the embedding is partial.
-    """
-    channels, theta = config.rotated_channels, config.rope_theta
-    frequencies = theta ** -(np.arange(0, channels, 2, dtype=np.float64) / channels)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    return frequencies / np.array(scaling.divisors(frequencies.tolist(), theta))
 
 
 def rotation_angles(

@@ -47,16 +47,13 @@ def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -
         token = jax.random.normal(next(keys), segment.shape[3:], segment.dtype)
         return _spread(segment, token)
 
-    ones = functools.partial(_spread, value=jnp.uint32(_ONES))
-    pools = tuple(
-        dataclasses.replace(
-            part.pool,
-            keys=jax.tree.map(codes, part.pool.keys),
-            values=jax.tree.map(codes, part.pool.values),
-            scales=jax.tree.map(ones, part.pool.scales),
-        )
-        for part in state.parts
-    )
+    def some(leaf: Array) -> Array:
+        if leaf.dtype == jnp.uint8:
+            return codes(leaf)
+        one = _ONES if leaf.dtype == jnp.uint32 else 1
+        return _spread(leaf, jnp.asarray(one, leaf.dtype))
+
+    pools = tuple(jax.tree.map(some, part.pool) for part in state.parts)
     state = dataclasses.replace(
         state,
         sinks=jax.tree.map(exact, state.sinks),

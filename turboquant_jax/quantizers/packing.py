@@ -14,24 +14,11 @@ beyond the last byte of a plane.
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-Widths = tuple[int, ...]
+from turboquant_jax.quantizers.formats import Widths as Widths
+from turboquant_jax.quantizers.formats import plane_bytes as plane_bytes
+from turboquant_jax.quantizers.formats import widths as widths
+
 Planes = tuple[UInt8[Array, "*batch _"], ...]
-
-
-def widths(bits: int) -> Widths:
-    """Plane widths of a b-bit index: the binary digits of b, in descending order.
-
-    Raises:
-      ValueError: bits outside 1-8.
-    """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits: got {bits}, expected between 1 and 8")
-    return tuple(w for w in (8, 4, 2, 1) if bits & w)
-
-
-def plane_bytes(count: int, width: int) -> int:
-    """Bytes of one plane of `width` bits over `count` elements."""
-    return -(-count * width // 8)
 
 
 def pack(indices: UInt8[Array, "*batch n"], plane_widths: Widths) -> Planes:

@@ -12,7 +12,7 @@ N(0, 1/d) rows with this factor shrink the estimate by sqrt(d), the most common 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, UInt8
 
 from turboquant_jax.quantizers import bounds, direction, packing
+from turboquant_jax.quantizers.formats import SketchKind as Kind
 
-Kind = Literal["gaussian", "orthogonal"]
 SIGN_PLANE: packing.Widths = (1,)
 
 

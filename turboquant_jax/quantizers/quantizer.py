@@ -15,7 +15,7 @@ Algorithm 1; the EDEN note, arXiv:2604.18555):
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,12 @@ from jaxtyping import Array, Float, UInt8
 
 from turboquant_jax.implementation import Implementation
 from turboquant_jax.quantizers import codebook as codebooks
-from turboquant_jax.quantizers import direction, packing, trellis
+from turboquant_jax.quantizers import direction, formats, packing, trellis
 from turboquant_jax.quantizers import rotation as rotations
+from turboquant_jax.quantizers.formats import Code as Code
+from turboquant_jax.quantizers.formats import Codebook as Codebook
+from turboquant_jax.quantizers.formats import ScaleMode as ScaleMode
 from turboquant_jax.quantizers.rotation import Rotation
-
-ScaleMode = Literal["norm", "matched", "least_squares", "unbiased"]
-Codebook = Literal["lloyd_max", "gaussian", "uniform", "grid"]
-Code = Literal["scalar", "trellis"]
 
 
 @register_dataclass
@@ -63,9 +62,7 @@ class Quantizer:
     @property
     def plane_widths(self) -> packing.Widths:
         """Bit planes of an index; a trellis keeps its path bit in a plane of its own."""
-        if self.code == "scalar":
-            return packing.widths(self.bits)
-        return (packing.widths(self.bits - 1) if self.bits > 1 else ()) + (1,)
+        return formats.plane_widths(self.code, self.bits)
 
 
 @register_dataclass
@@ -118,42 +115,14 @@ def create(
     """
     if scale not in get_args(ScaleMode):
         raise ValueError(f"scale: got {scale!r}, expected one of {', '.join(get_args(ScaleMode))}")
-    if code not in get_args(Code):
-        raise ValueError(f"code: got {code!r}, expected one of {', '.join(get_args(Code))}")
-    if code == "trellis":
-        if not (isinstance(codebook, str) and codebook in ("lloyd_max", "grid")):
-            raise ValueError(
-                f"codebook: got {codebook!r}, expected lloyd_max or grid: "
-                "a trellis code has levels of its own"
-            )
-        levels = trellis.grid_levels(bits) if codebook == "grid" else trellis.levels(bits)
-    else:
-        levels = _scalar_levels(codebook, bits, dim)
+    found = formats.levels(code, codebook, bits, dim)
     return Quantizer(
         rotations.create(rotation, key, dim),
-        tuple(float(level) for level in levels),
+        found,
         code,
         scale,
         jnp.dtype(scale_dtype),
     )
-
-
-def _scalar_levels(codebook: Codebook | np.ndarray, bits: int, dim: int) -> np.ndarray:
-    if isinstance(codebook, str):
-        if codebook not in get_args(Codebook):
-            names = ", ".join(get_args(Codebook))
-            raise ValueError(f"codebook: got {codebook!r}, expected one of {names}, or levels")
-        if codebook == "uniform":
-            return codebooks.uniform(bits, dim)
-        levels = codebooks.lloyd_max(bits, None if codebook == "gaussian" else dim)
-        return codebooks.on_grid(levels, dim) if codebook == "grid" else levels
-    levels = np.asarray(codebook, np.float64)
-    if levels.shape != (2**bits,) or not np.all(np.diff(levels) > 0):
-        raise ValueError(
-            f"codebook: got {levels.tolist()}, "
-            f"expected {2**bits} strictly ascending levels for {bits} bits"
-        )
-    return levels
 
 
 def quantize(

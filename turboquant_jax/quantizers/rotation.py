@@ -7,7 +7,7 @@ Hadamard does it on average over dense vectors; for very sparse ones the paper's
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float
 from scipy import linalg
 
-Kind = Literal["haar", "hadamard", "block_hadamard", "identity"]
+from turboquant_jax.quantizers.formats import RotationKind as Kind
 
 
 @register_dataclass

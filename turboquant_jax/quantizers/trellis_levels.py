@@ -1,7 +1,7 @@
 """Levels of the trellis code, positive half, on the unit-variance scale: generated.
 
-Made by `python -m experiments.trellis_levels --seed 0`: stochastic Lloyd training on uniform
-vectors of the sphere, d = 128; 600 passes of 2048 vectors, then the average of
+Made by `python -m experiments.quantizers.trellis_levels --seed 0`: stochastic Lloyd training
+on uniform vectors of the sphere, d = 128; 600 passes of 2048 vectors, then the average of
 400 passes of 16384. On other vectors, tests/quantizers/test_trellis.py verifies the error and that
 every level is the mean of what is assigned to it.
 """

@@ -1,0 +1,1 @@
+"""Experiments on what a compressed cache does to a language model's predictions."""

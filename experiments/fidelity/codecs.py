@@ -1,0 +1,238 @@
+"""How keys and values can be coded, ours and the peers': round trips over arrays, and their bytes.
+
+A coder is static; `trip` draws what is random and returns the function that `forcing` applies to
+the keys (centred where the setting says so) or values of a layer. The peers, as papers or code
+have them:
+
+- `Kivi`: keys a channel at a time over groups of 32 tokens, values a token at a time over groups of
+  32 channels, asymmetric min-max levels, zero and step in 16 bits (arXiv:2402.02750).
+- `PerToken`: the values' half of it for both, over groups of 32 channels or the whole head.
+- `VllmKey`: an unsigned Hadamard, Gaussian Lloyd-Max levels and a corrected norm, in 16 bits (the
+  keys of vLLM's turboquant presets; its values are `PerToken` over the whole head).
+- `Fp8`: e4m3 with a scale of one.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from experiments.fidelity.forcing import ROUNDING, Trip
+from turboquant_jax.cache import CodecConfig
+from turboquant_jax.cache import codec as codecs
+from turboquant_jax.quantizers import prod, qjl
+from turboquant_jax.quantizers import quantizer as quantizers
+from turboquant_jax.quantizers.rotation import Hadamard
+
+_GROUP = 32  # channels, or tokens, that share a zero and a step in KIVI
+_compiled = partial(jax.jit, compiler_options=ROUNDING)
+
+
+@dataclass(frozen=True)
+class Turbo:
+    """The library's codec. `short_scale` stores a scale in 8 bits, 5 of exponent, 3 of mantissa."""
+
+    config: CodecConfig
+    short_scale: bool = False
+
+    @property
+    def bits(self) -> float:
+        """Bits of codes a channel."""
+        if isinstance(self.config.bits, int):
+            return self.config.bits
+        channels = sum(count for count, _ in self.config.bits)
+        return sum(count * bits for count, bits in self.config.bits) / channels
+
+    @property
+    def name(self) -> str:
+        """The code, for a table."""
+        return self.config.code + (", scale in 8 bits" if self.short_scale else "")
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector: codes and scales."""
+        groups = self.config.groups(dim)
+        return sum(count * bits / 8 for count, bits in groups) + len(groups) * (
+            1 if self.short_scale else 2
+        )
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Through the library's codec with a rotation of this key."""
+        return partial(_through, codecs.create(key, self.config, dim), short=self.short_scale)
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """TurboQuant-prod: bits - 1 of codes, one sign a coordinate, two scalars a vector."""
+
+    bits: int
+    sketch: qjl.Kind
+
+    @property
+    def name(self) -> str:
+        """The code, for a table."""
+        return f"prod, {self.sketch} sketch"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector; at 1 bit there is one scalar."""
+        return self.bits * dim / 8 + (4 if self.bits > 1 else 2)
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Decoded vectors: <q, x~> is the estimate of the paper's algorithm 2."""
+        made = prod.create(key, dim, self.bits, rotation="hadamard", sketch=self.sketch)
+        return partial(_prod, made)
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """KIVI's keys or values."""
+
+    bits: int
+    keys: bool
+    name: str = "uniform, KIVI's groups"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector: codes, and its share of the groups' zeros and steps."""
+        return dim * self.bits / 8 + 4 * dim / _GROUP
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Groups of tokens are counted from the start of the text: needs blocks of 32, no sinks."""
+        return partial(_per_channel if self.keys else _per_token, bits=self.bits, group=_GROUP)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Min-max levels over groups of channels of one token."""
+
+    bits: int
+    group: int = _GROUP
+    name: str = "uniform per token"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector: codes, zeros and steps."""
+        return dim * self.bits / 8 + 4 * dim / self.group
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Not random."""
+        return partial(_per_token, bits=self.bits, group=self.group)
+
+
+@dataclass(frozen=True)
+class VllmKey:
+    """Keys of vLLM's turboquant_4bit_nc and 3bit_nc."""
+
+    bits: int
+    name: str = "vLLM nc"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector: codes and a norm."""
+        return dim * self.bits / 8 + 2
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Not random."""
+        options: dict[str, Any] = dict(
+            rotation="identity", codebook="gaussian", scale="matched", scale_dtype=jnp.float16
+        )
+        made = quantizers.create(key, dim, self.bits, **options)
+        made = replace(made, rotation=Hadamard(jnp.ones(dim), dim))
+        return partial(_through, codecs.Codec((made,), None), short=False)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Eight bits of floating point."""
+
+    bits: int = 8
+    name: str = "fp8 e4m3"
+
+    def vector_bytes(self, dim: int) -> float:
+        """One a channel."""
+        return dim
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Not random."""
+        return _fp8
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Full precision, 16 bits."""
+
+    bits: int = 16
+    name: str = "full precision"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Two a channel."""
+        return 2 * dim
+
+    def trip(self, key: Array, dim: int) -> None:
+        """Nothing happens."""
+        return None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What vectors of different bits take on average, with scales in 8 bits; codes nothing."""
+
+    bits: float
+    name: str = "trellis, scale in 8 bits, bits of every layer's own"
+
+    def vector_bytes(self, dim: int) -> float:
+        """Bytes of a vector: codes and a scale."""
+        return dim * self.bits / 8 + 1
+
+    def trip(self, key: Array, dim: int) -> Trip:
+        """Only for accounting."""
+        raise NotImplementedError
+
+
+Coder = Turbo | Sketched | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
+
+
+@partial(_compiled, static_argnames="short")
+def _through(codec, x: Float[Array, "B T K H"], short: bool) -> Float[Array, "B T K H"]:
+    rows = jnp.arange(x.shape[2])
+    groups = codec.quantize(rows, x)
+    if short:
+        groups = tuple(
+            (indices, lax.reduce_precision(scale.astype(jnp.float32), 5, 3))
+            for indices, scale in groups
+        )
+    return codec.unrotate(rows, codec.dequantize(groups))
+
+
+@_compiled
+def _prod(made, x: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
+    return prod.decode(made, prod.encode(made, x))
+
+
+@partial(_compiled, static_argnames=("bits", "group"))
+def _per_token(x: Float[Array, "B T K H"], bits: int, group: int) -> Float[Array, "B T K H"]:
+    return min_max(x.reshape(*x.shape[:-1], -1, group), bits).reshape(x.shape)
+
+
+@partial(_compiled, static_argnames=("bits", "group"))
+def _per_channel(x: Float[Array, "B T K H"], bits: int, group: int) -> Float[Array, "B T K H"]:
+    batch, count, heads, dim = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, -count % group), (0, 0), (0, 0)), mode="edge")
+    groups = jnp.moveaxis(padded.reshape(batch, -1, group, heads, dim), 2, -1)
+    back = jnp.moveaxis(min_max(groups, bits), -1, 2).reshape(batch, -1, heads, dim)
+    return back[:, :count]
+
+
+@_compiled
+def _fp8(x: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
+    largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+    return jnp.clip(x, -largest, largest).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def min_max(groups: Float[Array, "*n group"], bits: int) -> Float[Array, "*n group"]:
+    """Round to 2**bits levels from the least to the greatest of a group, both stored in 16 bits."""
+    low, high = (f(groups, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+    low = low.astype(jnp.float16).astype(jnp.float32)
+    step = ((high - low) / (2**bits - 1)).astype(jnp.float16).astype(jnp.float32)
+    usable = jnp.where(step > 0, step, 1.0)
+    return low + step * jnp.clip(jnp.round((groups - low) / usable), 0, 2**bits - 1)

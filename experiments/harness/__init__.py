@@ -1,0 +1,1 @@
+"""What every experiment uses: its form, its results, the report, data and prepared texts."""

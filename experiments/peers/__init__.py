@@ -1,0 +1,1 @@
+"""Experiments beside other people's packages: faiss and RaBitQ."""

@@ -1,0 +1,1 @@
+"""Experiments on vectors: errors, biases, rotations, scales, codebooks."""

@@ -1,0 +1,241 @@
+"""How fast keys and values are compressed, against the copy bandwidth of the same run.
+
+`python -m experiments.speed.encode_speed --out DIR` on a GPU writes DIR/rows.csv, prints a table.
+One layer's keys and values in bfloat16, 8 kv heads of 128 channels, become packed blocks of 64
+tokens.
+Bytes are those read and written. Times are those of the device by the profiler, medians over chains
+of calls: the sum of all kernels of a call, the small ones included. The vectors are more than L2
+holds. `codes_apart` is the part of all codes that differ from the definition's, by rounding at a
+threshold. `mean`: of the keys, "stored" or "pre_rope"; where it is empty, "stored" if `centred`.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.harness.results import write_table
+from experiments.speed.device_time import copy_bandwidth, device_time
+from turboquant_jax import cache
+from turboquant_jax.cache import blocks, encoding, pre_rope
+from turboquant_jax.cache.compression import with_pools
+from turboquant_jax.cache.state import Exact
+
+KV_HEADS, CHANNELS, BLOCK = 8, 128, 64
+FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
+Case = tuple[int, Any, Any, bool]  # bits, rotation, scale, whether centred
+CASES: tuple[Case, ...] = (
+    *((bits, "hadamard", "least_squares", True) for bits in (4, 3, 2, 1, 5, 8)),
+    (4, "hadamard", "least_squares", False),
+    (4, "haar", "least_squares", True),
+    (4, "hadamard", "norm", True),
+    (4, "hadamard", "unbiased", True),
+)
+TOKENS = (32768, 131072)
+LONG_CASES = 1  # of the larger number of tokens
+# Of a chain. The definition's calls do not depend on each other, and XLA would make them one.
+CALLS = {"pallas": 4, "xla": 1}
+UNTIMED: dict[str, str | bool] = {
+    "xla_gpu_autotune_level": "0"
+}  # for what is not timed: it takes longer than all the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of rows.csv."""
+
+    implementation: str
+    bits: int
+    rotation: str
+    scale: str
+    centred: bool
+    tokens: int
+    milliseconds: float
+    gigabytes_per_second: float
+    fraction_of_copy_bandwidth: float
+    codes_apart: float
+    mean: str = ""
+
+
+def empty(case: Case, tokens: int, mean: str) -> cache.Cache:
+    """A cache of one layer and one sequence."""
+    bits, rotation, scale, centred = case
+    codec = cache.CodecConfig(bits, rotation, scale=scale)
+    config = cache.CacheConfig(
+        1,
+        KV_HEADS,
+        CHANNELS,
+        codec,
+        codec,
+        block=BLOCK,
+        window=0,
+        sinks=0,
+        center_keys=centred,
+        rope_frequencies=FREQUENCIES if mean == "pre_rope" else None,
+    )
+    return cache.create(config, 1, tokens, key=jax.random.key(0))
+
+
+def vectors(tokens: int) -> Exact:
+    """Normal keys with an offset, and normal values."""
+    shape = (1, tokens, KV_HEADS, CHANNELS)
+    keys, values = jax.random.normal(jax.random.key(1), (2, *shape))
+    offset = 2 * jax.random.normal(jax.random.key(2), (1, 1, KV_HEADS, CHANNELS))
+    return Exact((keys + offset).astype(jnp.bfloat16), values.astype(jnp.bfloat16))
+
+
+def jobs(tokens: int) -> jax.Array:
+    """Every block, none of which is a sequence's first and opens the mean."""
+    block = jnp.arange(tokens // BLOCK, dtype=jnp.int32)
+    zero = jnp.zeros_like(block)
+    return jnp.stack([zero, BLOCK * block, block, zero, 1 + block], axis=1)
+
+
+def by_kernel(state: cache.Cache, source: Exact) -> cache.Cache:
+    """All blocks in one call."""
+    return encoding.encode_jobs(state, 0, source, jobs(source.keys.shape[1]))
+
+
+def by_definition(state: cache.Cache, source: Exact) -> cache.Cache:
+    """The same through XLA."""
+    keys = source.keys.astype(jnp.float32)
+    if state.key_mean is not None:
+        index = BLOCK + jnp.arange(keys.shape[1])  # behind a sequence's first block, as `jobs`
+        keys = pre_rope.center(source.keys[0], state.key_mean[0, 0], state.phases, index)[None]
+    shape = (source.keys.shape[1] // BLOCK, BLOCK, KV_HEADS, CHANNELS)
+    rows, (codecs,) = jnp.arange(KV_HEADS), [part.codecs for part in state.parts]
+    packed = blocks.pack(
+        codecs,
+        codecs[0].quantize(rows, keys.reshape(shape), "xla"),
+        codecs[1].quantize(rows, source.values.reshape(shape), "xla"),
+    )
+    return with_pools(state, (jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), packed),))
+
+
+def apart(state: cache.Cache, other: cache.Cache) -> float:
+    """Part of the codes that differ."""
+    found = [blocks.unpack(each.parts[0].codecs, each.parts[0].pool) for each in (state, other)]
+    pairs = [(a[0], b[0]) for x, y in zip(*found, strict=True) for a, b in zip(x, y, strict=True)]
+    return float(sum(jnp.mean(a != b) for a, b in pairs) / len(pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What is run of a case, compiled. Chains take the state given away."""
+
+    case: Case
+    tokens: int
+    mean: str
+    create: Callable[[], cache.Cache]
+    chains: dict[str, Any]
+    definition: Callable[[cache.Cache, Exact], cache.Cache]
+
+
+def prepare(case: Case, tokens: int, mean: str = "") -> Programs:
+    """Compile what a case needs."""
+
+    def chain(encode, calls: int, state: cache.Cache, source: Exact) -> cache.Cache:
+        for _ in range(calls):
+            state = encode(state, source)
+        return state
+
+    create = partial(empty, case, tokens, mean)
+    shapes = jax.eval_shape(create), jax.eval_shape(partial(vectors, tokens))
+    encoders = {"pallas": by_kernel} | (
+        {"xla": by_definition} if case == CASES[0] and not mean else {}
+    )
+    chains = {
+        name: jax.jit(partial(chain, encode, CALLS[name]), donate_argnums=0)
+        .lower(*shapes)
+        .compile()
+        for name, encode in encoders.items()
+    }
+    with jax.default_matmul_precision("highest"):
+        definition = jax.jit(by_definition).lower(*shapes).compile(UNTIMED)
+    return Programs(case, tokens, mean, jax.jit(create).lower().compile(), chains, definition)
+
+
+def seconds(
+    chain: Callable[[cache.Cache, Exact], cache.Cache], state: cache.Cache, source: Exact
+) -> tuple[float, cache.Cache]:
+    """Time of a chain, and what it made."""
+
+    def once() -> cache.Cache:
+        nonlocal state
+        state = chain(state, source)
+        return state
+
+    return device_time(once).busy, state
+
+
+def measure(programs: Programs, source: Exact, copy: float) -> list[Row]:
+    """Rows of one case."""
+    rows = []
+
+    def create() -> cache.Cache:
+        state = programs.create()
+        if state.key_mean is None:
+            return state
+        mean = jnp.mean(source.keys[:, :BLOCK].astype(jnp.float32), axis=1)[None]
+        return dataclasses.replace(state, key_mean=mean)
+
+    want = programs.definition(create(), source)
+    for name, chain in programs.chains.items():
+        took, made = seconds(chain, create(), source)
+        took /= CALLS[name]
+        rate = (4 * source.keys.size + blocks_bytes(made)) / took
+        rows.append(
+            Row(
+                name, *programs.case, programs.tokens, took * 1e3, rate / 1e9, rate / copy,
+                apart(made, want), programs.mean,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--means", action="store_true", help="only the two means, at 4 bits")
+    arguments = parser.parse_args()
+    rows, start = [], time.monotonic()
+    jobs = [(case, TOKENS[0], "") for case in CASES[: arguments.cases]]
+    jobs += [(case, TOKENS[1], "") for case in CASES[: min(arguments.cases, LONG_CASES)]]
+    if arguments.means:
+        jobs = [(CASES[0], n, mean) for n in TOKENS for mean in ("stored", "pre_rope")]
+    # compiling takes longer than measuring
+    with ThreadPoolExecutor() as pool:
+        prepared = list(pool.map(lambda job: prepare(*job), jobs))
+    copy, source = copy_bandwidth(), None
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {copy / 1e9:.0f} GB/s")
+    for programs in prepared:
+        if source is None or source.keys.shape[1] != programs.tokens:
+            source = jax.jit(vectors, static_argnums=0)(programs.tokens)
+        for row in measure(programs, source, copy):
+            rows.append(row)
+            write_table(arguments.out, rows, time.monotonic() - start)
+            print(
+                f"{row.implementation:6s} {row.bits} bits {row.rotation:8s} {row.scale:13s} "
+                f"centred {row.centred!s:5} {row.mean:8s} {row.tokens:6d} tokens "
+                f"{row.milliseconds * 1e3:8.1f} us {row.gigabytes_per_second:6.0f} GB/s "
+                f"{row.fraction_of_copy_bandwidth:5.2f} of copy, apart {row.codes_apart:.1e}",
+                flush=True,
+            )
+
+
+def blocks_bytes(state: cache.Cache) -> int:
+    """Bytes of the packed blocks."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.parts[0].pool))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""A whole decoder at full size: tokens per second, and tokens that fit.
+
+Random weights of Llama-3-8B in bfloat16, as good as weights with the rotation of the values inside
+(`folding`), greedy decoding in one compiled loop. The baseline is the same decoder with a dense
+bfloat16 past and cuDNN's attention, in the same run. Pasts are filled with random codes at full
+length. `largest` is the largest batch at its context that fits the memory, `longest` the longest
+single sequence; both are really allocated and decoded. A step of the roofline reads the weights and
+the past once, as fast as a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per second.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from experiments.harness import results
+from experiments.harness.experiment import Claim, Row, Track, option, where
+from experiments.speed import greedy_generation, llama_claims, llama_sizes
+from experiments.speed.device_time import copy_bandwidth
+from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.models import PRESETS, Llama, LlamaConfig, timing
+from turboquant_jax.models.dense import DENSE
+from turboquant_jax.models.generate import Past
+from turboquant_jax.models.model import random_model
+from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.models.rope import centring
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FULL = 16
+_SIZED = (FULL, 4, 2)  # bits of the cases that fill the memory, of which one loop is timed
+_SHARES = (0.99, 0.97, 0.93, 0.85, 0.6)  # of the free memory, one after another until one fits
+_COMPILERS = 8
+_REFUSED = NotImplementedError, jax.errors.JaxRuntimeError  # by a kernel, or for lack of memory
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    cases: tuple[str, ...] = option(
+        ("32x4096", "8x32768", "1x4096", "largest4096", "longest"),
+        "batch x context, largest<context>, longest, greedy",
+    )
+    bits: tuple[int, ...] = option((FULL, 4, 2, 3), "bits of keys and values; 16: the baseline")
+    model: str = option("llama-3-8b", "preset whose sizes the random weights have")
+    layers: int = option(0, "layers instead of the preset's, if not 0")
+    steps: int = option(64, "steps of a compiled loop, a whole number of blocks")
+    repeats: int = option(3, "timed loops; their median counts")
+    checkpoint: str = option("", "GGUF file for the case greedy, if not the packaged SmolLM2")
+    tokens: int = option(256, "tokens of the case greedy")
+
+
+SMOKE = Config(("2x100",), (FULL, 4), "smollm2-135m", 1, 4, 1)
+
+
+def run(config: Config, track: Track) -> list[Row]:
+    """Measure every case."""
+    bench, rows = Bench(config), list[Row]()
+    for case in config.cases:
+        jobs = _jobs(config, case)
+        bench.compile(case, jobs)
+        for bits in track(jobs, f"llama_speed {case}"):
+            rows += bench.measure(case, bits, rows)
+    return rows
+
+
+def _jobs(config: Config, case: str) -> list[int]:
+    """The bits at which a case is measured, the baseline first."""
+
+    def asked(bits: int) -> bool:
+        return bits == 4 if case == "greedy" else bits in _SIZED or not llama_sizes.fills(case)
+
+    return sorted(filter(asked, config.bits), key=lambda bits: bits != FULL)
+
+
+class Bench:
+    """Holds the decoder on the device, and measures one case at a time."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        preset = PRESETS[config.model]
+        layers = config.layers or preset.num_layers
+        self.llama: LlamaConfig = dataclasses.replace(preset, num_layers=layers)
+        self.compiled: dict[tuple[int, int, int], timing.CompiledDecode] = {}
+
+    @functools.cached_property
+    def copy(self) -> float:
+        """Bytes per second of a copy on this device."""
+        return copy_bandwidth() if jax.default_backend() == "gpu" else timing.copy_bandwidth(2**26)
+
+    @functools.cached_property
+    def model(self) -> Llama:
+        """The decoder."""
+        return jax.block_until_ready(random_model(self.llama, 0, stacked=False))
+
+    def cache_config(self, bits: int) -> CacheConfig:
+        """The default cache, values rotated already."""
+        codecs = CodecConfig(bits), CodecConfig(bits, rotation="identity")
+        sizes = self.llama.num_layers, self.llama.num_kv_heads, self.llama.head_dim
+        window, means = self.llama.sliding_window, centring(self.llama)
+        return CacheConfig(*sizes, *codecs, sliding_window=window, **means)
+
+    def compile(self, case: str, every: Sequence[int]) -> None:
+        """Compile the loops of a case ahead.
+
+        The first of every batch alone, because XLA times its matrix products while it compiles,
+        once for each shape.
+        """
+        if case == "greedy" or not every:
+            return
+        self.compiled.clear()
+
+        def one(bits: int) -> None:
+            key = bits, *self._size(case, bits, _SHARES[0])
+            call = self.model, *self._past(*key), self.config.steps
+            with contextlib.suppress(*_REFUSED):  # and said when it is measured
+                self.compiled[key] = timing.compile_decode(*call)
+
+        one(every[0])
+        with ThreadPoolExecutor(1 if case.startswith("largest") else _COMPILERS) as pool:
+            list(pool.map(one, every[1:]))
+
+    def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
+        """The row of a case; none where it does not fit the device."""
+        if case == "greedy":
+            compare = functools.partial(
+                greedy_generation.compare, self.config.checkpoint, self.config.tokens
+            )
+            with ThreadPoolExecutor() as pool:
+                yield from ({"case": case} | r for r in pool.map(compare, ("float32", "bfloat16")))
+            return
+        for share in _SHARES if llama_sizes.fills(case) else (1.0,):
+            row = self._tried(case, bits, *self._size(case, bits, share))
+            if row is None:
+                gc.collect()
+                continue
+            base = where(rows, case=case, bits_k=FULL)
+            if base and case != "longest":
+                row["ratio_to_baseline"] = row["tokens_per_second"] / base[0]["tokens_per_second"]
+            yield row
+            return
+
+    def _tried(self, case: str, bits: int, batch: int, context: int) -> Row | None:
+        """The row, or None where the device has too little memory, or a kernel refuses the size."""
+        try:
+            # a past that does not fit is no reason to compile
+            if llama_sizes.fills(case) and (bits, batch, context) not in self.compiled:
+                jax.block_until_ready(self._past(bits, batch, context)[0]())
+                gc.collect()
+            return self._decode(case, bits, batch, context)
+        except NotImplementedError as error:
+            reason = str(error)
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error)
+            if "RESOURCE_EXHAUSTED" not in reason:
+                raise
+        print(f"{case} at {bits} bits, {batch} x {context}: {reason[:200]}", flush=True)
+        return None
+
+    def _size(self, case: str, bits: int, share: float) -> tuple[int, int]:
+        cache = None if bits == FULL else self.cache_config(bits)
+        free = int(share * self.free) if llama_sizes.fills(case) else 0
+        return llama_sizes.size(case, self.cache_config(4), cache, self.config.steps + 1, free)
+
+    @functools.cached_property
+    def free(self) -> int:
+        """Bytes beside the decoder."""
+        jax.block_until_ready(self.model)
+        stats = jax.devices()[0].memory_stats()
+        if stats is None:
+            raise ValueError("got a device that does not report its memory, expected a GPU")
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+
+    def _past(self, bits: int, batch: int, context: int) -> tuple[Callable[[], Any], Past[Any]]:
+        """What makes a filled past, and how it is used."""
+        capacity = context + self.config.steps + 1
+        sizes = batch, context, capacity
+        if bits == FULL:
+            return functools.partial(timing.filled_dense, self.llama, *sizes), DENSE
+        cache = self.cache_config(bits)
+        return functools.partial(timing.filled_cache, cache, *sizes), COMPRESSED
+
+    def _decode(self, case: str, bits: int, batch: int, context: int) -> Row:
+        model, cache = self.model, self.cache_config(4 if bits == FULL else bits)
+        make, past = self._past(bits, batch, context)
+        shapes = jax.tree.leaves(jax.eval_shape(make))
+        nbytes = sum(x.size * x.dtype.itemsize for x in shapes)
+        timed = timing.time_decode(
+            model, make, past,
+            steps=self.config.steps,
+            repeats=1 if llama_sizes.fills(case) else self.config.repeats,
+            compiled=self.compiled.get((bits, batch, context)),
+        )  # fmt: skip
+        middle = context + self.config.steps / 2
+        read = batch * timing.past_bytes(cache, middle, bits != FULL)
+        fastest = (timing.weight_bytes(model) + read) / self.copy
+        stats = jax.devices()[0].memory_stats() or {}
+        return {
+            "case": case,
+            "model": self.config.model,
+            "cache": "bf16" if bits == FULL else f"{bits} bits",
+            "bits_k": bits,
+            "bits_v": bits,
+            "batch": batch,
+            "context": context,
+            "milliseconds_per_step": timed.median * 1e3,
+            "milliseconds_min": min(timed.seconds) * 1e3,
+            "milliseconds_max": max(timed.seconds) * 1e3,
+            "tokens_per_second": batch / timed.median,
+            "fraction_of_roofline": fastest / timed.median,
+            "copy_gigabytes_per_second": self.copy / 1e9,
+            "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
+            "cache_bytes": nbytes,
+            "temporary_bytes": timed.temporary_bytes,
+            "peak_bytes": stats.get("peak_bytes_in_use", 0),
+            "memory_limit": stats.get("bytes_limit", 0),
+            "compile_seconds": timed.compile_seconds,
+        }
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aims of speed and of memory."""
+    return llama_claims.claims(rows)
+
+
+def figure(rows: Sequence[Row]) -> "Figure":
+    """Tokens per second of every case, and the longest contexts."""
+    return llama_claims.figure(rows)
+
+
+def main() -> None:
+    """Rows are written as they come; a further call adds what is not there yet."""
+    out, limit, config = _arguments()
+    start, bench = time.monotonic(), Bench(config)
+    command, rows, before = (
+        " ".join(["python -m experiments.speed.llama_speed", *sys.argv[1:]]),
+        [],
+        0.0,
+    )
+    if (out / "rows.csv").exists():
+        found = results.read(out)
+        rows, before = found.rows, found.meta["seconds"]
+        command = " && ".join([found.meta["command"], command])
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+    def here() -> list[Row]:
+        return [
+            row
+            for row in rows
+            if row.get("memory_limit", memory) == memory
+            and llama_claims.model_of(row) == config.model
+        ]
+
+    for case in config.cases:
+        held = [row["bits_k"] for row in where(here(), case=case)]
+        missing = [bits for bits in _jobs(config, case) if bits not in held]
+        if not missing or time.monotonic() - start > limit:
+            print(f"{case}: not run at {missing} bits", flush=True)
+            continue
+        bench.compile(case, missing)
+        print(f"[{time.monotonic() - start:.0f} s] {case} compiled", flush=True)
+        for bits in missing:
+            fresh = list(bench.measure(case, bits, here()))
+            rows += fresh
+            took = time.monotonic() - start
+            meta = results.describe(command, results.config_of(config), before + took)
+            results.write(out, rows, meta, None)
+            for row in fresh:
+                cells = (f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in row.items())
+                print(f"[{took:.0f} s]", ", ".join(cells), flush=True)
+    for claim in claims(rows):
+        print(f"{claim.verdict:15} {claim.statement} -> {claim.measured}")
+
+
+def _arguments() -> tuple[Path, float, Config]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this")
+    for field in dataclasses.fields(Config):
+        default: Any = field.default
+        several = isinstance(default, tuple)
+        kind = type(default[0] if several else default)
+        nargs = "+" if several else None
+        described = field.metadata["help"]
+        parser.add_argument(
+            f"--{field.name}", type=kind, nargs=nargs, default=default, help=described
+        )
+    given = vars(parser.parse_args())
+    out, limit = given.pop("out"), given.pop("seconds")
+    plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return out, limit, Config(**plain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Experiments on answers through a compressed cache: needles and questions."""

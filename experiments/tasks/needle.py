@@ -1,0 +1,181 @@
+"""A needle in a haystack, through a compressed cache.
+
+A seven-digit number for a word-word key stands in essays, at eight depths; the chat asks for it and
+begins the answer (after RULER, arXiv:2404.06654). `single` hides one needle, `multi` four with
+other keys. A needle is found if every digit is the most likely token under teacher forcing, which
+is to say that greedy decoding would give it. Where SmolLM2-135M itself does not find it in full
+precision, the prompt says nothing about the cache: a setting is judged by the share that it keeps
+of the needles that full precision finds, and cells without any are grey. The caches with bits by
+layer or head (`--mixed 1`) were not asked, and `lossless` was the scalar code, not the preset's
+trellis.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.fidelity.allocation import Allocated, remembered
+from experiments.fidelity.forcing import cut
+from experiments.fidelity.settings import Setting, for_prompts
+from experiments.harness import prepared
+from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.journal import open_journal
+from experiments.harness.statistics import wilson
+from experiments.tasks import answers
+from experiments.tasks.answers import Answers, Asked
+from experiments.tasks.needle_prompts import LENGTHS, SAMPLES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FULL = "full precision"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
+    lengths: tuple[int, ...] = option(LENGTHS, "tokens of a prompt")
+    tasks: tuple[str, ...] = option(tuple(SAMPLES), "single, multi")
+    settings: int = option(0, "how many settings, 0 for all")
+    seed: int = option(0, "seed of the rotations")
+    mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
+    precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
+    seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
+
+
+SMOKE = Config("tiny", (160,), ("single",), 1)
+
+
+def run(config: Config, track: Track) -> list[Row]:
+    """Every task and length in full precision and with every setting."""
+    journal = open_journal("needle", config, ("lengths", "tasks", "settings", "mixed"))
+    forcing = cut(prepared.model(config.model), config.precision)
+    model = forcing.model.config
+    settings: list[Setting | Allocated] = [*for_prompts(model.num_layers)]
+    settings = settings[: config.settings or None]
+    settings += remembered() if config.mixed else []
+    rows: list[Row] = []
+    for length in track(config.lengths, "needle"):
+        for task in config.tasks:
+            prompts = _prompts(config, task, length)
+            head = {"task": task, "context": length}
+            held: list[Asked] = []
+
+            def asked(prompts=prompts, held=held) -> Asked:
+                if not held:
+                    held.append(answers.ask(forcing, prompts))
+                return held[0]
+
+            def full(asked=asked, head=head) -> list[Row]:
+                return list(_cells(asked(), answers.full(asked()), {**head, "preset": FULL}))
+
+            rows += journal.measure(f"{task} {length} {FULL}", full)
+            for setting in settings:
+                columns = {**head, **setting.columns(), **setting.sizes(model, length)}
+
+                def make(setting=setting, asked=asked, columns=columns) -> list[Row]:
+                    made = answers.answers(asked(), setting, config.seed)
+                    return list(_cells(asked(), made, columns))
+
+                rows += journal.measure(f"{task} {length} {setting.preset}", make)
+    return rows
+
+
+def _prompts(config: Config, task: str, length: int) -> prepared.Prompts:
+    if config.model == "tiny":
+        return prepared.random_prompts(4, length, depth=np.array([0.0, 0.0, 0.5, 1.0]))
+    return prepared.prompts(f"needle/{task}/{length}")
+
+
+def _cells(asked: Asked, made: Answers, columns: Row) -> Iterator[Row]:
+    """A row for each depth."""
+    depths = asked.prompts.labels["depth"]
+    exact = answers.full(asked)
+    for depth in np.unique(depths):
+        at = depths == depth
+        valid = made.valid[at]
+        found = exact.exact()[at]
+        yield {
+            **columns,
+            "depth": float(depth),
+            "prompts": int(at.sum()),
+            "found_full": int(found.sum()),
+            "found": int(made.exact()[at].sum()),
+            "kept": int(made.exact()[at][found].sum()),
+            "digits": float(made.hit[at][valid].mean()),
+            "nll": float(made.nll[at][valid].mean()),
+            "nll_full": float(exact.nll[at][valid].mean()),
+        }
+
+
+def _total(rows: Sequence[Row], column: str) -> int:
+    return sum(row[column] for row in rows)
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """What full precision finds, and which share of that each setting keeps."""
+    made = []
+    for task in distinct(rows, "task"):
+        every = where(rows, task=task)
+        full = where(every, preset=FULL)
+        for length in distinct(full, "context"):
+            cells = where(full, context=length)
+            found, count = _total(cells, "found"), _total(cells, "prompts")
+            made.append(
+                Claim(
+                    "our question",
+                    f"the model itself finds every needle ({task}, {length:,} tokens)",
+                    f"{found} of {count}",
+                    "holds" if found == count else "does not hold",
+                )
+            )
+        for preset in distinct(every, "preset"):
+            cells = where(every, preset=preset)
+            found, kept = _total(cells, "found_full"), _total(cells, "kept")
+            if preset == FULL or not found:
+                continue
+            low, high = wilson(kept, found)
+            made.append(
+                Claim(
+                    "TurboQuant, figure 4",
+                    f"{preset} finds every needle that full precision finds ({task})",
+                    f"{kept} of {found} ({low:.0%} to {high:.0%} at 95 %)",
+                    "holds" if kept == found else "does not hold",
+                )
+            )
+    return made
+
+
+def figure(rows: Sequence[Row]) -> "Figure":
+    """Heat maps of depth over length; grey where full precision finds nothing."""
+    from experiments.harness.plotting import panels
+
+    shown = distinct(rows, "preset")
+    tasks = distinct(rows, "task")
+    columns = min(7, len(shown))
+    lines = -(-len(shown) // columns)  # of a task
+    made, axes = panels(lines * len(tasks), columns, 2.0, 2.0)
+    for unused in axes.ravel():
+        unused.set_axis_off()
+    for i, task in enumerate(tasks):
+        for j, preset in enumerate(shown):
+            cells = where(rows, task=task, preset=preset)
+            lengths, depths = distinct(cells, "context"), sorted(distinct(cells, "depth"))
+            grid = np.full((len(depths), len(lengths)), np.nan)
+            for cell in cells:
+                if cell["found_full"]:
+                    place = depths.index(cell["depth"]), lengths.index(cell["context"])
+                    grid[place] = cell["kept"] / cell["found_full"]
+            axis = axes[i * lines + j // columns, j % columns]
+            axis.set_axis_on()
+            axis.grid(False)
+            axis.set_facecolor("#b0b0b0")
+            axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set_title(f"{preset}\n{task}", fontsize=6)
+            axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" for n in lengths], fontsize=6)
+            axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=5)
+    return made

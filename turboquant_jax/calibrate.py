@@ -1,14 +1,7 @@
 """Calibration of a model: bases of its heads, what every format loses, the allocation for a target.
 
-Two readings of the texts. The first gathers the second moments of queries and centred keys, from
-which the bases follow. The second goes back through the layers (`models.sensitivity`): with g the
-gradients and d the errors of a head's keys, or values, in a format, <g, d> summed over the tokens
-and squared is twice the loss, but from one text it is a guess with the spread of a square. The sum
-of the squares has little spread, and misses that errors of the same token agree, most of all in the
-first layers. So heads and formats are told apart by the sum of squares, and every layer's keys, or
-values, are scaled by how much larger the square of the sum is, over all texts, heads and formats.
-
-What was gathered is saved after every text; the same call goes on from there.
+`models.gathered` reads the texts, twice. What it gathers is saved after every text: the same call
+goes on from there.
 """
 
 import hashlib
@@ -22,18 +15,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files, fitting
-from turboquant_jax.cache import calibration as calibrations
-from turboquant_jax.cache.allocation import Allocation, Bits, Losses
+from turboquant_jax.cache import CacheConfig, fitting
+from turboquant_jax.cache.allocation import Allocation, Bits
 from turboquant_jax.cache.calibration import Calibration, Study
 from turboquant_jax.cache.calibration_file import save_calibration
 from turboquant_jax.models import Checkpoint, Llama
 from turboquant_jax.models.evaluate import compare
+from turboquant_jax.models.gathered import Gathered, error
 from turboquant_jax.models.identity import key_digest
-from turboquant_jax.models.sensitivity import Seen, final, look_back, read
-from turboquant_jax.quantizers.channels import Basis
+from turboquant_jax.models.sensitivity import Seen, final, read
 
 Progress = Callable[[str, int, int], None]
 """What is being done, steps done, steps in all."""
@@ -124,15 +116,18 @@ def calibrate(
     model, config = checkpoint.model, plan.config
     choosing, judging = windows(texts, plan.context, plan.windows)
     formats = menu(config.head_dim)
-    gathered = _Gathered(out, _facts(checkpoint, texts, plan), config, formats)
+    key = partial(jax.random.fold_in, jax.random.key(plan.seed))
+    gathered = Gathered(
+        out.with_name(out.name + ".partial"), _facts(checkpoint, texts, plan), config, formats
+    )
     steps = 2 * len(choosing) + len(judging)
     for done, tokens in gathered.rest("read", choosing):
-        progress("read", done, steps)
-        gathered.moments(model, tokens)
-    basis = calibrations.from_moments(gathered.mean("of_keys"), gathered.mean("of_queries"))
+        progress("moments of keys and queries", done, steps)
+        gathered.moments(model, tokens, key(done))
+    basis = gathered.basis()
     for done, tokens in gathered.rest("heard", choosing):
         progress("losses of every format", len(choosing) + done, steps)
-        gathered.losses(model, tokens, basis, jax.random.fold_in(jax.random.key(plan.seed), done))
+        gathered.losses(model, tokens, basis, key(done))
     losses = gathered.summed()
     known, scale = Calibration(keys=basis), 1.0
     while True:
@@ -155,6 +150,7 @@ def calibrate(
         tuple((text.name, text.digest, len(text.tokens)) for text in texts),
         tuple((name, version(name)) for name in ("turboquant-jax", "jax")),
         _rule(config, plan),
+        tuple((name, getattr(config.key, name)) for name in ("code", "scales")),
         _centring(config),
         losses,
         plan.target,
@@ -197,98 +193,6 @@ def judge(
     *_, (_, exact) = read(model, ids, config)
     *_, (_, other) = read(model, ids, config, errors)
     return float(np.mean(compare(model, ids[None], final(model, exact), final(model, other)).kl))
-
-
-@partial(jax.jit, static_argnames="form")
-def error(
-    form: CodecConfig, key: Array, basis: Basis | None, x: Float[Array, "T K H"]
-) -> Float[Array, "T K H"]:
-    """What comes back of vectors of a layer, less what went in; the basis is that of its heads."""
-    made = codec.create(key, form, x.shape[2], None, basis if form.scales != "group" else None)
-    rows = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return made.unrotate(rows, made.dequantize(made.quantize(rows, x))) - x
-
-
-class _Gathered:
-    """Sums over the texts, saved after each of them."""
-
-    def __init__(self, out: Path, facts: str, config: CacheConfig, formats):
-        self.path = out.with_name(out.name + ".partial")
-        self.facts, self.config, self.formats = facts, config, formats
-        heads, dim = (config.num_layers, config.num_kv_heads), config.head_dim
-        self.sums = {name: np.zeros((*heads, dim, dim)) for name in ("of_keys", "of_queries")}
-        for side, names in zip(("keys", "values"), formats, strict=True):
-            for kind in ("squares", "square"):
-                self.sums[f"{side}.{kind}"] = np.zeros((*heads, len(names)))
-        self.sums |= {"read": np.zeros(1, np.int64), "heard": np.zeros(1, np.int64)}
-        if self.path.is_file():
-            found, arrays = files.read(self.path, "what a calibration gathered")
-            if found.get("facts") != facts:
-                raise ValueError(
-                    f"{self.path}: got what a calibration of another model, of other texts or for "
-                    "other settings gathered, expected this one's: remove it, or write elsewhere"
-                )
-            files.check(self.path, found, ("facts",), arrays)
-            self.sums = {name: np.array(array) for name, array in arrays.items()}
-
-    def rest(self, name: str, texts: np.ndarray):
-        """(number, tokens) of those that are not counted yet; each is saved once it is done."""
-        for index in range(int(self.sums[name][0]), len(texts)):
-            yield index, jnp.asarray(texts[index])
-            self.sums[name] += 1
-            files.write(self.path, self.sums, {"facts": self.facts})
-
-    def mean(self, name: str) -> np.ndarray:
-        """Of a moment over the texts, which are equally long."""
-        return self.sums[name] / self.sums["read"][0]
-
-    def moments(self, model: Llama, tokens: Array) -> None:
-        """Add those of a text."""
-        for layer, (seen, _) in enumerate(read(model, tokens, self.config)):
-            first = self.config.sinks  # what is never compressed says nothing
-            of_keys, of_queries = _moments(seen.q[first:], seen.k[first:])
-            self.sums["of_keys"][layer] += np.asarray(of_keys, np.float64)
-            self.sums["of_queries"][layer] += np.asarray(of_queries, np.float64)
-
-    def losses(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
-        """Add what every format loses on a text."""
-        drawn, *rotations = jax.random.split(key, 3)
-        for layer, seen, gradients in look_back(model, tokens, self.config, drawn):
-            own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
-            for side, turn, x, g, menu, which in zip(
-                ("key", "value"), rotations, (seen.k, seen.v), gradients, self.formats, (own, None),
-                strict=True,
-            ):  # fmt: skip
-                for column, bits in enumerate(menu):
-                    form = getattr(self.config, side).of(bits)
-                    squares, square = _products(error(form, turn, which, x), g)
-                    self.sums[f"{side}s.squares"][layer, :, column] += np.asarray(squares)
-                    self.sums[f"{side}s.square"][layer, :, column] += np.asarray(square)
-
-    def summed(self) -> Losses:
-        """Losses in nats a token: squares, scaled by the layer's squares of sums."""
-        found = []
-        for side in ("keys", "values"):
-            squares, square = (
-                self.sums[f"{side}.{kind}"] / self.sums["heard"][0]
-                for kind in ("squares", "square")
-            )
-            unit = np.maximum(squares.sum(axis=(0, 1)), 1e-300)  # every format counts alike
-            agreed, alone = ((x / unit).sum(axis=(1, 2)) for x in (square, squares))
-            scale = np.divide(agreed, alone, out=np.ones_like(alone), where=alone > 0)
-            found.append(squares * scale[:, None, None])
-        keys, values = (tuple(tuple(map(tuple, layer.tolist())) for layer in x) for x in found)
-        return Losses(*self.formats, keys, values)
-
-
-_moments = jax.jit(calibrations.moments)
-
-
-@jax.jit
-def _products(off: Float[Array, "T K H"], g: Float[Array, "T K H"]):
-    """Halves of the sum of the squares of <g, d>, and of the square of their sum, by T."""
-    each = jnp.sum(off * g, axis=2)
-    return jnp.mean(each * each, axis=0) / 2, jnp.sum(each, axis=0) ** 2 / (2 * each.shape[0])
 
 
 def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import numpy as np
 
@@ -105,13 +105,15 @@ def is_split(bits: object) -> TypeGuard[Groups]:
 
 def mean_bits(bits: Bits) -> float:
     """Bits per channel."""
-    if not is_split(bits):
+    if isinstance(bits, int):
         return bits
     return sum(n * b for n, b in bits) / sum(n for n, _ in bits)
 
 
 def _heads(entry: Entry) -> tuple[Bits, ...]:
-    return entry if isinstance(entry, tuple) and not is_split(entry) else (entry,)
+    if isinstance(entry, int) or is_split(entry):
+        return (entry,)
+    return cast(tuple[Bits, ...], entry)
 
 
 def allocate(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[int, ...], float]:
@@ -181,6 +183,11 @@ class Losses:
     @property
     def _sides(self):
         return (self.key_formats, self.keys), (self.value_formats, self.values)
+
+
+def nested(array: np.ndarray) -> tuple:
+    """The numbers of an array as tuples of tuples."""
+    return tuple(map(nested, array)) if array.ndim > 1 else tuple(array.tolist())
 
 
 def choose(
@@ -261,11 +268,11 @@ def _spend(
             if len(kinds := set(heads.tolist())) == most:
                 gain[layer][:, [c for c in range(len(cost)) if c not in kinds]] = 0
         worth = np.where((gain > 0) & (more <= rest), gain / np.maximum(more, 1e-300), 0)
-        layer, head, column = np.unravel_index(np.argmax(worth), worth.shape)
-        if worth[layer, head, column] <= 0:
+        where = np.unravel_index(np.argmax(worth), worth.shape)
+        if worth[where] <= 0:
             return chosen
-        rest -= float(more[layer, head, column])
-        chosen[layer, head] = column
+        rest -= float(more[where])
+        chosen[where[0], where[1]] = where[2]
 
 
 def _pairs(layer: Sequence, heads: int) -> tuple:

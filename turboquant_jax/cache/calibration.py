@@ -39,6 +39,7 @@ class Study:
       texts: (name, digest, tokens) of what it read.
       versions: (package, version) of what computed.
       rule: (name, number) of what the cache was like: sinks, window, block, tokens of a text.
+      codec: (name, value) of `CodecConfig`, for all formats.
       centring: "pre_rope", "stored" or "none", of the keys.
       losses: of every format of every head.
       target: what the allocation was chosen for.
@@ -51,6 +52,7 @@ class Study:
     texts: tuple[tuple[str, str, int], ...]
     versions: tuple[tuple[str, str], ...]
     rule: tuple[tuple[str, int], ...]
+    codec: tuple[tuple[str, str], ...]
     centring: str
     losses: Losses
     target: str
@@ -117,7 +119,9 @@ def moments(
     return of_x, of_q / (tokens * grouped.shape[2])
 
 
-def from_moments(of_x: Float[Array, "*heads H H"], of_q: Float[Array, "*heads H H"]) -> Basis:
+def from_moments(
+    of_x: Float[Array | np.ndarray, "*heads H H"], of_q: Float[Array | np.ndarray, "*heads H H"]
+) -> Basis:
     """The basis of each head from its second moments S_x and S_q; computed in float64.
 
     B is rounded to float16, its largest entry between 1/2 and 1: the unit of a basis is free, its

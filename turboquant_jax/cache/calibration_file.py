@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from turboquant_jax.cache import files
-from turboquant_jax.cache.allocation import Allocation, Losses
+from turboquant_jax.cache.allocation import Allocation, Losses, nested
 from turboquant_jax.cache.calibration import Calibration, Study, of_matrix
 
 FORMAT = "turboquant-jax calibration 1"
@@ -58,7 +58,7 @@ def load_calibration(path: str | Path) -> Calibration:
     files.check(path, facts, ("format", "study"), arrays)
     found = json.loads(facts["study"], object_hook=_tuples)
     menus = found.pop("losses")
-    losses = Losses(*menus, *(_nested(arrays[f"{side}.losses"]) for side in ("keys", "values")))
+    losses = Losses(*menus, *(nested(arrays[f"{side}.losses"]) for side in ("keys", "values")))
     allocation = Allocation(**found.pop("allocation"))
     bases = {
         side: of_matrix(arrays[f"{side}.matrix"].astype(np.float32), arrays[f"{side}.variance"])
@@ -75,7 +75,3 @@ def _tuples(found: dict) -> dict:
         return tuple(map(frozen, x)) if isinstance(x, list) else x
 
     return {name: frozen(x) for name, x in found.items()}
-
-
-def _nested(array: np.ndarray) -> tuple:
-    return tuple(map(_nested, array)) if array.ndim > 1 else tuple(array.tolist())

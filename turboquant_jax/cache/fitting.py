@@ -41,7 +41,7 @@ def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> All
     """
     costs = _costs(config, losses, tokens)
     heads = config.num_layers * config.num_kv_heads
-    low, high = (heads * sum(map(which, costs)) for which in (min, max))
+    low, high = (float(heads * sum(map(which, costs))) for which in (min, max))
     if losses.of(choose(losses, costs, high, FORMATS)) > kl:
         raise ValueError(f"kl: got {kl}, expected one that the most bits reach")
     for _ in range(40):

@@ -1,7 +1,7 @@
 """`turboquant-jax bench`."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 from rich.console import Console
@@ -35,7 +35,13 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
 
         checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
         segments = settings.segments(arguments, checkpoint.config.head_dim)
+        kind = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
+        if kind is not None and kind.config.allocation is not None:
+            caches, code = [caches[0], kind.config.allocation], kind.config.key.code
         grid = bench.Grid(caches, *sizes, code=code, **segments)
+        if kind is not None:
+            scales = kind.config.key.scales
+            grid = replace(grid, scales=scales, calibration=kind.calibration)
         bars.update(task, total=grid.size)
         bandwidth = timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**27)
         rows = []

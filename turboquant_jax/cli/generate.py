@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cli import compiling, settings
 from turboquant_jax.cli.texts import Row
 from turboquant_jax.models import Checkpoint, load, stops, stored
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         print(text if arguments.prompts is None else f"> {_shown(prompt)}\n{text}")
     return {
         "model": checkpoint.name,
-        "bits": asdict(allocation[0]) if allocation else settings.asked_bits(arguments),
+        "bits": _said_bits(arguments, allocation),
         "rotation": settings.segments(arguments, checkpoint.config.head_dim)["rotation"],
         "seconds": seconds,  # of the answers, compilation included
         "prompt_tokens": [len(prompt) for prompt in prompts],
@@ -49,6 +50,14 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             for i, (p, t, row) in enumerate(zip(arguments.rows, texts, rows, strict=bool(rows)))
         ],
     }
+
+
+def _said_bits(arguments: argparse.Namespace, allocation: tuple | None) -> Any:
+    """Bits of keys and values, of every head where they differ."""
+    if arguments.calibration is not None:
+        study = load_calibration(arguments.calibration).study
+        return None if study is None else asdict(study.allocation)
+    return asdict(allocation[0]) if allocation else settings.asked_bits(arguments)
 
 
 def say_rotation(arguments: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -68,7 +77,7 @@ def _read(
     capacity = _capacity(arguments, checkpoint.config.max_position, prompts, header)
     if header is not None:
         stored.check(header, prompts[0], checkpoint)
-    state, past = settings.empty_past(arguments, checkpoint.config, len(prompts), capacity)
+    state, past = settings.empty_past(arguments, checkpoint, len(prompts), capacity)
     loaded = 0
     if header is not None:
         state, loaded = stored.restore(header, state), len(header.tokens)

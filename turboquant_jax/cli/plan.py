@@ -11,6 +11,7 @@ from turboquant_jax.cli import settings
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Plan and print."""
+    kind = settings.calibrated(arguments, plan.read_model(arguments.model))
     result = plan.plan(
         arguments.model,
         arguments.memory,
@@ -18,6 +19,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         settings.with_table(settings.asked_bits(arguments)),
         weight_bits=arguments.weight_bits,
         **settings.segments(arguments),
+        allocated=[] if kind is None else [kind.config],
     )
     plan.show(console, result)
     return asdict(result)

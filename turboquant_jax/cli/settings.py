@@ -9,11 +9,13 @@ import jax
 
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, presets
+from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cache.config import CodecCode
 from turboquant_jax.cli import choices, flags
-from turboquant_jax.demo import cache_config
-from turboquant_jax.models import LlamaConfig, dense
+from turboquant_jax.demo import Kind, cache_config
+from turboquant_jax.models import Checkpoint, Llama, LlamaConfig, dense
 from turboquant_jax.models.generate import Past
+from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.quantizers.rotation import default_kind
 
@@ -62,6 +64,30 @@ def allocation(path: Path | None) -> tuple[Allocation, CodecCode] | None:
         raise ValueError(f"{path}: {error}") from error
 
 
+def calibrated(
+    arguments: argparse.Namespace, config: LlamaConfig, model: Llama | None = None
+) -> Kind | None:
+    """The cache of a calibration's file; without the model's weights only sizes are compared.
+
+    Raises:
+      ValueError: one of another model, or of keys that are centred otherwise; a damaged file.
+    """
+    path = getattr(arguments, "calibration", None)
+    if path is None:
+        return None
+    known = load_calibration(path)
+    require_calibrated(known, config, model)
+    assert known.study is not None
+    if known.study.centring != arguments.centring:
+        raise ValueError(
+            f"--centring: got {arguments.centring}, expected {known.study.centring}, which the "
+            f"bases of {path} are for"
+        )
+    options = segments(arguments, config.head_dim) | dict(known.study.codec)
+    made = cache_config(config, 4, 4, allocation=known.study.allocation, **options)
+    return Kind(f"calibrated: {known.study.target}", made, known)
+
+
 def table(arguments: argparse.Namespace) -> dict[tuple[int, int], CodecCode]:
     """(key, value) bits of the rows of a table and their code: of all presets, if one is asked."""
     if arguments.preset is None:
@@ -105,24 +131,28 @@ def dtype(name: str | None) -> str:
 def is_dense(arguments: argparse.Namespace) -> bool:
     """Whether the cache in full precision was asked for."""
     full = (choices.FULL, choices.FULL)
-    return arguments.allocation is None and asked_bits(arguments) == full
+    given = (arguments.allocation, arguments.calibration)
+    return given == (None, None) and asked_bits(arguments) == full
 
 
 def empty_past(
-    arguments: argparse.Namespace, config: LlamaConfig, batch: int, capacity: int
+    arguments: argparse.Namespace, checkpoint: Checkpoint, batch: int, capacity: int
 ) -> tuple[Any, Past]:
     """An empty past of the kind that the flags ask for, and how it is used.
 
     Raises:
-      ValueError: bits of another number of layers.
+      ValueError: bits of another number of layers, or a calibration of another model.
     """
+    config, known = checkpoint.config, None
     if is_dense(arguments):
         return dense.create(config, batch, capacity, dtype(arguments.dtype)), dense.DENSE
     key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
-    found = allocation(arguments.allocation)
-    if found is not None:
-        layers, kind = found
-        compressed = cache_config(config, 4, 4, code=kind, allocation=layers, **options)
+    found, kind = allocation(arguments.allocation), calibrated(arguments, config, checkpoint.model)
+    if kind is not None:
+        compressed, known = kind.config, kind.calibration
+    elif found is not None:
+        layers, code_of = found
+        compressed = cache_config(config, 4, 4, code=code_of, allocation=layers, **options)
     else:
         compressed = cache_config(config, *asked_bits(arguments), code=code(arguments), **options)
-    return cache.create(compressed, batch, capacity, key=key), COMPRESSED
+    return cache.create(compressed, batch, capacity, key=key, calibration=known), COMPRESSED

@@ -1,10 +1,12 @@
-"""Which model it is: a digest of the weights that make its keys."""
+"""Which model it is: a digest of the weights that make its keys, and whether it was calibrated."""
 
 import hashlib
 
 import jax.numpy as jnp
 import numpy as np
 
+from turboquant_jax.cache.calibration import Calibration
+from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.model import Layer, Llama
 
 
@@ -22,3 +24,24 @@ def key_digest(model: Llama) -> str:
     for matrix in matrices:
         made.update(np.asarray(matrix.astype(jnp.bfloat16)).tobytes())
     return made.hexdigest()
+
+
+def require_calibrated(known: Calibration, config: LlamaConfig, model: Llama | None = None) -> None:
+    """Whether a calibration is of this model; without its weights, of one of these sizes.
+
+    Raises:
+      ValueError: one of another model, or without a study.
+    """
+    if known.study is None or known.keys is None:
+        raise ValueError("calibration: got one without a study, expected one from a file")
+    sizes = config.num_layers, config.num_kv_heads, config.head_dim
+    if known.keys.variance.shape != sizes:
+        raise ValueError(
+            f"calibration of {known.study.model}: got {known.keys.variance.shape} layers, heads "
+            f"and channels, expected {sizes}"
+        )
+    if model is not None and (found := key_digest(model)) != known.study.weights:
+        raise ValueError(
+            f"calibration of {known.study.model}: got key weights {known.study.weights[:16]}, "
+            f"expected those of this model, {found[:16]}"
+        )

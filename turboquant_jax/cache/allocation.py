@@ -111,9 +111,9 @@ def mean_bits(bits: Bits) -> float:
 
 
 def _heads(entry: Entry) -> tuple[Bits, ...]:
-    if isinstance(entry, int) or is_split(entry):
-        return (entry,)
-    return cast(tuple[Bits, ...], entry)
+    if isinstance(entry, tuple) and not is_split(entry):
+        return cast(tuple[Bits, ...], entry)
+    return (entry,)
 
 
 def allocate(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[int, ...], float]:

@@ -77,7 +77,8 @@ def _read(
     capacity = _capacity(arguments, checkpoint.config.max_position, prompts, header)
     if header is not None:
         stored.check(header, prompts[0], checkpoint)
-    state, past = settings.empty_past(arguments, checkpoint, len(prompts), capacity)
+    sizes = checkpoint.config, len(prompts), capacity
+    state, past = settings.empty_past(arguments, *sizes, checkpoint.model)
     loaded = 0
     if header is not None:
         state, loaded = stored.restore(header, state), len(header.tokens)

@@ -13,7 +13,7 @@ from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cache.config import CodecCode
 from turboquant_jax.cli import choices, flags
 from turboquant_jax.demo import Kind, cache_config
-from turboquant_jax.models import Checkpoint, Llama, LlamaConfig, dense
+from turboquant_jax.models import Llama, LlamaConfig, dense
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.past import COMPRESSED
@@ -136,18 +136,24 @@ def is_dense(arguments: argparse.Namespace) -> bool:
 
 
 def empty_past(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, batch: int, capacity: int
+    arguments: argparse.Namespace,
+    config: LlamaConfig,
+    batch: int,
+    capacity: int,
+    model: Llama | None = None,
 ) -> tuple[Any, Past]:
     """An empty past of the kind that the flags ask for, and how it is used.
+
+    A calibration is held against the weights of the `model`.
 
     Raises:
       ValueError: bits of another number of layers, or a calibration of another model.
     """
-    config, known = checkpoint.config, None
+    known = None
     if is_dense(arguments):
         return dense.create(config, batch, capacity, dtype(arguments.dtype)), dense.DENSE
     key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
-    found, kind = allocation(arguments.allocation), calibrated(arguments, config, checkpoint.model)
+    found, kind = allocation(arguments.allocation), calibrated(arguments, config, model)
     if kind is not None:
         compressed, known = kind.config, kind.calibration
     elif found is not None:

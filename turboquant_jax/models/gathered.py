@@ -6,8 +6,8 @@ gradients g of the keys, S_g, which know how much depends on a key. Heads take t
 
     S_q / tr S_q + 3 S_g / tr S_g.
 
-On texts that did not choose, channels in groups lost a fifth less in it than in the basis of S_q
-alone, and a tenth less than in that of S_g.
+What that is worth beside S_q alone is in `docs/calibration.md`: something to most heads, nothing to
+the sum over them.
 
 The second reading asks what every format of a head's keys, or values, loses. With d its errors, the
 sum of <g, d> over the tokens, squared, is twice the loss, but from one text it is a guess with the

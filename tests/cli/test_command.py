@@ -255,6 +255,14 @@ def test_what_calibrate_wrote_is_taken_and_held_against_the_model(
     row = json.loads(out.read_text())["rows"][1]
     keys, values = load_calibration(path).study.allocation.means
     assert (row["bits_k"], row["bits_v"]) == (keys, values)
+    # in the bytes of a preset
+    assert (
+        cli.main(["plan", "--model", "tiny", "--memory", "1MB", "--preset", "compact", *given]) == 0
+    )
+    row, *others = json.loads(out.read_text())["rows"][1:]
+    (uniform,) = (other for other in others if (other["bits_k"], other["bits_v"]) == (3, 2))
+    assert row["bits_k"] + row["bits_v"] <= 5
+    assert row["bytes_per_token"] <= uniform["bytes_per_token"]
     capsys.readouterr()
 
     def refused(*arguments):
@@ -263,8 +271,7 @@ def test_what_calibrate_wrote_is_taken_and_held_against_the_model(
 
     generate = ["generate", "x", "--model", tiny]
     assert "expected pre_rope, which the bases" in refused(*generate, "--centring", "none")
-    for flags in (["--bits", "3"], ["--preset", "max"]):
-        assert "says the bits, got --" in refused(*generate, *flags)
+    assert "says the bits, got --bits" in refused(*generate, "--bits", "3")
     sizes = dataclasses.replace(PRESETS["tiny"], num_kv_heads=4)
     monkeypatch.setitem(PRESETS, "tiny", sizes)
     assert "got (1, 2, 16) layers, heads and channels, expected" in refused(*generate)

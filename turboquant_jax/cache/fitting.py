@@ -4,11 +4,18 @@ from dataclasses import replace
 from typing import Literal
 
 from turboquant_jax.cache.allocation import Allocation, Bits, Losses, choose
-from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
+from turboquant_jax.cache.bytes import (
+    compression_ratio,
+    exact_bytes_per_token,
+    planned_bytes,
+)
 from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.cache.presets import Preset, codecs
 
 FORMATS = 4
 """Different (keys, values) formats of a layer: what one call of a kernel serves."""
+PRESET_TOKENS = 65_536
+MAX_RATIO = 7.0
 
 
 def fit_ratio(config: CacheConfig, losses: Losses, ratio: float, tokens: int) -> Allocation:
@@ -31,6 +38,19 @@ def fit_ratio(config: CacheConfig, losses: Losses, ratio: float, tokens: int) ->
         if over <= 0:
             return allocation
         budget -= over
+
+
+def fit_preset(config: CacheConfig, losses: Losses, name: Preset) -> Allocation:
+    """The allocation of least loss in the bytes of a preset at 65,536 tokens; "max" reaches 7.0.
+
+    Raises:
+      ValueError: another name.
+    """
+    key, value = codecs(name)
+    uniform = replace(config, key=key, value=value, allocation=None)
+    ratio = compression_ratio(uniform, PRESET_TOKENS)
+    least = MAX_RATIO if name == "max" else 0.0
+    return fit_ratio(config, losses, max(ratio, least), PRESET_TOKENS)
 
 
 def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> Allocation:

@@ -60,7 +60,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="formats of each head and their bases, instead of bits: what `calibrate` wrote",
+        help="formats of each head and their bases, instead of bits: what `calibrate` wrote; with "
+        "--preset those of least loss in its bytes",
     )
 
 
@@ -138,7 +139,7 @@ def check_segments(arguments: argparse.Namespace) -> None:
     for name, path in given.items():
         if path is None:
             continue
-        if arguments.preset is not None:
+        if arguments.preset is not None and name == "allocation":
             raise ValueError(f"--{name} {path} says the bits, got --preset beside it")
         _refuse_bits(arguments, f"--{name} {path}")
         if not path.is_file():

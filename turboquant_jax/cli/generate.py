@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cli import compiling, settings
 from turboquant_jax.cli.texts import Row
 from turboquant_jax.models import Checkpoint, load, stops, stored
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         print(text if arguments.prompts is None else f"> {_shown(prompt)}\n{text}")
     return {
         "model": checkpoint.name,
-        "bits": _said_bits(arguments, allocation),
+        "bits": _said_bits(arguments, checkpoint, allocation),
         "rotation": settings.segments(arguments, checkpoint.config.head_dim)["rotation"],
         "seconds": seconds,  # of the answers, compilation included
         "prompt_tokens": [len(prompt) for prompt in prompts],
@@ -52,11 +51,13 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     }
 
 
-def _said_bits(arguments: argparse.Namespace, allocation: tuple | None) -> Any:
+def _said_bits(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, allocation: tuple | None
+) -> Any:
     """Bits of keys and values, of every head where they differ."""
-    if arguments.calibration is not None:
-        study = load_calibration(arguments.calibration).study
-        return None if study is None else asdict(study.allocation)
+    kind = settings.calibrated(arguments, checkpoint.config)
+    if kind is not None and kind.config.allocation is not None:
+        return asdict(kind.config.allocation)
     return asdict(allocation[0]) if allocation else settings.asked_bits(arguments)
 
 

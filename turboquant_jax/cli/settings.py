@@ -2,13 +2,14 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, presets
+from turboquant_jax.cache import Allocation, fitting, presets
 from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cache.config import CodecCode
 from turboquant_jax.cli import choices, flags
@@ -84,8 +85,12 @@ def calibrated(
             f"bases of {path} are for"
         )
     options = segments(arguments, config.head_dim) | dict(known.study.codec)
-    made = cache_config(config, 4, 4, allocation=known.study.allocation, **options)
-    return Kind(f"calibrated: {known.study.target}", made, known)
+    made = cache_config(config, 4, 4, **options)
+    chosen, name = known.study.allocation, known.study.target
+    if arguments.preset is not None:
+        chosen = fitting.fit_preset(made, known.study.losses, arguments.preset)
+        name = f"{arguments.preset}'s bytes"
+    return Kind(f"calibrated: {name}", replace(made, allocation=chosen), known)
 
 
 def table(arguments: argparse.Namespace) -> dict[tuple[int, int], CodecCode]:

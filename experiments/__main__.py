@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.catalogue import EXPERIMENTS
 from experiments.harness import report, results
 from experiments.harness.data import MissingDataError
-from experiments.harness.experiment import Experiment, name_of
+from experiments.harness.experiment import GPU, Experiment, Row, name_of, needs_of
 from experiments.harness.results import OtherConfigurationError
 
 REPORT = Path(__file__).parent.parent / "REPORT.md"
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, default=results.COMMITTED, help="folder of the results")
     add.set_defaults(command=_add)
 
-    write = commands.add_parser("report", help="write REPORT.md from the results")
+    write = commands.add_parser("report", help="write REPORT.md and its pages from the results")
     write.add_argument("--check", action="store_true", help="only say whether it is up to date")
     write.add_argument("--redraw", action="store_true", help="draw every figure anew from its rows")
     write.add_argument("--out", type=Path, default=results.COMMITTED, help="folder of the results")
@@ -75,22 +76,33 @@ def _add_run(names: Any, experiment: Experiment) -> None:
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-    default = field.default
-    sample = default[0] if isinstance(default, tuple) else default
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    default: Any = field.default
+    several = isinstance(default, tuple)
+    shown = " ".join(map(str, default)) if several else default
+    name = f"--{field.name.replace('_', '-')}"
+    if isinstance(default, bool):
+        parser.add_argument(name, action="store_true", default=None, help=field.metadata["help"])
+        return
+    kind = type((default or ("",))[0] if several else default)
     parser.add_argument(
-        f"--{field.name.replace('_', '-')}",
-        type=type(sample),
-        nargs="+" if isinstance(default, tuple) else None,
-        metavar=type(sample).__name__.upper(),
-        help=f"{field.metadata['help']} ({shown})",
+        name,
+        type=kind,
+        nargs="+" if several else None,
+        choices=field.metadata["choices"],
+        metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+        help=f"{field.metadata['help']} ({shown})" if shown != "" else field.metadata["help"],
     )
 
 
 def _list(_: argparse.Namespace) -> int:
+    room = ""
     for experiment in EXPERIMENTS:
+        if (here := experiment.__name__.split(".")[-2]) != room:
+            room = here
+            print(f"{room}/")
         title = (experiment.__doc__ or "").partition("\n")[0]
-        print(f"{name_of(experiment):24} {title}")
+        needs = f" Needs {needs_of(experiment)}." * bool(needs_of(experiment))
+        print(f"  {name_of(experiment):20} {title}{needs}")
     return 0
 
 
@@ -102,24 +114,38 @@ def _configuration(args: argparse.Namespace) -> Any:
     return dataclasses.replace(base, **changes)
 
 
+def _has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 def _run(args: argparse.Namespace) -> int:
     config = _configuration(args)
     out = args.out or (SMOKE_OUT if args.smoke else results.COMMITTED)
-    name = name_of(args.experiment)
+    experiment, name = args.experiment, name_of(args.experiment)
     folder = out / (f"{name}.{args.label}" if args.label else name)
     results.check_free(folder, results.config_of(config), args.force)
 
+    if needs_of(experiment) == GPU and not _has_gpu():
+        raise ValueError(f"{name}: got {jax.devices()[0].device_kind}, expected {GPU}")
+    start, rows, is_new = time.monotonic(), list[Row](), not folder.exists()
+    described = _command(args, config), results.config_of(config)
     bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    start = time.monotonic()
     with Progress(*bars, transient=True) as progress:
-        rows = args.experiment.run(
-            config, lambda items, text: progress.track(items, description=text)
-        )
+        found = experiment.run(config, lambda items, text: progress.track(items, description=text))
+        if isinstance(found, list):
+            rows = found
+        else:
+            for row in found:
+                rows.append(row)
+                progress.console.print(results.line(row), highlight=False, soft_wrap=True)
+                if is_new:
+                    seconds = time.monotonic() - start
+                    meta = results.describe(*described, seconds) | {"unfinished": True}
+                    results.write(folder, rows, meta, None)
     seconds = time.monotonic() - start
-
-    meta = results.describe(_command(args, config), results.config_of(config), seconds)
-    results.write(folder, rows, meta, report.draw(args.experiment, rows))
-    for claim in args.experiment.claims(results.read(folder).rows):
+    meta = results.describe(*described, seconds)
+    results.write(folder, rows, meta, report.draw(experiment, rows))
+    for claim in experiment.claims(results.read(folder).rows):
         print(f"{claim.verdict:17} {claim.source}: {claim.statement} -> {claim.measured}")
     print(f"{len(rows)} rows in {seconds:.0f} s: {folder}")
     return 0
@@ -144,6 +170,8 @@ def _command(args: argparse.Namespace, config: Any) -> str:
         value = getattr(config, field.name)
         if value != getattr(base, field.name):
             flat = value if isinstance(value, tuple) else (value,)
+            flat = () if value is True else flat
+            flat = (Path(value).name,) if field.metadata["path"] else flat
             words += [f"--{field.name.replace('_', '-')}", *map(str, flat)]
     words += ["--smoke"] * args.smoke + ["--label", args.label] * bool(args.label)
     return " ".join(words)
@@ -151,12 +179,12 @@ def _command(args: argparse.Namespace, config: Any) -> str:
 
 def _report(args: argparse.Namespace) -> int:
     if args.check:
-        problems = report.check(args.out, args.file)
+        problems = report.check(EXPERIMENTS, args.out, args.file)
         for problem in problems:
             print(problem, file=sys.stderr)
         return 1 if problems else 0
-    report.draw_missing(args.out, args.redraw)
-    args.file.write_text(report.compose(args.out, args.file.parent))
+    report.draw_missing(EXPERIMENTS, args.out, args.redraw)
+    report.write(EXPERIMENTS, args.out, args.file)
     print(args.file)
     return 0
 

@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels.decode_attention import schedule
 from pallas_kernels.primitives import triton
 from tests.design import SETTINGS, config_of
-from tests.layout import QUICK, decoded, random_parts
+from tests.layout import QUICK, calibration, decoded, random_parts
 from turboquant_jax import cache
 from turboquant_jax.attention import Scores, attend, attend_and_write
 from turboquant_jax.cache.layout import block_slots
@@ -44,7 +44,9 @@ def create(name):
     config = config_of(setting)
     rng = np.random.default_rng(1)
     options = {}
-    if setting["outliers"]:
+    if setting["groups"] == "calibrated":
+        options = {"calibration": calibration(config)}
+    if setting["groups"] == "outliers":
         every = np.tile(np.arange(config.head_dim, dtype=np.int32), (2, 2, 1))
         options = {f"{side}_order": rng.permuted(every, axis=-1) for side in ("key", "value")}
     if setting["paged"]:

@@ -10,7 +10,9 @@ FACTORS = {
     "key_bits": (4, 3, 2),
     "value_bits": (4, 3, 2),
     "code": ("scalar", "trellis", "prod"),  # of keys, with a bit more; then values are scalar
-    "outliers": (False, True),  # half of the channels, in an order of their own, at one bit less
+    # one; half of the channels, in an order of their own, at one bit less; one scale for all, of
+    # other channels in keys, unless they are of prod, and in values
+    "groups": ("one", "outliers", "calibrated"),
     "rotations": (("hadamard", "haar"), ("haar", "identity")),  # of keys and of values
     "window": (0, 20),
     "sinks": (0, 3),
@@ -75,8 +77,9 @@ def label(setting):
     words = [f"k{setting['key_bits']}v{setting['value_bits']}", setting["code"], setting["dtype"]]
     words += [f"h{setting['head_dim']}x{setting['group']}"]
     words += [f"w{setting['window']}s{setting['sinks']}", setting["rotations"][0]]
+    if setting["groups"] != "one":
+        words += [setting["groups"]]
     options = {
-        "outliers": "outliers",
         "sliding": "sliding_window",
         "cap": "softcap",
         "logits": "sink_logits",
@@ -99,11 +102,15 @@ def config_of(setting):
         bits, code = setting[f"{side}_bits"], setting["code"]
         if code == "prod":
             bits, code = (bits + 1, code) if side == "key" else (bits, "scalar")
-        if setting["outliers"]:
+        joint = setting["groups"] == "calibrated" and code != "prod"
+        if joint and side == "key":
+            bits = ((16, bits), (8, bits - 1), (dim - 24, 1))
+        elif joint or setting["groups"] == "outliers":
             bits = ((16, bits), (dim - 16, bits - 1))
         if rotation == "hadamard" and dim & (dim - 1):
             rotation = "block_hadamard"
-        codecs[side] = cache.CodecConfig(bits, rotation, code=code)
+        scales = "joint" if joint else "group"
+        codecs[side] = cache.CodecConfig(bits, rotation, code=code, scales=scales)
     same = ("window", "sinks", "sliding_window", "dtype", "head_dim")
     return cache.CacheConfig(
         num_layers=2,

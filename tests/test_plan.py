@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from turboquant_jax import cache, cli, demo, plan
+from turboquant_jax import cache, cli
 from turboquant_jax.cache.bytes import planned_bytes
+from turboquant_jax.cli import plan, settings
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.config import parameter_count
 from turboquant_jax.models.presets import PRESETS
@@ -76,7 +77,7 @@ def test_a_sliding_window_that_fits_is_all_that_a_model_needs(capsys):
     assert full.bytes_per_token == row.bytes_per_token == 0
     assert row.cache_bytes < full.cache_bytes / 3
     model = PRESETS["mistral-7b-v0.1"]
-    ring = demo.cache_config(model, 4, 4, window=128, sinks=4)
+    ring = settings.cache_config(model, 4, 4, window=128, sinks=4)
     assert row.cache_bytes == planned_bytes(ring, 2, row.tokens).total
     plan.show(Console(width=120), result)
     assert capsys.readouterr().out.count(" any ") == 2

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NEEDS = prepared.NEEDS
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""

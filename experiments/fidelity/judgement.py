@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from experiments.fidelity.choices import best
-from experiments.harness.experiment import Claim, Row, Verdict, distinct, where
+from experiments.harness.experiment import QUESTION, Claim, Row, Verdict, distinct, where
 from experiments.harness.statistics import is_below
 
 # ratio, column, limit, what is asked; then the aim beyond the target
@@ -63,6 +63,9 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
                     f"at {target:g}x and more, true bytes {when}: {words}{whose} ({on})",
                     describe(row),
                     "missed" if verdict == "does not hold" else verdict,
+                    topic=f"true bytes {when}{whose}",
+                    short=f"{target:g}x, {words}: "
+                    + (f"{row[column]:.4f}" if column == "kl" else f"{row[column]:+.2%}"),
                 )
 
 
@@ -83,11 +86,16 @@ def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
             f"peer {peer['kl']:.4f} ± {peer['kl_se']:.4f}; perplexity "
             f"{row['perplexity_change']:+.2%} and {peer['perplexity_change']:+.2%}",
             is_below(row["kl"] - peer["kl"], error, 0.0),
+            topic="less KL than peers at no more bytes at 65,536 tokens; KL over the peer's",
+            short=f"{row['kl'] / peer['kl']:.2f} ({peer['preset']})",
         )
 
 
+BARE = "K4 V4 w0 sinks0 uncentred"
+"""The paper's cache at 4 bits, of which it says more than of its 3.5; all others are ours."""
+
 _NEUTRAL = {
-    "K4 V4 w0 sinks0 uncentred": "4 bits are quality neutral, without window, sinks and centring",
+    BARE: "4 bits are quality neutral, without window, sinks and centring",
     "K4 V4 w64": "4 bits are quality neutral, with a window of 64, sinks and centring",
     "K3 V3 trellis w128": "3 bits are quality neutral, trellis, with a window of 128",
     "K3 V2 trellis w128": "2.5 bits lose little, trellis, with a window of 128",
@@ -96,54 +104,54 @@ _NEUTRAL = {
 
 # source, statement, better preset, worse preset: less KL on the same texts
 _PAIRS = (
-    ("our question", "a longer window pays", "K2 V2 trellis w256", "K2 V2 trellis w64"),
+    (QUESTION, "a longer window pays", "K2 V2 trellis w256", "K2 V2 trellis w64"),
     (
-        "our question",
+        QUESTION,
         "a longer window pays at 3 and 2 bits",
         "K3 V2 trellis w256",
         "K3 V2 trellis w64",
     ),
     (
-        "our question",
+        QUESTION,
         "at 5.7x at this length, a bit more of keys is worth more than a window of 256",
         "K3 V2 trellis scale8 w64 block16",
         "K2 V2 trellis w256",
     ),
-    ("our question", "a recent window pays", "K3 V3 w64", "K3 V3 w0"),
-    ("our question", "sinks pay", "K3 V3 w64", "K3 V3 w64 sinks0"),
-    ("our question", "centred keys pay", "K3 V3 w64", "K3 V3 w64 uncentred"),
+    (QUESTION, "a recent window pays", "K3 V3 w64", "K3 V3 w0"),
+    (QUESTION, "sinks pay", "K3 V3 w64", "K3 V3 w64 sinks0"),
+    (QUESTION, "centred keys pay", "K3 V3 w64", "K3 V3 w64 uncentred"),
     (
-        "our question",
+        QUESTION,
         "keys centred before their rotary embedding pay at 3 bits",
         "K3 V3 w64 pre-RoPE",
         "K3 V3 w64",
     ),
     (
-        "our question",
+        QUESTION,
         "keys centred before their rotary embedding pay at 2 bits",
         "K2 V2 trellis w128 pre-RoPE",
         "K2 V2 trellis w128",
     ),
     (
-        "our question",
+        QUESTION,
         "at equal bytes the bit belongs to the keys",
         "K3 V2 trellis w128",
         "K2 V3 trellis w128",
     ),
     (
-        "our question",
+        QUESTION,
         "at equal bytes the bit belongs to the keys, centred before their rotary embedding",
         "K3 V2 trellis w128 pre-RoPE",
         "K2 V3 trellis w128 pre-RoPE",
     ),
-    ("our question", "the trellis pays at 3 bits", "K3 V3 trellis w64", "K3 V3 w64"),
-    ("our question", "the trellis pays at 2 bits", "K2 V2 trellis w64", "K2 V2 w64"),
-    ("our question", "values need fewer bits than keys", "K3 V2 w64", "K2 V3 w64"),
-    ("our question", "a rotation pays at 3 bits", "K3 V3 w64", "K3 V3 identity w64"),
-    ("TurboQuant", "Haar is better than a random Hadamard", "K3 V3 haar w64", "K3 V3 w64"),
+    (QUESTION, "the trellis pays at 3 bits", "K3 V3 trellis w64", "K3 V3 w64"),
+    (QUESTION, "the trellis pays at 2 bits", "K2 V2 trellis w64", "K2 V2 w64"),
+    (QUESTION, "values need fewer bits than keys", "K3 V2 w64", "K2 V3 w64"),
+    (QUESTION, "a rotation pays at 3 bits", "K3 V3 w64", "K3 V3 identity w64"),
+    (QUESTION, "Haar is better than a random Hadamard", "K3 V3 haar w64", "K3 V3 w64"),
     ("EDEN", "least squares beats the norm at 2 bits", "K2 V2 w64", "K2 V2 norm w64"),
     ("EDEN", "least squares beats the unbiased scale at 2 bits", "K2 V2 w64", "K2 V2 unbiased w64"),
-    ("our question", "Lloyd-Max beats uniform levels", "K3 V3 w64", "K3 V3 uniform w64"),
+    (QUESTION, "Lloyd-Max beats uniform levels", "K3 V3 w64", "K3 V3 uniform w64"),
 )
 
 
@@ -154,7 +162,7 @@ def _pairs(rows: Sequence[Row]) -> Iterator[Claim]:
         for name, words in _NEUTRAL.items():
             if row := found.get(name):
                 yield Claim(
-                    "TurboQuant, section 4.3",
+                    "TurboQuant, section 4.3" if name == BARE else QUESTION,
                     f"{words} (perplexity within 1 %; {row['tokens']:,} tokens in texts of "
                     f"{row['context']:,})",
                     describe(row),
@@ -183,7 +191,7 @@ def _same(curve: dict[str, Row]) -> Iterator[Claim]:
             continue
         error = (short["kl_se"] ** 2 + usual["kl_se"] ** 2) ** 0.5
         yield Claim(
-            "our question",
+            QUESTION,
             f"a scale of 8 bits instead of 16 costs at most 5 % more KL ({name})",
             f"{short['kl']:.4f} and {usual['kl']:.4f}",
             is_below(short["kl"], error, 1.05 * usual["kl"]),
@@ -194,7 +202,7 @@ def _noise(rows: Sequence[Row]) -> Iterator[Claim]:
     for row in where(rows, kind="noise"):
         verdict: Verdict = "holds" if row["kl"] < 1e-4 else "does not hold"
         yield Claim(
-            "our question",
+            QUESTION,
             "arithmetic in TensorFloat-32 would not blur a KL of 0.001",
             f"KL {row['kl']:.1e}, largest percentile {row['kl_p99']:.1e} ({row['device']})",
             verdict,
@@ -224,7 +232,7 @@ def _centring(rows: Sequence[Row]) -> Iterator[Claim]:
             )
         ways = {"before RoPE": before, "after": row} | ({"not centred": bare} if bare else {})
         yield Claim(
-            "our question",
+            QUESTION,
             f"{subject}: less KL with keys centred before their rotary embedding than after",
             "; ".join(f"{way}: {_loss(found)}" for way, found in ways.items()),
             _is_less(before, row),
@@ -255,7 +263,7 @@ def _lengths(rows: Sequence[Row]) -> Iterator[Claim]:
         longest = after[-1]
         lengths = ", ".join(f"{row['context']:,}" for row in after)
         yield Claim(
-            "our question",
+            QUESTION,
             f"{longest['model']}, {name}: at the end of {longest['context']:,} tokens less KL with "
             f"keys centred before their rotary embedding than after (last {longest['last']:,} of "
             f"{lengths} tokens)",

@@ -20,9 +20,10 @@ from experiments.fidelity import losses
 from experiments.fidelity.allocation import Mixed, One, by_head
 from experiments.fidelity.choices import pre_rope
 from experiments.fidelity.codecs import Mean
-from experiments.fidelity.forcing import Forcing, Rule, cut
+from experiments.fidelity.forcing import Forcing, cut
 from experiments.fidelity.judgement import LENGTHS, TARGETS
 from experiments.fidelity.losses import Subject
+from experiments.fidelity.rule import Rule
 from experiments.fidelity.settings import Setting, turbo
 from experiments.harness import prepared
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
@@ -32,6 +33,9 @@ from turboquant_jax.cache import allocate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,8 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
                 f"{row['perplexity_change']:+.2%} ± {row['perplexity_change_se']:.2%}, "
                 f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}",
                 "missed" if verdict == "does not hold" else verdict,
+                topic=f"bits by layer or head, true bytes {when}",
+                short=f"{target:g}x, {words}: {row['perplexity_change']:+.2%}",
             )
 
 

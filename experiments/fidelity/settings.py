@@ -16,7 +16,8 @@ from experiments.fidelity.codecs import (
     Turbo,
     VllmKey,
 )
-from experiments.fidelity.forcing import Rule, Trips
+from experiments.fidelity.forcing import Trips
+from experiments.fidelity.rule import Rule
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.models import LlamaConfig
@@ -213,6 +214,10 @@ def unique(settings: Sequence[Setting]) -> list[Setting]:
     return list(dict.fromkeys(settings))
 
 
+PAPERS = "plain 4 bits"
+"""The setting of prompts of which the paper speaks: 4 bits alone, about its factor of 4."""
+
+
 def for_prompts(layers: int) -> list[Setting]:
     """What needles and questions are held against: ours, then what others do, then the paper's."""
     held = {setting.preset: setting for setting in peers(layers)}
@@ -224,6 +229,6 @@ def for_prompts(layers: int) -> list[Setting]:
         held["KIVI int2"],
         held["vLLM 3bit_nc"],
         turbo(2, 2, "trellis", window=128, pre_rope=True),
-        replace(turbo(4, 4, window=0, sinks=0, centred=False), preset="plain 4 bits"),
+        replace(turbo(4, 4, window=0, sinks=0, centred=False), preset=PAPERS),
         replace(turbo(2, 2, window=0, sinks=0, centred=False), preset="plain 2 bits"),
     ]

@@ -6,16 +6,16 @@ The first line of its docstring is its title in the report, the rest introduces 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any, Literal, Protocol
 
 Row = dict[str, Any]
 """Cells (str, int, float) of a line of `rows.csv`; rows may have different columns."""
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 """Iterate over a sequence under a named progress bar."""
+
+GPU = "an NVIDIA GPU"
+"""`NEEDS` of an experiment that runs nowhere else."""
 
 Verdict = Literal["holds", "does not hold", "missed", "not reproducible", "undecided"]
 """`missed` is for an aim of our own; `undecided` where the interval spans the statement."""
@@ -30,16 +30,33 @@ class Claim:
       statement: what it says, in one line.
       measured: what we found, in one line, with its uncertainty.
       verdict: how the two agree.
+      topic: claims of one topic are one line of REPORT.md, in these words.
+      short: what that line says of this claim, if not all that is `measured`.
     """
 
     source: str
     statement: str
     measured: str
     verdict: Verdict
+    topic: str = ""
+    short: str = ""
+
+
+PAPER, AIM, QUESTION = "TurboQuant", "our aim", "our question"
+"""Sources. The paper's name stands before what the paper says and of its own settings alone."""
+
+
+def is_aim(claim: Claim) -> bool:
+    """Whether it is an aim of our own."""
+    return claim.source.endswith(AIM)
 
 
 class Experiment(Protocol):
-    """The names that a module of an experiment has."""
+    """The names that a module of an experiment has.
+
+    Where there is more, `figure(rows)` draws the rows, which the report shows as a table otherwise;
+    `NEEDS` says in words what the full size needs beside the library: a GPU, packages, data.
+    """
 
     __name__: str
     __doc__: str | None
@@ -48,24 +65,28 @@ class Experiment(Protocol):
     SMOKE: Any
     """A `Config` small enough for CI."""
 
-    def run(self, config: Any, track: Track) -> list[Row]:
-        """Measure."""
-
-    def figure(self, rows: Sequence[Row]) -> "Figure":
-        """Draw the rows."""
+    def run(self, config: Any, track: Track) -> Iterable[Row]:
+        """Measure; rows that are yielded are shown, and kept in a new folder, as they come."""
 
     def claims(self, rows: Sequence[Row]) -> list[Claim]:
         """Judge the rows; must work on whatever subset of cases was run."""
 
 
-def option(default: Any, description: str) -> Any:
-    """A field of a `Config` with the help text of its flag."""
-    return field(default=default, metadata={"help": description})
+def option(
+    default: Any, description: str, choices: Sequence[str] | None = None, path: bool = False
+) -> Any:
+    """A field of a `Config`: its help text, its only values, whether it is a path of a machine."""
+    return field(default=default, metadata={"help": description, "choices": choices, "path": path})
 
 
 def name_of(experiment: Experiment | ModuleType) -> str:
     """The name of an experiment is that of its module."""
     return experiment.__name__.rpartition(".")[2]
+
+
+def needs_of(experiment: Experiment | ModuleType) -> str:
+    """What the full size needs."""
+    return getattr(experiment, "NEEDS", "")
 
 
 def where(rows: Iterable[Row], **equal: Any) -> list[Row]:

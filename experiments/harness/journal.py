@@ -29,13 +29,17 @@ class Journal:
     seconds: float
     held: dict[str, list[Row]] = field(default_factory=dict)
 
+    def has_time(self, share: float = 1.0) -> bool:
+        """Whether this share of the time is not over."""
+        return time.monotonic() <= self.start + share * self.seconds
+
     def measure(self, case: str, make: Callable[[], list[Row]], *, share: float = 1.0) -> list[Row]:
         """Rows of a case: held ones, new ones, or none because this share of the time is over."""
         if case in self.held:
             return self.held[case]
-        start = time.monotonic()
-        if start > self.start + share * self.seconds:
+        if not self.has_time(share):
             return []
+        start = time.monotonic()
         rows = self.held[case] = make()
         if self.path is not None:
             with self.path.open("a") as file:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +64,12 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def line(row: Row) -> str:
+    """A row in one line."""
+    cells = (f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in row.items() if v != "")
+    return ", ".join(cells)
+
+
 def from_csv(text: str) -> list[Row]:
     """Invert `to_csv`: numbers become int or float, empty cells are left out."""
     return [
@@ -87,8 +92,12 @@ def _parse(cell: str) -> Any:
 
 
 def config_of(config: Any) -> dict[str, Any]:
-    """A configuration as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A configuration as JSON gives it back, of files only their names."""
+    values = dataclasses.asdict(config)
+    for each in dataclasses.fields(config):
+        if each.metadata.get("path"):
+            values[each.name] = Path(values[each.name]).name
+    return json.loads(json.dumps(values))
 
 
 def check_free(folder: Path, config: dict[str, Any], force: bool) -> None:
@@ -200,12 +209,6 @@ def join(held: Results, new: Results, columns: Sequence[str]) -> tuple[list[Row]
     kept = [row for row in held.rows if tuple(row.get(c) for c in columns) not in repeated]
     others = [meta for meta in held.meta.get("added", []) if meta["command"] != new.meta["command"]]
     return kept + new.rows, held.meta | {"added": [*others, new.meta]}
-
-
-def write_table(folder: Path, rows: Sequence[Any], seconds: float) -> None:
-    """Rows that are instances of a dataclass, described by the command line of this process."""
-    command = " ".join(["python -m experiments.speed." + Path(sys.argv[0]).stem, *sys.argv[1:]])
-    write(folder, [dataclasses.asdict(row) for row in rows], describe(command, {}, seconds), None)
 
 
 def save_figure(path: Path, figure: "Figure") -> None:

@@ -35,6 +35,9 @@ ROTATIONS = ("haar", "block_hadamard")
 _A100_FLOPS = 312e12  # dense bf16, its data sheet
 
 
+NEEDS = "the packages faiss-cpu and rabitqlib, or leaves those peers out"
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""
@@ -140,6 +143,8 @@ def _aim(dim: int, case: dict[tuple[str, str], float]) -> Iterator[Claim]:
                 "holds"
                 if whole <= 2 * rotation
                 else ("missed" if method == "haar" else "does not hold"),
+                topic="encoding takes at most twice the time of its rotation (Haar)",
+                short=f"{whole / rotation:.2f} times at d = {dim}",
             )
 
 
@@ -155,6 +160,8 @@ def _table_2(dim: int, case: dict[tuple[str, str], float]) -> Iterator[Claim]:
         f"{ours:.4g} s by our fastest here; a dense rotation alone takes an A100 at least "
         f"{floor:.2g} s, at its bf16 peak of 312 TFLOP/s",
         "not reproducible" if floor > paper else verdict,
+        topic="seconds for 100,000 vectors at 4 bits on one A100",
+        short=f"{paper} claimed, {ours:.2g} here (d = {dim})",
     )
     for peer in ("pq", "rabitq"):
         if (peer, "encode") in case:
@@ -167,6 +174,8 @@ def _table_2(dim: int, case: dict[tuple[str, str], float]) -> Iterator[Claim]:
                 f"{PAPER[peer][dim] / paper:,.0f} times TurboQuant",
                 f"{seconds:.4g} s{trained}, {ratio:.3g} times our fastest in the same run",
                 "not reproducible",
+                topic="times that peers take longer",
+                short=f"{PAPER[peer][dim] / paper:,.0f} claimed, {ratio:.3g} here ({peer}, {dim})",
             )
 
 

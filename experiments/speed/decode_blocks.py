@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.speed.common import CHANNELS, KV_HEADS, cache_config
 from pallas_kernels.decode_attention import (
     BlocksOperand,
     ExactOperand,
@@ -16,9 +17,9 @@ from pallas_kernels.decode_attention import (
     decode_attention,
 )
 from pallas_kernels.primitives.codebook import CodebookOperand, CodeKind, level_limits
-from turboquant_jax.cache import CacheConfig, kernel_operands, pre_rope
+from turboquant_jax.cache import kernel_operands, pre_rope
 
-QUERY_HEADS, KV_HEADS, CHANNELS, PAGE = 32, 8, 128, 64
+PAGE = 64
 SM_SCALE = CHANNELS**-0.5
 Pair = tuple[int, int]
 STEP = 0.04
@@ -48,11 +49,11 @@ def random_blocks(
     scale = jax.random.uniform(keys[3], (2, KV_HEADS, pages, tokens), minval=0.5, maxval=1.5)
     words = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     return BlocksOperand(
-        keys=planes[0],
-        values=planes[1],
-        scales=words[0] << 16 | words[1],
-        key_codebook=books[0],
-        value_codebook=books[1],
+        keys=(planes[0],),
+        values=(planes[1],),
+        scales=(words[0] << 16 | words[1],),
+        key_codebooks=(books[0],),
+        value_codebooks=(books[1],),
     )
 
 
@@ -81,9 +82,10 @@ def definition(
 ) -> jax.Array:
     """The same attention in plain float32."""
     to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
-    k = unpack(blocks.keys, blocks.key_codebook, -1) * to_float(blocks.scales << 16)[..., None]
-    v = unpack(blocks.values, blocks.value_codebook, -2).swapaxes(2, 3)
-    v = v * to_float((blocks.scales >> 16) << 16)[..., None]
+    (keys,), (values,), (scales,) = blocks.keys, blocks.values, blocks.scales
+    k = unpack(keys, blocks.key_codebooks[0], -1) * to_float(scales << 16)[..., None]
+    v = unpack(values, blocks.value_codebooks[0], -2).swapaxes(2, 3)
+    v = v * to_float((scales >> 16) << 16)[..., None]
     k, v = (x[:, table].swapaxes(0, 1).reshape(len(table), KV_HEADS, -1, CHANNELS) for x in (k, v))
     split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
     high = jax.lax.Precision.HIGHEST
@@ -99,9 +101,7 @@ def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesO
     if not kind:
         return None, None
     mean = 3.0 * jax.random.normal(jax.random.key(1), (batch, KV_HEADS, CHANNELS), jnp.float32)
-    frequencies = tuple((5e5 ** -(np.arange(CHANNELS // 2) / (CHANNELS // 2))).tolist())
-    config = CacheConfig(1, KV_HEADS, CHANNELS, rope_frequencies=frequencies)
-    phases = pre_rope.create(config, tokens) if kind == "pre_rope" else None
+    phases = pre_rope.create(cache_config(1, 4, kind), tokens) if kind == "pre_rope" else None
     return mean, None if phases is None else kernel_operands.of_phases(phases)
 
 

@@ -1,6 +1,5 @@
 """How fast decode attention reads a compressed cache, against cuDNN on bf16.
 
-`python -m experiments.speed.decode_speed --out DIR` on a GPU writes DIR/rows.csv, prints a table.
 One new token per sequence, 32 query and 8 kv heads of 128 channels. A call's output is the next
 call's query; the calls of a chain read different caches, which together are larger than L2. Times
 are those of the device by the profiler, medians over chains: `milliseconds` the sum of all kernels
@@ -9,30 +8,25 @@ than their launches has. Bytes are those of the packed cache (codes and scales).
 
 `pallas-exact` sees one newest token in full precision too, as a mean of the keys needs: `mean`
 is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 where it is empty.
-
-Rows labelled `queued` are of an earlier kernel, by a host clock over queued chains of calls.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness.results import write_table
+from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.speed import speed_claims
+from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, require_near, vendor
 from experiments.speed.decode_blocks import (
-    CHANNELS,
-    KV_HEADS,
     PAGE,
-    QUERY_HEADS,
     SM_SCALE,
     Pair,
     attend_with_newest,
@@ -56,27 +50,23 @@ BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
 # Of trellis codes: the presets'.
 TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
 MEANS = ("", "stored", "pre_rope")
-# More than the 50 MB of an H100's L2 several times over; calls of a chain at least.
-BYTES_IN_TURN, CALLS = 200e6, 8
+GROUP = HEADS // KV_HEADS
+NEEDS = GPU
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of rows.csv."""
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
 
-    implementation: str
-    bits_k: int
-    bits_v: int
-    batch: int
-    tokens: int
-    schedule: str
-    milliseconds: float
-    span_milliseconds: float
-    gigabytes_per_second: float
-    fraction_of_copy_bandwidth: float
-    speedup_over_cudnn: float
-    mean: str = ""
-    queries: int = QUERY_HEADS // KV_HEADS
+    cases: str = option("all", "all, or mean: with and without a mean", choices=("all", "mean"))
+    shapes: str = option("", "batch x tokens instead of all, such as 32x4096,1x8192")
+    bits: str = option("", "of keys / of values instead of all, such as 4/4,3/2")
+    sweep: tuple[str, ...] = option((), "schedules too: programs;pages;warps;stages")
+    calls: int = option(8, "calls of a chain at least")
+    turn: float = option(200.0, "megabytes of caches in turn, more than L2 holds")
+
+
+SMOKE = Config(shapes="1x128", bits="4/4", calls=1, turn=0.1)
 
 
 def check(bits: Pair, schedule: Schedule | None = None, code: CodeKind = "scalar") -> float:
@@ -84,7 +74,7 @@ def check(bits: Pair, schedule: Schedule | None = None, code: CodeKind = "scalar
     blocks = random_blocks(jax.random.key(7), bits, 64, code=code)
     table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
     lengths = jnp.array([1024, 777, 65], jnp.int32)
-    q = 2.0 * jax.random.normal(jax.random.key(9), (3, QUERY_HEADS, CHANNELS))
+    q = 2.0 * jax.random.normal(jax.random.key(9), (3, HEADS, CHANNELS))
     got = attend(q, blocks, table, lengths, schedule)
     want = jax.jit(definition)(q, blocks, table, lengths)
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
@@ -99,14 +89,8 @@ def attend(
     schedule: Schedule | None = None,
 ) -> jax.Array:
     """The kernel's output."""
-    held = PagedBlocks((blocks,), table, lengths)
+    held = PagedBlocks(blocks, table, lengths)
     return decode_attention(q, held, Softmax(SM_SCALE), schedule=schedule)[0]
-
-
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """bf16 q [B, N, H], k and v [B, S, K, H]."""
-    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return attention(q[:, None], k, v, scale=SM_SCALE)[:, 0]
 
 
 def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax.Array:
@@ -118,9 +102,12 @@ def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax
     return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
-    """A line to be measured; `code` and `schedule` are those of the kernel."""
+    """A line to be measured; `code` and `schedule` are those of the kernel.
+
+    `least`: calls of a chain, and bytes that they read, at least.
+    """
 
     name: str
     bits: Pair
@@ -129,7 +116,8 @@ class Case:
     code: CodeKind = "scalar"
     paged: bool = True
     mean: str = ""
-    queries: int = QUERY_HEADS // KV_HEADS
+    queries: int = GROUP
+    least: tuple[int, float] = (8, 200e6)
 
     @property
     def nbytes(self) -> float:
@@ -139,18 +127,23 @@ class Case:
         return batch * tokens * KV_HEADS * (CHANNELS * sum(self.bits) / 8 + scales)
 
     @property
+    def caches(self) -> int:
+        """How many are read in turn."""
+        return max(2, int(np.ceil(self.least[1] / self.nbytes)))
+
+    @property
     def calls(self) -> int:
         """Of a chain: all caches in turn, and a few."""
-        return max(CALLS, int(np.ceil(BYTES_IN_TURN / self.nbytes)))
+        return max(self.least[0], self.caches)
 
     def step(self, q: jax.Array, *cache: Any) -> jax.Array:
         """A call."""
         if self.name == "cudnn":
-            return cudnn(q, *cache)
+            return vendor(q[:, None], *cache)[:, 0]
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
         if self.name == "pallas-exact":
-            return attend_with_newest(q, PagedBlocks((cache[0],), *cache[1:3]), *cache[3:])
+            return attend_with_newest(q, PagedBlocks(cache[0], *cache[1:3]), *cache[3:])
         return attend(q, *cache, self.schedule)
 
     def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:
@@ -161,12 +154,11 @@ class Case:
 
     def make(self) -> tuple[jax.Array, list[tuple]]:
         """The first query, and caches that together are more than L2 holds."""
-        count = max(2, int(np.ceil(BYTES_IN_TURN / self.nbytes)))
         dtype = jnp.float32 if self.schedule else jnp.bfloat16
         q = jax.random.normal(
             jax.random.key(0), (self.shape[0], self.queries * KV_HEADS, CHANNELS), dtype
         )
-        return q, [_cache(self, jax.random.key(i)) for i in range(count)]
+        return q, [_cache(self, jax.random.key(i)) for i in range(self.caches)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -197,42 +189,28 @@ def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
         return error
 
 
-class Bench:
-    """Measures and keeps rows; the baseline of a shape comes first."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.start = time.monotonic()
-        self.cudnn: dict[tuple[Pair, int], float] = {}
-        self.copy = copy_bandwidth()
-        device = jax.devices()[0].device_kind
-        print(f"{device}, jax {jax.__version__}, copy {self.copy / 1e9:.0f} GB/s")
-
-    def measure(self, case: Case, chain: Callable[..., jax.Array] | Exception) -> None:
-        """Keeps and prints one measurement."""
-        s = case.schedule
-        label = f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}" if s else ""
-        if isinstance(chain, Exception):
-            print(f"{case.name} {case.bits} {case.shape} {label} failed: {str(chain)[:200]}")
-            return
-        q, caches = case.make()
-        time = device_time(lambda: chain(q, caches))
-        took, span = time.busy / case.calls, time.span / case.calls
-        if case.name == "cudnn":
-            self.cudnn[case.shape, case.queries] = took
-        rate, base = case.nbytes / took, self.cudnn.get((case.shape, case.queries), float("nan"))
-        row = Row(
-            case.name, *case.bits, *case.shape, label, took * 1e3, span * 1e3, rate / 1e9,
-            rate / self.copy, base / took, case.mean, case.queries,
-        )  # fmt: skip
-        self.rows.append(row)
-        print(
-            f"{case.name:14s} {case.bits[0]}/{case.bits[1]:<2d} {case.shape[0]:3d} x "
-            f"{case.shape[1]:<6d} {case.queries} {case.mean or label:16s} "
-            f"{took * 1e6:8.1f} us (span {span * 1e6:.1f}) "
-            f"{rate / 1e9:6.0f} GB/s {rate / self.copy:5.2f} of copy {base / took:5.2f}x",
-            flush=True,
-        )
+def measure(case: Case, chain: Callable[..., jax.Array], copy: float, base: float) -> Row:
+    """One measurement; `base` are the seconds of the baseline, NaN for the baseline itself."""
+    s = case.schedule
+    q, caches = case.make()
+    time = device_time(lambda: chain(q, caches))
+    took = time.busy / case.calls
+    rate = case.nbytes / took
+    return {
+        "implementation": case.name,
+        "bits_k": case.bits[0],
+        "bits_v": case.bits[1],
+        "batch": case.shape[0],
+        "tokens": case.shape[1],
+        "schedule": f"s{s.splits} p{s.pages} w{s.warps} st{s.stages}" if s else "",
+        "milliseconds": took * 1e3,
+        "span_milliseconds": time.span / case.calls * 1e3,
+        "gigabytes_per_second": rate / 1e9,
+        "fraction_of_copy_bandwidth": rate / copy,
+        "speedup_over_cudnn": 1.0 if case.name == "cudnn" else base / took,
+        "mean": case.mean,
+        "queries": case.queries,
+    }
 
 
 def schedule_of(bits: Pair, shape: Pair) -> Schedule:
@@ -240,7 +218,7 @@ def schedule_of(bits: Pair, shape: Pair) -> Schedule:
     return default_schedule(
         batch=shape[0],
         kv_heads=KV_HEADS,
-        heads=QUERY_HEADS // KV_HEADS,
+        heads=GROUP,
         channels=CHANNELS,
         bits=max(bits),
         tokens=PAGE,
@@ -288,45 +266,40 @@ def mean_cases() -> list[Case]:
     return cases
 
 
-def run(out: Path, bits: Sequence[Pair], cases: Sequence[Case]) -> None:
+def run(config: Config, track: Track) -> Iterator[Row]:
     """Correctness first; what is measured is compiled ahead, several cases at a time."""
+    shapes = _pairs(config.shapes, "x") or SHAPES
+    bits: Sequence[Pair] = _pairs(config.bits, "/") or BITS
+    cases = [case for shape in shapes for case in cases_of(shape, bits, config.sweep)]
+    if config.cases == "mean":
+        bits, cases = ((4, 4),), mean_cases()
+    least = config.calls, config.turn * 1e6
+    cases = [dataclasses.replace(case, least=least) for case in cases]
     checks: list[tuple[Pair, CodeKind]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
     checks += [(pair, "trellis") for pair in TRELLIS_BITS]
     with ThreadPoolExecutor() as pool:
         errors = pool.map(lambda job: check(job[0], code=job[1]), checks)
         chains = pool.map(compiled, cases)
         for (pair, code), error in zip(checks, errors, strict=True):
-            print(f"check {pair} {code}: relative error {error:.1e}", flush=True)
-            if not error < 5e-3:
-                raise ValueError(f"got relative error {error} at {pair} bits, expected below 5e-3")
+            require_near(f"{pair} bits, {code}", error)
         ready = list(chains)
-    bench = Bench()
-    for case, chain in zip(cases, ready, strict=True):
-        bench.measure(case, chain)
-        write_table(out, bench.rows, time.monotonic() - bench.start)
+    copy, bases = copy_bandwidth(), dict[Any, float]()
+    for case, chain in track(list(zip(cases, ready, strict=True)), "decode_speed"):
+        if isinstance(chain, Exception):
+            print(f"{case} failed: {str(chain)[:200]}", flush=True)
+            continue
+        row = measure(case, chain, copy, bases.get((case.shape, case.queries), float("nan")))
+        if case.name == "cudnn":
+            bases[case.shape, case.queries] = row["milliseconds"] / 1e3
+        yield row
 
 
-def pairs_of(text: str, mark: str) -> list[Pair]:
+def _pairs(text: str, mark: str) -> list[Pair]:
     """'32x4096,1x8192' -> [(32, 4096), (1, 8192)]."""
-    split = [part.split(mark) for part in text.split(",")]
+    split = [part.split(mark) for part in text.split(",") if part]
     return [(int(first), int(second)) for first, second in split]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", choices=("all", "mean"), default="all")
-    parser.add_argument("--shapes", default="", help="such as 32x4096,1x8192")
-    parser.add_argument("--bits", default="", help="such as 4/4,3/2")
-    parser.add_argument("--sweep", action="append", default=[], help="programs;pages;warps;stages")
-    a = parser.parse_args()
-    if a.cases == "mean":
-        return run(a.out, ((4, 4),), mean_cases())
-    shapes = pairs_of(a.shapes, "x") if a.shapes else SHAPES
-    bits = pairs_of(a.bits, "/") if a.bits else BITS
-    run(a.out, bits, [case for shape in shapes for case in cases_of(shape, bits, a.sweep)])
-
-
-if __name__ == "__main__":
-    main()
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aims against cuDNN, and that pages in any order cost little."""
+    return speed_claims.decode(rows)

@@ -1,6 +1,5 @@
 """How fast keys and values are compressed, against the copy bandwidth of the same run.
 
-`python -m experiments.speed.encode_speed --out DIR` on a GPU writes DIR/rows.csv, prints a table.
 One layer's keys and values in bfloat16, 8 kv heads of 128 channels, become packed blocks of 64
 tokens.
 Bytes are those read and written. Times are those of the device by the profiler, medians over chains
@@ -9,27 +8,26 @@ holds. `codes_apart` is the part of all codes that differ from the definition's,
 threshold. `mean`: of the keys, "stored" or "pre_rope"; where it is empty, "stored" if `centred`.
 """
 
-import argparse
 import dataclasses
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.harness.results import write_table
+from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.speed import speed_claims
+from experiments.speed.common import CHANNELS, FREQUENCIES, KV_HEADS
 from experiments.speed.device_time import copy_bandwidth, device_time
 from turboquant_jax import cache
 from turboquant_jax.cache import blocks, encoding, pre_rope
 from turboquant_jax.cache.compression import with_pools
 from turboquant_jax.cache.state import Exact
 
-KV_HEADS, CHANNELS, BLOCK = 8, 128, 64
-FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
+BLOCK = 64
 Case = tuple[int, Any, Any, bool]  # bits, rotation, scale, whether centred
 CASES: tuple[Case, ...] = (
     *((bits, "hadamard", "least_squares", True) for bits in (4, 3, 2, 1, 5, 8)),
@@ -38,8 +36,7 @@ CASES: tuple[Case, ...] = (
     (4, "hadamard", "norm", True),
     (4, "hadamard", "unbiased", True),
 )
-TOKENS = (32768, 131072)
-LONG_CASES = 1  # of the larger number of tokens
+NEEDS = GPU
 # Of a chain. The definition's calls do not depend on each other, and XLA would make them one.
 CALLS = {"pallas": 4, "xla": 1}
 UNTIMED: dict[str, str | bool] = {
@@ -47,21 +44,16 @@ UNTIMED: dict[str, str | bool] = {
 }  # for what is not timed: it takes longer than all the rest
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of rows.csv."""
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
 
-    implementation: str
-    bits: int
-    rotation: str
-    scale: str
-    centred: bool
-    tokens: int
-    milliseconds: float
-    gigabytes_per_second: float
-    fraction_of_copy_bandwidth: float
-    codes_apart: float
-    mean: str = ""
+    cases: int = option(len(CASES), "only the first so many")
+    means: bool = option(False, "only the two means, at 4 bits")
+    tokens: tuple[int, ...] = option((32768, 131072), "lengths; of the later ones one case")
+
+
+SMOKE = Config(1, tokens=(128,))
 
 
 def empty(case: Case, tokens: int, mean: str) -> cache.Cache:
@@ -126,7 +118,7 @@ def apart(state: cache.Cache, other: cache.Cache) -> float:
     return float(sum(jnp.mean(a != b) for a, b in pairs) / len(pairs))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Programs:
     """What is run of a case, compiled. Chains take the state given away."""
 
@@ -175,9 +167,8 @@ def seconds(
     return device_time(once).busy, state
 
 
-def measure(programs: Programs, source: Exact, copy: float) -> list[Row]:
+def measure(programs: Programs, source: Exact, copy: float) -> Iterator[Row]:
     """Rows of one case."""
-    rows = []
 
     def create() -> cache.Cache:
         state = programs.create()
@@ -186,56 +177,48 @@ def measure(programs: Programs, source: Exact, copy: float) -> list[Row]:
         mean = jnp.mean(source.keys[:, :BLOCK].astype(jnp.float32), axis=1)[None]
         return dataclasses.replace(state, key_mean=mean)
 
+    bits, rotation, scale, centred = programs.case
     want = programs.definition(create(), source)
     for name, chain in programs.chains.items():
         took, made = seconds(chain, create(), source)
         took /= CALLS[name]
         rate = (4 * source.keys.size + blocks_bytes(made)) / took
-        rows.append(
-            Row(
-                name, *programs.case, programs.tokens, took * 1e3, rate / 1e9, rate / copy,
-                apart(made, want), programs.mean,
-            )
-        )  # fmt: skip
-    return rows
+        yield {
+            "implementation": name,
+            "bits": bits,
+            "rotation": rotation,
+            "scale": scale,
+            "centred": centred,
+            "tokens": programs.tokens,
+            "milliseconds": took * 1e3,
+            "gigabytes_per_second": rate / 1e9,
+            "fraction_of_copy_bandwidth": rate / copy,
+            "codes_apart": apart(made, want),
+            "mean": programs.mean,
+        }
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
-    parser.add_argument("--means", action="store_true", help="only the two means, at 4 bits")
-    arguments = parser.parse_args()
-    rows, start = [], time.monotonic()
-    jobs = [(case, TOKENS[0], "") for case in CASES[: arguments.cases]]
-    jobs += [(case, TOKENS[1], "") for case in CASES[: min(arguments.cases, LONG_CASES)]]
-    if arguments.means:
-        jobs = [(CASES[0], n, mean) for n in TOKENS for mean in ("stored", "pre_rope")]
-    # compiling takes longer than measuring
+def run(config: Config, track: Track) -> Iterator[Row]:
+    """Every case; all are compiled ahead, which takes longer than measuring."""
+    first, *longer = config.tokens
+    jobs = [(case, first, "") for case in CASES[: config.cases]]
+    jobs += [(case, n, "") for n in longer for case in CASES[: min(config.cases, 1)]]
+    if config.means:
+        jobs = [(CASES[0], n, mean) for n in config.tokens for mean in ("stored", "pre_rope")]
     with ThreadPoolExecutor() as pool:
         prepared = list(pool.map(lambda job: prepare(*job), jobs))
     copy, source = copy_bandwidth(), None
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {copy / 1e9:.0f} GB/s")
-    for programs in prepared:
+    for programs in track(prepared, "encode_speed"):
         if source is None or source.keys.shape[1] != programs.tokens:
             source = jax.jit(vectors, static_argnums=0)(programs.tokens)
-        for row in measure(programs, source, copy):
-            rows.append(row)
-            write_table(arguments.out, rows, time.monotonic() - start)
-            print(
-                f"{row.implementation:6s} {row.bits} bits {row.rotation:8s} {row.scale:13s} "
-                f"centred {row.centred!s:5} {row.mean:8s} {row.tokens:6d} tokens "
-                f"{row.milliseconds * 1e3:8.1f} us {row.gigabytes_per_second:6.0f} GB/s "
-                f"{row.fraction_of_copy_bandwidth:5.2f} of copy, apart {row.codes_apart:.1e}",
-                flush=True,
-            )
+        yield from measure(programs, source, copy)
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aims: the copy bandwidth, and the definition's codes."""
+    return speed_claims.encode(rows)
 
 
 def blocks_bytes(state: cache.Cache) -> int:
     """Bytes of the packed blocks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.parts[0].pool))
-
-
-if __name__ == "__main__":
-    main()

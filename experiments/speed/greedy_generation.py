@@ -10,7 +10,7 @@ import numpy as np
 from experiments.harness.experiment import Row
 from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.demo import default_text
+from turboquant_jax.cli.demonstration import default_text
 from turboquant_jax.implementation import Implementation
 from turboquant_jax.models import Checkpoint, load
 from turboquant_jax.models.generate import decode, prefill

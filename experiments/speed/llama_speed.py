@@ -8,23 +8,19 @@ single sequence; both are really allocated and decoded. A step of the roofline r
 the past once, as fast as a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per second.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import gc
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from experiments.harness import results
 from experiments.harness.experiment import Claim, Row, Track, option, where
+from experiments.harness.journal import open_journal
 from experiments.speed import greedy_generation, llama_claims, llama_sizes
 from experiments.speed.device_time import copy_bandwidth
 from turboquant_jax.cache import CacheConfig, CodecConfig
@@ -45,6 +41,9 @@ _COMPILERS = 8
 _REFUSED = NotImplementedError, jax.errors.JaxRuntimeError  # by a kernel, or for lack of memory
 
 
+NEEDS = "an NVIDIA GPU of 80 GB for its full size"
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run."""
@@ -58,22 +57,30 @@ class Config:
     layers: int = option(0, "layers instead of the preset's, if not 0")
     steps: int = option(64, "steps of a compiled loop, a whole number of blocks")
     repeats: int = option(3, "timed loops; their median counts")
-    checkpoint: str = option("", "GGUF file for the case greedy, if not the packaged SmolLM2")
+    checkpoint: str = option(
+        "", "GGUF file for the case greedy, if not the packaged SmolLM2", path=True
+    )
     tokens: int = option(256, "tokens of the case greedy")
+    seconds: float = option(0.0, "start no case after so long, 0 for never")
 
 
 SMOKE = Config(("2x100",), (FULL, 4), "smollm2-135m", 1, 4, 1)
 
 
-def run(config: Config, track: Track) -> list[Row]:
-    """Measure every case."""
-    bench, rows = Bench(config), list[Row]()
+def run(config: Config, track: Track) -> Iterator[Row]:
+    """Measure every case, what a journal holds of this device's memory only once."""
+    journal, bench = open_journal("llama_speed", config, ("cases", "bits")), Bench(config)
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    rows: list[Row] = []
     for case in config.cases:
-        jobs = _jobs(config, case)
-        bench.compile(case, jobs)
-        for bits in track(jobs, f"llama_speed {case}"):
-            rows += bench.measure(case, bits, rows)
-    return rows
+        names = {bits: f"{case} {bits} bits in {memory} bytes" for bits in _jobs(config, case)}
+        if journal.has_time():
+            bench.compile(case, [bits for bits, name in names.items() if name not in journal.held])
+        for bits in track(list(names), f"llama_speed {case}"):
+            measure = functools.partial(bench.measure, case, bits, rows)
+            fresh = journal.measure(names[bits], measure)
+            rows += fresh
+            yield from fresh
 
 
 def _jobs(config: Config, case: str) -> list[int]:
@@ -132,15 +139,14 @@ class Bench:
         with ThreadPoolExecutor(1 if case.startswith("largest") else _COMPILERS) as pool:
             list(pool.map(one, every[1:]))
 
-    def measure(self, case: str, bits: int, rows: Sequence[Row]) -> Iterator[Row]:
-        """The row of a case; none where it does not fit the device."""
+    def measure(self, case: str, bits: int, rows: Sequence[Row]) -> list[Row]:
+        """The rows of a case; none where it does not fit the device."""
         if case == "greedy":
             compare = functools.partial(
                 greedy_generation.compare, self.config.checkpoint, self.config.tokens
             )
             with ThreadPoolExecutor() as pool:
-                yield from ({"case": case} | r for r in pool.map(compare, ("float32", "bfloat16")))
-            return
+                return [{"case": case} | r for r in pool.map(compare, ("float32", "bfloat16"))]
         for share in _SHARES if llama_sizes.fills(case) else (1.0,):
             row = self._tried(case, bits, *self._size(case, bits, share))
             if row is None:
@@ -149,8 +155,8 @@ class Bench:
             base = where(rows, case=case, bits_k=FULL)
             if base and case != "longest":
                 row["ratio_to_baseline"] = row["tokens_per_second"] / base[0]["tokens_per_second"]
-            yield row
-            return
+            return [row]
+        return []
 
     def _tried(self, case: str, bits: int, batch: int, context: int) -> Row | None:
         """The row, or None where the device has too little memory, or a kernel refuses the size."""
@@ -238,70 +244,3 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 def figure(rows: Sequence[Row]) -> "Figure":
     """Tokens per second of every case, and the longest contexts."""
     return llama_claims.figure(rows)
-
-
-def main() -> None:
-    """Rows are written as they come; a further call adds what is not there yet."""
-    out, limit, config = _arguments()
-    start, bench = time.monotonic(), Bench(config)
-    command, rows, before = (
-        " ".join(["python -m experiments.speed.llama_speed", *sys.argv[1:]]),
-        [],
-        0.0,
-    )
-    if (out / "rows.csv").exists():
-        found = results.read(out)
-        rows, before = found.rows, found.meta["seconds"]
-        command = " && ".join([found.meta["command"], command])
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-
-    def here() -> list[Row]:
-        return [
-            row
-            for row in rows
-            if row.get("memory_limit", memory) == memory
-            and llama_claims.model_of(row) == config.model
-        ]
-
-    for case in config.cases:
-        held = [row["bits_k"] for row in where(here(), case=case)]
-        missing = [bits for bits in _jobs(config, case) if bits not in held]
-        if not missing or time.monotonic() - start > limit:
-            print(f"{case}: not run at {missing} bits", flush=True)
-            continue
-        bench.compile(case, missing)
-        print(f"[{time.monotonic() - start:.0f} s] {case} compiled", flush=True)
-        for bits in missing:
-            fresh = list(bench.measure(case, bits, here()))
-            rows += fresh
-            took = time.monotonic() - start
-            meta = results.describe(command, results.config_of(config), before + took)
-            results.write(out, rows, meta, None)
-            for row in fresh:
-                cells = (f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in row.items())
-                print(f"[{took:.0f} s]", ", ".join(cells), flush=True)
-    for claim in claims(rows):
-        print(f"{claim.verdict:15} {claim.statement} -> {claim.measured}")
-
-
-def _arguments() -> tuple[Path, float, Config]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this")
-    for field in dataclasses.fields(Config):
-        default: Any = field.default
-        several = isinstance(default, tuple)
-        kind = type(default[0] if several else default)
-        nargs = "+" if several else None
-        described = field.metadata["help"]
-        parser.add_argument(
-            f"--{field.name}", type=kind, nargs=nargs, default=default, help=described
-        )
-    given = vars(parser.parse_args())
-    out, limit = given.pop("out"), given.pop("seconds")
-    plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return out, limit, Config(**plain)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """What compression costs while a prompt is read, against cuDNN on bf16 alone.
 
-`python -m experiments.speed.prefill_speed --out DIR` on a GPU writes DIR/rows.csv, prints a table.
 One attention layer of an 8B model (32 query and 8 kv heads of 128 channels), one sequence.
 
     whole     a prompt in one chunk: attention over itself, then compression
@@ -14,46 +13,41 @@ over repetitions of one compiled call: `milliseconds` from its first kernel to i
 cache (of all 32 layers), the prompt's queries, keys and values, and a chunk's copies and outputs.
 
 `mean`: of the keys, "stored" or "pre_rope", where both were measured; "stored" where it is empty.
-
-Rows labelled `before` are of an earlier form of chunks, with one length of tile for all heads, by a
-host clock.
 """
 
-import argparse
-import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments.harness.results import write_table
+from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.speed import speed_claims
+from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, LAYERS, cache_config, vendor
 from experiments.speed.device_time import device_time
 from turboquant_jax import cache
 from turboquant_jax.attention import attend_and_write
 
-HEADS, KV_HEADS, CHANNELS, LAYERS = 32, 8, 128, 32
-WHOLE, LONG, CHUNK = (32768, 8192), 131072, 8192
 Kind = tuple[int, str]  # bits, mean
-BITS = (4, 3, 2)
-FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
+NEEDS = GPU
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of rows.csv."""
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
 
-    setting: str
-    bits: int
-    tokens: int
-    milliseconds: float
-    busy_milliseconds: float
-    ratio_to_cudnn: float
-    peak_ratio: float
-    mean: str = ""
+    repetitions: int = option(5, "of a prompt in chunks; twice as many of one in a chunk")
+    cases: str = option("all", "all, or mean: with each mean", choices=("all", "mean"))
+    bits: tuple[int, ...] = option((4, 3, 2), "bits of keys and values")
+    whole: tuple[int, ...] = option((32768, 8192), "tokens of the prompts in one chunk")
+    chunked: int = option(131072, "tokens of the prompt in chunks")
+    chunk: int = option(8192, "tokens of a chunk")
+    layers: int = option(LAYERS, "layers of the cache for the prompt in chunks")
+
+
+SMOKE = Config(1, bits=(4,), whole=(128,), chunked=256, chunk=128, layers=1)
 
 
 def random(seed: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -68,20 +62,15 @@ def random(seed: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return q, k, v
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """The vendor's attention."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-
-
 def plain(chunk: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Every chunk over itself, and over everything before it."""
     out = jnp.zeros((), jnp.float32)
     for start in range(0, q.shape[1], chunk):
         here = slice(start, start + chunk)
-        own = cudnn(q[:, here], k[:, here], v[:, here], True)
+        own = vendor(q[:, here], k[:, here], v[:, here], True)
         out = out + own[0, -1, 0, 0].astype(jnp.float32)
         if start:
-            past = cudnn(q[:, here], k[:, :start], v[:, :start], False)
+            past = vendor(q[:, here], k[:, :start], v[:, :start], False)
             out = out + past[0, -1, 0, 0].astype(jnp.float32)
     return out
 
@@ -105,9 +94,7 @@ def compressed(
 
 def create(bits: int, layers: int, tokens: int, mean: str) -> cache.Cache:
     """An empty cache."""
-    codec = cache.CodecConfig(bits)
-    turned = FREQUENCIES if mean == "pre_rope" else None
-    config = cache.CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec, rope_frequencies=turned)
+    config = cache_config(layers, bits, mean)
     return jax.jit(lambda: cache.create(config, 1, tokens, key=jax.random.key(0)))()
 
 
@@ -129,7 +116,7 @@ def measure(
     run_plain = jax.jit(plain, static_argnums=0)
     base = device_time(lambda: run_plain(chunk, *qkv), repetitions)
     times = base.span * 1e3, base.busy * 1e3
-    yield show(Row(f"{setting}: cudnn", 16, tokens, *times, 1.0, float("nan")))
+    yield _row(f"{setting}: cudnn", 16, tokens, *times, 1.0, float("nan"))
     with ThreadPoolExecutor() as pool:  # compiled side by side, run one by one
         built = list(pool.map(lambda kind: build(kind, chunk, layers, qkv), kinds))
     for (bits, mean), (state, run) in zip(kinds, built, strict=True):
@@ -147,39 +134,36 @@ def measure(
         assert memory is not None  # it is known on a GPU
         peak = memory.temp_size_in_bytes + size + prompt
         ratio = took.span / base.span
-        yield show(Row(f"{setting}: compressed", bits, tokens, *times, ratio, peak / held, mean))
+        yield _row(f"{setting}: compressed", bits, tokens, *times, ratio, peak / held, mean)
 
 
-def show(row: Row) -> Row:
-    """One line, and the row."""
-    print(
-        f"{row.setting:22s} {row.bits:2d} bits {row.mean:8s} "
-        f"{row.tokens:6d} tokens {row.milliseconds:9.2f} ms "
-        f"({row.busy_milliseconds:.2f} busy) {row.ratio_to_cudnn:6.3f}x cudnn, "
-        f"peak {row.peak_ratio:5.3f}",
-        flush=True,
-    )
-    return row
+def _row(
+    setting: str, bits: int, tokens: int, span: float, busy: float, ratio: float, peak: float,
+    mean: str = "",
+) -> Row:  # fmt: skip
+    return {
+        "setting": setting,
+        "bits": bits,
+        "tokens": tokens,
+        "milliseconds": span,
+        "busy_milliseconds": busy,
+        "ratio_to_cudnn": ratio,
+        "peak_ratio": peak,
+        "mean": mean,
+    }
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--cases", choices=("all", "mean"), default="all")
-    arguments = parser.parse_args()
-    rows, start = [], time.monotonic()
-    whole = [("whole", tokens, tokens, 1, 2 * arguments.repetitions) for tokens in WHOLE]
-    cases = [*whole, ("chunked", LONG, CHUNK, LAYERS, arguments.repetitions)]
-    kinds: list[Kind] = [(bits, "") for bits in BITS]
-    if arguments.cases == "mean":
+def run(config: Config, track: Track) -> Iterator[Row]:
+    """Prompts in one chunk, then the one in chunks."""
+    whole = [("whole", tokens, tokens, 1, 2 * config.repetitions) for tokens in config.whole]
+    long = ("chunked", config.chunked, config.chunk, config.layers, config.repetitions)
+    cases, kinds = [*whole, long], [(bits, "") for bits in config.bits]
+    if config.cases == "mean":
         cases, kinds = whole[:1], [(4, "stored"), (4, "pre_rope")]
-    for case in cases:
-        for row in measure(kinds, *case):
-            rows.append(row)
-            write_table(arguments.out, rows, time.monotonic() - start)
+    for case in track(cases, "prefill_speed"):
+        yield from measure(kinds, *case)
 
 
-if __name__ == "__main__":
-    main()
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aims beside cuDNN, of time and of memory."""
+    return speed_claims.prefill(rows)

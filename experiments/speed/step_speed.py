@@ -1,6 +1,6 @@
 """What a step of decoding costs around the kernel, layer for layer.
 
-`python -m experiments.speed.step_speed --out DIR` on a GPU writes DIR/rows.csv, prints a table. All
+All
 layers of a cache (32 layers of 32 query and 8 kv heads of 128 channels), one new token per
 sequence; times are per layer:
 
@@ -16,72 +16,48 @@ its own, so that L2 holds none; the sequences are of different lengths, so that 
 a block in a step. `mean`: of the keys, "stored" or "pre_rope"; "stored" where it is empty.
 """
 
-import argparse
-import dataclasses
-import itertools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.harness.results import write_table
+from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.speed import speed_claims
+from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, LAYERS, cache_config, require_near
 from experiments.speed.device_time import device_time
 from pallas_kernels.decode_attention import PagedBlocks, Softmax, decode_attention
 from turboquant_jax import attention, cache
 from turboquant_jax.attention import triton
-from turboquant_jax.cache import Cache, CacheConfig, CodecConfig
-from turboquant_jax.cache.blocks import Blocks
-from turboquant_jax.cache.compression import with_pools
+from turboquant_jax.cache import Cache
+from turboquant_jax.models.timing import filled_cache
 
 SHAPES = ((8, 32768), (32, 4096))
-BITS = (4, 3, 2)
-LAYERS, HEADS, KV_HEADS, CHANNELS = 32, 32, 8, 128
-STEPS = 16
-FREQUENCIES = tuple(5e5 ** -(i / (CHANNELS // 2)) for i in range(CHANNELS // 2))
+NEEDS = GPU
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of rows.csv; milliseconds per layer."""
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
 
-    part: str
-    bits: int
-    batch: int
-    tokens: int
-    milliseconds: float
-    ratio_to_blocks: float
-    mean: str = ""
+    bits: tuple[int, ...] = option((4, 3, 2), "bits of keys and values")
+    cases: str = option("all", "all, or mean: with each mean", choices=("all", "mean"))
+    layers: int = option(LAYERS, "layers")
+    steps: int = option(16, "steps of a loop")
+    longest: int = option(32768, "shapes of more tokens are cut to this")
 
 
-def filled(bits: int, batch: int, tokens: int, layers: int = LAYERS, mean: str = "") -> Cache:
-    """A cache of about `tokens` random tokens a sequence: random codes, plausible scales."""
-    codec = CodecConfig(bits)
-    turned = FREQUENCIES if mean == "pre_rope" else None
-    config = CacheConfig(layers, KV_HEADS, CHANNELS, codec, codec, rope_frequencies=turned)
-    keys = map(jax.random.key, itertools.count(1))
+SMOKE = Config((4,), layers=1, steps=1, longest=256)
 
-    @jax.jit
-    def make() -> Cache:
-        state = cache.create(config, batch, tokens + STEPS, key=jax.random.key(0))
-        (part,) = state.parts
-        codes = jax.tree.map(
-            lambda x: jax.random.bits(next(keys), x.shape, x.dtype),
-            (part.pool.keys, part.pool.values),
-        )
-        scales = jax.tree.map(lambda x: jnp.full_like(x, 0x3F803F80), part.pool.scales)  # 1.0
-        window = jax.tree.map(
-            lambda x: jax.random.normal(next(keys), x.shape, x.dtype), (state.sinks, state.window)
-        )
-        state = dataclasses.replace(state, sinks=window[0], window=window[1])
-        state = with_pools(state, (Blocks(codes[0], codes[1], scales),))
-        return state.with_lengths(lengths_of(batch, tokens))
 
-    return make()
+def filled(config: Config, bits: int, mean: str, batch: int, tokens: int) -> Cache:
+    """A cache of about `tokens` random tokens a sequence."""
+    sizes = batch, tokens, tokens + config.steps
+    state = filled_cache(cache_config(config.layers, bits, mean), *sizes)
+    return state.with_lengths(lengths_of(batch, tokens))
 
 
 def lengths_of(batch: int, tokens: int) -> jax.Array:
@@ -91,7 +67,7 @@ def lengths_of(batch: int, tokens: int) -> jax.Array:
 
 def check(bits: int, mean: str) -> float:
     """Relative error of attention by the kernel against the definition, on the device."""
-    state = filled(bits, 3, 1000, 2, mean)
+    state = filled(Config(layers=2), bits, mean, 3, 1000)
     q = jax.random.normal(jax.random.key(2), (3, 1, HEADS, CHANNELS))
     k, v = jax.random.normal(jax.random.key(3), (2, 3, 1, KV_HEADS, CHANNELS))
     run = jax.jit(attention.attend, static_argnames="implementation")
@@ -106,7 +82,7 @@ def over_layers(attend: Callable) -> Callable:
     attend = jax.jit(attend)  # traced once
 
     def step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Array]:
-        for layer in range(LAYERS):
+        for layer in range(state.config.num_layers):
             state, q = attend(state, np.int32(layer), q, new)
         return state, q
 
@@ -122,7 +98,7 @@ def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Arra
         out, *_ = decode_attention(
             q[:, 0],
             PagedBlocks(
-                triton.groups_of(state.parts[0]), state.table.page_table, tokens,
+                triton.blocks_of(state.parts[0]), state.table.page_table, tokens,
                 layer * KV_HEADS, KV_HEADS,
             ),
             Softmax(CHANNELS**-0.5),
@@ -165,62 +141,56 @@ PARTS = {
 }
 
 
-def loop(step: Callable, tokens: int, state: Cache, q: jax.Array, new: tuple) -> tuple:
-    """STEPS steps from the same lengths on."""
-    lengths = lengths_of(q.shape[0], tokens)
+def loop(step: Callable, sizes: tuple[int, int], state: Cache, q: jax.Array, new: tuple) -> tuple:
+    """`sizes`: about so many tokens a sequence, and steps, all from the same lengths on."""
+    lengths = lengths_of(q.shape[0], sizes[0])
     state = state.with_table(lengths=lengths, pending=jnp.zeros_like(lengths))
-    return lax.fori_loop(0, STEPS, lambda _, carry: step(*carry, new), (state, q))
+    return lax.fori_loop(0, sizes[1], lambda _, carry: step(*carry, new), (state, q))
 
 
 def seconds(
-    step: Callable, state: Cache, q: jax.Array, new: tuple, tokens: int
+    step: Callable, sizes: tuple[int, int], state: Cache, q: jax.Array, new: tuple
 ) -> tuple[float, Cache]:
     """Median time of one layer; the cache is donated from loop to loop."""
-    run = jax.jit(partial(loop, step, tokens), donate_argnums=0)
+    run = jax.jit(partial(loop, step, sizes), donate_argnums=0)
 
     def once() -> jax.Array:
         nonlocal state
         state, out = run(state, q, new)
         return out
 
-    return device_time(once).span / STEPS / LAYERS, state
+    return device_time(once).span / sizes[1] / state.config.num_layers, state
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bits", type=int, nargs="*", default=BITS)
-    parser.add_argument("--cases", choices=("all", "mean"), default="all")
-    arguments = parser.parse_args()
+def run(config: Config, track: Track) -> Iterator[Row]:
+    """Every part at every shape and number of bits."""
     means, shapes = [""], list(SHAPES)
-    if arguments.cases == "mean":
+    if config.cases == "mean":
         means, shapes = ["stored", "pre_rope"], list(SHAPES[:1])
-    kinds = [(bits, mean) for bits in arguments.bits for mean in means]
-    rows, start = [], time.monotonic()
+    kinds = [(bits, mean) for bits in config.bits for mean in means]
     for bits, mean in kinds:
-        error = check(bits, mean)
-        print(f"check {bits} bits: relative error {error:.1e}", flush=True)
-        if not error < 5e-3:
-            raise ValueError(f"got relative error {error} at {bits} bits, expected below 5e-3")
-    for batch, tokens in shapes:
+        require_near(f"{bits} bits", check(bits, mean))
+    cases = [(shape, *kind) for shape in shapes for kind in kinds]
+    for (batch, tokens), bits, mean in track(cases, "step_speed"):
+        tokens = min(tokens, config.longest)
         q = jax.random.normal(jax.random.key(4), (batch, 1, HEADS, CHANNELS), jnp.bfloat16)
         size = (batch, 1, KV_HEADS, CHANNELS)
         new = tuple(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in (5, 6))
-        for bits, mean in kinds:
-            state, base = filled(bits, batch, tokens, mean=mean), None
-            for name, part in PARTS.items():
-                took, state = seconds(part, state, q, new, tokens)
-                base = took if base is None else base
-                rows.append(Row(name, bits, batch, tokens, took * 1e3, took / base, mean))
-                write_table(arguments.out, rows, time.monotonic() - start)
-                print(
-                    f"{name:9s} {bits} bits {mean:8s} "
-                    f"{batch:3d} x {tokens:<6d} {took * 1e6:8.1f} us"
-                    f" {took / base:5.2f}x the kernel",
-                    flush=True,
-                )
+        state, base = filled(config, bits, mean, batch, tokens), None
+        for name, part in PARTS.items():
+            took, state = seconds(part, (tokens, config.steps), state, q, new)
+            base = took if base is None else base
+            yield {
+                "part": name,
+                "bits": bits,
+                "batch": batch,
+                "tokens": tokens,
+                "milliseconds": took * 1e3,
+                "ratio_to_blocks": took / base,
+                "mean": mean,
+            }
 
 
-if __name__ == "__main__":
-    main()
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Our aim: how much a step takes beside the kernel."""
+    return speed_claims.step(rows)

@@ -13,7 +13,7 @@ from pallas_kernels.primitives.codebook import CodebookOperand
 
 
 def decode(
-    groups: tuple[BlocksOperand, ...],
+    blocks: BlocksOperand,
     pages: Int[Array, " jobs"],
     rows: Int[Array, " heads"],
     *,
@@ -25,23 +25,23 @@ def decode(
 
     Raises ValueError for planes that do not fit, NotImplementedError for what is not served.
     """
-    _, _, tokens = check_pool(groups)
-    channels = sum(group.values[0].shape[2] for group in groups)
+    _, _, tokens = check_pool(blocks)
+    channels = sum(blocks.value_channels)
     inputs = {
-        "keys": [group.keys for group in groups],
-        "values": [group.values for group in groups],
-        "scales": [group.scales for group in groups],
+        "keys": list(blocks.keys),
+        "values": list(blocks.values),
+        "scales": list(blocks.scales),
     }
     tables = {
-        "keys": [_table(group.key_codebook) for group in groups],
-        "values": [_table(group.value_codebook) for group in groups],
+        "keys": [_table(book) for book in blocks.key_codebooks],
+        "values": [_table(book) for book in blocks.value_codebooks],
     }
 
     out = jax.ShapeDtypeStruct((pages.shape[0], tokens, rows.shape[0], channels), dtype)
     spec = triton.BlockSpec((None, tokens, None, channels), lambda i, h: (i, 0, h, 0))
     return triton.call(
         lambda pages, rows, pool, tables, keys, values: decode_kernel(
-            pages[0], rows[0], pool, tables, {"keys": keys, "values": values}, groups=groups
+            pages[0], rows[0], pool, tables, {"keys": keys, "values": values}, blocks=blocks
         ),
         triton.Launch((pages.shape[0], rows.shape[0]), warps=4, stages=1),
         in_specs=(

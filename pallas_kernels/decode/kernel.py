@@ -14,25 +14,27 @@ from pallas_kernels.primitives.trellis import code_number
 
 
 def decode_kernel(
-    page: Any, row: Any, pool: Any, tables: Any, outputs: Any, *, groups: tuple[BlocksOperand, ...]
+    page: Any, row: Any, pool: Any, tables: Any, outputs: Any, *, blocks: BlocksOperand
 ) -> None:
-    """One program of the grid (pages, rows)."""
-    first = 0
-    tokens = groups[0].scales.shape[2]
+    """One program of the grid (pages, rows); of `blocks` only the static facts."""
+    tokens = blocks.scales[0].shape[2]
     token = jnp.arange(tokens)
-    for g, group in enumerate(groups):
-        dim = group.values[0].shape[2]
-        channel = jnp.arange(power_of_two(dim))
-        exists = jnp.broadcast_to((channel < dim)[None, :], (tokens, channel.shape[0]))
-        word = triton.load(pool["scales"][g].at[row, page, token])
-        books = {"keys": group.key_codebook, "values": group.value_codebook}
-        for side, scale in (("keys", key_scale(word)), ("values", value_scale(word))):
-            field = _fields(pool[side][g], books[side], (row, page), tokens, dim, side == "keys")
-            code = code_number(books[side], field)
-            vector = triton.load(tables[side][g].at[code]) * scale[:, None]
+    words = [triton.load(ref.at[row, page, token]) for ref in pool["scales"]]
+    sides = (
+        ("keys", blocks.key_codebooks, blocks.key_channels, blocks.key_words, key_scale),
+        ("values", blocks.value_codebooks, blocks.value_channels, blocks.value_words, value_scale),
+    )
+    for side, books, channels, numbers, scale_of in sides:
+        first = 0
+        for g, (book, dim, number) in enumerate(zip(books, channels, numbers, strict=True)):
+            channel = jnp.arange(power_of_two(dim))
+            exists = jnp.broadcast_to((channel < dim)[None, :], (tokens, channel.shape[0]))
+            field = _fields(pool[side][g], book, (row, page), tokens, dim, side == "keys")
+            code = code_number(book, field)
+            vector = triton.load(tables[side][g].at[code]) * scale_of(words[number])[:, None]
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)
-        first += dim
+            first += dim
 
 
 def _fields(

@@ -22,14 +22,18 @@ from pallas_kernels.decode_attention.inputs import (
 )
 from pallas_kernels.decode_attention.kernel import decode_kernel
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
-from pallas_kernels.decode_attention.scores import DecodePlan
+from pallas_kernels.decode_attention.scores import DecodePlan, KeyGroup, KeySum, key_sum
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import flat
+from pallas_kernels.primitives.blocks import BlocksOperand, flat
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
 from pallas_kernels.primitives.period import PERIOD
 from pallas_kernels.primitives.rotation import RotationOperand
 
+# Steps of groups of keys that are one sum: at most so many times apart.
+ALIKE = 4.0
+# Bits of a channel in full precision, whose bytes take as long as those of the blocks.
+EXACT_BITS = 16
 SIGNS = CodebookOperand(bits=1, levels=(-1, 1), step=1.0)
 
 
@@ -79,14 +83,14 @@ def decode_attention(
             f"{PERIOD} tokens where the mean turns"
         )
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
-    groups = blocks.groups
+    pool = blocks.pool
     inputs: dict[str, Any] = {
         "queries": [grouped(q)] + ([grouped(sketch.query)] if sketch else []),
-        "keys": [tuple(map(flat, g.keys)) for g in groups]
+        "keys": [tuple(map(flat, planes)) for planes in pool.keys]
         + ([(flat(sketch.signs),)] if sketch else []),
-        "values": [tuple(map(flat, g.values)) for g in groups],
-        "scales": [flat(g.scales) for g in groups] + ([flat(sketch.norms)] if sketch else []),
-        "key_tables": [part[0].tables() for part in plan.key_parts],
+        "values": [tuple(map(flat, planes)) for planes in pool.values],
+        "scales": [*map(flat, pool.scales)] + ([flat(sketch.norms)] if sketch else []),
+        "key_tables": [group.decoder.tables() for group in plan.key_groups],
         "value_tables": [decoder.tables() for decoder in plan.value_decoders],
         "page_table": blocks.page_table,
         "lengths": blocks.lengths,
@@ -115,16 +119,22 @@ def _schedule(
     blocks: PagedBlocks, exact: ExactOperand | None, kv_heads: int, heads: int
 ) -> Schedule:
     batch, max_pages = blocks.page_table.shape
-    groups = blocks.groups
+    pool = blocks.pool
+    sides = (pool.key_codebooks, pool.key_channels), (pool.value_codebooks, pool.value_channels)
+    bits = max(
+        sum(book.bits * count for book, count in zip(*side, strict=True)) / sum(side[1])
+        for side in sides
+    )
+    slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
     return default_schedule(
         batch=batch,
         kv_heads=kv_heads,
         heads=heads,
-        channels=max(group.values[0].shape[2] for group in groups),
-        bits=max(max(g.key_codebook.bits, g.value_codebook.bits) for g in groups),
-        tokens=groups[0].scales.shape[2],
+        channels=max(pool.value_channels),
+        bits=max(book.bits for book in (*pool.key_codebooks, *pool.value_codebooks)),
+        tokens=pool.scales[0].shape[2],
         max_pages=max_pages,
-        exact=0 if exact is None else sum(x.shape[1] for x in exact.keys),
+        exact=int(slots * EXACT_BITS / bits),
     )
 
 
@@ -138,31 +148,28 @@ def make_decode_plan(
     exact: bool,
 ) -> DecodePlan:
     """The static half of a call; ValueError for tiles that are too short."""
-    groups = blocks.groups
-    _, pages, tokens = groups[0].scales.shape
+    pool = blocks.pool
+    _, pages, tokens = pool.scales[0].shape
     if schedule.pages * tokens < TILE_TOKENS:
         raise ValueError(
             f"tiles: got {schedule.pages} pages of {tokens} tokens, "
             f"expected at least {TILE_TOKENS} tokens"
         )
     scale = softmax.scale * (1.0 if softmax.soft_cap is not None else LOG2E)
-    key_parts, first = [], 0
-    for group in groups:
-        count = group.values[0].shape[2]
-        decoder = key_decoder(group.key_codebook, count)
-        key_parts.append((decoder, 0, first, scale * group.key_codebook.step))
-        first += count
+    key_sums = _key_sums(pool, scale)
     if sketch is not None:
         decoder = key_decoder(SIGNS, sketch.query.shape[-1])
-        key_parts.append((decoder, 1, 0, scale))
-    codebooks = tuple(group.value_codebook for group in groups)
+        group = KeyGroup(decoder, len(pool.keys), 0, 1.0)
+        signs = key_sum((group,), source=1, word=len(pool.scales), multiplier=scale)
+        key_sums = (*key_sums, signs)
     return DecodePlan(
         tokens=tokens,
         pages=schedule.pages,
         heads=heads,
-        key_parts=tuple(key_parts),
-        value_decoders=value_decoders(codebooks, tokens, schedule.pages),
-        value_channels=tuple(group.values[0].shape[2] for group in groups),
+        key_sums=key_sums,
+        value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages),
+        value_channels=pool.value_channels,
+        value_words=pool.value_words,
         scale=scale,
         soft_cap=softmax.soft_cap,
         batch=blocks.page_table.shape[0],
@@ -172,6 +179,44 @@ def make_decode_plan(
         warps=schedule.warps,
         stages=schedule.stages,
     )
+
+
+def _key_sums(pool: BlocksOperand, scale: float) -> tuple[KeySum, ...]:
+    """Of the keys: groups that share a scale share a sum, where their steps are alike."""
+    found: list[KeySum] = []
+    for word, groups in _by_unit(pool):
+        step = max(book.step for _, book in groups)
+        members = tuple(
+            KeyGroup(
+                key_decoder(book, pool.key_channels[g]),
+                planes=g,
+                first=sum(pool.key_channels[:g]),
+                gain=book.step / step,
+            )
+            for g, book in groups
+        )
+        found.append(key_sum(members, source=0, word=word, multiplier=scale * step))
+    return tuple(found)
+
+
+def _by_unit(pool: BlocksOperand) -> list[tuple[int, list[tuple[int, CodebookOperand]]]]:
+    """(word of the scales, (number, codebook) of each group) of sums over groups.
+
+    A query is rounded to the unit of its largest group, and the rounding counts as many times as a
+    level has steps. So levels are made as small integers as the others' steps allow, and steps more
+    than `ALIKE` times apart are not added up.
+    """
+    if not pool.joint[0] or len(pool.keys) == 1:
+        return [(pool.key_words[g], [(g, book)]) for g, book in enumerate(pool.key_codebooks)]
+    books = dict(enumerate(pool.key_codebooks))
+    left, found = sorted(books, key=lambda g: -books[g].step / books[g].most), []
+    while left:
+        unit = books[left[0]].step / books[left[0]].most  # the coarsest of the finest
+        made = {g: books[g].refined(unit) for g in sorted(left)}
+        own = {g: book for g, book in made.items() if book.step * ALIKE >= unit}
+        found.append((0, list(own.items())))
+        left = [g for g in left if g not in own]
+    return found
 
 
 def run(

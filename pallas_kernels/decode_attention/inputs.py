@@ -16,12 +16,12 @@ MAX_HEADS = 16
 class PagedBlocks:
     """The compressed tokens of some sequences, in the pages of a pool.
 
-    The channels of the `groups` follow each other. Sequence b has `lengths[b]` tokens; its block j
+    Sequence b has `lengths[b]` tokens; its block j
     lies in the page that `page_table[b]` has in slot j modulo its slots. Slots of unseen blocks are
     never used. The kv heads are the rows from `row` on, so many as there are, or all rows.
     """
 
-    groups: tuple[BlocksOperand, ...]
+    pool: BlocksOperand
     page_table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
     row: Int[Array, ""] | None = None
@@ -57,7 +57,7 @@ class Sketch:
 
 def check(q: jax.Array, blocks: PagedBlocks) -> int:
     """The number of kv heads, after the shapes were seen to fit."""
-    rows, _, _ = check_pool(blocks.groups)
+    rows, _, _ = check_pool(blocks.pool)
     kv_heads = rows if blocks.kv_heads is None else blocks.kv_heads
     if not 1 <= kv_heads <= rows:
         raise ValueError(f"kv_heads: got {kv_heads}, expected 1 to the {rows} rows")
@@ -73,7 +73,7 @@ def check(q: jax.Array, blocks: PagedBlocks) -> int:
             f"page_table and lengths: got {blocks.page_table.shape} and {blocks.lengths.shape}, "
             f"expected {batch} rows"
         )
-    total = sum(group.values[0].shape[2] for group in blocks.groups)
+    total = sum(blocks.pool.value_channels)
     if total != channels:
         raise ValueError(f"queries: got {channels} channels, expected the groups' {total}")
     return kv_heads

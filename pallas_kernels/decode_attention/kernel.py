@@ -71,7 +71,7 @@ def tile_scores(
         mean = state.get("mean")
         if digits is not None:
             mean = state["turning"].product(phase, digits)
-        exponent = value_exponent(words[: len(plan.value_decoders)])
+        exponent = value_exponent(words[: max(plan.value_words) + 1])
         bound = exponent.astype(jnp.float32)[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
             bound = triton.fma(x, y, bound)
@@ -114,7 +114,7 @@ def attend(
     weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
     mass, outputs = list(mass), list(outputs)
     for g, decoder in enumerate(plan.value_decoders):
-        scales = [value_scale(words[g]) for _, _, words in tile]
+        scales = [value_scale(words[plan.value_words[g]]) for _, _, words in tile]
         shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
         if decoder.centre:
             mass[g] = triton.fma(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
@@ -145,7 +145,8 @@ def value_products(plan: DecodePlan, refs: Refs, state: Refs, group: int, pages,
 
     start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)
     operands = decoder.operands(decoder.load(fetch), state["value_tables"][group])
-    return weighted(start, operands, interleave(shares, BOUND), b_axis=0)
+    right = interleave(shares, BOUND)
+    return weighted(start, [(*operand, right) for operand in operands], b_axis=0)
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plan: DecodePlan) -> None:
@@ -243,12 +244,11 @@ def attend_blocks(
     pages = pages_of(begin)
     state: Refs = {"length": length} | ({} if every else {"start": start})
     state["queries"] = [
-        prepare_query(plan, inputs["queries"][source], decoder, channel, multiplier)
-        for decoder, source, channel, multiplier in plan.key_parts
+        prepare_query(plan, inputs["queries"][keys.source], keys) for keys in plan.key_sums
     ]
     state["key_tables"] = [
-        part[0].prepare(refs)
-        for part, refs in zip(plan.key_parts, inputs["key_tables"], strict=True)
+        group.decoder.prepare(refs)
+        for group, refs in zip(plan.key_groups, inputs["key_tables"], strict=True)
     ]
     state["value_tables"] = [
         decoder.prepare(refs)

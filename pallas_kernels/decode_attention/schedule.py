@@ -9,10 +9,6 @@ PROGRAMS = 1024
 MIN_TILES = 4
 # Tokens of a tile: as many pages as it takes.
 TILE_TOKENS = 64
-
-
-# Bits of a channel in full precision, whose bytes take as long as those of the blocks.
-EXACT_BITS = 16
 # Tiles in whose time the tokens in full precision are begun, and the blocks after them.
 EXACT_START = 4
 
@@ -45,8 +41,8 @@ def default_schedule(
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
     `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
-    code; `exact`: slots of tokens in full precision beside the blocks. One warp needs no barrier,
-    and suffices where its sums fit in the registers.
+    code; `exact`: tokens of the blocks that have the bytes of those in full precision beside them.
+    One warp needs no barrier, and suffices where its sums fit in the registers.
     """
     pages = max(1, TILE_TOKENS // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
@@ -57,5 +53,5 @@ def default_schedule(
         pages=pages,
         warps=1 if small else 2,
         stages=3,
-        exact_tiles=exact * EXACT_BITS // (bits * TILE_TOKENS) + EXACT_START if exact else 0,
+        exact_tiles=exact // TILE_TOKENS + EXACT_START if exact else 0,
     )

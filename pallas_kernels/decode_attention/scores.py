@@ -1,6 +1,7 @@
 """Scores of compressed keys: int8 levels times 15-bit queries, exact sums, one scale a token."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from pallas_kernels.decode_attention.exact import capped
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import key_scale
-from pallas_kernels.primitives.dequantize import divide, power_of_two
+from pallas_kernels.primitives.dequantize import MIN_COLUMNS, beside, divide, power_of_two
 from pallas_kernels.primitives.digits import UNITS, digits, weighted
 from pallas_kernels.primitives.gather import Decoder
 
@@ -26,20 +27,69 @@ Refs = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class KeyGroup:
+    """A group of channels of the keys: a plane set, its first channel, and what multiplies its
+
+    queries so that one unit serves all groups of a sum: its step, in the largest one.
+    """
+
+    decoder: Decoder
+    planes: int
+    first: int
+    gain: float
+
+
+@dataclasses.dataclass(frozen=True)
+class KeySum:
+    """Groups that share a scale: their products are integers in one unit, and added up as such.
+
+    `products`: what the tensor cores multiply at once, groups side by side of as many columns each,
+    None for zeros. `source`: of the queries, `word`: of the scales, which one. The real size of a
+    unit is `multiplier` times that of the query.
+    """
+
+    products: tuple[tuple[KeyGroup | None, ...], ...]
+    source: int
+    word: int
+    multiplier: float
+
+    @property
+    def groups(self) -> tuple[KeyGroup, ...]:
+        """All of them."""
+        return tuple(group for product in self.products for group in product if group is not None)
+
+
+def key_sum(groups: tuple[KeyGroup, ...], *, source: int, word: int, multiplier: float) -> KeySum:
+    """Groups too narrow for a product of their own share one."""
+    wide = [group for group in groups if group.decoder.columns >= MIN_COLUMNS]
+    products: list[tuple[KeyGroup | None, ...]] = [(group,) for group in wide]
+    narrow: dict[int, list[KeyGroup | None]] = {}
+    for group in groups:
+        if group.decoder.columns < MIN_COLUMNS:
+            narrow.setdefault(group.decoder.columns, []).append(group)
+    for columns, found in narrow.items():
+        count = MIN_COLUMNS // columns
+        found += [None] * (-len(found) % count)
+        products += [tuple(found[i : i + count]) for i in range(0, len(found), count)]
+    return KeySum(tuple(products), source, word, multiplier)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """The static facts. A key part is (decoder, query input, first channel, multiplier).
+    """The static facts.
 
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
-    pages of a row of the pool. `exact_tiles`: as many tiles as the tokens in full precision
-    count for.
+    pages of a row of the pool. `value_words`: which of the scales each group of values has.
+    `exact_tiles`: as many tiles as the tokens in full precision count for.
     """
 
     tokens: int
     pages: int
     heads: int
-    key_parts: tuple[tuple[Decoder, int, int, float], ...]
+    key_sums: tuple[KeySum, ...]
     value_decoders: tuple[Decoder, ...]
     value_channels: tuple[int, ...]
+    value_words: tuple[int, ...]
     scale: float
     soft_cap: float | None
     batch: int
@@ -50,39 +100,61 @@ class DecodePlan:
     stages: int
 
     @property
+    def key_groups(self) -> tuple[KeyGroup, ...]:
+        """In the order of their planes."""
+        groups = (group for keys in self.key_sums for group in keys.groups)
+        return tuple(sorted(groups, key=lambda group: group.planes))
+
+    @property
     def columns(self) -> int:
         """Query heads of a group, padded: twice as many columns fill a product of 8."""
         return max(4, power_of_two(self.heads))
 
 
-def _query_rows(
-    plan: DecodePlan, ref: Any, decoder: Decoder, first: int, head: jax.Array
-) -> jax.Array:
+def _query_rows(plan: DecodePlan, ref: Any, group: KeyGroup, head: jax.Array) -> jax.Array:
     """float32 [len(head), columns] of the channels that the columns stand for, 0 where none."""
-    _, channel, exists = decoder.elements(jnp.arange(decoder.columns))
+    _, channel, exists = group.decoder.elements(jnp.arange(group.decoder.columns))
     mask = (head < plan.heads)[:, None] & exists[None, :]
-    rows = ref.at[head[:, None], (first + channel)[None, :]]
-    return triton.load(rows, mask=mask, other=0.0).astype(jnp.float32)
+    rows = ref.at[head[:, None], (group.first + channel)[None, :]]
+    x = triton.load(rows, mask=mask, other=0.0).astype(jnp.float32)
+    return x if group.gain == 1.0 else x * group.gain
 
 
-def prepare_query(
-    plan: DecodePlan, ref: Any, decoder: Decoder, first: int, multiplier: float
-) -> tuple:
-    """(int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32 [heads]).
+def prepare_query(plan: DecodePlan, ref: Any, keys: KeySum) -> tuple:
+    """(of each product int8 digits [2 * heads, columns], centre int32 [2 * heads], unit float32
 
-    The unit is NaN for a query that is not finite.
+    [heads]). The unit is NaN for a query that is not finite.
     """
     row = jnp.arange(2 * plan.columns)
-    x = _query_rows(plan, ref, decoder, first, divide(row, 2)[0])
+    head = divide(row, 2)[0]
+    rows = {group: _query_rows(plan, ref, group, head) for group in keys.groups}
     # as integers, of which that of NaN is the largest: a maximum of floats passes it over
-    magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    largest = lax.bitcast_convert_type(magnitude.max(axis=1), jnp.float32)
+    sizes = [
+        (lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF).max(axis=1) for x in rows.values()
+    ]
+    largest = lax.bitcast_convert_type(functools.reduce(jnp.maximum, sizes), jnp.float32)
     largest = jnp.where(largest < jnp.inf, jnp.maximum(largest, 1e-30), jnp.nan)
-    high, low = digits(x * (0.999999 / largest)[:, None])
-    digit = jnp.where((row & 1 == 0)[:, None], high, low)
-    centre = digit.astype(jnp.int32).sum(axis=1) * -decoder.centre
+    products, centre = [], None
+    for product in keys.products:
+        tiles: list[jax.Array | None] = []
+        for group in product:
+            if group is None:
+                tiles.append(None)
+                continue
+            high, low = digits(rows[group] * (0.999999 / largest)[:, None])
+            digit = jnp.where((row & 1 == 0)[:, None], high, low)
+            lost = digit.astype(jnp.int32).sum(axis=1) * -group.decoder.centre
+            centre = lost if centre is None else centre + lost
+            tiles.append(digit)
+        products.append(_side_by_side(tiles))
     largest, _ = jnp.unstack(largest.reshape(plan.columns, 2), axis=-1)
-    return digit, centre, largest * (multiplier / (0.999999 * UNITS))
+    return products, centre, largest * (keys.multiplier / (0.999999 * UNITS))
+
+
+def _side_by_side(tiles: list[jax.Array | None]) -> jax.Array:
+    """Tiles as one, of zeros where there is none."""
+    like = next(tile for tile in tiles if tile is not None)
+    return beside([jnp.zeros_like(like) if tile is None else tile for tile in tiles])
 
 
 def value_exponent(words: list[jax.Array]) -> jax.Array:
@@ -97,23 +169,47 @@ def value_exponent(words: list[jax.Array]) -> jax.Array:
 
 
 def key_products(
-    plan: DecodePlan, refs: Refs, state: Refs, part: int, page: jax.Array, token: jax.Array
+    plan: DecodePlan, refs: Refs, state: Refs, number: int, page: jax.Array, token: jax.Array
 ):
-    """float32 [tokens, heads]: level times query, summed over the channels of one part."""
-    decoder = plan.key_parts[part][0]
-    query, centre, _ = state["queries"][part]
-    planes = refs["keys"][part]
+    """float32 [tokens, heads]: level times query, summed over the channels of one sum."""
+    keys, (queries, centre, _) = plan.key_sums[number], state["queries"][number]
 
-    def fetch(plane, _, byte, mask):
-        rows = planes[plane].at[page[:, None], token[:, None], byte[None, :]]
-        if mask is None:
-            return triton.load(rows)
-        mask = jnp.broadcast_to(mask[None, :], (page.shape[0], byte.shape[0]))
-        return triton.load(rows, mask=mask, other=0)
+    def operands(group: KeyGroup) -> list[tuple[int, jax.Array]]:
+        planes = refs["keys"][group.planes]
+
+        def fetch(plane, _, byte, mask):
+            rows = planes[plane].at[page[:, None], token[:, None], byte[None, :]]
+            if mask is None:
+                return triton.load(rows)
+            mask = jnp.broadcast_to(mask[None, :], (page.shape[0], byte.shape[0]))
+            return triton.load(rows, mask=mask, other=0)
+
+        decoder = group.decoder
+        return decoder.operands(decoder.load(fetch), state["key_tables"][group.planes])
 
     start = jnp.broadcast_to(centre[None, :], (page.shape[0], centre.shape[0]))
-    operands = decoder.operands(decoder.load(fetch), state["key_tables"][part])
-    return weighted(start, operands, query, b_axis=1)
+    products = []
+    for product, query in zip(keys.products, queries, strict=True):
+        if len(product) == 1 and product[0] is not None:
+            products += [(weight, tile, query) for weight, tile in operands(product[0])]
+            continue
+        found = [[] if group is None else operands(group) for group in product]
+        for i in range(max(map(len, found))):
+            weights = {tiles[i][0] for tiles in found if i < len(tiles)}
+            products += [
+                (
+                    weight,
+                    _side_by_side(
+                        [
+                            tiles[i][1] if i < len(tiles) and tiles[i][0] == weight else None
+                            for tiles in found
+                        ]
+                    ),
+                    query,
+                )
+                for weight in sorted(weights)
+            ]
+    return weighted(start, products, b_axis=1)
 
 
 def scores(
@@ -127,10 +223,10 @@ def scores(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""
     terms = []
-    for part in range(len(plan.key_parts)):
-        product = key_products(plan, refs, state, part, page, token)
-        scaled = product * key_scale(words[part])[:, None]
-        unit = jnp.broadcast_to(state["queries"][part][2][None, :], scaled.shape)
+    for number, keys in enumerate(plan.key_sums):
+        product = key_products(plan, refs, state, number, page, token)
+        scaled = product * key_scale(words[keys.word])[:, None]
+        unit = jnp.broadcast_to(state["queries"][number][2][None, :], scaled.shape)
         terms.append((scaled, unit))
     if mean is not None:
         product, unit = mean

@@ -12,22 +12,49 @@ from pallas_kernels.primitives.codebook import CodebookOperand
 PAGE_TOKENS = (32, 64, 128)
 
 
+Planes = tuple[UInt8[Array, "rows pages _ _"], ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlocksOperand:
-    """Pages of T compressed tokens for one group of H channels (all of them, or a mixed-bit group).
+    """Pages of T compressed tokens of H channels, in groups of different bits or in one.
 
-    A row is a kv head of a layer, and has its pages together. keys: planes uint8 [rows, pages, T,
-    H*w/8], packed along the channels; values: planes uint8 [rows, pages, H, T*w/8], packed along
-    the tokens of the page; scales: uint32 [rows, pages, T], the bf16 scale of the value << 16 |
-    that of the key. A value is scale * step * level[code].
+    A row is a kv head of a layer, and has its pages together. Of group g, keys[g]: planes uint8
+    [rows, pages, T, H_g*w/8], packed along its channels; values[g]: planes uint8 [rows, pages, H_g,
+    T*w/8], packed along the tokens of the page. The groups of keys need not be those of values.
+    scales[g]: uint32 [rows, pages, T], the bf16 scale of the value << 16 | that of the key, of
+    group g; or `scales[0]` has that of all groups of the sides in `joint`, (keys, values). A value
+    is scale * step * level[code].
     """
 
-    keys: tuple[UInt8[Array, "rows pages T _"], ...]
-    values: tuple[UInt8[Array, "rows pages H _"], ...]
-    scales: UInt32[Array, "rows pages T"]
-    key_codebook: CodebookOperand = dataclasses.field(metadata=dict(static=True))
-    value_codebook: CodebookOperand = dataclasses.field(metadata=dict(static=True))
+    keys: tuple[Planes, ...]
+    values: tuple[Planes, ...]
+    scales: tuple[UInt32[Array, "rows pages T"], ...]
+    key_codebooks: tuple[CodebookOperand, ...] = dataclasses.field(metadata=dict(static=True))
+    value_codebooks: tuple[CodebookOperand, ...] = dataclasses.field(metadata=dict(static=True))
+    joint: tuple[bool, bool] = dataclasses.field(default=(False, False), metadata=dict(static=True))
+
+    @property
+    def key_channels(self) -> tuple[int, ...]:
+        """Of each group of keys."""
+        books = zip(self.keys, self.key_codebooks, strict=True)
+        return tuple(planes[0].shape[3] * 8 // book.widths[0] for planes, book in books)
+
+    @property
+    def value_channels(self) -> tuple[int, ...]:
+        """Of each group of values."""
+        return tuple(planes[0].shape[2] for planes in self.values)
+
+    @property
+    def key_words(self) -> tuple[int, ...]:
+        """In which of the scales is that of each group of keys."""
+        return tuple(0 if self.joint[0] else g for g in range(len(self.keys)))
+
+    @property
+    def value_words(self) -> tuple[int, ...]:
+        """In which of the scales is that of each group of values."""
+        return tuple(0 if self.joint[1] else g for g in range(len(self.values)))
 
 
 def flat(x: jax.Array) -> jax.Array:
@@ -47,23 +74,34 @@ def value_scale(word: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
-def check_pool(groups: tuple[BlocksOperand, ...]) -> tuple[int, int, int]:
+def check_pool(blocks: BlocksOperand) -> tuple[int, int, int]:
     """(rows, pages of a row, tokens of a page), after the groups were seen to belong together."""
-    if not groups:
-        raise ValueError("groups: got none, expected at least one")
-    rows, pages, tokens = groups[0].scales.shape
+    if not (blocks.keys and blocks.values and all((*blocks.keys, *blocks.values))):
+        raise ValueError("groups: got none, or one without planes, expected at least one")
+    words = max(*blocks.key_words, *blocks.value_words) + 1
+    if len(blocks.scales) != words:
+        raise ValueError(f"scales: got {len(blocks.scales)} words a token, expected {words}")
+    rows, pages, tokens = blocks.scales[0].shape
     if tokens not in PAGE_TOKENS:
         raise NotImplementedError(f"pages: got {tokens} tokens, served are 32, 64 and 128")
-    for group in groups:
-        count = group.values[0].shape[2] if group.values else 0
-        check_planes("keys", group.keys, group.key_codebook.widths, (rows, pages, tokens), count)
-        check_planes(
-            "values", group.values, group.value_codebook.widths, (rows, pages, count), tokens
+    place = rows, pages
+    for planes, book, count in zip(
+        blocks.keys, blocks.key_codebooks, blocks.key_channels, strict=True
+    ):
+        check_planes("keys", planes, book.widths, (*place, tokens), count)
+    for planes, book, count in zip(
+        blocks.values, blocks.value_codebooks, blocks.value_channels, strict=True
+    ):
+        check_planes("values", planes, book.widths, (*place, count), tokens)
+    if sum(blocks.key_channels) != sum(blocks.value_channels):
+        raise ValueError(
+            f"channels: got {blocks.key_channels} of keys and {blocks.value_channels} of values, "
+            "expected as many"
         )
-        if group.scales.shape != (rows, pages, tokens) or group.scales.dtype != jnp.uint32:
+    for scales in blocks.scales:
+        if scales.shape != (*place, tokens) or scales.dtype != jnp.uint32:
             raise ValueError(
-                f"scales: got {group.scales.dtype}{list(group.scales.shape)}, "
-                f"expected uint32{[rows, pages, tokens]}"
+                f"scales: got {scales.dtype}{list(scales.shape)}, expected uint32{[*place, tokens]}"
             )
     return rows, pages, tokens
 

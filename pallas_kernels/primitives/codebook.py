@@ -7,6 +7,7 @@ highest one, in a last plane of its own.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 CodeKind = Literal["scalar", "trellis"]
@@ -71,6 +72,18 @@ class CodebookOperand:
                     f"level: got {level} as number {i} of a 3-bit trellis, expected "
                     f"{'a negative one' if i < 8 else 'none below 0'}"
                 )
+
+    @property
+    def most(self) -> int:
+        """How many times its integers the levels may be."""
+        low, high = level_limits(self.bits, self.code)
+        return min((high // x if x > 0 else low // x for x in self.levels if x), default=1)
+
+    def refined(self, step: float) -> "CodebookOperand":
+        """The same values in steps of at most this size, or as fine as the limits allow."""
+        times = min(self.most, max(1, math.ceil(self.step / step - 1e-6)))
+        levels = tuple(times * level for level in self.levels)
+        return dataclasses.replace(self, levels=levels, step=self.step / times)
 
     @property
     def widths(self) -> tuple[int, ...]:

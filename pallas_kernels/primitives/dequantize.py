@@ -204,10 +204,14 @@ class PackedDecoder:
         found = [self._lookup(tiles, v, table) for v in range(self.variants)]
         return [(1, beside(found))]
 
+    def place(self, variant: int) -> tuple[int, int, int]:
+        """(part of the first plane, group of codes, half of the words) of a look-up."""
+        return variant // 2 % self.parts, variant // 2 // self.parts, variant % 2
+
     def _lookup(self, tiles: list[jax.Array], variant: int, table: list[jax.Array]) -> jax.Array:
         bits = self.codebook.bits
-        part, group, half = variant // 2 % self.parts, variant // 2 // self.parts, variant % 2
-        words = [tiles[part], *tiles[self.parts :]]
+        part, group, half = self.place(variant)
+        words = [tiles[part], *tiles[len(tiles) - (bits == 3) :]]
         if triton.is_interpreted():
             return self._stand_in(words, part, group, half)
         arguments = words + [jnp.broadcast_to(t, tiles[0].shape) for t in table]

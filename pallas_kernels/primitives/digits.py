@@ -52,11 +52,12 @@ def total(terms: list[jax.Array]) -> jax.Array:
 
 
 def weighted(
-    start: jax.Array, operands: list[tuple[int, jax.Array]], right: jax.Array, b_axis: int
+    start: jax.Array, products: list[tuple[int, jax.Array, jax.Array]], b_axis: int
 ) -> jax.Array:
-    """start + the products of weighted operands with the digits `right`, merged, in float32."""
+    """start + the products of weighted operands with their digits, merged, in float32."""
     sums: dict[int, jax.Array] = {}
-    for weight, operand in operands:
-        sums[weight] = sums.get(weight, start) + triton.dot(operand, right, b_axis=b_axis)
+    for weight, operand, right in products:
+        before = sums.get(weight, start if weight == 1 else jnp.zeros_like(start))
+        sums[weight] = before + triton.dot(operand, right, b_axis=b_axis)
     terms = [merge_digits(x) if w == 1 else merge_digits(x) * float(w) for w, x in sums.items()]
     return total(terms)

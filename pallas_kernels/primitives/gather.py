@@ -22,6 +22,7 @@ from pallas_kernels.primitives.dequantize import (
     divide,
     power_of_two,
 )
+from pallas_kernels.primitives.narrow import narrow_decoder
 from pallas_kernels.primitives.trellis import TrellisDecoder, code_number
 
 DIGIT = 128
@@ -104,6 +105,8 @@ def key_decoder(codebook: CodebookOperand, channels: int) -> Decoder:
     # A look-up is written for four neighbouring bytes in one register. Rows of 8 bytes and more are
     # loaded so; of narrower ones Triton gives each thread fewer bytes (seen at 32 channels, 3
     # bits).
+    if (narrow := narrow_decoder(codebook, channels)) is not None:
+        return narrow
     if not looked_up(codebook) or channels * codebook.widths[-1] < 64:
         return GatherDecoder(codebook, channels, 1)
     return packed_decoder(codebook, channels, 1, widest_unit(codebook, channels), rows=False)

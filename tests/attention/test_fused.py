@@ -43,6 +43,12 @@ SETTINGS["centred before RoPE"] = dict(
     value=CODEC(2),
     rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
 )
+SETTINGS["calibrated"] = dict(
+    head_dim=64,
+    key=CODEC(((16, 4), (16, 2), (32, 1)), scales="joint"),
+    value=CODEC(2),
+    rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+)
 SETTINGS["trellis"] = dict(head_dim=64, key=TRELLIS(3), value=TRELLIS(2))
 COMPILED = SETTINGS | {
     "trellis of groups": dict(
@@ -50,6 +56,14 @@ COMPILED = SETTINGS | {
         key=TRELLIS(((32, 2), (32, 1))),
         value=CODEC(((32, 4), (32, 3)), "haar"),
         center_keys=False,
+    ),
+    "calibrated trellis": dict(
+        head_dim=128, key=TRELLIS(((32, 4), (32, 2), (64, 1)), scales="joint"), value=TRELLIS(2)
+    ),
+    "calibrated values": dict(
+        head_dim=64,
+        key=CODEC(2),
+        value=CODEC(((16, 3), (40, 2), (8, 1)), "block_hadamard", scales="joint_products"),
     ),
     "balanced": dict(head_dim=128, key=TRELLIS(3), value=TRELLIS(3), block=64, window=128),
     "max": dict(head_dim=128, key=TRELLIS(2), value=TRELLIS(2), block=64, window=128),
@@ -142,7 +156,7 @@ def random_projection(config, rng):
     return Projection(qkv, *angles, sliding_window=config.sliding_window)
 
 
-@pytest.mark.parametrize("name", ["centred", "outliers in a sliding window"])
+@pytest.mark.parametrize("name", ["centred", "outliers in a sliding window", "calibrated"])
 def test_a_query_that_is_turned_on_the_way_is_in_the_keys_space(name):
     """The kernel is given the rotation of a layer's heads as the codec applies it."""
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
@@ -183,6 +197,7 @@ def test_a_step_that_turns_its_own_queries(name):
     [
         ("outliers in a sliding window", True),
         ("trellis", True),
+        ("calibrated", True),
         ("layers of several bits", True),
         *(pytest.param(n, False, marks=GPU) for n in COMPILED if "prod" not in n),
     ],

@@ -215,14 +215,14 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])
-def test_kernels_say_that_they_do_not_serve_it(side, monkeypatch):
+def test_kernels_read_it_and_xla_writes_it(side, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     plain = {"keys": "value", "values": "key"}[side]
     config = replace(CONFIG, **{plain: CODEC(2)})
     state = shapes(config, calibration(config))
-    for call in (partial(choose_attention, state, 1, None), partial(choose_compression, state)):
-        with pytest.raises(NotImplementedError, match="calibrated channels with one scale"):
-            call("pallas")
-    # the vendor's attention reads tiles that XLA decodes
-    chosen = choose_attention(state, 4, None, "cudnn")
-    assert (chosen.attend, chosen.pages) == ("cudnn", "xla")
+    with pytest.raises(NotImplementedError, match="calibrated channels with one scale"):
+        choose_compression(state, "pallas")
+    for queries, attend in ((1, "pallas"), (4, "cudnn")):
+        chosen = choose_attention(state, queries, None, attend)
+        assert (chosen.attend, chosen.pages) == (attend, "pallas")
+        assert chosen.compression.blocks == "xla"

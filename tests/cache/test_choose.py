@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.layout import calibration
 from turboquant_jax import cache
 from turboquant_jax.cache.choose import (
     Attention,
@@ -20,6 +21,7 @@ from turboquant_jax.cache.choose import (
 CODEC = cache.CodecConfig
 SERVED = dict(num_layers=2, num_kv_heads=2, head_dim=32, block=32, window=5, sinks=2)
 GROUPS = CODEC(((16, 4), (16, 3)))
+JOINT = CODEC(((16, 4), (8, 2), (8, 1)), scales="joint")
 ORDER = np.tile(np.arange(32, dtype=np.int32), (2, 2, 1))
 LAYERS = cache.Allocation((4, 3), (3, 4))
 HEADS = cache.Allocation((4, (4, 3)), (3, 3))
@@ -28,6 +30,7 @@ OF_HEADS = "heads of one layer in several formats"
 
 def shapes(change, **options):
     config = cache.CacheConfig(**SERVED | change)
+    options["calibration"] = calibration(config)
     return jax.eval_shape(lambda: cache.create(config, 1, 70, key=jax.random.key(0), **options))
 
 
@@ -52,12 +55,9 @@ def refused(words):
         (1, dict(dtype="float8_e4m3fn"), "a full precision of float8_e4m3fn"),
         (1, dict(window=100), "a cache without blocks"),
         (1, dict(allocation=HEADS), OF_HEADS),
-        (1, dict(key=GROUPS), "different groups of channels"),
-        (
-            1,
-            dict(value=GROUPS, key=CODEC(((8, 4), (24, 3)), "haar")),
-            "different groups of channels",
-        ),
+        (1, dict(key=GROUPS), None),
+        (1, dict(value=GROUPS, key=CODEC(((8, 4), (24, 3)), "haar")), None),
+        (1, dict(key=JOINT), None),
         (1, dict(key=CODEC(codebook="lloyd_max")), "a codebook off the kernel's grid"),
         (1, dict(value=CODEC(codebook="gaussian")), "a codebook off the kernel's grid"),
         (
@@ -79,6 +79,7 @@ def test_decoding(queries, change, words, on_gpu):
         (4, {}, None, None),
         (4, dict(head_dim=128, dtype="float16"), None, None),
         (4, dict(allocation=LAYERS), None, None),
+        (4, dict(key=JOINT), None, None),
         (1, {}, None, "'cudnn' got one query token per sequence"),
         (4, dict(dtype="float32"), None, "a full precision of float32"),
         (4, dict(head_dim=20, key=CODEC(rotation="haar")), None, "a head dim of 20"),
@@ -109,6 +110,7 @@ def test_a_chunk(queries, change, softcap, words, on_gpu):
         (dict(value=CODEC(code="trellis"), allocation=LAYERS), (), "a trellis code"),
         (dict(key=CODEC(((20, 4), (12, 3)), "haar")), (), "a group of 20 channels"),
         (dict(allocation=HEADS), (), OF_HEADS),
+        (dict(value=JOINT), (), "calibrated channels with one scale"),
     ],
 )
 def test_compression(change, orders, words, on_gpu):

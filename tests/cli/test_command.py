@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from turboquant_jax import cache, cli, demo
+from turboquant_jax import cache, cli
 from turboquant_jax.cache import load_calibration, presets
-from turboquant_jax.cli import parsers, settings
+from turboquant_jax.cli import demonstration, parsers, settings
 from turboquant_jax.models import PRESETS
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.rope import inverse_frequencies
@@ -119,7 +119,9 @@ def test_help_explains_itself(capsys):
 
 
 def test_results_are_reproducible_numbers():
-    first, second = (demo.theory_row(3, 64, "haar", seed=1, vectors=2000) for _ in range(2))
+    first, second = (
+        demonstration.theory_row(3, 64, "haar", seed=1, vectors=2000) for _ in range(2)
+    )
     assert first == second
     np.testing.assert_allclose(first["measured"], lloyd_max_distortion(3, 64), rtol=0.02)
 
@@ -180,7 +182,7 @@ def test_a_preset_is_the_library_s(command, name):
     bits, options = settings.asked_bits(arguments), settings.segments(arguments, 64)
     sizes = dataclasses.replace(PRESETS["llama-3-8b"], num_layers=1, num_kv_heads=2, head_dim=64)
     expected = cache.preset(name, 1, 2, 64, tuple(inverse_frequencies(sizes)))
-    assert demo.cache_config(sizes, *bits, code=settings.code(arguments), **options) == expected
+    assert settings.cache_config(sizes, *bits, code=settings.code(arguments), **options) == expected
     assert settings.table(arguments)[bits] == expected.key.code
     shorter = parse([command, *given, "--preset", name, "--window", "32"])
     assert settings.segments(shorter)["window"] == 32, "what is said counts"

@@ -8,8 +8,10 @@ import pytest
 
 from experiments import __main__ as command
 from experiments.harness import report, results
-from experiments.harness.experiment import Claim, option
+from experiments.harness.experiment import GPU, Claim, option
 from experiments.harness.plotting import panels
+
+PAGE = "docs/report/planted.md"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Config:
 
 def planted() -> ModuleType:
     """An experiment as small as one can be."""
-    module = ModuleType("experiments.planted", "A planted experiment.\n\nIt counts.")
+    module = ModuleType("experiments.planted.planted", "A planted experiment.\n\nIt counts.")
     module.Config, module.SMOKE = Config, Config(size=2)
 
     def run(config, track):
@@ -48,7 +50,6 @@ def planted() -> ModuleType:
 def experiment(monkeypatch):
     module = planted()
     monkeypatch.setattr(command, "EXPERIMENTS", (module,))
-    monkeypatch.setattr(report, "EXPERIMENTS", (module,))
     return module
 
 
@@ -138,23 +139,120 @@ def test_failed_renaming_brings_the_old_results_back(experiment, tmp_path, monke
 def test_report_says_what_was_measured(experiment, tmp_path):
     assert run(tmp_path) == 0
     assert write_report(tmp_path) == 0
-    text = (tmp_path / "REPORT.md").read_text()
+    text = (tmp_path / PAGE).read_text()
     assert "| theory | the sum is 9 | 9 | **holds** |" in text
-    assert "(results/planted/figure.svg)" in text and "It counts." in text
+    assert "(../../results/planted/figure.svg)" in text and "It counts." in text
+    assert "- planted: [planted](docs/report/planted.md)" in (tmp_path / "REPORT.md").read_text()
     assert write_report(tmp_path, "--check") == 0
 
 
-def test_results_of_other_scripts_are_shown_as_they_are(experiment, tmp_path):
-    folder = tmp_path / "results/elsewhere"
-    meta = {"command": "made elsewhere", "date": "today", "commit": "1", "device": "GPU"}
-    results.write(folder, [{"shape": "8 x 4", "ms": 0.5}], meta | {"versions": {}}, None)
+def test_the_first_page_has_the_paper_and_our_aims_alone(experiment, tmp_path, monkeypatch):
+    made = [
+        Claim("TurboQuant, figure 4", "every needle", "7 of 8", "does not hold"),
+        Claim("TurboQuant, figure 5", "a", "long", "holds", topic="recall", short="+0.1"),
+        Claim("TurboQuant, figure 5", "b", "long", "undecided", topic="recall", short="-0.1"),
+        Claim("our aim", "fast", "2 times", "holds", topic="speed", short="2 times"),
+        Claim("our aim", "faster", "3 times", "missed", topic="speed", short="3 times"),
+        Claim("our question", "KIVI finds every needle", "1 of 8", "does not hold"),
+    ]
+    monkeypatch.setattr(experiment, "claims", lambda rows: made)
     assert run(tmp_path) == 0
     assert write_report(tmp_path) == 0
     text = (tmp_path / "REPORT.md").read_text()
-    assert "## `elsewhere`\n\n| shape | ms |\n| --- | --- |\n| 8 x 4 | 0.5 |" in text
-    assert "figure.svg" not in text.partition("elsewhere")[2]
+    link = "[planted](docs/report/planted.md)"
+    assert f"| figure 4: every needle | 7 of 8 | **does not hold** | {link} |" in text
+    assert f"| figure 5: recall | +0.1; -0.1 | 1 **holds**, 1 **undecided** | {link} |" in text
+    assert f"| speed | 2 times | **holds** | {link} |" in text
+    assert f"| speed | 3 times | **missed** | {link} |" in text
+    assert "KIVI" not in text and "KIVI" in (tmp_path / PAGE).read_text()
+
+
+def test_what_no_figure_draws_is_a_table(experiment, tmp_path, monkeypatch):
+    monkeypatch.delattr(experiment, "figure")
+    assert run(tmp_path, "--names", "a") == 0
+    assert write_report(tmp_path) == 0
+    text = (tmp_path / PAGE).read_text()
+    assert "| name | value | extra |\n| --- | --- | --- |\n| a | 0.5 |  |" in text
+    assert "figure.svg" not in text
+
+
+def test_archives_and_results_of_no_experiment_are_named_and_held_to_their_digest(
+    experiment, tmp_path
+):
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--label", "before") == 0
+    folder = tmp_path / "results/elsewhere"
+    results.write(folder, [{"shape": "8 x 4", "ms": 0.5}], {}, None)
+    assert write_report(tmp_path) == 0
+    assert "`elsewhere`, `planted.before`" in (tmp_path / "REPORT.md").read_text()
+    assert "before" not in (tmp_path / PAGE).read_text()
     (folder / "rows.csv").write_text("shape,ms\n8 x 4,0.4\n")
     assert write_report(tmp_path, "--check") == 1
+
+
+def test_a_page_of_no_experiment_is_refused_and_goes(experiment, tmp_path, capsys):
+    assert run(tmp_path) == 0
+    assert write_report(tmp_path) == 0
+    stray = tmp_path / "docs/report/gone.md"
+    stray.write_text("gone")
+    assert write_report(tmp_path, "--check") == 1
+    assert "gone.md: of no experiment" in capsys.readouterr().err
+    assert write_report(tmp_path) == 0
+    assert not stray.exists()
+
+
+def test_rows_that_are_yielded_are_kept_as_they_come_in_a_new_place_alone(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    def cut_short(config, track):
+        yield {"name": "first", "value": 1.5}
+        raise KeyboardInterrupt
+
+    whole = experiment.run
+    monkeypatch.setattr(experiment, "run", cut_short)
+    assert run(tmp_path) == 130
+    (found,) = results.find(tmp_path / "results", "planted")
+    assert found.rows == [{"name": "first", "value": 1.5}] and found.intact
+    assert write_report(tmp_path) == 0
+    assert write_report(tmp_path, "--check") == 1
+    assert "cut short" in capsys.readouterr().err
+    monkeypatch.setattr(experiment, "run", lambda *given: iter(whole(*given)))
+    assert run(tmp_path) == 0
+    (found,) = results.find(tmp_path / "results", "planted")
+    assert len(found.rows) == 6 and "unfinished" not in found.meta
+    monkeypatch.setattr(experiment, "run", cut_short)
+    assert run(tmp_path) == 130
+    assert results.find(tmp_path / "results", "planted") == [found], "old results stay whole"
+
+
+def test_flags_of_every_kind(experiment, tmp_path, capsys):
+    @dataclass(frozen=True)
+    class Flags:
+        means: bool = option(False, "a switch")
+        cases: str = option("all", "what", choices=("all", "few"))
+        sweep: tuple[str, ...] = option((), "none as a rule")
+        peer: str = option("", "a path", path=True)
+
+    experiment.Config, experiment.SMOKE = Flags, Flags()
+    experiment.run = lambda config, track: [{"value": 9, "seen": str(config)}]
+    given = ["--means", "--cases", "few", "--sweep", "1;2", "3;4", "--peer", "/home/me/python"]
+    assert run(tmp_path, *given) == 0
+    (found,) = results.find(tmp_path / "results", "planted")
+    assert "/home/me/python" in found.rows[0]["seen"]
+    config = {"means": True, "cases": "few", "sweep": ["1;2", "3;4"], "peer": "python"}
+    assert found.meta["config"] == config
+    given[-1] = "python"
+    assert found.meta["command"] == " ".join(["python -m experiments run planted", *given])
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--cases", "many")
+
+
+def test_what_needs_a_gpu_is_refused_without_one_and_listed(experiment, tmp_path, capsys):
+    experiment.NEEDS = GPU
+    assert run(tmp_path) == 1
+    assert "expected an NVIDIA GPU" in capsys.readouterr().err
+    assert command.main(["list"]) == 0
+    assert "A planted experiment. Needs an NVIDIA GPU." in capsys.readouterr().out
 
 
 def test_check_fails_on_an_altered_csv(experiment, tmp_path, capsys):
@@ -170,11 +268,12 @@ def test_check_fails_on_an_altered_csv(experiment, tmp_path, capsys):
 def test_check_fails_on_newer_results_and_on_an_altered_report(experiment, tmp_path):
     assert run(tmp_path) == 0
     assert write_report(tmp_path) == 0
-    path = tmp_path / "REPORT.md"
-    text = path.read_text()
-    path.write_text(text.replace("**holds**", "**missed**"))
-    assert write_report(tmp_path, "--check") == 1
-    path.write_text(text)
+    for path in (tmp_path / "REPORT.md", tmp_path / PAGE):
+        text = path.read_text()
+        path.write_text(text.replace("**holds**", "**missed**"))
+        assert write_report(tmp_path, "--check") == 1
+        path.write_text(text)
+        assert write_report(tmp_path, "--check") == 0
     assert run(tmp_path, "--size", "4", "--force") == 0
     assert write_report(tmp_path, "--check") == 1
 
@@ -185,7 +284,7 @@ def test_check_draws_nothing_and_missing_figures_are_drawn(experiment, tmp_path,
     path = tmp_path / "results/planted/figure.svg"
     assert not path.exists()
     monkeypatch.undo()
-    monkeypatch.setattr(report, "EXPERIMENTS", (experiment,))
+    monkeypatch.setattr(command, "EXPERIMENTS", (experiment,))
     assert write_report(tmp_path) == 0
     assert path.exists()
     first = path.read_bytes()
@@ -199,20 +298,6 @@ def test_meta_is_json_with_a_digest(experiment, tmp_path):
     folder = tmp_path / "results/planted"
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["rows_sha256"] == results.digest((folder / "rows.csv").read_bytes())
-
-
-def test_a_table_is_described_by_its_command_line(tmp_path, monkeypatch):
-    @dataclass(frozen=True)
-    class Measured:
-        name: str
-        milliseconds: float
-
-    monkeypatch.setattr("sys.argv", ["experiments/step_speed.py", "--bits", "4"])
-    results.write_table(tmp_path / "table", [Measured("step", 1.5)], 2.0)
-    found = results.read(tmp_path / "table")
-    assert found.rows == [{"name": "step", "milliseconds": 1.5}]
-    assert found.meta["command"] == "python -m experiments.speed.step_speed --bits 4"
-    assert found.intact
 
 
 def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
@@ -234,7 +319,7 @@ def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
     assert found.meta["command"] == "first"
     assert [meta["command"] for meta in found.meta["added"]] == ["second"]
     assert write_report(tmp_path) == 0
-    assert "`second`, today" in (tmp_path / "REPORT.md").read_text()
+    assert "`second`, today" in (tmp_path / PAGE).read_text()
     assert run(tmp_path) == 1
     assert "holds rows of other runs too" in capsys.readouterr().err
     (other / "rows.csv").write_text("altered")

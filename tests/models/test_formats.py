@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from tests.models.conftest import TINY_ENTRIES, random_model
+from turboquant_jax.cli.plan import read_model
 from turboquant_jax.models.checkpoint import load
 from turboquant_jax.models.rope_scaling import LinearScaling, YarnScaling, yarn_attention_factor
-from turboquant_jax.plan import read_model
 
 EXACT = dict(rms_norm_eps=2.0**-17, rope_theta=500.0)  # GGUF has float32
 YARN = YarnScaling(4.0, 16, yarn_attention_factor(4.0), beta_fast=8.0)

@@ -1,7 +1,10 @@
 """Random compressed blocks, and decode attention over them by its definition in float64 numpy."""
 
+import dataclasses
 import math
+from itertools import zip_longest
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -50,44 +53,73 @@ def levels_of(book, codes):
     return levels[number]
 
 
-def random_blocks(rng, pages, kv_heads, tokens, channels, bits, codes=("scalar", "scalar")):
-    """(Blocks, keys [pages, K, T, H], values [pages, K, T, H]) in float64."""
-    books = [random_codebook(rng, b, code) for b, code in zip(bits, codes, strict=True)]
-    codes = [rng.integers(0, 2**b, (pages, kv_heads, tokens, channels)) for b in bits]
-    scales = [
-        np.exp(rng.uniform(-2, 1, (pages, kv_heads, tokens))).astype(ml_dtypes.bfloat16)
-        for _ in bits
-    ]
-    scales[1][0, 0, :3] = 0.0  # a zero vector is a value like any other
-    dense = [
-        levels_of(book, code) * book.step * scale.astype(np.float64)[..., None]
-        for book, code, scale in zip(books, codes, scales, strict=True)
-    ]
-    key_scale, value_scale = (s.view(np.uint16).astype(np.uint32) for s in scales)
-    blocks = BlocksOperand(
-        keys=pack(codes[0].swapaxes(0, 1), books[0].widths),
-        values=pack(codes[1].swapaxes(0, 1).swapaxes(2, 3), books[1].widths),
-        scales=(key_scale | value_scale << np.uint32(16)).swapaxes(0, 1),
-        key_codebook=books[0],
-        value_codebook=books[1],
+def random_side(rng, place, tokens, groups, code, joint):
+    """(planes by group, codebooks, scales by group, vectors [pages, K, T, H] in float64).
+
+    `groups`: (channels, bits) of each, `place`: (pages, K); a `joint` scale is that of all.
+    """
+    planes, books, scales, dense = [], [], [], []
+    for channels, bits in groups:
+        book = random_codebook(rng, bits, code)
+        if joint:  # steps of their own: no two groups alike
+            book = dataclasses.replace(book, step=book.step * rng.uniform(0.2, 1.0))
+        codes = rng.integers(0, 2**bits, (*place, tokens, channels))
+        if not (joint and scales):
+            found = np.exp(rng.uniform(-2, 1, (*place, tokens))).astype(ml_dtypes.bfloat16)
+            found[0, 0, :3] = 0.0  # a zero vector is a value like any other
+            scales.append(found)
+        scale = scales[-1].astype(np.float64)[..., None]
+        dense.append(levels_of(book, codes) * book.step * scale)
+        planes.append(codes.swapaxes(0, 1))
+        books.append(book)
+    return planes, tuple(books), scales, np.concatenate(dense, axis=-1)
+
+
+def random_pool(rng, pages, kv_heads, tokens, sides, codes, joint):
+    """(Blocks, keys, values [pages, K, T, H] in float64); `sides`: groups of keys and of values."""
+    key, value = (
+        random_side(rng, (pages, kv_heads), tokens, groups, code, one)
+        for groups, code, one in zip(sides, codes, joint, strict=True)
     )
-    return blocks, dense[0], dense[1]
+    words = []
+    for pair in zip_longest(key[2], value[2]):
+        low, high = (0 if s is None else s.view(np.uint16).astype(np.uint32) for s in pair)
+        words.append((low | high << np.uint32(16)).swapaxes(0, 1))
+    blocks = BlocksOperand(
+        keys=tuple(pack(x, book.widths) for x, book in zip(*key[:2], strict=True)),
+        values=tuple(
+            pack(x.swapaxes(2, 3), book.widths) for x, book in zip(*value[:2], strict=True)
+        ),
+        scales=tuple(words),
+        key_codebooks=key[1],
+        value_codebooks=value[1],
+        joint=joint,
+    )
+    return blocks, key[3], value[3]
+
+
+def random_blocks(rng, pages, kv_heads, tokens, channels, bits, codes=("scalar", "scalar")):
+    """`random_pool` of one group of so many bits of keys, and of values."""
+    sides = tuple(((channels, b),) for b in bits)
+    return random_pool(rng, pages, kv_heads, tokens, sides, codes, (False, False))
 
 
 def poison(blocks, table, lengths):
     """The blocks with random codes and NaN scales wherever no sequence has a token."""
-    _, pages, tokens = blocks.scales.shape
+    _, pages, tokens = blocks.scales[0].shape
     used = np.zeros((pages, tokens), bool)
     for row, length in zip(table, lengths, strict=True):
         for i in range(-(-int(length) // tokens)):
             used[row[i]] |= np.arange(tokens) < length - i * tokens
-    scales = np.where(used[None], blocks.scales, np.uint32(0x7FC07FC0))
-    clear = ~used.any(axis=1)
-    keys, values = (
-        tuple(np.where(clear[None, :, None, None], np.uint8(0xA7), p) for p in planes)
-        for planes in (blocks.keys, blocks.values)
+    clear = ~used.any(axis=1)[None, :, None, None]
+    return dataclasses.replace(
+        blocks,
+        **jax.tree.map(
+            lambda p: np.where(clear, np.uint8(0xA7), p),
+            {"keys": blocks.keys, "values": blocks.values},
+        ),
+        scales=tuple(np.where(used[None], x, np.uint32(0x7FC07FC0)) for x in blocks.scales),
     )
-    return BlocksOperand(keys, values, scales, blocks.key_codebook, blocks.value_codebook)
 
 
 def definition(
@@ -120,6 +152,4 @@ def definition(
 
 def arrays(tree):
     """numpy -> jax, through any structure."""
-    import jax
-
     return jax.tree.map(jnp.asarray, tree)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -61,10 +61,10 @@ def shapes(bits, batch, max_pages, channels=128, tokens=64, heads=32, kv_heads=8
     pages = batch * max_pages
     rows = (kv_heads, pages, tokens), (kv_heads, pages, channels)
     blocks = BlocksOperand(
-        tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),
-        tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),
-        new(rows[0], jnp.uint32),
-        *books,
+        (tuple(new((*rows[0], channels * w // 8), jnp.uint8) for w in books[0].widths),),
+        (tuple(new((*rows[1], tokens * w // 8), jnp.uint8) for w in books[1].widths),),
+        (new(rows[0], jnp.uint32),),
+        *((book,) for book in books),
     )
     q = new((batch, heads, channels), jnp.bfloat16)
     return q, blocks, new((batch, max_pages), jnp.int32), new((batch,), jnp.int32)
@@ -87,24 +87,27 @@ def _search(bits, channels) -> Case:
 def _options(bits, channels, tokens) -> Case:
     """Wide codes, odd dims and every option."""
     q, blocks, table, lengths = shapes(bits, 2, 4, channels, tokens, heads=8, kv_heads=2)
-    pages = blocks.scales.shape
+    pages = blocks.scales[0].shape
     sketch = Sketch(
         new((2, 8, 64), jnp.float32), new((*pages, 8), jnp.uint8), new(pages, jnp.bfloat16)
     )
 
     def call(q, blocks, table, lengths, sketch, sinks):
-        held = PagedBlocks((blocks,), table, lengths)
+        held = PagedBlocks(blocks, table, lengths)
         return decode_attention(q, held, Softmax(0.1, 30.0, sinks), sketch=sketch)
 
     arguments = q, blocks, table, lengths, sketch, new((8,), jnp.float32)
     return Case(call, arguments, ("decode_attention",))
 
 
-def of_cache(bits, head_dim, rotation, dtype, frequencies=None) -> dict[str, Case]:
+def of_cache(
+    bits, head_dim, rotation, dtype, frequencies=None, key_code="scalar"
+) -> dict[str, Case]:
     """A decoding step over all segments, a commit, a chunk's compression and its decoding."""
     codec = cache.CodecConfig(bits, rotation)
+    key = replace(codec, code=key_code)
     config = cache.CacheConfig(
-        2, 2, head_dim, codec, codec, window=64, dtype=dtype, rope_frequencies=frequencies
+        2, 2, head_dim, key, codec, window=64, dtype=dtype, rope_frequencies=frequencies
     )
     state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
 
@@ -197,5 +200,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
         for part in ("step", "commit", "chunk", "projected step")
         if part != "projected step" or setting[3] == "bfloat16"
     },
+    "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

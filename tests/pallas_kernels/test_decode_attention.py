@@ -14,7 +14,7 @@ from pallas_kernels.decode_attention import (
     decode_attention,
 )
 from pallas_kernels.primitives import triton
-from tests.pallas_kernels.blocks import arrays, definition, pack, poison, random_blocks
+from tests.pallas_kernels.blocks import arrays, definition, pack, poison, random_pool
 
 # Relative error of the output norm. Queries and shares are 15-bit integers: measured 1e-4 to 1e-3,
 # the more the peakier the softmax is; a bf16 operand anywhere gives 3e-3.
@@ -28,7 +28,10 @@ INTERPRET = [True, pytest.param(False, marks=on_gpu)]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes and options; `bits` and `channels` of each group; codes of keys and values."""
+    """Shapes and options; `bits` and `channels` of each group; codes of keys and values.
+
+    `joint`: keys, values with one scale for all groups; `sides`: their groups, where they differ.
+    """
 
     bits: tuple = ((4, 4),)
     channels: tuple = (128,)
@@ -37,12 +40,24 @@ class Case:
     options: tuple = ()
     schedule: Schedule | None = None
     codes: tuple = ("scalar", "scalar")
+    joint: tuple = (False, False)
+    sides: tuple | None = None
+
+    @property
+    def groups(self):
+        """((channels, bits), ...) of keys and of values."""
+        if self.sides is not None:
+            return self.sides
+        pairs = list(zip(self.channels, self.bits, strict=True))
+        return tuple(tuple((h, b[side]) for h, b in pairs) for side in (0, 1))
 
     def __str__(self):
-        bits = "+".join(f"{k}/{v}" for k, v in self.bits)
+        sides = ["+".join(f"{h}@{b}" for h, b in groups) for groups in self.groups]
+        sides = [f"{s}-joint" if joint else s for s, joint in zip(sides, self.joint, strict=True)]
+        bits = "/".join(sides)
         if "trellis" in self.codes:
             bits = f"{bits}-{'-'.join(self.codes)}"
-        return f"{bits}-h{self.channels}-t{self.tokens}-g{self.heads}-{','.join(self.options)}"
+        return f"{bits}-t{self.tokens}-g{self.heads}-{','.join(self.options)}"
 
 
 OPTIONS = ("soft_cap", "sink_logits")
@@ -59,7 +74,20 @@ CASES = [
     Case(((1, 3),), (64,), tokens=32, heads=3, codes=TRELLIS),
     Case(((2, 4), (4, 3)), (32, 64), codes=TRELLIS),
     Case(((4, 3),), (80,), codes=("scalar", "trellis")),
-]
+    Case(sides=(((16, 4), (16, 2), (32, 1)), ((64, 2),)), joint=(True, False)),
+    Case(
+        sides=(((32, 3), (64, 1)), ((48, 4), (16, 3), (32, 1))),
+        joint=(True, True), heads=5, options=OPTIONS,
+    ),
+    Case(sides=(((48, 2),), ((40, 1), (8, 4))), tokens=32, options=("sketch",)),
+    Case(
+        sides=(((8, 8), (16, 4), (24, 3), (16, 1)), ((64, 1),)), joint=(True, False), tokens=128,
+    ),
+    Case(
+        sides=(((16, 4), (16, 2), (32, 1)), ((32, 3), (32, 1))),
+        joint=(True, True), codes=TRELLIS,
+    ),
+]  # fmt: skip
 GPU_CASES = [
     *(Case(((b, 9 - b),)) for b in range(1, 9)),
     *(Case(((4, 3),), (h,), tokens=t) for h in (64, 80, 96, 256) for t in (32, 64, 128)),
@@ -88,13 +116,10 @@ def make_call(case, seed=0):
     """Three sequences: one empty, one that ends inside a block, one full."""
     rng = np.random.default_rng(seed)
     kv_heads, pages, slots = 2, 20, 6
-    made = [
-        random_blocks(rng, pages, kv_heads, case.tokens, h, b, case.codes)
-        for b, h in zip(case.bits, case.channels, strict=True)
-    ]
-    groups, keys, values = zip(*made, strict=True)
-    keys, values = np.concatenate(keys, axis=-1), np.concatenate(values, axis=-1)
-    q = rng.standard_normal((3, kv_heads * case.heads, sum(case.channels))).astype(np.float32)
+    pool, keys, values = random_pool(
+        rng, pages, kv_heads, case.tokens, case.groups, case.codes, case.joint
+    )
+    q = rng.standard_normal((3, kv_heads * case.heads, keys.shape[-1])).astype(np.float32)
     table = rng.permutation(pages)[:18].reshape(3, slots).astype(np.int32)
     lengths = np.array([0, 3 * case.tokens + 5, slots * case.tokens], np.int32)
     heads = q.shape[1]
@@ -117,10 +142,10 @@ def make_call(case, seed=0):
     out, lse = definition(
         q, keys, values, table, lengths, keywords["sm_scale"], extra=extra, **options
     )
-    groups = tuple(poison(g, table, lengths) for g in groups)
+    pool = poison(pool, table, lengths)
     unused = np.arange(slots)[None, :] * case.tokens >= lengths[:, None]
     table = np.where(unused, 2**30, table).astype(np.int32)
-    return Call((q, groups, table, lengths), keywords, out, lse)
+    return Call((q, pool, table, lengths), keywords, out, lse)
 
 
 def attend(call, interpret, schedule=None):
@@ -167,10 +192,10 @@ def test_same_bits_twice_and_whatever_lies_in_unused_pages(interpret):
     """Sums are taken in one order, and nothing unseen enters them."""
     call = make_call(Case(((2, 2),), (64,)))
     first = attend(call, interpret)
-    q, groups, table, lengths = call.arguments
+    q, pool, table, lengths = call.arguments
     keep = np.zeros(20, bool)
     keep[table[table < 20]] = True
-    clean = jax.tree.map(lambda x: np.where(keep.reshape(-1, *[1] * (x.ndim - 2)), x, 0), groups)
+    clean = jax.tree.map(lambda x: np.where(keep.reshape(-1, *[1] * (x.ndim - 2)), x, 0), pool)
     again = attend(dataclasses.replace(call, arguments=(q, clean, table, lengths)), interpret)
     for x, y in zip(first, again, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -199,14 +224,18 @@ def test_parts_merge_by_log_sum_exp(interpret):
         (lambda q, g, t, n: (q[:, :3], g, t, n), ValueError, "multiple of 2 kv heads"),
         (lambda q, g, t, n: (q[:, :, :32], g, t, n), ValueError, "queries: got 32 channels"),
         (lambda q, g, t, n: (q, g, t[:2], n), ValueError, "page_table"),
-        (lambda q, g, t, n: (q, (), t, n), ValueError, "groups: got none"),
+        (
+            lambda q, g, t, n: (q, dataclasses.replace(g, keys=(), key_codebooks=()), t, n),
+            ValueError,
+            "groups: got none",
+        ),
         (
             lambda q, g, t, n: (np.tile(q, (1, 5, 1)), g, t, n),
             NotImplementedError,
             "query heads: got 20 a kv head",
         ),
         (
-            lambda q, g, t, n: (q, (dataclasses.replace(g[0], keys=g[0].keys * 2),), t, n),
+            lambda q, g, t, n: (q, dataclasses.replace(g, keys=(g.keys[0] * 2,)), t, n),
             ValueError,
             "planes of keys",
         ),

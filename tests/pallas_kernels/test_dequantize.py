@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import PackedDecoder, lookup_assembly, lookup_codes
 from pallas_kernels.primitives.gather import GatherDecoder, key_decoder, value_decoders
+from pallas_kernels.primitives.narrow import NarrowDecoder, narrow_decoder
 from pallas_kernels.primitives.trellis import (
     SELECT,
     TrellisDecoder,
@@ -100,7 +101,11 @@ def decode(decoder, codes):
 
         return sum_of(decoder.operands(decoder.load(fetch), prepared)), decoder.elements(column)
 
-    prepared = None if isinstance(decoder, PackedDecoder) else decoder.tables()
+    tables = decoder.tables()
+    prepared = None if isinstance(decoder, PackedDecoder) else tables
+    if isinstance(decoder, NarrowDecoder):
+        shifts = {name: table[None] for name, table in tables.items() if name != "table"}
+        prepared = shifts | {"table": None}
     with triton.interpreted():
         levels, places = run(
             pack(codes, decoder.codebook.widths), prepared, np.arange(decoder.columns)
@@ -111,6 +116,25 @@ def decode(decoder, codes):
 def sum_of(operands):
     """Of int8 operands with their weights."""
     return sum(weight * x.astype(jnp.int32) for weight, x in operands)
+
+
+@pytest.mark.parametrize(("bits", "length"), [(1, 32), (1, 64), (2, 16), (2, 32), (3, 32), (4, 16)])
+def test_narrow_decoder_inverts_packing(bits, length):
+    """Every element comes once, in the column that says so, with its level."""
+    rng = np.random.default_rng(length + bits)
+    book = random_codebook(rng, bits)
+    decoder = key_decoder(book, length)
+    assert isinstance(decoder, NarrowDecoder)
+    codes = rng.integers(0, 2**bits, (5, 1, length))
+    levels, (page, element, exists) = decode(decoder, codes)
+    assert sorted(element.tolist()) == list(range(length)) and exists.all() and not page.any()
+    np.testing.assert_array_equal(levels, np.array(book.levels)[codes[:, 0][:, element]])
+
+
+@pytest.mark.parametrize(("bits", "length"), [(1, 16), (2, 8), (3, 16), (3, 64), (4, 8), (5, 32)])
+def test_other_rows_are_not_narrow(bits, length):
+    """Of 2 bytes, or of 16; or of two planes, or digits."""
+    assert narrow_decoder(random_codebook(np.random.default_rng(0), bits), length) is None
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -53,7 +53,8 @@ def attend(
     part, own, dtype = cache.parts[member.part], member.of(cache.kv_heads), cache.config.dtype
     key_codec, value_codec = part.codecs
     query, new = heads[0][:, 0], Exact(heads[1].astype(dtype), heads[2].astype(dtype))
-    rotated_values = value_codec.order is not None or not all(
+    turned = value_codec.order is not None or value_codec.transform is not None
+    rotated_values = turned or not all(
         isinstance(group.rotation, Identity) for group in value_codec.groups
     )
     if rotated is None:
@@ -61,7 +62,7 @@ def attend(
     output, _, exact = decode_attention(
         rotated,
         PagedBlocks(
-            groups_of(part), cache.table.page_table, cache.lengths, member.first, cache.kv_heads
+            blocks_of(part), cache.table.page_table, cache.lengths, member.first, cache.kv_heads
         ),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
         exact=_exact_operand(cache, rows.layer, query, new, write),
@@ -104,7 +105,7 @@ def decode_pages(
     """Keys and values of some pages and heads of a layer in the rotated space, in its dtype."""
     (member,) = rows.members
     found = decode_in_kernel(
-        groups_of(cache.parts[member.part]),
+        blocks_of(cache.parts[member.part]),
         pages.ravel(),
         member.first + heads,
         dtype=cache.config.dtype,
@@ -169,15 +170,14 @@ def _written(cache: Cache, exact: ExactOperand) -> Cache:
     return replace(cache, **parts)
 
 
-def groups_of(part: Part) -> tuple[BlocksOperand, ...]:
+def blocks_of(part: Part) -> BlocksOperand:
     """The blocks of all rows, as the kernels read them."""
-    found = []
-    for g, (key, value) in enumerate(zip(*(codec.groups for codec in part.codecs), strict=True)):
-        books = [kernel_operands.codebook_of(group) for group in (key, value)]
-        if books[0] is None or books[1] is None:
+    pool, sides = part.pool, []
+    for codec in part.codecs:
+        books = [kernel_operands.codebook_of(group) for group in codec.groups]
+        served = tuple(book for book in books if book is not None)
+        if len(served) < len(books):
             raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
-        pool = part.pool
-        found.append(
-            BlocksOperand(pool.keys[g], pool.values[g], pool.scales[g], books[0], books[1])
-        )
-    return tuple(found)
+        sides.append(served)
+    key, value = (codec.transform is not None for codec in part.codecs)
+    return BlocksOperand(pool.keys, pool.values, pool.scales, sides[0], sides[1], (key, value))

@@ -94,12 +94,7 @@ def _blocks(cache: Cache) -> str | None:
     if (reason := no_gpu() or _heads(cache)) is not None:
         return reason
     for part in cache.parts:
-        key, value = part.codecs
-        if key.transform is not None or value.transform is not None:
-            return JOINT
-        if [group.dim for group in key.groups] != [group.dim for group in value.groups]:
-            return "keys and values with different groups of channels"
-        for group in (*key.groups, *value.groups):
+        for group in (group for codec in part.codecs for group in codec.groups):
             if kernel_operands.codebook_of(group) is None:
                 return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
     return None

@@ -142,8 +142,10 @@ class Codec:
         return direction.nan_unless_finite(jnp.concatenate(parts, axis=-1))
 
     def _sketch_rest(self, rows, x, groups: tuple[Group, ...]) -> Group:
-        """Of what these groups, as they are stored, leave of x; of its direction, as squares of
-        huge and tiny vectors are out of range.
+        """Of what these groups, as they are stored, leave of x: packed signs, and the norm.
+
+        Of the direction of x, as squares of what is huge or tiny are out of range. A norm that the
+        stored type does not reach is NaN: infinity would be a score of either sign.
         """
         assert self.sketch is not None
         root, unit = direction.split(x)
@@ -154,7 +156,8 @@ class Codec:
         )
         rest = self.rotate_query(rows, unit) - self._of_groups(relative)
         signs, norm = qjl.encode(self.sketch, rest)
-        return signs, (root * norm).astype(self.groups[0].scale_dtype)
+        norm = (root * norm).astype(self.groups[0].scale_dtype)
+        return signs, jnp.where(jnp.isfinite(norm), norm, jnp.asarray(jnp.nan, norm.dtype))
 
     def _reorder(self, rows, x):
         if self.order is None:

@@ -8,17 +8,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from turboquant_jax import bench
-from turboquant_jax.cli import settings
+from turboquant_jax.cli import grid, settings
 from turboquant_jax.models import load, timing
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Measure and print."""
     if arguments.plot is not None:
-        bench.require_plotting()
-    widths = dict.fromkeys((bench.FULL, *getattr(arguments, "bits", [4])))
-    caches: list[bench.Bits] = [(bits, bits) for bits in widths]
+        grid.require_plotting()
+    widths = dict.fromkeys((grid.FULL, *getattr(arguments, "bits", [4])))
+    caches: list[grid.Bits] = [(bits, bits) for bits in widths]
     code = settings.code(arguments)
     if arguments.preset is not None:
         caches = [caches[0], settings.preset_bits(arguments.preset)]
@@ -38,14 +37,14 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         kind = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
         if kind is not None and kind.config.allocation is not None:
             caches, code = [caches[0], kind.config.allocation], kind.config.key.code
-        grid = bench.Grid(caches, *sizes, code=code, **segments)
+        asked = grid.Grid(caches, *sizes, code=code, **segments)
         if kind is not None:
             scales = kind.config.key.scales
-            grid = replace(grid, scales=scales, calibration=kind.calibration)
-        bars.update(task, total=grid.size)
+            asked = replace(asked, scales=scales, calibration=kind.calibration)
+        bars.update(task, total=asked.size)
         bandwidth = timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**27)
         rows = []
-        for row in bench.measure(checkpoint.model, grid, bandwidth, progress):
+        for row in grid.measure(checkpoint.model, asked, bandwidth, progress):
             rows.append(row)
             bars.update(task, advance=1)
     device = jax.devices()[0].device_kind
@@ -54,9 +53,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         title += f", {segments['rotation']} rotation"
     _show(console, title, rows)
     if arguments.csv is not None:
-        arguments.csv.write_text(bench.to_csv(rows))
+        arguments.csv.write_text(grid.to_csv(rows))
     if arguments.plot is not None:
-        bench.plot(rows, arguments.plot)
+        grid.plot(rows, arguments.plot)
     return {
         "model": checkpoint.name,
         "device": device,
@@ -73,7 +72,7 @@ def _show(console: Console, title: str, rows: list) -> None:
     for row in rows:
         share = row.fraction_of_roofline
         table.add_row(
-            f"{row.batch} x {row.context}", row.phase, bench.name(row.bits_k, row.bits_v),
+            f"{row.batch} x {row.context}", row.phase, grid.name(row.bits_k, row.bits_v),
             f"{row.milliseconds:,.2f}", f"{row.tokens_per_second:,.1f}",
             f"{row.ratio:.2f}", "" if share is None else f"{share:.0%}",
             f"{row.cache_bytes / 1e6:,.1f}",

@@ -8,11 +8,8 @@ from importlib import resources
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from turboquant_jax import calibrate
-from turboquant_jax.calibrate import Text
 from turboquant_jax.cli import settings, texts
-from turboquant_jax.demo import cache_config
-from turboquant_jax.models import load
+from turboquant_jax.models import calibrate, load
 from turboquant_jax.models.tokenizer import Tokenizer
 
 
@@ -27,7 +24,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
 
         checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
         plan = calibrate.Plan(
-            cache_config(
+            settings.cache_config(
                 checkpoint.config, 4, 4, code="trellis", scales="joint_products",
                 **settings.segments(arguments, checkpoint.config.head_dim),
             ),
@@ -51,7 +48,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     return facts
 
 
-def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[Text]:
+def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[calibrate.Text]:
     """Those of the files; else the package's novel, and its own source of the models."""
     paths = getattr(arguments, "text", [])
     found = {str(path): texts.decode(path.read_bytes(), str(path)) for path in paths}
@@ -64,6 +61,8 @@ def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[Text]:
             "turboquant_jax.models": "\n".join(code),
         }
     return [
-        Text(name, hashlib.sha256(text.encode()).hexdigest(), tuple(tokenizer.encode(text)))
+        calibrate.Text(
+            name, hashlib.sha256(text.encode()).hexdigest(), tuple(tokenizer.encode(text))
+        )
         for name, text in found.items()
     ]

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from turboquant_jax import demo
-from turboquant_jax.cli import settings
+from turboquant_jax.cli import demonstration, settings
 from turboquant_jax.models import load
 
 
@@ -30,24 +29,26 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         checkpoint = load(arguments.model, stacked=arguments.calibration is None)
         segments = settings.segments(arguments, checkpoint.config.head_dim)
         kinds = {
-            pair: demo.Kind(
+            pair: settings.Kind(
                 settings.name_of_bits(*pair),
-                demo.cache_config(checkpoint.config, *pair, code=code, **segments),
+                settings.cache_config(checkpoint.config, *pair, code=code, **segments),
             )
             for pair, code in pairs.items()
         }
         found = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
         if found is not None:
             kinds = {asked: found}
-        tokens = demo.text_tokens(checkpoint, arguments.text, arguments.context)
-        prompt = arguments.prompt or demo.default_prompt()
+        tokens = demonstration.text_tokens(checkpoint, arguments.text, arguments.context)
+        prompt = arguments.prompt or demonstration.default_prompt()
         answers = []
-        exact = demo.full_precision(kinds[asked].config, checkpoint.config.max_position)
+        exact = demonstration.full_precision(kinds[asked].config, checkpoint.config.max_position)
         for kind in (replace(kinds[asked], name="full precision", config=exact), kinds[asked]):
             step(f"answer: {kind.name}")
-            answers.append(demo.answer(checkpoint, kind, prompt, arguments.tokens, arguments.seed))
+            answers.append(
+                demonstration.answer(checkpoint, kind, prompt, arguments.tokens, arguments.seed)
+            )
         step("read the text: full precision")
-        fidelity = demo.Fidelity(checkpoint, tokens, arguments.seed)
+        fidelity = demonstration.Fidelity(checkpoint, tokens, arguments.seed)
         rows = [fidelity.full(kinds[asked])]
         for kind in kinds.values():
             step(f"read the text: {kind.name}")
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         for bits in range(1, 9):
             step(f"quantize uniform vectors at {bits} bits")
             theory.append(
-                demo.theory_row(
+                demonstration.theory_row(
                     bits, checkpoint.config.head_dim, segments["rotation"], arguments.seed
                 )
             )

@@ -2,19 +2,26 @@
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, fitting, presets
+from turboquant_jax.cache import (
+    Allocation,
+    Cache,
+    CacheConfig,
+    Calibration,
+    CodecConfig,
+    fitting,
+    presets,
+)
 from turboquant_jax.cache.calibration_file import load_calibration
-from turboquant_jax.cache.config import CodecCode
+from turboquant_jax.cache.config import CodecCode, value_code
 from turboquant_jax.cli import choices, flags
-from turboquant_jax.demo import Kind, cache_config
-from turboquant_jax.models import Llama, LlamaConfig, dense
+from turboquant_jax.models import Llama, LlamaConfig, dense, rope
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.past import COMPRESSED
@@ -22,6 +29,43 @@ from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
 _ALLOCATION = {"keys", "values", "code"}
+
+
+def cache_config(
+    model: LlamaConfig,
+    key_bits: int,
+    value_bits: int,
+    *,
+    centring: rope.Centring = "pre_rope",
+    **options,
+) -> CacheConfig:
+    """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
+    codec = {name: options.pop(name) for name in ("rotation", "code", "scales") if name in options}
+    key = CodecConfig(key_bits, **codec)
+    return CacheConfig(
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        key,
+        replace(key, bits=value_bits, code=value_code(key.code)),
+        sliding_window=model.sliding_window,
+        **rope.centring(model, centring),
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache to look at: its name, its config, and a calibration where that asks for one."""
+
+    name: str
+    config: CacheConfig
+    calibration: Calibration | None = None
+
+    def create(self, capacity: int, seed: int) -> Cache:
+        """An empty one, of one sequence."""
+        key = jax.random.key(seed)
+        return cache.create(self.config, 1, capacity, key=key, calibration=self.calibration)
 
 
 def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:

@@ -5,7 +5,7 @@ rotation and in a scale is torch's own: where a coordinate lies within rounding 
 code may be the neighbouring one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from turboquant_jax.pytorch import trellis
 from turboquant_jax.pytorch.constants import GroupConstants
-from turboquant_jax.quantizers import codebook
+from turboquant_jax.quantizers import codebook, trellis_codebook
 
 Codes = tuple[Tensor, Tensor]
 """Indices uint8 [*vectors, channels] and scales bfloat16 [*vectors] of a group."""
+Search = Callable[[Tensor, Tensor, tuple[float, ...]], Tensor]
+"""Indices of vectors, by the levels of a trellis as a tensor and as numbers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """A group of channels: its constants, and those of them that are tensors."""
 
@@ -54,12 +56,12 @@ class Group:
             order -= step
         return x.reshape(shape)
 
-    def quantize(self, x: Tensor) -> Codes:
+    def quantize(self, x: Tensor, search: Search) -> Codes:
         """Of float32 vectors; a vector that is not finite has scale NaN."""
         root, unit = split(x)
         z = self.rotate(unit)
         if self.constants.code == "trellis":
-            indices = trellis.encode(z, self.levels)
+            indices = search(z, self.levels, self.constants.levels)
         else:
             indices = torch.bucketize(z, self.edges).to(torch.uint8)
         return indices, self.scale(root, z, indices)
@@ -91,7 +93,7 @@ class Group:
         return self.code_levels(indices) * scale.to(torch.float32)[..., None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codec:
     """Groups that follow each other; `order` int64 [rows, H] lists the channels group by group."""
 
@@ -107,10 +109,14 @@ class Codec:
         """Back from the rotated space, float32."""
         return self._picked(self.inverse, rows, self._each(Group.unrotate, y))
 
-    def quantize(self, rows: slice, x: Tensor) -> tuple[Codes, ...]:
-        """Codes of every group, of vectors [*batch, rows, H]."""
+    def quantize(
+        self, rows: slice, x: Tensor, search: Search = trellis.search
+    ) -> tuple[Codes, ...]:
+        """Codes of every group, of vectors [*batch, rows, H]; `search` finds a trellis' paths."""
         parts = self._split(self._picked(self.order, rows, x.to(torch.float32)))
-        return tuple(group.quantize(part) for group, part in zip(self.groups, parts, strict=True))
+        return tuple(
+            group.quantize(part, search) for group, part in zip(self.groups, parts, strict=True)
+        )
 
     def dequantize(self, codes: Sequence[Codes]) -> Tensor:
         """Vectors in the rotated space, float32; NaN as a whole if the part of a group is."""
@@ -156,6 +162,13 @@ def create(
         return Codec(tuple(groups), None, None)
     order = np.asarray(order, np.int64)
     return Codec(tuple(groups), tensor(order), tensor(np.argsort(order, axis=-1)))
+
+
+def grid_of(group: Group) -> tuple[tuple[int, ...], float] | None:
+    """The levels of a group as integers times a step, which the kernels look up; None if off it."""
+    own = group.constants
+    limit = trellis_codebook.grid_limit(own.bits) if own.code == "trellis" else None
+    return codebook.grid_integers(own.levels, limit)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

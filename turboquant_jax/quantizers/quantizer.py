@@ -180,7 +180,7 @@ def straight_through(
 
     The gradient flows through the norm, the rotation and the scale; only the step from z to its
     code is replaced by the identity. So whatever makes x can be trained. A rotation cannot be: with
-    identity gradients the error |x - x~| does not depend on it (`learned` holds the codes fixed).
+    identity gradients the error |x - x~| does not depend on it (learning holds the codes fixed).
     """
     norm, z = normalize(quantizer, x)
     found = assign(quantizer, lax.stop_gradient(z), implementation=implementation)

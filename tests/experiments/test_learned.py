@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turboquant_jax.quantizers import learned, quantizer
+from experiments.quantizers import learned
+from turboquant_jax.quantizers import quantizer
 
 DIM = 16
 

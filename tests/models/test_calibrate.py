@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from turboquant_jax import cache, calibrate
+from turboquant_jax import cache
 from turboquant_jax.cache import CodecConfig, files, fitting, load_calibration, save_calibration
 from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.cache.bytes import compression_ratio
 from turboquant_jax.cache.calibration import Calibration
-from turboquant_jax.calibrate import Plan, Text, judge, windows
-from turboquant_jax.models import Llama, LlamaConfig, rope
+from turboquant_jax.models import Llama, LlamaConfig, calibrate, rope
+from turboquant_jax.models.calibrate import Plan, Text, judge, windows
 from turboquant_jax.models.checkpoint import Checkpoint
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.gathered import error

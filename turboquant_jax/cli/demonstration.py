@@ -1,6 +1,6 @@
 """The demonstration: a real model, a real text, a cache that is really compressed.
 
-Three parts, each a function from settings to numbers; `cli` prints them.
+Three parts, each a function from settings to numbers; `demo` prints them.
 """
 
 import time
@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboquant_jax import cache
-from turboquant_jax.cache import Cache, CacheConfig, Calibration, CodecConfig
+from turboquant_jax.cache import CacheConfig
 from turboquant_jax.cache.bytes import (
     bytes_per_compressed_token,
     exact_bytes_per_token,
     planned_bytes,
 )
-from turboquant_jax.cache.config import value_code
-from turboquant_jax.models import Checkpoint, LlamaConfig, rope
+from turboquant_jax.cli.settings import Kind
+from turboquant_jax.models import Checkpoint
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
 from turboquant_jax.models.options import Sampling
@@ -39,46 +38,9 @@ class Answer:
     tokens_per_second: float
 
 
-def cache_config(
-    model: LlamaConfig,
-    key_bits: int,
-    value_bits: int,
-    *,
-    centring: rope.Centring = "pre_rope",
-    **options,
-) -> CacheConfig:
-    """The cache of a model: `rotation`, `code`, `scales` of both codecs, the rest of the config."""
-    codec = {name: options.pop(name) for name in ("rotation", "code", "scales") if name in options}
-    key = CodecConfig(key_bits, **codec)
-    return CacheConfig(
-        model.num_layers,
-        model.num_kv_heads,
-        model.head_dim,
-        key,
-        replace(key, bits=value_bits, code=value_code(key.code)),
-        sliding_window=model.sliding_window,
-        **rope.centring(model, centring),
-        **options,
-    )
-
-
 def full_precision(config: CacheConfig, capacity: int) -> CacheConfig:
     """The same cache with a window that never lets a token go: nothing is compressed."""
     return replace(config, window=capacity)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A cache to look at: its name, its config, and a calibration where that asks for one."""
-
-    name: str
-    config: CacheConfig
-    calibration: Calibration | None = None
-
-    def create(self, capacity: int, seed: int) -> Cache:
-        """An empty one, of one sequence."""
-        key = jax.random.key(seed)
-        return cache.create(self.config, 1, capacity, key=key, calibration=self.calibration)
 
 
 def answer(checkpoint: Checkpoint, kind: Kind, prompt: str, max_tokens: int, seed: int) -> Answer:

@@ -1,0 +1,287 @@
+"""The compressed cache in torch: tensors in the layout of the JAX cache, changed in place.
+
+`turboquant_jax.cache.state` says what each of them is; the kernels read both alike. All operations
+are tensor operations of fixed shapes without a look at a value, so that CUDA graphs hold them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from math import prod
+from operator import itemgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.pytorch import codec, constants, pages, pre_rope
+from turboquant_jax.pytorch.codec import Codec
+from turboquant_jax.pytorch.layout import Layout, block_slots
+from turboquant_jax.pytorch.pre_rope import Phases
+from turboquant_jax.quantizers.formats import plane_bytes
+
+
+class Rows:
+    """Rows of a tensor, numbered through its leading axes, and one more for what goes nowhere."""
+
+    def __init__(self, lead: tuple[int, ...], shape: tuple[int, ...], dtype, device):
+        self.lead = lead
+        self.storage = torch.zeros((prod(lead) + 1, *shape), dtype=dtype, device=device)
+
+    @property
+    def tensor(self) -> Tensor:
+        """[*lead, *shape], contiguous."""
+        return self.storage[:-1].view(*self.lead, *self.storage.shape[1:])
+
+    def put(self, index: Tensor, kept: Tensor, new: Tensor) -> None:
+        """Write new [*n, *shape] into rows `index` [*n], where `kept` [*n] says so."""
+        place = torch.where(kept, index, self.storage.shape[0] - 1)
+        self.storage.index_copy_(
+            0, place.flatten().long(), new.reshape(-1, *self.storage.shape[1:])
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Tokens in full precision, [layers, B, slots, K, H] each."""
+
+    keys: Rows
+    values: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Pages [rows, pages, ...] by group and plane; `scales` hold the bits of uint32 as int32."""
+
+    keys: tuple[tuple[Rows, ...], ...]
+    values: tuple[tuple[Rows, ...], ...]
+    scales: tuple[Rows, ...]
+
+    @property
+    def rows(self) -> list[Rows]:
+        """All of them, in the order of a pytree's leaves."""
+        planes = [plane for side in (self.keys, self.values) for group in side for plane in group]
+        return [*planes, *self.scales]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The heads of one format: codecs of keys and of values, and their pages.
+
+    `heads` are (layer, head) of every row, `layer` and `head` the same as tensors.
+    """
+
+    codecs: tuple[Codec, Codec]
+    pool: Blocks
+    heads: tuple[tuple[int, int], ...]
+    layer: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Lengths and pages of the sequences; see `cache.state.Table`."""
+
+    lengths: Tensor
+    pending: Tensor
+    overflow: Tensor
+    page_table: Tensor
+    pending_pages: Tensor
+    references: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Heads of a layer that share a part: their rows follow each other."""
+
+    part: int
+    heads: tuple[int, ...]
+    rows: slice
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The cache of all layers for B sequences."""
+
+    config: CacheConfig
+    capacity: int
+    table: Table
+    sinks: Exact
+    window: Exact
+    key_mean: Tensor | None
+    phases: Phases | None
+    parts: tuple[Part, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """The rule of place for the sizes of this cache."""
+        sinks, ring = (segment.keys.lead[2] for segment in (self.sinks, self.window))
+        return Layout(self.config, sinks, ring, self.table.page_table.shape[1])
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.table.lengths.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.table.lengths.device
+
+    @cached_property
+    def members(self) -> tuple[tuple[Member, ...], ...]:
+        """Where the heads of each layer lie: one entry for each of their formats."""
+        found: list[list[Member]] = [[] for _ in range(self.config.num_layers)]
+        for number, part in enumerate(self.parts):
+            first = 0
+            for layer, group in groupby(part.heads, key=itemgetter(0)):
+                heads = tuple(head for _, head in group)
+                rows = slice(first, first + len(heads))
+                found[layer].append(Member(number, heads, rows))
+                first = rows.stop
+        return tuple(map(tuple, found))
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """Every tensor but those of codecs and angles, by name, in the JAX cache's layout."""
+        found = dict(vars(self.table))
+        for name in ("sinks", "window"):
+            segment = getattr(self, name)
+            found |= {
+                f"{name}.{side}": getattr(segment, side).tensor for side in ("keys", "values")
+            }
+        if self.key_mean is not None:
+            found["key_mean"] = self.key_mean
+        for number, part in enumerate(self.parts):
+            for place, rows in enumerate(part.pool.rows):
+                scales = rows.storage.dtype == torch.int32
+                tensor = rows.tensor.view(torch.uint32) if scales else rows.tensor
+                found[f"parts.{number}.{place}"] = tensor
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor in `leaves`."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
+
+
+def create(
+    config: CacheConfig,
+    batch: int,
+    capacity: int,
+    *,
+    seed: int = 0,
+    num_pages: int | None = None,
+    orders: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
+    device: torch.device | str = "cpu",
+) -> State:
+    """An empty cache, as `cache.create` makes it of `jax.random.key(seed)`.
+
+    Args:
+      config: its static description.
+      batch: sequences B.
+      capacity: most tokens of one sequence.
+      seed: of the rotations.
+      num_pages: pages of a pool that the sequences share; pages for the whole capacity of every
+        sequence unless given.
+      orders: channels [layers, K, H] of keys and of values in the order of the codec's groups.
+      device: where its tensors lie.
+
+    Raises:
+      ValueError: a batch, capacity, number of pages, order or codec that cannot be.
+    """
+    slots, dense = block_slots(config, capacity), num_pages is None
+    count = batch * slots if num_pages is None else num_pages
+    if batch < 1 or capacity < 1 or count < min(slots, 1):
+        raise ValueError(
+            f"batch, capacity and num_pages: got {batch}, {capacity} and {count}, "
+            "expected positive ones"
+        )
+    device, (layers, heads, dim) = torch.device(device), _sizes(config)
+    for order in orders:
+        if order is not None and order.shape != (layers, heads, dim):
+            raise ValueError(
+                f"order of channels: got {order.shape}, expected {(layers, heads, dim)}"
+            )
+    dtype = getattr(torch, config.dtype)
+
+    def exact(slots: int) -> Exact:
+        lead = (layers, batch, slots)
+        return Exact(*(Rows(lead, (heads, dim), dtype, device) for _ in range(2)))
+
+    return State(
+        config=config,
+        capacity=capacity,
+        table=_table(batch, slots, count, dense, device),
+        sinks=exact(min(config.sinks, capacity)),
+        window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
+        key_mean=torch.zeros(layers, batch, heads, dim, device=device)
+        if config.center_keys
+        else None,
+        phases=pre_rope.create(config, capacity, device),
+        parts=_parts(config, seed, count, orders, device),
+    )
+
+
+def _sizes(config: CacheConfig) -> tuple[int, int, int]:
+    return config.num_layers, config.num_kv_heads, config.head_dim
+
+
+def _table(batch: int, slots: int, count: int, dense: bool, device: torch.device) -> Table:
+    def full(shape, value: int) -> Tensor:
+        return torch.full(shape, value, dtype=torch.int32, device=device)
+
+    identity = torch.arange(batch * slots, dtype=torch.int32, device=device).view(batch, slots)
+    return Table(
+        lengths=full((batch,), 0),
+        pending=full((batch,), 0),
+        overflow=torch.zeros(batch, dtype=torch.bool, device=device),
+        page_table=identity if dense else full((batch, slots), pages.UNASSIGNED),
+        pending_pages=full((batch, slots), pages.UNASSIGNED),
+        references=full((count,), int(dense)),
+    )
+
+
+def _parts(
+    config: CacheConfig, seed: int, count: int, orders, device: torch.device
+) -> tuple[Part, ...]:
+    found = []
+    for number, groups in enumerate(constants.codecs_of(config, seed)):
+        rows = _heads_of(config, number)
+        layer, head = np.transpose(rows)
+        codecs = tuple(
+            codec.create(own, None if order is None else order[layer, head], device)
+            for own, order in zip(groups, orders, strict=True)
+        )
+        pool = _empty(codecs, (len(rows), count), config.block, device)
+        index = (torch.tensor(x, device=device) for x in (layer, head))
+        found.append(Part((codecs[0], codecs[1]), pool, rows, *index))
+    return tuple(found)
+
+
+def _heads_of(config: CacheConfig, part: int) -> tuple[tuple[int, int], ...]:
+    """(layer, kv head) of every row of a part."""
+    return tuple(
+        (layer, head)
+        for layer, own in enumerate(config.places)
+        for head, p in enumerate(own * config.num_kv_heads if len(own) == 1 else own)
+        if p == part
+    )
+
+
+def _empty(codecs: Sequence[Codec], lead: tuple[int, int], tokens: int, device) -> Blocks:
+    def planes(count: int, group: codec.Group, rows: int) -> tuple[Rows, ...]:
+        return tuple(
+            Rows(lead, (rows, plane_bytes(count, width)), torch.uint8, device)
+            for width in group.constants.plane_widths
+        )
+
+    keys, values = (own.groups for own in codecs)
+    words = max(len(keys), len(values))
+    return Blocks(
+        tuple(planes(group.constants.dim, group, tokens) for group in keys),
+        tuple(planes(tokens, group, group.constants.dim) for group in values),
+        tuple(Rows(lead, (tokens,), torch.int32, device) for _ in range(words)),
+    )

@@ -97,6 +97,8 @@ def _why_no_kernels(state: State) -> str | None:
         return "an installation without operators"
     if any(len(place) > 1 for place in state.config.places):
         return "heads of one layer in several formats"
+    if any(own.transform is not None for part in state.parts for own in part.codecs):
+        return "calibrated channels with one scale for all groups"
     return None
 
 

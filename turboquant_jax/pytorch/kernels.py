@@ -4,6 +4,7 @@ Everything is passed as it lies in the cache, a layer as a view of it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from turboquant_jax.pytorch.codec import Codec, Group, grid_of
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import Member, Part, State
 
-_MADE: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()  # of owners, see `_once`
 
 
 def attend_and_write(
@@ -32,9 +33,8 @@ def attend_and_write(
     """
     (member,) = state.members[layer]
     part = state.parts[member.part]
-    dtype = state.window.keys.storage.dtype
     query = heads[0][:, 0].contiguous()
-    new = [x.to(dtype).contiguous() for x in heads[1:]]
+    new = [x.to(state.window.keys.storage.dtype).contiguous() for x in heads[1:]]
     key_codec, value_codec = part.codecs
     plain = value_codec.order is None and all(g.matrix is None for g in value_codec.groups)
     output, _ = operators.decode_attention(
@@ -69,7 +69,7 @@ def encode_window(state: State, start: Tensor, page: Tensor, number: Tensor) -> 
     batch, heads = state.batch, state.config.num_kv_heads
     source = [_flat(x.tensor) for x in (state.window.keys, state.window.values)]
     for part in state.parts:
-        layers = _once(part, "layers", lambda part=part: part.layer[part.head == 0][:, None])
+        layers = _once(part, "layers", partial(_layers, part))
         rows = layers * batch + torch.arange(batch, device=state.device)[None, :]
         first = heads * torch.arange(layers.shape[0], device=state.device)[:, None]
         columns = rows, start[None], _through_rows(state, first, page[None]), rows, number[None]
@@ -88,9 +88,8 @@ def encode_chunk(
     page = _through_rows(state, torch.full_like(row, member.rows.start), page)
     columns = torch.broadcast_tensors(row, start, page, layer * batch + row, number)
     # a sequence's first block alone: the kernel takes its mean, which the next ones need
-    for some in (slice(1), slice(1, None)):
-        if len(range(count)[some]):
-            _encode_jobs(state, part, source, [column[:, some] for column in columns])
+    for some in (slice(1), slice(1, None))[:count]:
+        _encode_jobs(state, part, source, [column[:, some] for column in columns])
 
 
 def groups_of(part: Part, rows: slice) -> tuple[operands.Operand, ...]:
@@ -222,7 +221,7 @@ def _targets(codec: Codec, planes: Any, dtype: torch.dtype) -> tuple[operands.Op
     return tuple(
         operands.GroupOperand(
             planes=tuple(plane.tensor for plane in own),
-            rotation=_once(group, ("folded", dtype), lambda group=group: _folded(group, dtype)),
+            rotation=_once(group, ("folded", dtype), partial(_folded, group, dtype)),
             code=operands.CodeOperand(levels=group.constants.levels, scale=group.constants.scale),
         )
         for group, own in zip(codec.groups, planes, strict=True)
@@ -238,6 +237,10 @@ def _of_group(group: Group, dtype: torch.dtype) -> operands.Operand:
         return operands.RotationOperand(parts=pattern[None, None], signs=group.signs, gain=gain)
     parts = matrix[None, None] if dtype == torch.float32 else _split(matrix[None])
     return operands.RotationOperand(parts=parts, signs=None, gain=1.0)
+
+
+def _layers(part: Part) -> Tensor:
+    return part.layer[part.head == 0][:, None]
 
 
 def _matrix(group: Group) -> Tensor:
@@ -269,7 +272,7 @@ def _rotated(codec: Codec, member: Member, query: Tensor) -> Tensor:
     if query.dtype == torch.bfloat16:
         return operators.rotate(query, of_codec(codec, member))
     grouped = query.unflatten(1, (len(member.heads), -1)).transpose(1, 2)
-    return codec.rotate(member.rows, grouped).transpose(1, 2).flatten(1, 2).contiguous()
+    return codec.rotate_query(member.rows, grouped).transpose(1, 2).flatten(1, 2).contiguous()
 
 
 def _codebook(group: Group) -> operands.Operand:

@@ -57,9 +57,7 @@ def compile_kernel(ttir: str, warps: int, stages: int, capability: int) -> Binar
     Raises NotImplementedError for a Triton or a GPU that is not served.
     """
     if not served(triton.__version__):
-        raise NotImplementedError(
-            f"triton: got {triton.__version__}, expected {', '.join(SERVED)}"
-        )
+        raise NotImplementedError(f"triton: got {triton.__version__}, expected {', '.join(SERVED)}")
     if capability < OLDEST:
         raise NotImplementedError(f"GPU: got sm_{capability}, expected sm_{OLDEST} or newer")
     target = GPUTarget("cuda", capability, 32)

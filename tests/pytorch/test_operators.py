@@ -10,8 +10,6 @@ from tests.pytorch.skip import torch
 from turboquant_jax.pytorch import cuda_driver, operands, operators, plan, runner
 from turboquant_jax.quantizers import trellis
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 
 @pytest.fixture(scope="module")
 def small():
@@ -95,7 +93,7 @@ def test_what_torch_knows_of_an_operator(small):
         assert "Tensor[] read, Tensor(a2!)[] written, Tensor(a3!)[] outputs) -> ()" in schema
     call = operators.rotate.describe(query, rotation)
     spec, read, written = operands.flatten(call.arguments, call.written)
-    with FakeTensorMode() as mode:
+    with torch._subclasses.FakeTensorMode() as mode:
         fakes = [[mode.from_tensor(x) for x in xs] for xs in (read, written, call.outputs)]
         assert operators.rotate.run(spec, *fakes) is None
     found = torch.library.opcheck(operators.rotate.run, (spec, read, written, list(call.outputs)))

@@ -1,6 +1,7 @@
 """Set for every test: strict promotion, checked shapes, quick compilation, which tests are slow."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs" / WORKER
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# XLA's older emitter and one module a program compile in 0.4 of the time. They are options of this
+# jaxlib: the next one has no older emitter, and a flag that it does not know ends the process.
+if version("jaxlib").startswith("0.10."):
+    QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -38,6 +38,7 @@ IN_TESTS = {  # each code, allocation and way of appending is met
     "k2v3 trellis, sliding, paged": "singles",
     "allocation": "chunks",
     "before RoPE": "chunks",
+    "prod keys, paged": "chunks",
 }
 
 
@@ -137,6 +138,10 @@ SETTINGS: dict[str, Setting] = {
         2, 2, 64, _trellis(((16, 4), (16, 2), (32, 1)), scales="joint"),
         {"bits": ((32, 3), (32, 2)), "scales": "joint_products"}, num_pages=12,
     ),
+    "prod keys, paged": _setting(
+        2, 2, 64, {"bits": 3, "code": "prod", "scale": "norm", "sketch": "gaussian"}, 2,
+        num_pages=12,
+    ),
     "nothing compressed": _setting(2, 2, 32, 4, 4, config={"window": 62}),
     "allocation": _setting(
         3, 2, 32, 4, 4, num_pages=14, allocation=cache.Allocation((4, 2, 4), (3, 2, 3))
@@ -162,6 +167,7 @@ def arrays(state) -> dict[str, list[np.ndarray]]:
     """What a cache stores, by name: of every layer in turn, the pages that a sequence refers to.
 
     Planes of a layer are [pages, K, rows, bytes], group by group; scales uint32 [pages, K, tokens];
+    signs of the keys' sketches are among their planes, and their norms too, [pages, K, tokens];
     sinks and window [B, slots, K, H], means float32 [B, K, H]; tables as they are.
     """
     heads, places = state.config.num_kv_heads, state.config.places
@@ -182,7 +188,7 @@ def arrays(state) -> dict[str, list[np.ndarray]]:
 
     table = state.table
     return {
-        "keys": pages("keys"),
+        "keys": pages("keys") + pages("sketches"),
         "values": pages("values"),
         "scales": pages("scales"),
         "sinks": exact("sinks"),

@@ -15,15 +15,18 @@ from pallas_kernels.primitives.trellis import code_number
 
 
 def decode_kernel(
-    page: Any, head: Any, refs: Any, tables: Any, outputs: Any, *, pools: tuple[BlocksOperand, ...]
+    page: Any, head: list, refs: Any, tables: Any, outputs: Any, *, pools: tuple[BlocksOperand, ...]
 ) -> None:
-    """One program of the grid (pages, heads); of `pools` only the static facts."""
+    """One program of the grid (pages, heads); of `pools` only the static facts.
+
+    `head`: its row, and the number of its pool where they are several.
+    """
     for number, parts in enumerate(zip(refs, tables, pools, strict=True)):
-        run = partial(_decode, page, head[1], *parts[:2], outputs, blocks=parts[2])
+        run = partial(_decode, page, head[0], *parts[:2], outputs, blocks=parts[2])
         if len(pools) == 1:
             run()
         else:
-            triton.when(head[0] == number)(run)
+            triton.when(head[1] == number)(run)
 
 
 def _decode(

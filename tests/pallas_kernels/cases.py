@@ -102,11 +102,14 @@ def _options(bits, channels, tokens) -> Case:
     return Case(call, arguments, ("decode_attention",))
 
 
-def of_cache(bits, head_dim, rotation, dtype, frequencies=None, **changes) -> dict[str, Case]:
+def of_cache(
+    bits, head_dim, rotation, dtype, frequencies=None, key_code="scalar", **changes
+) -> dict[str, Case]:
     """A decoding step over all segments, a commit, a chunk's compression and its decoding."""
     codec = cache.CodecConfig(bits, rotation)
+    key = replace(codec, code=key_code)
     config = cache.CacheConfig(
-        2, 2, head_dim, codec, codec, window=64, dtype=dtype, rope_frequencies=frequencies
+        2, 2, head_dim, key, codec, window=64, dtype=dtype, rope_frequencies=frequencies
     )
     config = replace(config, **changes)
     state = jax.eval_shape(
@@ -228,5 +231,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
     },
     **{f"groups {channels}": partial(_calibrated, channels) for channels in (64, 128)},
     **{f"formats {part}": partial(_formats, part) for part in ("step", "projected step", "pages")},
+    "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

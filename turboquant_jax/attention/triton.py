@@ -94,10 +94,14 @@ def decode_pages(
     cache: Cache, rows: LayerRows, pages: Int[Array, "B pages"], heads: Int[Array, " heads"]
 ) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
     """Keys and values of some pages and heads of a layer in the rotated space, in its dtype."""
+    if len(rows.members) == 1:
+        own = [rows.members[0].first + heads]
+    else:
+        own = [x[heads] for x in rows.places(cache.kv_heads).T[::-1]]
     found = decode_in_kernel(
         tuple(blocks_of(cache.parts[member.part]) for member in rows.members),
         pages.ravel(),
-        rows.places(cache.kv_heads)[heads],
+        *own,
         dtype=cache.config.dtype,
     )
     shape = (pages.shape[0], -1, *found[0].shape[2:])
@@ -152,7 +156,7 @@ def _exact_operand(
         keys=(*(flat(part.keys) for part in held), new.keys),
         values=(*(flat(part.values) for part in held), new.values),
         pending=cache.table.pending,
-        places=partial(_places, cache.layout),
+        places=partial(exact_places, cache.layout),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
         write=write,
@@ -160,7 +164,7 @@ def _exact_operand(
     )
 
 
-def _places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
+def exact_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
     """Where the tokens of a sequence lie, as the kernel asks it: of the segments that there are."""
     place = locate(layout, length, pending)
     segments: list[tuple[Any, Any, Any]] = []

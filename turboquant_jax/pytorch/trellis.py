@@ -1,6 +1,6 @@
 """The trellis code of `quantizers.trellis` in torch: the same search, step by step."""
 
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ def _branches() -> np.ndarray:
     return (2 * (u ^ u1 ^ u3) + u2).reshape(2, 4, 2)
 
 
-_BRANCH = torch.from_numpy(_branches())
+@cache
+def _branch(device: torch.device) -> Tensor:
+    return torch.from_numpy(_branches()).to(device)
 
 
 def encode(y: Tensor, table: Tensor) -> Tensor:
@@ -27,6 +29,11 @@ def encode(y: Tensor, table: Tensor) -> Tensor:
     rows = y.reshape(-1, y.shape[-1]).T.contiguous()
     bits = _trace_back(*_search(rows, table)).T.reshape(y.shape)
     return join(y, bits, table)
+
+
+def search(y: Tensor, table: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """`encode`; the same levels as numbers are for kernels."""
+    return encode(y, table)
 
 
 def join(y: Tensor, trellis_bits: Tensor, table: Tensor) -> Tensor:
@@ -59,8 +66,8 @@ def _search(rows: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor]]:
     whose bit s is u3 of the best path into state s.
     """
     rungs = table.view(-1, 4, 1)  # [w, subset]
-    branch, place = _BRANCH.to(rows.device), torch.arange(_STATES, device=rows.device)
-    place = place.to(torch.uint8)[:, None]
+    branch = _branch(rows.device)
+    place = torch.arange(_STATES, dtype=torch.uint8, device=rows.device)[:, None]
     cost = torch.full((_STATES, rows.shape[1]), torch.inf, device=rows.device)
     cost[0] = 0.0
     bytes_ = []

@@ -1,0 +1,79 @@
+"""The step that a CUDA graph holds: the eager one, without a look at the device."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.pytorch.models import prompts, random_model, torch
+from tests.pytorch.test_huggingface import GREEDY, small_config
+from turboquant_jax.pytorch.huggingface import TurboQuantCache
+
+LOOKS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+
+def model_and_cache(family="Llama", **options):
+    model = random_model(family)
+    model.set_attn_implementation("turboquant")
+    return model, TurboQuantCache.from_model(model, config=small_config(model), **options)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral, sliding"])
+def test_generate_with_a_captured_step(family):
+    """As without it, padding, growth and completed blocks included."""
+    inputs, options = prompts(2, 20, padding=(0, 7)), dict(max_new_tokens=30, **GREEDY)
+    model, cache = model_and_cache(family)
+    expected = model.generate(**inputs, past_key_values=cache, **options)
+    other = TurboQuantCache.from_model(model, config=cache.config)
+    calls = []
+    with other.capture(model) as step:
+        original = step.device_step
+        step.device_step = lambda completing: calls.append(completing) or original(completing)
+        got = model.generate(**inputs, past_key_values=other, **options)
+    assert "forward" not in vars(model)
+    assert len(calls) == 29 and 0 < sum(calls) < 29
+    assert torch.equal(expected.sequences, got.sequences)
+    assert other.steps.lengths == other.state.table.lengths.tolist() == [49, 42]
+    for name, leaf in cache.state.leaves.items():
+        torch.testing.assert_close(leaf, other.state.leaves[name], msg=name)
+
+
+class Forbidding(torch.utils._python_dispatch.TorchDispatchMode):
+    """No operation whose result the host, or a shape, waits for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.name().split(".")[0] not in LOOKS, function
+        indices = args[1] if "index" in function.name() and len(args) > 1 else ()
+        for index in indices if isinstance(indices, (list, tuple)) else ():
+            assert index is None or index.dtype != torch.bool, "a mask as an index"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("completing", [False, True])
+def test_nobody_looks(completing):
+    """With counts of 0, as while a graph is made, nothing changes either."""
+    model, cache = model_and_cache(capacity=100)
+    with torch.no_grad():
+        model(**prompts(2, 33), past_key_values=cache)
+        step = cache.capture(model)
+        step._prepare(prompts(2, 1)["input_ids"])
+        step.counts.zero_()
+        before = {name: leaf.clone() for name, leaf in cache.state.leaves.items()}
+        with Forbidding():
+            step.device_step(completing)
+        for name, leaf in cache.state.leaves.items():
+            torch.testing.assert_close(leaf, before[name], msg=name)
+
+
+def test_the_guard_sees_a_look():
+    with Forbidding(), pytest.raises(AssertionError):
+        torch.ones(2)[torch.tensor([True, False])]
+    with Forbidding(), pytest.raises(AssertionError):
+        bool(torch.ones(1).any())
+
+
+def test_one_graph_of_torch_without_jax():
+    """`torch.compile(fullgraph=True)` takes the step whole; nothing on the way imports jax."""
+    program = [sys.executable, "-m", "tests.pytorch.fullgraph"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=600, check=False)
+    assert run.stdout.endswith("one graph; jax imported: False\n"), run.stderr

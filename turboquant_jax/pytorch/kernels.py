@@ -1,0 +1,211 @@
+"""A torch cache as the GPU kernels take it: `attention.triton` and `cache.encoding` in torch.
+
+Everything is passed as it lies in the cache, a layer as a view of it.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pallas_kernels.primitives.period import PERIOD
+from turboquant_jax.pytorch import kernel_operands, operands, operators, pre_rope
+from turboquant_jax.pytorch.codec import Codec
+from turboquant_jax.pytorch.segments import Scores
+from turboquant_jax.pytorch.state import Member, Part, State
+
+
+def attend_and_write(
+    state: State,
+    layer: int,
+    heads: tuple[Tensor, Tensor, Tensor],
+    scores: Scores,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of one query per sequence over a layer and the new token, which is written.
+
+    Queries [B, 1, N, H], keys and values [B, 1, K, H]; the output has the dtype of the queries.
+    """
+    (member,) = state.members[layer]
+    part = state.parts[member.part]
+    query = heads[0][:, 0].contiguous()
+    new = [x.to(state.window.keys.storage.dtype).contiguous() for x in heads[1:]]
+    key_codec, value_codec = part.codecs
+    turned = value_codec.order is not None or value_codec.transform is not None
+    turned = turned or any(group.matrix is not None for group in value_codec.groups)
+    output, _ = operators.decode_attention(
+        _rotated(key_codec, member, query),
+        operands.PagedBlocks(
+            pools=(kernel_operands.blocks_of(part, member.rows),),
+            page_table=state.table.page_table,
+            lengths=state.table.lengths,
+            row=None,
+            kv_heads=state.config.num_kv_heads,
+        ),
+        operands.Softmax(
+            scale=scores.factor(state.config.head_dim),
+            soft_cap=scores.softcap,
+            sink_logits=sink_logits,
+        ),
+        exact=_exact(state, layer, query, new),
+        rotation=kernel_operands.of_codec(value_codec, member) if turned else None,
+        dtype=query.dtype,
+    )
+    return output[:, None]
+
+
+def trellis_search(y: Tensor, levels: Tensor, numbers: tuple[float, ...]) -> Tensor:
+    """`trellis.encode` by the kernel, of levels that are known beforehand."""
+    rows = y.reshape(-1, y.shape[-1]).T.contiguous()
+    return operators.trellis_encode(rows, numbers).T.reshape(y.shape)
+
+
+def encode_window(state: State, start: Tensor, page: Tensor, number: Tensor) -> None:
+    """Compress a block of each sequence's window, in all layers; see `cache.encoding`."""
+    batch, heads = state.batch, state.config.num_kv_heads
+    source = [_flat(x.tensor) for x in (state.window.keys, state.window.values)]
+    for part in state.parts:
+        layers = kernel_operands.once(part, "layers", partial(_layers, part))
+        rows = layers * batch + torch.arange(batch, device=state.device)[None, :]
+        first = heads * torch.arange(layers.shape[0], device=state.device)[:, None]
+        columns = rows, start[None], _through_rows(state, first, page[None]), rows, number[None]
+        _encode_jobs(state, part, source, columns)
+
+
+def encode_chunk(
+    state: State, layer: int, block: list[Tensor], page: Tensor, number: Tensor
+) -> None:
+    """Compress blocks [B, n, T, K, H] of each sequence, in one layer, into pages [B, n]."""
+    (member,) = state.members[layer]
+    part, (batch, count) = state.parts[member.part], page.shape
+    source = [x.flatten(1, 2).contiguous() for x in block]
+    row = torch.arange(batch, device=state.device)[:, None]
+    start = state.config.block * torch.arange(count, device=state.device)[None, :]
+    page = _through_rows(state, torch.full_like(row, member.rows.start), page)
+    columns = torch.broadcast_tensors(row, start, page, layer * batch + row, number)
+    # a sequence's first block alone: the kernel takes its mean, which the next ones need
+    for some in (slice(1), slice(1, None))[:count]:
+        _encode_jobs(state, part, source, [column[:, some] for column in columns])
+
+
+def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operands.Operand:
+    layout, config = state.layout, state.config
+    held = [segment for segment in (state.sinks, state.window) if segment.keys.lead[2]]
+    phases = state.phases
+    return operands.ExactOperand(
+        query=query,
+        keys=(*(segment.keys.tensor[layer] for segment in held), new[0]),
+        values=(*(segment.values.tensor[layer] for segment in held), new[1]),
+        pending=state.table.pending,
+        places=operands.Places(
+            sinks=config.sinks,
+            window=config.window,
+            block=config.block,
+            sliding_window=config.sliding_window,
+            sink_slots=layout.sinks,
+            ring=layout.ring,
+            slots=layout.slots,
+        ),
+        key_mean=None if state.key_mean is None else state.key_mean[layer],
+        phases=None
+        if phases is None
+        else kernel_operands.once(phases, "operand", lambda: kernel_operands.of_phases(phases)),
+        write=True,
+        layer=None,
+    )
+
+
+def _encode_jobs(state: State, part: Part, source: list[Tensor], columns: Any) -> None:
+    """Jobs (row, slot, page, mean, block of the sequence), as columns of one shape."""
+    row, slot, page, mean, number = (
+        column.to(torch.int32).flatten() for column in torch.broadcast_tensors(*columns)
+    )
+    index = number * state.config.block
+    jobs = torch.stack([row, slot, page, mean, (index == 0).int(), index % PERIOD], dim=1)
+    dtype = source[0].dtype
+    keys = _targets(part.codecs[0], part.pool.keys, dtype)
+    before_rope, rotated_mean = None, None
+    if state.key_mean is not None:
+        if state.phases is None:
+            rotated_mean = operators.rotated_means(_flat(state.key_mean), keys)
+        else:
+            before_rope = _pre_rope(state, index, mean)
+    pool = operands.Pool(
+        keys=keys,
+        values=_targets(part.codecs[1], part.pool.values, dtype),
+        scales=tuple(words.tensor.view(torch.uint32) for words in part.pool.scales),
+        key_mean=None if state.key_mean is None else _flat(state.key_mean),
+        pre_rope=before_rope,
+        rotated_mean=rotated_mean,
+    )
+    operators.encode(*source, jobs, pool)
+
+
+def _pre_rope(state: State, index: Tensor, mean: Tensor) -> operands.Operand:
+    """The mean of each job, turned to its periods."""
+    phases, block = state.phases, state.config.block
+    assert phases is not None and state.key_mean is not None
+
+    def tables() -> tuple[Tensor, Tensor]:
+        token = torch.arange(block, dtype=torch.int32, device=state.device)
+        halves = [table.to(torch.float32).chunk(2, dim=-1) for table in phases.at(token)]
+        coarse, fine, within = (torch.complex(*pair) for pair in halves)
+        whole = coarse * fine * within
+        opening = torch.cat([whole.real, whole.imag], dim=-1)
+        return _signed(phases.within, phases.rotary), _signed(opening, phases.rotary)
+
+    angles, opening = kernel_operands.once(phases, ("tables", block), tables)
+    periods = torch.arange(-(-block // PERIOD), dtype=torch.int32, device=state.device)
+    period = (index // PERIOD)[:, None] + periods
+    turned = pre_rope.mean_of_period(_flat(state.key_mean)[mean.long()], phases, period)
+    turned = turned.flatten(0, 1)
+    first, second = pre_rope.split_pairs(turned, phases.rotary)
+    swapped = pre_rope.join_pairs(second, first, phases.rotary)
+    return operands.PreRopeOperand(
+        angles=angles,
+        opening=opening,
+        turned=torch.stack([turned, swapped], dim=2),
+        rotary=phases.rotary,
+    )
+
+
+def _signed(angles: Tensor, rotary: int) -> Tensor:
+    """[rows, 2, H]: the cosine of each channel's pair, and its sine, negative for the first."""
+    cos, sin = angles.chunk(2, dim=1)
+    join = pre_rope.join_pairs
+    return torch.stack([join(cos, cos, rotary), join(-sin, sin, rotary)], dim=1)
+
+
+def _targets(codec: Codec, planes: Any, dtype: torch.dtype) -> tuple[operands.Operand, ...]:
+    return tuple(
+        operands.GroupOperand(
+            planes=tuple(plane.tensor for plane in own),
+            rotation=kernel_operands.once(
+                group, ("folded", dtype), partial(kernel_operands.folded, group, dtype)
+            ),
+            code=operands.CodeOperand(levels=group.constants.levels, scale=group.constants.scale),
+        )
+        for group, own in zip(codec.groups, planes, strict=True)
+    )
+
+
+def _layers(part: Part) -> Tensor:
+    return part.layer[part.head == 0][:, None]
+
+
+def _rotated(codec: Codec, member: Member, query: Tensor) -> Tensor:
+    """One query per sequence [B, N, H] in the rotated space of the keys, float32."""
+    if query.dtype == torch.bfloat16:
+        return operators.rotate(query, kernel_operands.of_codec(codec, member))
+    grouped = query.unflatten(1, (len(member.heads), -1)).transpose(1, 2)
+    return codec.rotate_query(member.rows, grouped).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def _through_rows(state: State, row: Tensor, page: Tensor) -> Tensor:
+    """Pages of a row, counted through the rows before it; negative ones as they are."""
+    return torch.where(page < 0, page, page + row * state.table.references.shape[0])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)

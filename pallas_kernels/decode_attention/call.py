@@ -73,7 +73,7 @@ def decode_attention(
         check_rotation(rotation, kv_heads, channels)
     per_head = heads // kv_heads
     if schedule is None:
-        schedule = _schedule(blocks, exact, kv_heads, per_head)
+        schedule = schedule_of(blocks, exact, kv_heads, per_head)
     plan = make_decode_plan(
         blocks, sketch, softmax, schedule, heads=per_head, exact=exact is not None
     )
@@ -115,9 +115,10 @@ def decode_attention(
     return out.reshape(q.shape), lse.reshape(batch, heads), exact
 
 
-def _schedule(
+def schedule_of(
     blocks: PagedBlocks, exact: ExactOperand | None, kv_heads: int, heads: int
 ) -> Schedule:
+    """The default schedule of a call; `heads`: query heads of a kv head."""
     batch, max_pages = blocks.page_table.shape
     pool = blocks.pool
     sides = (pool.key_codebooks, pool.key_channels), (pool.value_codebooks, pool.value_channels)

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,19 @@ def step(state, q, k, v, counts):
     return cache.commit(state), jnp.stack(outputs)
 
 
+@partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
+def uniform_step(state, q, k, v, counts):
+    """The same of layers that can be scanned, in a third of the program."""
+
+    def layer(state, xs):
+        output, state = attend_and_write(state, *xs)
+        return state, output
+
+    state = cache.begin(state, counts, q.shape[2])
+    state, outputs = jax.lax.scan(layer, state, (jnp.arange(LAYERS), q, k, v))
+    return cache.commit(state), outputs
+
+
 def kind_of(allocation, layer, head):
     """(bits of keys, bits of values) of a head, by the entries as they were given."""
     entries = allocation.keys[layer], allocation.values[layer]
@@ -85,16 +98,20 @@ def assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
 
 @pytest.mark.parametrize("allocation", [BY_HEAD], ids=["by head"])  # by layer: the golden digests
 def test_a_head_is_that_of_uniform_bits_bit_by_bit(allocation, same_bits):
-    """Ragged chunks and steps, donated; what is shared, and what does not fit, too."""
+    """Ragged chunks and steps, donated; what is shared, and what does not fit, too.
+
+    Caches of uniform bits get chunks of 20 throughout, so that each is compiled once: chunks and
+    single tokens give them the same bits, as `test_laws` shows.
+    """
     state = empty(allocation)
     others = {kind: uniform(kind) for kind in allocation.kinds}
     for seed, (counts, most) in enumerate([*COUNTS, ([20, 2, 1], 20)]):
-        q, k, v = tokens(most, seed)
-        counts = jnp.asarray(counts)
-        state, outputs = step(state, q, k, v, counts)
+        whole, counts = list(tokens(20, seed)), jnp.asarray(counts)
+        state, outputs = step(state, *(x[:, :, :most] for x in whole), counts)
         expected = {}
         for kind in others:
-            others[kind], expected[kind] = step(others[kind], q, k, v, counts)
+            others[kind], made = uniform_step(others[kind], *whole, counts)
+            expected[kind] = made[:, :, :most]
         for layer in range(LAYERS):
             for head in range(HEADS):
                 of_head = np.s_[layer, :, :, 2 * head : 2 * head + 2]
@@ -121,23 +138,33 @@ def test_chunks_give_the_bits_of_single_tokens(allocation, same_bits):
     same_bits(chunked, singly)
 
 
+append, fork, free = (
+    jax.jit(f, compiler_options=QUICK) for f in (cache.append, cache.fork, cache.free)
+)
+
+
+def append_fork_and_free(state):
+    _, k, v = tokens(20, 0)
+    state = append(state, k, v, jnp.asarray([20, 20, 9]))
+    state = append(fork(state, 0, 2), k, v, jnp.asarray([2, 2, 2]))
+    state = free(state, jnp.asarray([False, True, False]))
+    return append(state, k, v, jnp.asarray([19, 0, 9]))
+
+
+@lru_cache
+def appended_forked_and_freed(kind):
+    """A cache of uniform bits, once for both allocations."""
+    return append_fork_and_free(uniform(kind, num_pages=7))
+
+
 @BOTH
 def test_append_fork_and_free_are_those_of_uniform_bits(allocation, same_bits):
-    _, k, v = tokens(20, 0)
-
-    def run(state):
-        append = jax.jit(cache.append, compiler_options=QUICK)
-        state = append(state, k, v, jnp.asarray([20, 20, 9]))
-        state = append(cache.fork(state, 0, 2), k, v, jnp.asarray([2, 2, 2]))
-        state = cache.free(state, jnp.asarray([False, True, False]))
-        return append(state, k, v, jnp.asarray([19, 0, 9]))
-
-    state = run(empty(allocation, num_pages=7))
-    others = {kind: run(uniform(kind, num_pages=7)) for kind in allocation.kinds}
+    state = append_fork_and_free(empty(allocation, num_pages=7))
+    others = {kind: appended_forked_and_freed(kind) for kind in allocation.kinds}
     assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
     assert np.asarray(state.table.references).max() == 2, "a page is shared"
     with pytest.raises(ValueError, match=r"got \(2, .*, expected \[3 layers, B, T, K, H\]"):
-        cache.append(state, k[:2], v[:2])
+        cache.append(state, *(x[:2] for x in list(tokens(20, 0))[1:]))
 
 
 @BOTH

@@ -29,7 +29,8 @@ def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
         return passes[-1][-1]
 
     for made in ("exact_hidden", "compressed_hidden"):
-        monkeypatch.setattr(demo, made, partial(kept, getattr(demo, made)))
+        measured = partial(kept, getattr(demonstration, made))
+        monkeypatch.setattr(demonstration, made, measured)
     out = tmp_path / "demo.json"
     flags = ["--bits-k", "5", "--bits-v", "4", "--tokens", "3", "--context", "200"]
     assert cli.main(["demo", *flags, "--json", str(out)]) == 0

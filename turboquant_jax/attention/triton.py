@@ -139,7 +139,7 @@ def _exact_operand(
         keys=(*(flat(part.keys) for part in held), new.keys),
         values=(*(flat(part.values) for part in held), new.values),
         pending=cache.table.pending,
-        places=partial(_places, cache.layout),
+        places=partial(exact_places, cache.layout),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
         write=write,
@@ -147,7 +147,7 @@ def _exact_operand(
     )
 
 
-def _places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
+def exact_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
     """Where the tokens of a sequence lie, as the kernel asks it: of the segments that there are."""
     place = locate(layout, length, pending)
     segments: list[tuple[Any, Any, Any]] = []

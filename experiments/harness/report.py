@@ -108,7 +108,7 @@ def _pages(file: Path) -> list[Path]:
 def _page(experiment: Experiment, found: Sequence[tuple[Results, list[Claim]]], base: Path) -> str:
     """Title and text of the docstring, then the claims of every run."""
     title, _, text = (experiment.__doc__ or "").partition("\n")
-    lines = [f"# {title.rstrip('.')}", "", text.strip(), "", summary.GENERATED, ""]
+    lines = [f"# {title.rstrip('.')}", "", _plain(text.strip()), "", summary.GENERATED, ""]
     for result, claims in found:
         label = _label(result)
         lines += [f"## {label}", ""] if label else []
@@ -120,7 +120,8 @@ def _section(title: str, result: Results, claims: list[Claim], base: Path) -> It
     link = os.path.relpath(result.folder, base)
     yield from ("| source | statement | measured | verdict |", "| --- | --- | --- | --- |")
     for claim in claims:
-        yield f"| {claim.source} | {claim.statement} | {claim.measured} | **{claim.verdict}** |"
+        cells = map(_plain, (claim.source, claim.statement, claim.measured))
+        yield f"| {' | '.join(cells)} | **{claim.verdict}** |"
     yield ""
     figure = (result.folder / "figure.svg").exists()
     yield from [f"![{title}]({link}/figure.svg)"] if figure else _table(result.rows)
@@ -128,6 +129,13 @@ def _section(title: str, result: Results, claims: list[Claim], base: Path) -> It
     runs = "; ".join(map(_run, [result.meta, *result.meta.get("added", [])]))
     sha = result.meta["rows_sha256"][:12]
     yield f"{runs}. [{len(result.rows)} rows]({link}/rows.csv), SHA-256 {sha}.\n"
+
+
+def _plain(text: str) -> str:
+    """Markdown in which <v, x> outside of code is not taken for a tag."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:

@@ -271,8 +271,9 @@ def create(
         there, and in its table, unless `num_pages` is given.
       key: random key of the rotations, shared by all layers and heads.
       num_pages: pages of a pool that the sequences share, given out when blocks are compressed.
-      key_order, value_order: channels of each layer and head in the order of the codec's groups,
+      key_order: channels of the keys of each layer and head in the order of the codec's groups,
         outliers first (`outliers.select_channels`).
+      value_order: the same of the values.
       calibration: of the model, for codecs with joint scales.
 
     Raises:

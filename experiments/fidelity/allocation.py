@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from experiments.fidelity.codecs import Turbo
-from experiments.fidelity.forcing import Rule, Trip, Trips
+from experiments.fidelity.forcing import Trip, Trips
+from experiments.fidelity.rule import Rule
 from experiments.fidelity.settings import Setting, turbo
 from experiments.harness import results
 from experiments.harness.experiment import Row, where

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float
 from experiments.fidelity.forcing import ROUNDING, Trip
 from turboquant_jax.cache import CodecConfig
 from turboquant_jax.cache import codec as codecs
-from turboquant_jax.quantizers import prod, qjl
 from turboquant_jax.quantizers import quantizer as quantizers
 from turboquant_jax.quantizers.rotation import Hadamard
 
@@ -50,40 +49,20 @@ class Turbo:
     @property
     def name(self) -> str:
         """The code, for a table."""
-        return self.config.code + (", scale in 8 bits" if self.short_scale else "")
+        sketch = f", {self.config.sketch} sketch" if self.config.code == "prod" else ""
+        return self.config.code + sketch + (", scale in 8 bits" if self.short_scale else "")
 
     def vector_bytes(self, dim: int) -> float:
-        """Bytes of a vector: codes and scales."""
+        """Bytes of a vector: codes and scales; signs of a sketch are among its bits."""
         groups = self.config.groups(dim)
-        return sum(count * bits / 8 for count, bits in groups) + len(groups) * (
+        scales = len(groups) + (self.config.code == "prod")
+        return sum(count * bits / 8 for count, bits in groups) + scales * (
             1 if self.short_scale else 2
         )
 
     def trip(self, key: Array, dim: int) -> Trip:
         """Through the library's codec with a rotation of this key."""
         return partial(_through, codecs.create(key, self.config, dim), short=self.short_scale)
-
-
-@dataclass(frozen=True)
-class Sketched:
-    """TurboQuant-prod: bits - 1 of codes, one sign a coordinate, two scalars a vector."""
-
-    bits: int
-    sketch: qjl.Kind
-
-    @property
-    def name(self) -> str:
-        """The code, for a table."""
-        return f"prod, {self.sketch} sketch"
-
-    def vector_bytes(self, dim: int) -> float:
-        """Bytes of a vector; at 1 bit there is one scalar."""
-        return self.bits * dim / 8 + (4 if self.bits > 1 else 2)
-
-    def trip(self, key: Array, dim: int) -> Trip:
-        """Decoded vectors: <q, x~> is the estimate of the paper's algorithm 2."""
-        made = prod.create(key, dim, self.bits, rotation="hadamard", sketch=self.sketch)
-        return partial(_prod, made)
 
 
 @dataclass(frozen=True)
@@ -189,7 +168,7 @@ class Mean:
         raise NotImplementedError
 
 
-Coder = Turbo | Sketched | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
+Coder = Turbo | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
 
 
 @partial(_compiled, static_argnames="short")
@@ -202,11 +181,6 @@ def _through(codec, x: Float[Array, "B T K H"], short: bool) -> Float[Array, "B 
             for indices, scale in groups
         )
     return codec.unrotate(rows, codec.dequantize(groups))
-
-
-@_compiled
-def _prod(made, x: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
-    return prod.decode(made, prod.encode(made, x))
 
 
 @partial(_compiled, static_argnames=("bits", "group"))

@@ -1,18 +1,21 @@
 """Attention of teacher forcing as one GPU kernel: no scores of a whole text in memory.
 
-What it computes is `forcing`'s definition: query p sees the tokens [sinks, edge(p)) as they come
-back from compression and all others up to itself in full precision. Products are in TensorFloat-32,
-sums and the softmax in float32.
+What it computes is the library's `attend_split`: query p sees the tokens [sinks, edge(p)) as they
+come back from compression and all others up to itself in full precision. Products are in
+TensorFloat-32, sums and the softmax in float32.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from experiments.fidelity.rule import Rule
 from pallas_kernels.primitives import triton
+from turboquant_jax.cache.layout import edge
 
 _QUERIES, _KEYS = 128, 64  # of a tile
 _LOG2E = 1.4426950408889634
@@ -24,7 +27,7 @@ def forced_attention(
     v: Float[Array, "B T K H"],
     approximate_k: Float[Array, "B T K H"],
     approximate_v: Float[Array, "B T K H"],
-    rule: Int[Array, " 3"],
+    rule: Rule,
 ) -> Float[Array, "B T N H"]:
     """Outputs in float32.
 
@@ -32,12 +35,13 @@ def forced_attention(
       q: the queries.
       k, v: what is seen in full precision, in 16 or 32 bits.
       approximate_k, approximate_v: what is seen of the compressed tokens, in 16 or 32 bits.
-      rule: window, sinks and block, in tokens.
+      rule: window, sinks and block as arrays, in tokens.
 
     Raises:
       ValueError: texts that are no whole tiles of 128 queries.
     """
     batch, count, heads, dim = q.shape
+    numbers = jnp.stack([rule.window, rule.sinks, rule.block])
     if count % _QUERIES:
         raise ValueError(f"texts must be multiples of {_QUERIES} tokens, got {count}")
     per_head = heads // k.shape[2]
@@ -64,20 +68,18 @@ def forced_attention(
         out_specs=of_queries(),
         out_shape=jax.ShapeDtypeStruct(queries.shape, jnp.float32),
         name="forced_attention",
-    )(rule, queries, *keys, *values)
+    )(numbers, queries, *keys, *values)
     return out.swapaxes(1, 2)
 
 
-def _kernel(rule, query, exact_k, near_k, exact_v, near_v, out) -> None:
-    window, sinks, block = (rule[i] for i in range(3))
+def _kernel(numbers, query, exact_k, near_k, exact_v, near_v, out) -> None:
+    rule: Any = Rule(*(numbers[i] for i in range(3)))  # C(L) as of a CacheConfig
+    sinks = rule.sinks
     first = triton.program_id(0) * _QUERIES
     row = first + lax.broadcasted_iota(jnp.int32, (_QUERIES, 1), 0)
     column = lax.broadcasted_iota(jnp.int32, (1, _KEYS), 1)
 
-    def edge(position):
-        return sinks + jnp.maximum(position - sinks - window, 0) // block * block
-
-    q, end = query[...], edge(row)
+    q, end = query[...], edge(rule, row)
 
     def turn(i, carry, whole: bool):
         out, top, total = carry
@@ -103,7 +105,7 @@ def _kernel(rule, query, exact_k, near_k, exact_v, near_v, out) -> None:
     # the sinks' tiles, those that every query of this tile sees compressed, and the rest
     last = (first + _QUERIES) // _KEYS
     begin = jnp.minimum((sinks + _KEYS - 1) // _KEYS, last)
-    middle = jnp.maximum(begin, edge(first) // _KEYS)
+    middle = jnp.maximum(begin, edge(rule, first) // _KEYS)
     carry = (
         jnp.zeros(q.shape, jnp.float32),
         jnp.full(_QUERIES, -jnp.inf, jnp.float32),

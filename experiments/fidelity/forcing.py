@@ -1,27 +1,26 @@
 """Teacher forcing layer by layer: hundreds of settings of a cache, a handful of compilations.
 
-The semantics are those of `turboquant_jax.teacher_forcing`, and a test holds the two together:
-query p sees the tokens [sinks, sinks + C(p)) as they come back from compression, and all others in
-full precision. Here window, sinks and block are arrays, the layers are driven from the host, and
-what keys and values go through is any function of arrays, compiled for itself. Queries are taken in
-tiles, so that the scores of a long text never exist at once; on a GPU, where products are in
-TensorFloat-32, a kernel does that (`forced_attention`).
+What a query sees is the library's `attend_split`, here in tiles of queries, so that the scores of a
+long text never exist at once; window, sinks and block are arrays, the layers are driven from the
+host, and what keys and values go through is any function of arrays, compiled for itself. On a GPU,
+where products are in TensorFloat-32, a kernel does the same (`forced_attention`). Tests hold both
+to the library's teacher forcing, and so to the real cache.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
 from experiments.fidelity.forced_attention import forced_attention
-from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
+from experiments.fidelity.rule import Rule
+from turboquant_jax.attention.segments import PLAIN, Scores
+from turboquant_jax.attention.teacher_forcing import Places, attend_split, center_keys
 from turboquant_jax.cache import CacheConfig, pre_rope
 from turboquant_jax.models.evaluate import Comparison, compare
 from turboquant_jax.models.model import Layer, Llama, rms_norm, unstack
@@ -47,25 +46,6 @@ class Tiling:
 
 
 _TILES = Tiling()
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Rule:
-    """Which tokens are compressed when, see `CacheConfig`; numbers or arrays of them.
-
-    `pre_rope`: keys are centred by their mean before the rotary embedding.
-    """
-
-    window: Any
-    sinks: Any
-    block: Any
-    centred: Any
-    pre_rope: Any = False
-
-    def arrays(self) -> "Rule":
-        """The same rule as arrays, on which nothing is specialised."""
-        return jax.tree.map(lambda value: jnp.asarray(int(value), jnp.int32), self)
 
 
 @dataclass(frozen=True)
@@ -235,16 +215,9 @@ def _finish(layer, hidden, angles, out):
 
 @partial(jax.jit, static_argnums=2)
 def _center(k: Float[Array, "B T K H"], sinks: Int[Array, ""], block: int, phases):
-    """Keys less their mean, and what was taken from each, as the library has it."""
-    index = jnp.arange(k.shape[1], dtype=jnp.int32) - sinks
-
-    def of_text(k):
-        first = lax.dynamic_slice_in_dim(k, sinks, block)
-        mean = pre_rope.mean_key(first, phases)
-        taken = pre_rope.mean_at(mean, phases, index)
-        return pre_rope.center(k, mean, phases, index), taken
-
-    return jax.vmap(of_text)(k)
+    """The library's, with sinks as an array."""
+    first = lax.dynamic_slice_in_dim(k, sinks, block, axis=1)
+    return center_keys(k, first, sinks, phases)
 
 
 @jax.jit
@@ -254,27 +227,15 @@ def _add(x, mean):
 
 @jax.jit
 def _attend_fused(q, k, v, approximate_k, approximate_v, rule: Rule):
-    numbers = jnp.stack([rule.window, rule.sinks, rule.block])
-    return forced_attention(q, k, v, approximate_k, approximate_v, numbers)
+    return forced_attention(q, k, v, approximate_k, approximate_v, rule)
 
 
 @partial(jax.jit, static_argnums=6)
 def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
-    """Attention in tiles of queries; of the exact keys only sinks and reach can be seen."""
-
-    def of_all(seen):
-        return jnp.broadcast_to(seen[None], (q.shape[0], *seen.shape))
-
+    """In tiles of queries; of the exact keys only sinks and reach can be seen."""
     outputs = []
     for start in range(0, q.shape[1], tiling.queries):
         stop = min(start + tiling.queries, q.shape[1])
-        query = jnp.arange(start, stop, dtype=jnp.int32)[:, None]
-        blocks = jnp.maximum(query - rule.sinks - rule.window, 0) // rule.block
-        edge = rule.sinks + blocks * rule.block
-
-        def compressed(position, edge=edge):
-            return (position[None, :] >= rule.sinks) & (position[None, :] < edge)
-
         low = max(0, start - tiling.reach)
         low = low if low > tiling.sinks else 0
         near = np.r_[0 : tiling.sinks if low else 0, low:stop].astype(np.int32)
@@ -282,15 +243,11 @@ def _attend(q, k, v, approximate_k, approximate_v, rule: Rule, tiling: Tiling):
             jnp.concatenate([x[:, : tiling.sinks], x[:, low:stop]], 1) if low else x[:, :stop]
             for x in (k, v)
         )
-        seen = (near[None, :] <= query) & ~compressed(near)
-        held = compressed(np.arange(stop, dtype=np.int32))
-        part = q[:, start:stop]
-        approximate = approximate_k[:, :stop], approximate_v[:, :stop]
-        parts = [
-            attend_segment(part, exact_k, exact_v, of_all(seen), PLAIN),
-            attend_segment(part, *approximate, of_all(held), PLAIN),
-        ]
-        outputs.append(merge(parts)[0])
+        decoded = approximate_k[:, :stop], approximate_v[:, :stop]
+        query = jnp.arange(start, stop, dtype=jnp.int32)
+        places = Places(query, jnp.asarray(near), jnp.arange(stop, dtype=jnp.int32))
+        part, exact = q[:, start:stop], (exact_k, exact_v)
+        outputs.append(attend_split(part, exact, decoded, places, rule))
     return jnp.concatenate(outputs, axis=1)
 
 

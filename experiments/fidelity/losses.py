@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from experiments.fidelity.forcing import Forcing, Pass, Rule, Trips
+from experiments.fidelity.forcing import Forcing, Pass, Trips
+from experiments.fidelity.rule import Rule
 from experiments.harness.experiment import Row
 from turboquant_jax.models import LlamaConfig
 

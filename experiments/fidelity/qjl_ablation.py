@@ -12,28 +12,26 @@ keys and values.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from experiments.fidelity import losses
-from experiments.fidelity.codecs import Exact, Sketched, Turbo
+from experiments.fidelity.codecs import Exact, Turbo
 from experiments.fidelity.forcing import cut
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting
 from experiments.harness import prepared
 from experiments.harness.experiment import QUESTION, Claim, Row, Track, distinct, option, where
 from experiments.harness.journal import open_journal
-from experiments.harness.statistics import is_below
+from experiments.harness.plotting import Figure, label, panels
+from experiments.harness.statistics import is_less
 from turboquant_jax.cache import CodecConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MODES = ("norm", "matched", "least_squares", "unbiased")
 SKETCHES = ("gaussian", "orthogonal")
 CACHES = ("remedied", "bare")
 
 
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,9 @@ def run(config: Config, track: Track) -> list[Row]:
 
 
 def _setting(bits: int, code: str, cache: str) -> Setting:
-    if code in SKETCHES:
-        key: Sketched | Turbo = Sketched(bits, code)  # type: ignore[arg-type]
-    else:
-        key = Turbo(CodecConfig(bits, codebook="lloyd_max", scale=code))  # type: ignore[arg-type]
+    plain: Any = {"codebook": "lloyd_max", "scale": "norm" if code in SKETCHES else code}
+    sketch: Any = {"code": "prod", "sketch": code} if code in SKETCHES else {}
+    key = Turbo(CodecConfig(bits, **plain, **sketch))
     if cache == "bare":
         return Setting(f"{code} {bits}", key, Exact(), 0, 0, 64, False)
     return Setting(f"{code} {bits}", key, Exact())
@@ -134,23 +131,20 @@ def _judge(found: dict[str, Row], cache: str, bits: int) -> Iterator[Claim]:
 def _less(
     source: str, statement: str, one: Row, other: Row, topic: str = "", short: str = ""
 ) -> Claim:
-    error = (one["kl_se"] ** 2 + other["kl_se"] ** 2) ** 0.5
     return Claim(
         source,
         statement,
         f"KL {one['kl']:.4f} ± {one['kl_se']:.4f} ({one['mode']}), {other['kl']:.4f} ± "
         f"{other['kl_se']:.4f} ({other['mode']}); attention error {one['attention_error']:.3f}, "
         f"{other['attention_error']:.3f}",
-        is_below(one["kl"] - other["kl"], error, 0.0),
+        is_less(one, other),
         topic,
         short,
     )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """KL and attention error of every code over the bits."""
-    from experiments.harness.plotting import label, panels
-
     caches = distinct(rows, "cache")
     made, axes = panels(len(caches), 2, 5.0, 3.2)
     for i, cache in enumerate(caches):

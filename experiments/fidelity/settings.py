@@ -16,7 +16,8 @@ from experiments.fidelity.codecs import (
     Turbo,
     VllmKey,
 )
-from experiments.fidelity.forcing import Rule, Trips
+from experiments.fidelity.forcing import Trips
+from experiments.fidelity.rule import Rule
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.models import LlamaConfig

@@ -5,8 +5,6 @@ none: `.data/` holds `<model>.npz`, and the weights, `<model>.gguf`. Only SmolLM
 for in their package; those of the Qwen models must be put there.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from experiments.harness.data import MissingDataError
 from turboquant_jax import models
@@ -26,32 +24,10 @@ MODELS = (SMOLLM2, "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 PASS_TOKENS = 65536
 """Tokens of one pass over a batch, whatever the length of its texts."""
 
+NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+"""Of experiments on them."""
+
 CALIBRATION, TEST = "calibration", "test"
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts with an answer that is teacher-forced, padded at the end.
-
-    `start` and `count` are the first token of the answer and its tokens; `labels` has what an
-    experiment groups by, [n] each.
-    """
-
-    tokens: Int[np.ndarray, "n T"]
-    start: Int[np.ndarray, " n"]
-    count: Int[np.ndarray, " n"]
-    labels: Mapping[str, np.ndarray]
-
-    def batches(self) -> Iterator[tuple[np.ndarray, "Prompts"]]:
-        """Rows of a pass at a time, all of the same number: the last are filled up with others."""
-        size = min(len(self.tokens), max(1, PASS_TOKENS // self.tokens.shape[1]))
-        for first in range(0, len(self.tokens), size):
-            rows = np.arange(first, min(first + size, len(self.tokens)))
-            padded = np.resize(rows, size)
-            yield (
-                rows,
-                Prompts(self.tokens[padded], self.start[padded], self.count[padded], {}),
-            )
 
 
 def texts_file(model: str) -> Path:
@@ -91,16 +67,14 @@ def texts(
     return found
 
 
-def prompts(name: str) -> Prompts:
-    """SmolLM2's prompts by name, such as "needle/1024".
+def prompts(name: str) -> dict[str, np.ndarray]:
+    """Arrays of SmolLM2's prompts by name, such as "needle/1024".
 
     Raises:
       MissingDataError: the file is not there.
     """
     prefix = f"prompts/{name}/"
-    held = {k.removeprefix(prefix): v for k, v in _arrays(SMOLLM2).items() if k.startswith(prefix)}
-    tokens, start, count = (held.pop(part) for part in ("tokens", "start", "count"))
-    return Prompts(tokens.astype(np.int32), start, count, held)
+    return {k.removeprefix(prefix): v for k, v in _arrays(SMOLLM2).items() if k.startswith(prefix)}
 
 
 @lru_cache(maxsize=1)
@@ -142,9 +116,3 @@ def random_texts(count: int, context: int) -> Int[np.ndarray, "n T"]:
     """Texts for the tiny model."""
     draw = np.random.default_rng(0).integers(0, TINY.vocab_size, (count, context))
     return draw.astype(np.int32)
-
-
-def random_prompts(count: int, context: int, **labels: Float[np.ndarray, " n"]) -> Prompts:
-    """Prompts for the tiny model, with answers of four tokens at the end."""
-    start = np.full(count, context - 4, np.int32)
-    return Prompts(random_texts(count, context), start, np.full(count, 4, np.int32), labels)

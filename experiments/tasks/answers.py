@@ -1,16 +1,40 @@
-"""Teacher-forced answers: how likely, whether every token is the most likely, and how changed."""
+"""Teacher-forced answers: how likely, whether every token is the most likely, and how changed.
 
+Needles and questions ask the same way (`ask_all`): in full precision, then with every setting.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from experiments.fidelity.allocation import Allocated
-from experiments.fidelity.forcing import Forcing, Pass
-from experiments.fidelity.settings import Setting
-from experiments.harness.prepared import Prompts
+from experiments.fidelity.allocation import Allocated, remembered
+from experiments.fidelity.forcing import Forcing, Pass, cut
+from experiments.fidelity.settings import Setting, for_prompts
+from experiments.harness import prepared
+from experiments.harness.experiment import Row, Track, option
+from experiments.harness.journal import open_journal
+from experiments.tasks.prompts import Prompts
+
+FULL = "full precision"
+Case = tuple[str, Row, Prompts]
+"""A name, columns of its rows, prompts."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What needles and questions have in common to run."""
+
+    model: str = option(prepared.SMOLLM2, "smollm2-135m, or tiny: random weights")
+    settings: int = option(0, "how many settings, 0 for all")
+    seed: int = option(0, "seed of the rotations")
+    mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
+    precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
+    seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
 @dataclass(frozen=True)
@@ -113,3 +137,43 @@ def _score(model, target, exact, hidden):
     first, other = (jnp.argmax(x, axis=-1) for x in (p, q))
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     return nll, other == target, first == other, kl
+
+
+def ask_all(
+    name: str,
+    config: Asking,
+    cases: Sequence[Case],
+    rows_of: "Callable[[Asked, Answers, Row], Iterable[Row]]",
+    track: Track,
+    choosing: Sequence[str],
+) -> list[Row]:
+    """Rows of every case in full precision and with every setting.
+
+    Args:
+      name: of the experiment and its journal.
+      config: what to run.
+      cases: what is asked.
+      rows_of: answers, and columns of how they were given, to rows.
+      track: see `experiment`.
+      choosing: fields of the configuration that choose among cases.
+    """
+    journal = open_journal(name, config, (*choosing, "settings", "mixed"))
+    forcing = cut(prepared.model(config.model), config.precision)
+    model = forcing.model.config
+    settings: list[Setting | Allocated] = [*for_prompts(model.num_layers)]
+    settings = settings[: config.settings or None]
+    settings += remembered() if config.mixed else []
+    rows: list[Row] = []
+    for case, head, prompts in track(cases, name):
+        asked = cache(partial(ask, forcing, prompts))  # only if a journal has not all of it
+
+        def by(answer, columns, asked=asked) -> list[Row]:
+            return list(rows_of(asked(), answer(asked()), columns))
+
+        rows += journal.measure(f"{case} {FULL}", partial(by, full, {**head, "preset": FULL}))
+        for setting in settings:
+            sizes = setting.sizes(model, prompts.tokens.shape[1])
+            answer = partial(answers, setting=setting, seed=config.seed)
+            make = partial(by, answer, {**head, **setting.columns(), **sizes})
+            rows += journal.measure(f"{case} {setting.preset}", make)
+    return rows

@@ -12,86 +12,47 @@ trellis.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.fidelity.allocation import Allocated, remembered
-from experiments.fidelity.forcing import cut
-from experiments.fidelity.settings import PAPERS, Setting, for_prompts
+from experiments.fidelity.settings import PAPERS
 from experiments.harness import prepared
 from experiments.harness.experiment import QUESTION, Claim, Row, Track, distinct, option, where
-from experiments.harness.journal import open_journal
+from experiments.harness.plotting import Figure, panels
 from experiments.harness.statistics import wilson
 from experiments.tasks import answers
-from experiments.tasks.answers import Answers, Asked
+from experiments.tasks.answers import FULL, Answers, Asked, Asking, ask_all
 from experiments.tasks.needle_prompts import LENGTHS, SAMPLES
+from experiments.tasks.prompts import Prompts, load, random_prompts
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FULL = "full precision"
-
-
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Asking):
     """What to run."""
 
-    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
     lengths: tuple[int, ...] = option(LENGTHS, "tokens of a prompt")
     tasks: tuple[str, ...] = option(tuple(SAMPLES), "single, multi")
-    settings: int = option(0, "how many settings, 0 for all")
-    seed: int = option(0, "seed of the rotations")
-    mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
-    precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
-    seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", (160,), ("single",), 1)
+SMOKE = Config("tiny", 1, lengths=(160,), tasks=("single",))
 
 
 def run(config: Config, track: Track) -> list[Row]:
     """Every task and length in full precision and with every setting."""
-    journal = open_journal("needle", config, ("lengths", "tasks", "settings", "mixed"))
-    forcing = cut(prepared.model(config.model), config.precision)
-    model = forcing.model.config
-    settings: list[Setting | Allocated] = [*for_prompts(model.num_layers)]
-    settings = settings[: config.settings or None]
-    settings += remembered() if config.mixed else []
-    rows: list[Row] = []
-    for length in track(config.lengths, "needle"):
-        for task in config.tasks:
-            prompts = _prompts(config, task, length)
-            head = {"task": task, "context": length}
-            held: list[Asked] = []
-
-            def asked(prompts=prompts, held=held) -> Asked:
-                if not held:
-                    held.append(answers.ask(forcing, prompts))
-                return held[0]
-
-            def full(asked=asked, head=head) -> list[Row]:
-                return list(_cells(asked(), answers.full(asked()), {**head, "preset": FULL}))
-
-            rows += journal.measure(f"{task} {length} {FULL}", full)
-            for setting in settings:
-                columns = {**head, **setting.columns(), **setting.sizes(model, length)}
-
-                def make(setting=setting, asked=asked, columns=columns) -> list[Row]:
-                    made = answers.answers(asked(), setting, config.seed)
-                    return list(_cells(asked(), made, columns))
-
-                rows += journal.measure(f"{task} {length} {setting.preset}", make)
-    return rows
+    cases = [
+        (f"{task} {length}", {"task": task, "context": length}, _prompts(config, task, length))
+        for length in config.lengths
+        for task in config.tasks
+    ]
+    return ask_all("needle", config, cases, _cells, track, ("lengths", "tasks"))
 
 
-def _prompts(config: Config, task: str, length: int) -> prepared.Prompts:
+def _prompts(config: Config, task: str, length: int) -> Prompts:
     if config.model == "tiny":
-        return prepared.random_prompts(4, length, depth=np.array([0.0, 0.0, 0.5, 1.0]))
-    return prepared.prompts(f"needle/{task}/{length}")
+        return random_prompts(4, length, depth=np.array([0.0, 0.0, 0.5, 1.0]))
+    return load(f"needle/{task}/{length}")
 
 
 def _cells(asked: Asked, made: Answers, columns: Row) -> Iterator[Row]:
@@ -155,10 +116,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return made
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Heat maps of depth over length; grey where full precision finds nothing."""
-    from experiments.harness.plotting import panels
-
     shown = distinct(rows, "preset")
     tasks = distinct(rows, "task")
     columns = min(7, len(shown))

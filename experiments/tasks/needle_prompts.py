@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 from jaxtyping import Int
 
-from experiments.harness.prepared import Prompts
+from experiments.tasks.prompts import Prompts, chat, pack
 from turboquant_jax.models.tokenizer import Tokenizer
 
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -33,32 +33,21 @@ def build(tokenizer: Tokenizer, hay: Int[np.ndarray, " tokens"]) -> dict[str, Pr
 
 
 def _task(tokenizer: Tokenizer, hay, rng, task: str, length: int) -> Prompts:
-    rows, starts, depths = [], [], []
-    for depth in np.linspace(0, 1, DEPTHS):
-        for _ in range(SAMPLES[task]):
-            ids = _prompt(tokenizer, hay, rng, HIDDEN[task], length, depth)
-            rows.append(ids)
-            starts.append(length - _DIGITS)
-            depths.append(depth)
-    count = np.full(len(rows), _DIGITS, np.int32)
-    return Prompts(
-        np.asarray(rows, np.int32), np.asarray(starts, np.int32), count, {"depth": np.array(depths)}
-    )
+    depths = np.repeat(np.linspace(0, 1, DEPTHS), SAMPLES[task])
+    rows = [_prompt(tokenizer, hay, rng, HIDDEN[task], length, depth) for depth in depths]
+    return pack(rows, length, depth=depths)
 
 
-def _prompt(tokenizer: Tokenizer, hay, rng, hidden: int, length: int, depth: float) -> list[int]:
+def _prompt(tokenizer: Tokenizer, hay, rng, hidden: int, length: int, depth: float):
+    """Context and answer."""
     keys = [_KEYS[i] for i in rng.choice(len(_KEYS), hidden, replace=False)]
     numbers = [str(n) for n in rng.integers(10 ** (_DIGITS - 1), 10**_DIGITS, hidden)]
-    head, tail = tokenizer.apply_chat(
-        [
-            {
-                "role": "user",
-                "content": "Some special magic numbers are hidden within the following text. "
-                "Make sure to memorize it. I will quiz you about the numbers afterwards.\n"
-                "HAYSTACK\n"
-                f"What is the special magic number for {keys[0]} mentioned in the provided text?",
-            }
-        ]
+    head, tail = chat(
+        tokenizer,
+        "Some special magic numbers are hidden within the following text. "
+        "Make sure to memorize it. I will quiz you about the numbers afterwards.\n"
+        "HAYSTACK\n"
+        f"What is the special magic number for {keys[0]} mentioned in the provided text?",
     ).split("HAYSTACK")
     tail += f"The special magic number for {keys[0]} mentioned in the provided text is "
     before = tokenizer.encode(head)
@@ -76,4 +65,4 @@ def _prompt(tokenizer: Tokenizer, hay, rng, hidden: int, length: int, depth: flo
     ids = before + straw + after
     if len(ids) != length or tokenizer.decode(ids[-_DIGITS:]) != numbers[0]:
         raise ValueError(f"a prompt of {length} tokens must end in {numbers[0]}, got {len(ids)}")
-    return ids
+    return ids[:-_DIGITS], ids[-_DIGITS:]

@@ -21,8 +21,8 @@ import numpy as np
 
 from experiments.harness import prepared
 from experiments.harness.data import package_file
-from experiments.harness.prepared import Prompts
 from experiments.tasks import needle_prompts, question_prompts
+from experiments.tasks.prompts import Prompts
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.gguf import open_gguf
 from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness.prepared import Prompts
+from experiments.tasks.prompts import Prompts, chat, pack
 from turboquant_jax.models.tokenizer import Tokenizer
 
 SIZES = {"hellaswag": 512, "squad": 2048, "hotpot": 4096, "human_eval": 2048, "gsm8k": 2048}
 _QUESTIONS = 64
 _SOLVED = 32
-_PAD = 0
 
 
 def build(
@@ -42,18 +41,6 @@ def build(
         "gsm8k": _solved(tokenizer, sums, SIZES["gsm8k"]),
     }
     return {f"questions/{name}": prompts for name, prompts in made.items()}
-
-
-def _pack(rows: Sequence[tuple[list[int], list[int]]], size: int, **labels: Any) -> Prompts:
-    """Prompts from (context, answer) pairs of token ids."""
-    tokens = np.full((len(rows), size), _PAD, np.int32)
-    for row, (context, answer) in zip(tokens, rows, strict=True):
-        ids = context + answer
-        if len(ids) > size:
-            raise ValueError(f"a prompt has {len(ids)} tokens, expected at most {size}")
-        row[: len(ids)] = ids
-    start, count = (np.array([len(r[i]) for r in rows], np.int32) for i in (0, 1))
-    return Prompts(tokens, start, count, {k: np.asarray(v) for k, v in labels.items()})
 
 
 def _examples(room: int, encoded: Sequence[list[int]]) -> list[int]:
@@ -79,7 +66,7 @@ def _hellaswag(tokenizer: Tokenizer, cases: list[dict]) -> Prompts:
             rows.append((shots + context, ending))
             labels.append((number, i, i == case["expected_index"], len(case["endings"][i])))
     case_, ending_, correct, letters = np.array(labels, np.int32).T
-    return _pack(rows, size, case=case_, ending=ending_, correct=correct, letters=letters)
+    return pack(rows, size, case=case_, ending=ending_, correct=correct, letters=letters)
 
 
 def _solved(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], size: int) -> Prompts:
@@ -92,18 +79,14 @@ def _solved(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], size: int) -
         numbers.append(number)
         if len(rows) == _SOLVED:
             break
-    return _pack(rows, size, case=numbers)
+    return pack(rows, size, case=numbers)
 
 
 def _chat(tokenizer: Tokenizer, documents: str, question: str, answer: str):
-    text = tokenizer.apply_chat(
-        [
-            {
-                "role": "user",
-                "content": "Answer the question from the given documents, with as few words as "
-                f"possible.\n\n{documents}\n\nQuestion: {question}",
-            }
-        ]
+    text = chat(
+        tokenizer,
+        "Answer the question from the given documents, with as few words as "
+        f"possible.\n\n{documents}\n\nQuestion: {question}",
     )
     return tokenizer.encode(f"{text}Answer:"), tokenizer.encode(f" {answer}")
 
@@ -122,7 +105,7 @@ def _squad(tokenizer: Tokenizer, articles: list[dict]) -> Prompts:
         others = [p["context"] for i, p in enumerate(paragraphs) if i != which]
         documents = _mixed(tokenizer, rng, [paragraphs[which]["context"]], others, size - 200)
         rows.append(_chat(tokenizer, documents, qa["question"], qa["answers"][0]["text"]))
-    return _pack(rows, size, case=np.arange(len(rows)))
+    return pack(rows, size, case=np.arange(len(rows)))
 
 
 def _hotpot(tokenizer: Tokenizer, questions: list[dict]) -> Prompts:
@@ -140,7 +123,7 @@ def _hotpot(tokenizer: Tokenizer, questions: list[dict]) -> Prompts:
         rows.append(_chat(tokenizer, documents, question["question"], question["answer"]))
         if len(rows) == _QUESTIONS:
             break
-    return _pack(rows, size, case=np.arange(len(rows)))
+    return pack(rows, size, case=np.arange(len(rows)))
 
 
 def _mixed(tokenizer: Tokenizer, rng, wanted: list[str], others: list[str], room: int) -> str:

@@ -13,98 +13,61 @@ solutions over their tokens as if these were independent. The caches with bits b
 (`--mixed 1`) were not asked, and `lossless` was the scalar code, not the preset's trellis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from experiments.fidelity.allocation import Allocated, remembered
-from experiments.fidelity.forcing import cut
-from experiments.fidelity.settings import PAPERS, Setting, for_prompts
+from experiments.fidelity.settings import PAPERS
 from experiments.harness import prepared
 from experiments.harness.experiment import AIM, QUESTION, Claim, Row, Track, distinct, option, where
-from experiments.harness.journal import open_journal
-from experiments.harness.prepared import Prompts
-from experiments.harness.statistics import is_below, wilson
+from experiments.harness.plotting import COLOURS, Figure, label, panels
+from experiments.harness.statistics import are_below, is_below, of_aim, wilson
 from experiments.tasks import answers
-from experiments.tasks.answers import Answers, Asked
+from experiments.tasks.answers import FULL, Answers, Asked, Asking, ask_all
+from experiments.tasks.prompts import Prompts, load, random_prompts
 from experiments.tasks.question_prompts import SIZES
 from turboquant_jax.cache.presets import Preset
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FULL = "full precision"
 _NAMES = {"hellaswag": "HellaSwag", "squad": "SQuAD", "hotpot": "HotpotQA"}
 _NAMES |= {"human_eval": "HumanEval", "gsm8k": "GSM8K"}
 _BY_TOKEN = ("human_eval", "gsm8k")
 
 
-NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
+NEEDS = prepared.NEEDS
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Asking):
     """What to run."""
 
-    model: str = option("smollm2-135m", "smollm2-135m, or tiny: random weights")
     tasks: tuple[str, ...] = option(tuple(SIZES), "which questions")
-    settings: int = option(0, "how many settings, 0 for all")
-    seed: int = option(0, "seed of the rotations")
-    mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
-    precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
-    seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
-SMOKE = Config("tiny", ("hellaswag",), 1)
+SMOKE = Config("tiny", 1, tasks=("hellaswag",))
 
 
 def run(config: Config, track: Track) -> list[Row]:
     """Every task in full precision and with every setting."""
-    journal = open_journal("questions", config, ("tasks", "settings", "mixed"))
-    forcing = cut(prepared.model(config.model), config.precision)
-    model = forcing.model.config
-    settings: list[Setting | Allocated] = [*for_prompts(model.num_layers)]
-    settings = settings[: config.settings or None]
-    settings += remembered() if config.mixed else []
-    rows: list[Row] = []
-    for task in track(config.tasks, "questions"):
-        prompts = _prompts(config, task)
-        head = {"task": task, "context": prompts.tokens.shape[1]}
-        held: list[Asked] = []
-
-        def asked(prompts=prompts, held=held) -> Asked:
-            if not held:
-                held.append(answers.ask(forcing, prompts))
-            return held[0]
-
-        def full(asked=asked, head=head) -> list[Row]:
-            return [_row(asked(), answers.full(asked()), {**head, "preset": FULL})]
-
-        rows += journal.measure(f"{task} {FULL}", full)
-        for setting in settings:
-            sizes = setting.sizes(model, prompts.tokens.shape[1])
-            columns = {**head, **setting.columns(), **sizes}
-
-            def make(setting=setting, asked=asked, columns=columns) -> list[Row]:
-                made = answers.answers(asked(), setting, config.seed)
-                return [_row(asked(), made, columns)]
-
-            rows += journal.measure(f"{task} {setting.preset}", make)
-    return rows
+    prompts = {task: _prompts(config, task) for task in config.tasks}
+    cases = [
+        (task, {"task": task, "context": found.tokens.shape[1]}, found)
+        for task, found in prompts.items()
+    ]
+    return ask_all("questions", config, cases, _rows, track, ("tasks",))
 
 
 def _prompts(config: Config, task: str) -> Prompts:
     if config.model != "tiny":
-        return prepared.prompts(f"questions/{task}")
+        return load(f"questions/{task}")
     labels = {"case": np.repeat(np.arange(2), 2), "ending": np.tile(np.arange(2), 2)}
     labels |= {"correct": np.array([1, 0, 0, 1]), "letters": np.full(4, 4)}
-    return prepared.random_prompts(4, 160, **labels)
+    return random_prompts(4, 160, **labels)
 
 
-def _row(asked: Asked, made: Answers, columns: Row) -> Row:
+def _rows(asked: Asked, made: Answers, columns: Row) -> Iterator[Row]:
     exact = answers.full(asked)
     if columns["task"] == "hellaswag":
         chosen, wanted = choices(asked.prompts, made)
@@ -118,7 +81,7 @@ def _row(asked: Asked, made: Answers, columns: Row) -> Row:
     change = (made.total() - exact.total()) / made.valid.sum(axis=1)
     kl = np.where(made.valid, made.kl, 0).sum(axis=1) / made.valid.sum(axis=1)
     cases = len(change)
-    return {
+    yield {
         **columns,
         "cases": len(score),
         "score": float(score.mean()),
@@ -171,7 +134,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         long = [row for row in found if row["task"] in ("squad", "hotpot")]
         if not long:
             continue
-        verdicts = {is_below(row["kl"], row["kl_se"], 0.01) for row in long}
+        verdicts = [is_below(row["kl"], row["kl_se"], 0.01) for row in long]
         made.append(
             Claim(
                 AIM if preset.split(" (")[0] in get_args(Preset) else QUESTION,
@@ -181,11 +144,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
                     f"{r['kl_se']:.4f}, its loss by {r['nll_change']:+.3f}"
                     for r in long
                 ),
-                "missed"
-                if "does not hold" in verdicts
-                else "holds"
-                if verdicts == {"holds"}
-                else "undecided",
+                of_aim(are_below(verdicts)),
                 topic="presets change an answer from documents by at most 0.01 nats a token of KL",
                 short=f"{preset.partition(' ')[0]} {max(row['kl'] for row in long):.3f}",
             )
@@ -193,10 +152,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return made or [Claim(QUESTION, "scores do not move", "full precision only", "undecided")]
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Scores with intervals, and agreement with full precision."""
-    from experiments.harness.plotting import COLOURS, label, panels
-
     made, axes = panels(1, 2, 6.5, 4.0)
     tasks = distinct(rows, "task")
     shown = distinct(rows, "preset")

@@ -62,7 +62,10 @@ def encode(
         # what is made of them, too, since a block that opens one writes both
         means = {"key_mean": pool.key_mean}
         if pool.pre_rope is None:
-            means["rotated_mean"] = rotated_means(pool.key_mean, pool.keys)
+            rotated = pool.rotated_mean
+            means["rotated_mean"] = (
+                rotated_means(pool.key_mean, pool.keys) if rotated is None else rotated
+            )
         else:
             means["turned_mean"] = pool.pre_rope.turned
         targets |= means
@@ -114,6 +117,7 @@ def encode(
         values=filled(pool.values, written["values"]),
         scales=tuple(map(as_before, written["scales"], pool.scales)),
         key_mean=written.get("key_mean"),
+        rotated_mean=None if pool.rotated_mean is None else written["rotated_mean"],
     )
 
 

@@ -50,13 +50,18 @@ class PreRopeOperand:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Where the blocks go: groups of keys and of values, and their scales."""
+    """Where the blocks go: groups of keys and of values, and their scales.
+
+    rotated_mean: what `rotated_means` makes of the key_mean, for callers that hold it; it is kept
+    true as key_mean is.
+    """
 
     keys: tuple[GroupOperand, ...]
     values: tuple[GroupOperand, ...]
     scales: tuple[UInt32[Array, "rows pages T"], ...]
     key_mean: Float[Array, "means K H"] | None
     pre_rope: PreRopeOperand | None = None
+    rotated_mean: Float[Array, "means K H"] | None = None
 
 
 def check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:

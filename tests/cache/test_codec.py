@@ -64,20 +64,22 @@ def test_keys_and_values_have_the_scale_mode_asked_for(modes):
         np.testing.assert_allclose(got, expected, rtol=2**-7, err_msg=mode)
 
 
-@pytest.mark.parametrize("bits", [3, ((8, 4), (56, 3))])
+@pytest.mark.parametrize("bits", [8, ((8, 4), (56, 3))])
 def test_a_sketch_is_of_what_the_stored_codes_leave(bits):
     """Its norm is |x - s Pi^T c| to the rounding to bfloat16, also of zeros, huge and tiny vectors;
 
-    NaN where x is, or where bfloat16 does not reach it.
+    NaN where x is, or where bfloat16 does not reach it. At 8 bits the rounding of s to bfloat16
+    moves it by up to 1 %.
     """
     order = np.stack([np.random.default_rng(h).permutation(64) for h in range(2)])
     config = cache.CodecConfig(bits, "haar", code="prod")
     made = codec.create(jax.random.key(0), config, 64, jnp.asarray(order, jnp.int32))
-    assert [group.bits for group in made.groups] == [2] if bits == 3 else [3, 2]
+    assert [group.bits for group in made.groups] == [7] if bits == 8 else [3, 2]
     x = np.random.default_rng(6).normal(size=(300, 2, 64)).astype(np.float32)
     x[0], x[1, 1] = 0, x[1, 1] * np.float32(1e30)
     x[2, 0] *= np.float32(1e-30)
-    x[3, 0, 5], x[3, 1] = np.nan, np.sign(x[3, 1]) * np.float32(3e38)  # beyond bfloat16
+    x[3, 0, 5] = np.nan
+    x[3, 1] = np.inf if bits == 8 else np.sign(x[3, 1]) * np.float32(3e38)
     *groups, (signs, norm) = jax.jit(lambda made, x: made.quantize(HEADS, x))(made, x)
     assert signs.shape == (300, 2, 8) and norm.dtype == jnp.bfloat16
     plain = replace(made, sketch=None)

@@ -12,7 +12,7 @@ from experiments.fidelity import judgement
 from experiments.fidelity.allocation import Mixed, allocated, by_head, remembered
 from experiments.fidelity.choices import best
 from experiments.fidelity.codecs import Mean
-from experiments.fidelity.forcing import Rule
+from experiments.fidelity.rule import Rule
 from experiments.fidelity.settings import Setting, turbo
 from experiments.harness.prepared import TINY
 from turboquant_jax.cache import allocate

@@ -12,7 +12,8 @@ from experiments.fidelity import codecs, settings
 from experiments.fidelity.allocation import One
 from experiments.fidelity.choices import pre_rope
 from experiments.fidelity.forced_attention import forced_attention
-from experiments.fidelity.forcing import Rule, Tiling, _attend, _center, cut
+from experiments.fidelity.forcing import Tiling, _attend, _center, cut
+from experiments.fidelity.rule import Rule
 from experiments.fidelity.settings import Setting, turbo
 from experiments.harness import prepared
 from pallas_kernels.primitives import triton
@@ -78,16 +79,17 @@ def test_the_kernel_attends_as_the_definition_does(numbers):
     )
     k, v = (x.astype(jnp.bfloat16) for x in (k, v))
     near = [x.astype(jnp.float32) + 0.3 * y for x, y in zip((k, v), noise)]
-    expected = _attend(2 * q, k, v, *near, Rule(*numbers, True).arrays(), Tiling())
+    rule = Rule(*numbers).arrays()
+    expected = _attend(2 * q, k, v, *near, rule, Tiling())
     with triton.interpreted():
-        made = forced_attention(2 * q, k, v, *near, jnp.asarray(numbers, jnp.int32))
+        made = forced_attention(2 * q, k, v, *near, rule)
     np.testing.assert_allclose(made, expected, atol=1e-5)
 
 
 def test_the_kernel_refuses_texts_that_are_no_whole_tiles():
     x = jnp.zeros((1, 160, 2, 64))
     with pytest.raises(ValueError, match="multiples of 128 tokens, got 160"):
-        forced_attention(x, x, x, x, x, jnp.zeros(3, jnp.int32))
+        forced_attention(x, x, x, x, x, Rule(0, 0, 8).arrays())
 
 
 def test_keys_are_centred_before_their_rotary_embedding_as_the_library_does(biased):
@@ -167,7 +169,7 @@ def test_min_max_levels_are_exact_on_their_grid():
         (codecs.PerToken(4, 64), 36, (0.002, 0.02)),
         (codecs.VllmKey(4), 34, (0.005, 0.012)),
         (codecs.Fp8(), 64, (1e-5, 2e-3)),
-        (codecs.Sketched(3, "orthogonal"), 28, (0.02, 0.2)),
+        (codecs.Turbo(cache.CodecConfig(3, code="prod")), 28, (0.02, 0.2)),
     ],
 )
 def test_peers_cost_what_they_say_and_err_as_they_should(coder, bytes_of_64, error):

@@ -6,9 +6,9 @@ import numpy as np
 
 from experiments.fidelity import losses
 from experiments.harness import journal
-from experiments.harness.prepared import Prompts
 from experiments.harness.statistics import wilson
 from experiments.tasks import answers
+from experiments.tasks.prompts import Prompts
 from experiments.tasks.questions import choices
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.tasks import needle_prompts, question_prompts
+from experiments.tasks import needle_prompts, prompts, question_prompts
 
 
 class Letters:
@@ -26,9 +26,9 @@ def test_needles_stand_at_their_depth(monkeypatch):
     hay = np.full(5000, ord("~"), np.int32)
     made = needle_prompts.build(Letters(), hay)
     assert set(made) == {"needle/single/1500", "needle/multi/1500"}
-    for name, prompts in made.items():
+    for name, needles in made.items():
         hidden = needle_prompts.HIDDEN[name.split("/")[1]]
-        for row, start, depth in zip(prompts.tokens, prompts.start, prompts.labels["depth"]):
+        for row, start, depth in zip(needles.tokens, needles.start, needles.labels["depth"]):
             text, answer = Letters().decode(row[:start]), Letters().decode(row[start:])
             asked = re.search(r"number for (\S+) mentioned in the provided text is $", text)[1]
             found = dict(re.findall(r"numbers for (\S+) is: (\d{7})\.", text))
@@ -36,7 +36,7 @@ def test_needles_stand_at_their_depth(monkeypatch):
             straw = text.index("~"), text.rindex("~")
             place = (text.index(f"numbers for {asked}") - straw[0]) / (straw[1] - straw[0])
             assert abs(place - depth) < 0.15
-        assert len(prompts.tokens) == 8 * needle_prompts.SAMPLES[name.split("/")[1]]
+        assert len(needles.tokens) == 8 * needle_prompts.SAMPLES[name.split("/")[1]]
 
 
 def test_questions_end_in_their_answers():
@@ -82,4 +82,4 @@ def test_questions_end_in_their_answers():
 
 def test_a_prompt_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="has 9 tokens, expected at most 8"):
-        question_prompts._pack([([1] * 5, [2] * 4)], 8)
+        prompts.pack([([1] * 5, [2] * 4)], 8)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-import torch
 
-from turboquant_jax.pytorch import state, updating
+from tests.pytorch.skip import torch
+from turboquant_jax.pytorch import creation, updating
 
 DRAWS = 3
 
@@ -75,7 +75,7 @@ def robust_tokens(config, count, sequences, rng, **options):
 def _filled(config, sides, noise, rng, options):
     """The pages of a cache that holds them, its codecs' constants moved by relative noise."""
     plain = replace(config, sliding_window=None)
-    own = state.create(plain, *sides[0].shape[1:3], **options)
+    own = creation.create(plain, *sides[0].shape[1:3], **options)
 
     def moved(x):
         return x * (1 + noise * torch.from_numpy(rng.uniform(-1, 1, x.shape).astype(np.float32)))

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.layout import CODEC, QUICK, SMALL
+from tests.layout import CODEC, QUICK, SMALL, calibration
 from tests.pytorch.equal import adopt
 from tests.pytorch.skip import torch
 from turboquant_jax import cache
 from turboquant_jax.attention import Scores as JaxScores
 from turboquant_jax.attention import attend
-from turboquant_jax.pytorch import definition, state, updating
+from turboquant_jax.pytorch import creation, definition, updating
 from turboquant_jax.pytorch.segments import Scores
 
 CAPACITY, SEED, COUNTS = 70, 2, np.array([61, 0, 30], np.int32)
@@ -35,6 +35,14 @@ CASES = {
         ),
         {},
     ),
+    "calibrated": (
+        replace(
+            PLAIN,
+            key=CODEC(((8, 4), (8, 2)), scales="joint_products"),
+            value=CODEC(((8, 4), (8, 2)), scales="joint"),
+        ),
+        {},
+    ),
     "groups in an order": (
         replace(PLAIN, key=CODEC(((8, 4), (8, 2))), value=CODEC(((8, 4), (8, 2)))),
         {},
@@ -51,8 +59,9 @@ def test_attention(name, count, monkeypatch):
     order = rng.permuted(np.broadcast_to(np.arange(16, dtype=np.int32), (2, 2, 16)), axis=-1)
     orders = (order, order) if "order" in name else (None, None)
     own = dict.fromkeys(("key_order", "value_order"), jnp.asarray(order)) if "order" in name else {}
-    theirs = cache.create(config, 3, CAPACITY, key=jax.random.key(SEED), **own)
-    ours = state.create(config, 3, CAPACITY, seed=SEED, orders=orders)
+    known = calibration(config)
+    theirs = cache.create(config, 3, CAPACITY, key=jax.random.key(SEED), calibration=known, **own)
+    ours = creation.create(config, 3, CAPACITY, seed=SEED, orders=orders, calibration=known)
     k, v = (rng.normal(1, 1, (2, 3, 61, 2, 16)).astype(np.float32) for _ in "kv")
     logits = rng.normal(0, 1, 4).astype(np.float32) if "sink" in name else None
     append = jax.jit(partial(cache.append, implementation="xla"), compiler_options=QUICK)
@@ -75,7 +84,7 @@ def test_attention(name, count, monkeypatch):
 
 
 def test_what_is_not_finite_is_seen_and_nothing_else():
-    ours = state.create(PLAIN, 1, CAPACITY, seed=SEED)
+    ours = creation.create(PLAIN, 1, CAPACITY, seed=SEED)
     k, v = torch.ones(2, 1, 40, 2, 16), torch.ones(2, 1, 40, 2, 16)
     v[:, 0, 39, 0, 3] = torch.nan  # in the window
     updating.append(ours, k, v)

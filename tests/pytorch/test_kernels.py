@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.layout import calibration
 from tests.pytorch.skip import torch
 from turboquant_jax.cache.config import CacheConfig, CodecConfig
-from turboquant_jax.pytorch import choose, state, updating
+from turboquant_jax.pytorch import choose, creation, updating
 from turboquant_jax.pytorch.segments import Scores
 
 pytest.importorskip("turboquant_jax.pytorch.operators", reason="needs the operators")
@@ -19,14 +20,21 @@ CASES = {
     "trellis": replace(
         PLAIN, key=CodecConfig(2, code="trellis"), value=CodecConfig(2, code="trellis")
     ),
+    "calibrated": replace(
+        PLAIN,
+        key=CodecConfig(((16, 4), (16, 2)), scales="joint_products"),
+        value=CodecConfig(((8, 3), (24, 2)), scales="joint"),
+        rope_frequencies=FREQUENCIES,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_the_definition(name):
     """A prompt, then single tokens until a block is full: one cache by each, from the same bits."""
-    config, scalar = CASES[name], "trellis" not in name
-    ours, other = (state.create(config, 2, 120, seed=1) for _ in "ab")
+    config, scalar = CASES[name], name not in ("trellis", "calibrated")
+    known = calibration(config)
+    ours, other = (creation.create(config, 2, 120, seed=1, calibration=known) for _ in "ab")
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -69,7 +77,7 @@ def assert_alike(ours, other):
 
 
 def test_refusals_say_why():
-    small = state.create(replace(PLAIN, block=8), 1, 60)
+    small = creation.create(replace(PLAIN, block=8), 1, 60)
     heads = (torch.zeros(1, 1, 2, 32),) * 3
     for cache, asked, error, text in (
         (small, "kernels", NotImplementedError, "got blocks of 8 tokens, served are"),

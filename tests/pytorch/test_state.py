@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.layout import CODEC, QUICK, SMALL
+from tests.layout import CODEC, QUICK, SMALL, calibration
 from tests.pytorch.equal import assert_equal, robust_tokens
 from tests.pytorch.skip import torch
 from turboquant_jax import cache
 from turboquant_jax.cache import layout as jax_layout
-from turboquant_jax.pytorch import constants, sharing, state, updating
+from turboquant_jax.pytorch import constants, creation, sharing, updating
 from turboquant_jax.pytorch.layout import Layout
 
 CAPACITY, BATCH, SEED = 70, 3, 2
@@ -34,6 +34,12 @@ CONFIGS = {
         key=CODEC(((8, 4), (8, 2)), scale="unbiased"),
         value=CODEC(((8, 3), (8, 2)), rotation="identity", scale="norm"),
     ),
+    "calibrated": replace(
+        PLAIN,
+        key=CODEC(((8, 4), (8, 2)), scales="joint_products"),
+        value=CODEC(((4, 3), (12, 2)), scales="joint", rotation="haar"),
+        rope_frequencies=FREQUENCIES,
+    ),
     "heads, sliding": replace(
         PLAIN,
         allocation=cache.Allocation(((4, 2), 8), ((2, 2), 5)),
@@ -45,6 +51,8 @@ CONFIGS = {
 
 def options_of(name):
     rng = np.random.default_rng(5)
+    if name == "calibrated":
+        return (dict(calibration=calibration(CONFIGS[name])),) * 2
     if "groups" not in name:
         return {}, {}
     order = rng.permuted(np.broadcast_to(np.arange(16, dtype=np.int32), (2, 2, 16)), axis=-1)
@@ -66,10 +74,10 @@ def test_random_operations(name):
     """Chunks and single tokens of any counts, forks, frees, overflows: all tensors stay equal."""
     config, rng = CONFIGS[name], np.random.default_rng(11)
     theirs_options, options = options_of(name)
-    orders = {"orders": options["orders"]} if "orders" in options else {}
-    k, v = robust_tokens(config, CAPACITY, BATCH, rng, seed=SEED, **orders)
+    known = {key: value for key, value in options.items() if key != "num_pages"}
+    k, v = robust_tokens(config, CAPACITY, BATCH, rng, seed=SEED, **known)
     theirs = cache.create(config, BATCH, CAPACITY, key=jax.random.key(SEED), **theirs_options)
-    ours = state.create(config, BATCH, CAPACITY, seed=SEED, **options)
+    ours = creation.create(config, BATCH, CAPACITY, seed=SEED, **options)
     assert_equal(theirs, ours)
     append = jax.jit(partial(cache.append, implementation="xla"), compiler_options=QUICK)
     fork, free = (jax.jit(f, compiler_options=QUICK) for f in (cache.fork, cache.free))
@@ -104,7 +112,7 @@ def test_codes_of_many_vectors():
     """Of 8,192 vectors that nobody chose, codes differ where a tie is a rounding away."""
     config = cache.CacheConfig(1, 1, 64, CODEC(4), CODEC(4, code="trellis"))
     theirs = cache.create(config, 1, 200, key=jax.random.key(SEED)).parts[0].codecs
-    ours = state.create(config, 1, 200, seed=SEED).parts[0].codecs
+    ours = creation.create(config, 1, 200, seed=SEED).parts[0].codecs
     x = np.random.default_rng(3).normal(0, 1, (8192, 1, 64)).astype(np.float32)
     for codec, own in zip(theirs, ours, strict=True):
         quantize = jax.jit(lambda x, codec=codec: codec.quantize(jnp.arange(1), x, "xla"))

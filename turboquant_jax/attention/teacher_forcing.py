@@ -5,7 +5,7 @@ decoding. Whatever evaluates a text builds on it; that the real cache, appended 
 gives the same is tested.
 """
 
-from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.definition import check_heads
 from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
-from turboquant_jax.cache import pre_rope
+from turboquant_jax.cache import CacheConfig, pre_rope
 from turboquant_jax.cache.choose import choose_compression
 from turboquant_jax.cache.layout import edge, sees
 from turboquant_jax.cache.state import Cache, LayerRows, Rows, rows_of
@@ -41,16 +41,66 @@ def teacher_forced(
     search = choose_compression(cache, implementation).search
     k, v = (x.astype(config.dtype) for x in (k, v))
     position = jnp.arange(count)
-    first, end = config.sinks, edge(config, position)
-    is_block = (position[None, :] >= first) & (position[None, :] < end[:, None])
-    seen = sees(config, position[None, :], position[None, :])
-    visible = jnp.broadcast_to(seen, (q.shape[0], count, count))
-    decoded_k, decoded_v = _decoded(cache, rows, k, v, search)
+    decoded = _decoded(cache, rows, k, v, search)
+    places = Places(position, position, position)
+    return attend_split(q, (k, v), decoded, places, config, scores).astype(q.dtype)
+
+
+class Places(NamedTuple):
+    """Positions of queries, of what is seen in full precision, and of what may be compressed."""
+
+    query: Int[Array, " T"]
+    exact: Int[Array, " S"]
+    decoded: Int[Array, " R"]
+
+
+def attend_split(
+    q: Float[Array, "B T N H"],
+    exact: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
+    decoded: tuple[Float[Array, "B R K H"], Float[Array, "B R K H"]],
+    places: Places,
+    rule: CacheConfig | Any,
+    scores: Scores = PLAIN,
+) -> Float[Array, "B T N H"]:
+    """What queries see: tokens that are compressed by then as decoded, all others exactly.
+
+    Args:
+      q: queries.
+      exact: keys and values in full precision; of all that a query sees so, none may be missing.
+      decoded: keys and values as they come back from the codecs.
+      places: where they are.
+      rule: `sinks`, C(L) and `sliding_window`; a `CacheConfig` or what has these of one.
+      scores: how scores come from products.
+    """
+    end = edge(rule, places.query)[:, None]
+
+    def visible(position, compressed: bool):
+        block = (position[None, :] >= rule.sinks) & (position[None, :] < end)
+        seen = sees(rule, places.query[None], position[None])
+        return jnp.broadcast_to(seen & (block == compressed)[None], (q.shape[0], *block.shape))
+
     parts = [
-        attend_segment(q, k, v, visible & ~is_block[None, :, :], scores),
-        attend_segment(q, decoded_k, decoded_v, visible & is_block[None, :, :], scores),
+        attend_segment(q, *exact, visible(places.exact, False), scores),
+        attend_segment(q, *decoded, visible(places.decoded, True), scores),
     ]
-    return merge(parts)[0].astype(q.dtype)
+    return merge(parts)[0]
+
+
+def center_keys(
+    k: Float[Array, "B T K H"],
+    first: Float[Array, "B S K H"],
+    sinks: Int[Array, ""] | int,
+    phases: pre_rope.Phases | None,
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys less the mean of their first block, and what was taken from each; float32."""
+    index = jnp.arange(k.shape[1], dtype=jnp.int32) - sinks
+
+    def of_text(k, first):
+        mean = pre_rope.mean_key(first, phases)
+        taken = pre_rope.mean_at(mean, phases, index)
+        return pre_rope.center(k, mean, phases, index), taken
+
+    return jax.vmap(of_text)(k, first)
 
 
 def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
@@ -60,10 +110,7 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     if config.center_keys:
         first = k[:, config.sinks : config.sinks + config.block]
         phases = pre_rope.create(config, k.shape[1])  # the cache's end with its capacity
-        mean = jax.vmap(partial(pre_rope.mean_key, phases=phases))(first)
-        index = jnp.arange(k.shape[1], dtype=jnp.int32) - config.sinks
-        taken = jax.vmap(partial(pre_rope.mean_at, phases=phases, index=index))(mean)
-        centred = jax.vmap(partial(pre_rope.center, phases=phases, index=index))(k, mean)
+        centred, taken = center_keys(k, first, config.sinks, phases)
 
     def through(member: Rows, values: bool):
         codec, own = cache.parts[member.part].codecs[values], member.of(cache.kv_heads)

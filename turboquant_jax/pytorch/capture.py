@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from turboquant_jax.pytorch.state import State
+
 if TYPE_CHECKING:
     from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
@@ -37,6 +39,7 @@ class CapturedStep:
         self.forward: Callable[..., Any] = model.forward
         self.graphs: dict[bool, tuple[Any, Tensor]] = {}
         self.ids: Tensor | None = None
+        self.state: State | None = None
 
     def __enter__(self) -> "CapturedStep":
         @functools.wraps(self.forward)
@@ -119,6 +122,7 @@ class CapturedStep:
         self.nobody = self.everyone[:0]
 
     def _replay(self, completing: bool) -> Tensor:
+        assert self.state is not None
         if self.state.device.type != "cuda":
             return self.device_step(completing)
         if completing not in self.graphs:

@@ -111,12 +111,9 @@ def _why_not_attend(state: State, q: Tensor) -> str | None:
         return "a cache without blocks"
     if state.config.block not in PAGE_TOKENS:
         return f"blocks of {state.config.block} tokens, served are {PAGE_TOKENS}"
-    for part in state.parts:
-        key, value = part.codecs
-        if [g.constants.dim for g in key.groups] != [g.constants.dim for g in value.groups]:
-            return "keys and values with different groups of channels"
-        if not all(codec.grid_of(g) is not None for g in (*key.groups, *value.groups)):
-            return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
+    groups = (g for part in state.parts for own in part.codecs for g in own.groups)
+    if any(codec.grid_of(group) is None for group in groups):
+        return "a codebook off the kernel's grid; use codebook='grid' or 'uniform'"
     return None
 
 
@@ -126,6 +123,8 @@ def _why_not_compress(state: State) -> str | None:
     if state.config.block not in PAGE_TOKENS:
         return f"blocks of {state.config.block} tokens, served are {PAGE_TOKENS}"
     for own in (own for part in state.parts for own in part.codecs):
+        if own.transform is not None:
+            return "calibrated channels with one scale for all groups"
         if own.order is not None:
             return "channels in an order of their own"
         for group in own.groups:

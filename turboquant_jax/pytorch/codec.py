@@ -7,6 +7,7 @@ code may be the neighbouring one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from scipy import linalg
 from torch import Tensor
 
 from turboquant_jax.pytorch import trellis
-from turboquant_jax.pytorch.constants import GroupConstants
+from turboquant_jax.pytorch.constants import CodecConstants, GroupConstants
 from turboquant_jax.quantizers import codebook, trellis_codebook
 
 Codes = tuple[Tensor, Tensor]
 """Indices uint8 [*vectors, channels] and scales bfloat16 [*vectors] of a group."""
+Basis = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Matrix and inverse [rows, H, H], and variance [rows, H], of `quantizers.channels.Basis`."""
 Search = Callable[[Tensor, Tensor, tuple[float, ...]], Tensor]
 """Indices of vectors, by the levels of a trellis as a tensor and as numbers."""
 
@@ -60,11 +63,14 @@ class Group:
         """Of float32 vectors; a vector that is not finite has scale NaN."""
         root, unit = split(x)
         z = self.rotate(unit)
-        if self.constants.code == "trellis":
-            indices = search(z, self.levels, self.constants.levels)
-        else:
-            indices = torch.bucketize(z, self.edges).to(torch.uint8)
+        indices = self.assign(z, search)
         return indices, self.scale(root, z, indices)
+
+    def assign(self, z: Tensor, search: Search) -> Tensor:
+        """Indices of unit-variance coordinates; a tie goes to the lower level."""
+        if self.constants.code == "trellis":
+            return search(z, self.levels, self.constants.levels)
+        return torch.bucketize(z.contiguous(), self.edges).to(torch.uint8)
 
     def scale(self, root: Tensor, z: Tensor, indices: Tensor) -> Tensor:
         """What codes of z are multiplied by, for vectors of root mean square `root`."""
@@ -94,25 +100,49 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class Transform:
+    """T and T^-T [rows, H, H] of calibrated channels, weights [rows, groups]; see
+
+    `quantizers.channels`.
+    """
+
+    matrix: Tensor
+    dual: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Codec:
     """Groups that follow each other; `order` int64 [rows, H] lists the channels group by group."""
 
     groups: tuple[Group, ...]
-    order: Tensor | None
-    inverse: Tensor | None
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+    transform: Transform | None = None
 
-    def rotate(self, rows: slice, x: Tensor) -> Tensor:
-        """Vectors [*batch, rows, H] into the rotated space, float32."""
+    @property
+    def scale_count(self) -> int:
+        """Scales of a vector."""
+        return len(self.groups) if self.transform is None else 1
+
+    def rotate_query(self, rows: slice, x: Tensor) -> Tensor:
+        """What meets the vectors, [*batch, rows, H], into their rotated space, float32."""
+        if self.transform is not None:
+            return torch.einsum("...hj,hij->...hi", x.float(), self.transform.dual[rows])
         return self._each(Group.rotate, self._picked(self.order, rows, x.to(torch.float32)))
 
     def unrotate(self, rows: slice, y: Tensor) -> Tensor:
-        """Back from the rotated space, float32."""
+        """Vectors back from the rotated space, float32."""
+        if self.transform is not None:
+            return torch.einsum("...hi,hij->...hj", y, self.transform.dual[rows])
         return self._picked(self.inverse, rows, self._each(Group.unrotate, y))
 
     def quantize(
         self, rows: slice, x: Tensor, search: Search = trellis.search
     ) -> tuple[Codes, ...]:
         """Codes of every group, of vectors [*batch, rows, H]; `search` finds a trellis' paths."""
+        if self.transform is not None:
+            return self._quantize_jointly(self.transform, rows, x, search)
         parts = self._split(self._picked(self.order, rows, x.to(torch.float32)))
         return tuple(
             group.quantize(part, search) for group, part in zip(self.groups, parts, strict=True)
@@ -122,6 +152,22 @@ class Codec:
         """Vectors in the rotated space, float32; NaN as a whole if the part of a group is."""
         parts = [group.dequantize(*own) for group, own in zip(self.groups, codes, strict=True)]
         return parts[0] if len(parts) == 1 else nan_unless_finite(torch.cat(parts, dim=-1))
+
+    def _quantize_jointly(
+        self, transform: Transform, rows: slice, x: Tensor, search: Search
+    ) -> tuple[Codes, ...]:
+        """Of calibrated channels: one scale for all groups, stored with each of them."""
+        root, unit = split(x.to(torch.float32))
+        turned = torch.einsum("...hj,hij->...hi", unit, transform.matrix[rows])
+        size, z = split(turned)
+        indices, overlap, energy = [], torch.zeros_like(root), torch.zeros_like(root)
+        for g, (group, part) in enumerate(zip(self.groups, self._split(z), strict=True)):
+            indices.append(group.assign(part, search))
+            c, weight = group.code_levels(indices[-1]), transform.weights[rows, g]
+            overlap = overlap + weight * (part * c).sum(dim=-1)
+            energy = energy + weight * (c * c).sum(dim=-1)
+        scale = (root * (size * (overlap / energy))).to(torch.bfloat16)
+        return tuple((found, scale) for found in indices)
 
     def _each(self, function, x: Tensor) -> Tensor:
         parts = zip(self.groups, self._split(x), strict=True)
@@ -137,15 +183,21 @@ class Codec:
 
 
 def create(
-    constants: Sequence[GroupConstants], order: np.ndarray | None, device: torch.device
+    constants: CodecConstants,
+    order: np.ndarray | None,
+    basis: Basis | None,
+    device: torch.device,
 ) -> Codec:
-    """The codec of these constants on a device; order of channels [rows, H], or None."""
+    """The codec of these constants on a device.
+
+    `order` of channels [rows, H], and `basis` of calibrated ones, or None.
+    """
 
     def tensor(x: np.ndarray | None) -> Tensor | None:
         return None if x is None else torch.tensor(np.asarray(x), device=device)
 
     groups = []
-    for own in constants:
+    for own in constants.groups:
         levels = np.asarray(own.levels)
         edges = codebook.thresholds(levels).astype(np.float32)
         groups.append(
@@ -158,10 +210,35 @@ def create(
                 tuple(torch.tensor(f, device=device) for f in _factors(own.rotation.block)),
             )
         )
+    if constants.turn is not None:
+        assert basis is not None
+        made = _transform(constants, basis)
+        return Codec(
+            tuple(groups), transform=Transform(*(torch.tensor(x, device=device) for x in made))
+        )
     if order is None:
-        return Codec(tuple(groups), None, None)
+        return Codec(tuple(groups))
     order = np.asarray(order, np.int64)
     return Codec(tuple(groups), tensor(order), tensor(np.argsort(order, axis=-1)))
+
+
+def _transform(constants: CodecConstants, basis: Basis) -> list[np.ndarray]:
+    """Matrix, dual and weights of `quantizers.channels.create`, float32."""
+    turn = np.asarray(constants.turn, np.float64)
+    matrix, inverse, variance = (np.asarray(x, np.float64) for x in basis)
+    counts = [group.dim for group in constants.groups]
+    edges = np.cumsum([0, *counts])
+    square = np.stack(
+        [variance[:, start:stop].mean(axis=1) for start, stop in pairwise(edges)], axis=1
+    )
+    deviation = np.sqrt(np.repeat(square, counts, axis=1))[..., None]
+    weights = square ** (constants.power // 2)
+    found = (
+        np.einsum("ij,hkj->hik", turn, matrix) / deviation,
+        np.einsum("ij,hjk->hik", turn, inverse) * deviation,
+        weights / weights.max(axis=1, keepdims=True),
+    )
+    return [x.astype(np.float32) for x in found]
 
 
 def grid_of(group: Group) -> tuple[tuple[int, ...], float] | None:

@@ -140,7 +140,8 @@ def _store(
             plane.put(index, kept, new)
     for number_, words in enumerate(part.pool.scales):
         scales = [
-            own[number_][1].transpose(1, 2) if number_ < len(own) else None for own in (key, value)
+            own[number_][1].transpose(1, 2) if number_ < codec.scale_count else None
+            for codec, own in zip(part.codecs, (key, value), strict=True)
         ]
         words.put(index, kept, packing.scale_words(*scales))
 

@@ -49,41 +49,54 @@ class GroupConstants:
         return formats.plane_widths(self.code, self.bits)
 
 
-def codecs_of(
-    config: CacheConfig, seed: int
-) -> tuple[tuple[tuple[GroupConstants, ...], tuple[GroupConstants, ...]], ...]:
-    """The groups of keys and of values, of every format of a configuration.
+@dataclass(frozen=True)
+class CodecConstants:
+    """The groups of a codec.
+
+    Where one scale is for all of them, `turn` [H, H] has their rotations, and `power` is that of
+    the deviation that weighs a group's error: 2 or 4 (`quantizers.channels`).
+    """
+
+    groups: tuple[GroupConstants, ...]
+    turn: np.ndarray | None = None
+    power: int = 0
+
+
+def codecs_of(config: CacheConfig, seed: int) -> tuple[tuple[CodecConstants, CodecConstants], ...]:
+    """The codecs of keys and of values, of every format of a configuration.
 
     As `cache.create(config, ..., key=jax.random.key(seed))` draws them.
 
     Raises:
-      ValueError: a seed outside 32 bits, or a codec that cannot be.
+      ValueError: a seed outside 32 bits, or a codec that cannot be or is not served.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: got {seed}, expected 0 to {2**32 - 1}")
     keys = split(np.array([0, seed], np.uint32), 2)
     return tuple(
         (
-            _groups(form.key, config.head_dim, keys[0]),
-            _groups(form.value, config.head_dim, keys[1]),
+            _codec(form.key, config.head_dim, keys[0]),
+            _codec(form.value, config.head_dim, keys[1]),
         )
         for form in config.formats
     )
 
 
-def _groups(config: CodecConfig, head_dim: int, key: np.ndarray) -> tuple[GroupConstants, ...]:
-    groups = config.groups(head_dim)
+def _codec(config: CodecConfig, head_dim: int, key: np.ndarray) -> CodecConstants:
     if config.code == "prod":
-        raise ValueError("code: got prod, expected scalar or trellis: torch has no sketches")
-    return tuple(
-        GroupConstants(
-            _rotation(config, channels, own),
-            formats.levels(config.code, config.codebook, bits, channels),
-            bits,
-            config.code,
-            config.scale,
-        )
-        for own, (channels, bits) in zip(split(key, len(groups)), groups, strict=True)
+        raise ValueError("code: got 'prod', expected one of scalar, trellis: in torch no sketches")
+    groups, joint, made, turns = config.groups(head_dim), config.scales != "group", [], []
+    for own, (channels, bits) in zip(split(key, len(groups)), groups, strict=True):
+        rotation = _rotation(config, channels, own)
+        turns.append(np.eye(channels) if rotation.matrix is None else rotation.matrix)
+        if joint:
+            rotation = RotationConstants(channels, None)
+        levels = formats.levels(config.code, config.codebook, bits, head_dim if joint else channels)
+        made.append(GroupConstants(rotation, levels, bits, config.code, config.scale))
+    if not joint:
+        return CodecConstants(tuple(made))
+    return CodecConstants(
+        tuple(made), linalg.block_diag(*turns), 2 if config.scales == "joint" else 4
     )
 
 

@@ -97,7 +97,7 @@ def _blocks(state: State, layer: int, q: Tensor, query: Tensor, scores: Scores) 
         some = grouped if whole else grouped[:, :, own]
         keys, values = decoded(state, part, member)
         bias = _mean_products(state, layer, member, some, position)
-        turned = part.codecs[0].rotate(member.rows, some.transpose(2, 3)).transpose(2, 3)
+        turned = part.codecs[0].rotate_query(member.rows, some.transpose(2, 3)).transpose(2, 3)
         found, own_lse = attend_segment(turned.flatten(2, 3), keys, values, visible, scores, bias)
         found = found.unflatten(2, (len(own), -1)).transpose(2, 3)
         found = part.codecs[1].unrotate(member.rows, found).transpose(2, 3)
@@ -127,7 +127,7 @@ def decoded(state: State, part: Part, member: Member) -> tuple[Tensor, Tensor]:
             count = tokens if side else constants.dim
             indices = packing.unpack([pages(p) for p in own], constants.plane_widths, count)
             indices = indices.transpose(-1, -2) if side else indices
-            codes.append((indices, words[number][side]))
+            codes.append((indices, words[number % codec.scale_count][side]))
         vectors = codec.dequantize(codes)  # [heads, B, slots, T, H]
         found.append(vectors.movedim(0, 3).flatten(1, 2))
     return found[0], found[1]

@@ -21,8 +21,9 @@ from transformers.masking_utils import causal_mask_function
 
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset
-from turboquant_jax.pytorch import capture, sharing, state, step, supported
+from turboquant_jax.pytorch import capture, creation, sharing, step, supported
 from turboquant_jax.pytorch.segments import Scores
+from turboquant_jax.pytorch.state import State
 
 NAME = "turboquant"
 """Of the attention implementation."""
@@ -68,7 +69,7 @@ class TurboQuantLayer(CacheLayerMixin):
         raise NotImplementedError("a layer of a TurboQuantCache: got an operation, expected it of "
                                   "the whole cache, whose layers share their pages")  # fmt: skip
 
-    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _whole  # type: ignore[assignment]
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _whole
     offload = prefetch = _whole
 
 
@@ -99,7 +100,7 @@ class TurboQuantCache(Cache):
 
     def __init__(self, model: Any, config: CacheConfig, capacity: int | None, seed: int):
         self.config, self.capacity, self.seed = config, capacity, seed
-        self.state: state.State | None = None
+        self.state: State | None = None
         self.steps = step.Steps(config)
         self.modules = supported.attention_modules(model)
         super().__init__(layers=[TurboQuantLayer(self, i) for i in range(config.num_layers)])
@@ -159,7 +160,7 @@ class TurboQuantCache(Cache):
         assert self.state is not None
         return self.steps.layer(self.state, layer, heads, scores, sink_logits)
 
-    def room(self, batch: int, count: int, device: torch.device) -> state.State:
+    def room(self, batch: int, count: int, device: torch.device) -> State:
         """The tensors, with room for `count` more tokens of each of `batch` sequences.
 
         Raises:
@@ -180,7 +181,7 @@ class TurboQuantCache(Cache):
             )
         if self.state is None:
             room = self.capacity or step.room_for(self.config, needed)
-            self.state = state.create(self.config, batch, room, seed=self.seed, device=device)
+            self.state = creation.create(self.config, batch, room, seed=self.seed, device=device)
             self.steps.start(batch)
         elif needed > self.state.capacity:
             self.state = sharing.grown(self.state, step.room_for(self.config, needed))

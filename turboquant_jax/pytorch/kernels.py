@@ -3,20 +3,17 @@
 Everything is passed as it lies in the cache, a layer as a view of it.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from pallas_kernels.primitives.period import PERIOD
-from turboquant_jax.pytorch import operands, operators, pre_rope
-from turboquant_jax.pytorch.codec import Codec, Group, grid_of
+from turboquant_jax.pytorch import kernel_operands, operands, operators, pre_rope
+from turboquant_jax.pytorch.codec import Codec
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import Member, Part, State
-
-_MADE: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
 
 def attend_and_write(
@@ -32,15 +29,15 @@ def attend_and_write(
     """
     (member,) = state.members[layer]
     part = state.parts[member.part]
-    dtype = state.window.keys.storage.dtype
     query = heads[0][:, 0].contiguous()
-    new = [x.to(dtype).contiguous() for x in heads[1:]]
+    new = [x.to(state.window.keys.storage.dtype).contiguous() for x in heads[1:]]
     key_codec, value_codec = part.codecs
-    plain = value_codec.order is None and all(g.matrix is None for g in value_codec.groups)
+    turned = value_codec.order is not None or value_codec.transform is not None
+    turned = turned or any(group.matrix is not None for group in value_codec.groups)
     output, _ = operators.decode_attention(
         _rotated(key_codec, member, query),
         operands.PagedBlocks(
-            groups=groups_of(part, member.rows),
+            pools=(kernel_operands.blocks_of(part, member.rows),),
             page_table=state.table.page_table,
             lengths=state.table.lengths,
             row=None,
@@ -52,7 +49,7 @@ def attend_and_write(
             sink_logits=sink_logits,
         ),
         exact=_exact(state, layer, query, new),
-        rotation=None if plain else of_codec(value_codec, member),
+        rotation=kernel_operands.of_codec(value_codec, member) if turned else None,
         dtype=query.dtype,
     )
     return output[:, None]
@@ -69,7 +66,7 @@ def encode_window(state: State, start: Tensor, page: Tensor, number: Tensor) -> 
     batch, heads = state.batch, state.config.num_kv_heads
     source = [_flat(x.tensor) for x in (state.window.keys, state.window.values)]
     for part in state.parts:
-        layers = _once(part, "layers", lambda part=part: part.layer[part.head == 0][:, None])
+        layers = kernel_operands.once(part, "layers", partial(_layers, part))
         rows = layers * batch + torch.arange(batch, device=state.device)[None, :]
         first = heads * torch.arange(layers.shape[0], device=state.device)[:, None]
         columns = rows, start[None], _through_rows(state, first, page[None]), rows, number[None]
@@ -88,40 +85,8 @@ def encode_chunk(
     page = _through_rows(state, torch.full_like(row, member.rows.start), page)
     columns = torch.broadcast_tensors(row, start, page, layer * batch + row, number)
     # a sequence's first block alone: the kernel takes its mean, which the next ones need
-    for some in (slice(1), slice(1, None)):
-        if len(range(count)[some]):
-            _encode_jobs(state, part, source, [column[:, some] for column in columns])
-
-
-def groups_of(part: Part, rows: slice) -> tuple[operands.Operand, ...]:
-    """The blocks of some rows, as the kernels read them."""
-    pool, found = part.pool, []
-    for g, (key, value) in enumerate(zip(*(codec.groups for codec in part.codecs), strict=True)):
-        found.append(
-            operands.BlocksOperand(
-                keys=tuple(plane.tensor[rows] for plane in pool.keys[g]),
-                values=tuple(plane.tensor[rows] for plane in pool.values[g]),
-                scales=pool.scales[g].tensor[rows].view(torch.uint32),
-                key_codebook=_codebook(key),
-                value_codebook=_codebook(value),
-            )
-        )
-    return tuple(found)
-
-
-def of_codec(codec: Codec, member: Member) -> operands.Operand:
-    """The whole rotation of the heads of a member, in bfloat16 parts."""
-
-    def make() -> operands.Operand:
-        if len(codec.groups) == 1 and codec.order is None:
-            return _of_group(codec.groups[0], torch.bfloat16)
-        matrix = torch.block_diag(*map(_matrix, codec.groups))[None]
-        if codec.inverse is not None:
-            matrix = torch.stack([matrix[0][:, order] for order in codec.inverse[member.rows]])
-        return operands.RotationOperand(parts=_split(matrix), signs=None, gain=1.0)
-
-    whole = member.rows if codec.order is not None else None
-    return _once(codec, ("rotation", None if whole is None else whole.start), make)
+    for some in (slice(1), slice(1, None))[:count]:
+        _encode_jobs(state, part, source, [column[:, some] for column in columns])
 
 
 def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operands.Operand:
@@ -143,7 +108,9 @@ def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operan
             slots=layout.slots,
         ),
         key_mean=None if state.key_mean is None else state.key_mean[layer],
-        phases=None if phases is None else _once(phases, "operand", lambda: _of_phases(phases)),
+        phases=None
+        if phases is None
+        else kernel_operands.once(phases, "operand", lambda: kernel_operands.of_phases(phases)),
         write=True,
         layer=None,
     )
@@ -188,7 +155,7 @@ def _pre_rope(state: State, index: Tensor, mean: Tensor) -> operands.Operand:
         opening = torch.cat([whole.real, whole.imag], dim=-1)
         return _signed(phases.within, phases.rotary), _signed(opening, phases.rotary)
 
-    angles, opening = _once(phases, ("tables", block), tables)
+    angles, opening = kernel_operands.once(phases, ("tables", block), tables)
     periods = torch.arange(-(-block // PERIOD), dtype=torch.int32, device=state.device)
     period = (index // PERIOD)[:, None] + periods
     turned = pre_rope.mean_of_period(_flat(state.key_mean)[mean.long()], phases, period)
@@ -210,74 +177,29 @@ def _signed(angles: Tensor, rotary: int) -> Tensor:
     return torch.stack([join(cos, cos, rotary), join(-sin, sin, rotary)], dim=1)
 
 
-def _of_phases(phases: pre_rope.Phases) -> operands.Operand:
-    pairs = torch.stack(phases.within.chunk(2, dim=1), dim=-1)
-    within = pairs.reshape(phases.within.shape).to(torch.int8)
-    return operands.PhasesOperand(
-        coarse=phases.coarse, fine=phases.fine, within=within, rotary=phases.rotary
-    )
-
-
 def _targets(codec: Codec, planes: Any, dtype: torch.dtype) -> tuple[operands.Operand, ...]:
     return tuple(
         operands.GroupOperand(
             planes=tuple(plane.tensor for plane in own),
-            rotation=_once(group, ("folded", dtype), lambda group=group: _folded(group, dtype)),
+            rotation=kernel_operands.once(
+                group, ("folded", dtype), partial(kernel_operands.folded, group, dtype)
+            ),
             code=operands.CodeOperand(levels=group.constants.levels, scale=group.constants.scale),
         )
         for group, own in zip(codec.groups, planes, strict=True)
     )
 
 
-def _of_group(group: Group, dtype: torch.dtype) -> operands.Operand:
-    """One rotation for vectors of this dtype: exact in bfloat16, in float32 for all others."""
-    matrix = _matrix(group)
-    if group.signs is not None:
-        pattern = torch.sign(matrix * group.signs).to(dtype)
-        gain = group.constants.rotation.block**-0.5
-        return operands.RotationOperand(parts=pattern[None, None], signs=group.signs, gain=gain)
-    parts = matrix[None, None] if dtype == torch.float32 else _split(matrix[None])
-    return operands.RotationOperand(parts=parts, signs=None, gain=1.0)
-
-
-def _matrix(group: Group) -> Tensor:
-    if group.matrix is not None:
-        return group.matrix
-    return torch.eye(group.constants.dim, device=group.levels.device)
-
-
-def _folded(group: Group, dtype: torch.dtype) -> operands.Operand:
-    """The same with the signs in the matrix."""
-    found = _of_group(group, dtype if dtype == torch.bfloat16 else torch.float32)
-    if found.signs is None:
-        return found
-    parts = found.parts * found.signs.to(found.parts.dtype)
-    return operands.RotationOperand(parts=parts, signs=None, gain=found.gain)
-
-
-def _split(matrix: Tensor) -> Tensor:
-    """float32 [heads, H, H] as the sum of three bfloat16 parts [3, heads, H, H]."""
-    parts, rest = [], matrix
-    for _ in range(3):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1].to(torch.float32)
-    return torch.stack(parts)
+def _layers(part: Part) -> Tensor:
+    return part.layer[part.head == 0][:, None]
 
 
 def _rotated(codec: Codec, member: Member, query: Tensor) -> Tensor:
     """One query per sequence [B, N, H] in the rotated space of the keys, float32."""
     if query.dtype == torch.bfloat16:
-        return operators.rotate(query, of_codec(codec, member))
+        return operators.rotate(query, kernel_operands.of_codec(codec, member))
     grouped = query.unflatten(1, (len(member.heads), -1)).transpose(1, 2)
-    return codec.rotate(member.rows, grouped).transpose(1, 2).flatten(1, 2).contiguous()
-
-
-def _codebook(group: Group) -> operands.Operand:
-    constants, grid = group.constants, grid_of(group)
-    assert grid is not None  # `choose` looked
-    return operands.CodebookOperand(
-        bits=constants.bits, levels=grid[0], step=grid[1], code=constants.code
-    )
+    return codec.rotate_query(member.rows, grouped).transpose(1, 2).flatten(1, 2).contiguous()
 
 
 def _through_rows(state: State, row: Tensor, page: Tensor) -> Tensor:
@@ -287,11 +209,3 @@ def _through_rows(state: State, row: Tensor, page: Tensor) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
-
-
-def _once(owner: Any, name: Any, make: Callable[[], Any]) -> Any:
-    """What is made once for as long as its owner lives."""
-    own = _MADE.setdefault(owner, {})
-    if name not in own:
-        own[name] = make()
-    return own[name]

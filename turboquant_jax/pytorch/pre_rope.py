@@ -38,8 +38,10 @@ def create(config: CacheConfig, capacity: int, device: torch.device) -> Phases |
     """Tables for sequences of up to `capacity` tokens; None where there is no use for them."""
     if not config.center_keys or config.rope_frequencies is None:
         return None
-    tables = (torch.tensor(table, device=device) for table in angle_tables(config, capacity))
-    return Phases(*tables, 2 * len(config.rope_frequencies))
+    coarse, fine, within = (
+        torch.tensor(table, device=device) for table in angle_tables(config, capacity)
+    )
+    return Phases(coarse, fine, within, 2 * len(config.rope_frequencies))
 
 
 def mean_key(keys: Tensor, phases: Phases | None) -> Tensor:

@@ -1,12 +1,11 @@
 """Sequences that share pages, in torch: `cache.sharing` in place, and what beams need of it."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from turboquant_jax.pytorch import pages
-from turboquant_jax.pytorch.state import State, create
+from turboquant_jax.pytorch.creation import create
+from turboquant_jax.pytorch.state import State
 
 
 def fork(state: State, source: int, target: int) -> None:
@@ -113,11 +112,7 @@ def selected(state: State, indices: Tensor) -> State:
 
 def _like(state: State, batch: int, capacity: int) -> State:
     """An empty cache with the same codecs."""
-    found = create(state.config, batch, capacity, device=state.device)
-    parts = (
-        replace(own, codecs=part.codecs) for own, part in zip(found.parts, state.parts, strict=True)
-    )
-    return replace(found, parts=tuple(parts))
+    return create(state.config, batch, capacity, like=state, device=state.device)
 
 
 def _copy_rows(state: State, found: State, source: Tensor) -> None:

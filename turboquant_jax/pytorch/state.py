@@ -4,23 +4,19 @@
 are tensor operations of fixed shapes without a look at a value, so that CUDA graphs hold them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
 from operator import itemgetter
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from turboquant_jax.cache.config import CacheConfig
-from turboquant_jax.pytorch import codec, constants, pages, pre_rope
 from turboquant_jax.pytorch.codec import Codec
-from turboquant_jax.pytorch.layout import Layout, block_slots
+from turboquant_jax.pytorch.layout import Layout
 from turboquant_jax.pytorch.pre_rope import Phases
-from turboquant_jax.quantizers.formats import plane_bytes
 
 
 class Rows:
@@ -165,123 +161,3 @@ class State:
     def nbytes(self) -> int:
         """Bytes of every tensor in `leaves`."""
         return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
-
-
-def create(
-    config: CacheConfig,
-    batch: int,
-    capacity: int,
-    *,
-    seed: int = 0,
-    num_pages: int | None = None,
-    orders: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
-    device: torch.device | str = "cpu",
-) -> State:
-    """An empty cache, as `cache.create` makes it of `jax.random.key(seed)`.
-
-    Args:
-      config: its static description.
-      batch: sequences B.
-      capacity: most tokens of one sequence.
-      seed: of the rotations.
-      num_pages: pages of a pool that the sequences share; pages for the whole capacity of every
-        sequence unless given.
-      orders: channels [layers, K, H] of keys and of values in the order of the codec's groups.
-      device: where its tensors lie.
-
-    Raises:
-      ValueError: a batch, capacity, number of pages, order or codec that cannot be.
-    """
-    slots, dense = block_slots(config, capacity), num_pages is None
-    count = batch * slots if num_pages is None else num_pages
-    if batch < 1 or capacity < 1 or count < min(slots, 1):
-        raise ValueError(
-            f"batch, capacity and num_pages: got {batch}, {capacity} and {count}, "
-            "expected positive ones"
-        )
-    device, (layers, heads, dim) = torch.device(device), _sizes(config)
-    for order in orders:
-        if order is not None and order.shape != (layers, heads, dim):
-            raise ValueError(
-                f"order of channels: got {order.shape}, expected {(layers, heads, dim)}"
-            )
-    dtype = getattr(torch, config.dtype)
-
-    def exact(slots: int) -> Exact:
-        lead = (layers, batch, slots)
-        return Exact(*(Rows(lead, (heads, dim), dtype, device) for _ in range(2)))
-
-    return State(
-        config=config,
-        capacity=capacity,
-        table=_table(batch, slots, count, dense, device),
-        sinks=exact(min(config.sinks, capacity)),
-        window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
-        key_mean=torch.zeros(layers, batch, heads, dim, device=device)
-        if config.center_keys
-        else None,
-        phases=pre_rope.create(config, capacity, device),
-        parts=_parts(config, seed, count, orders, device),
-    )
-
-
-def _sizes(config: CacheConfig) -> tuple[int, int, int]:
-    return config.num_layers, config.num_kv_heads, config.head_dim
-
-
-def _table(batch: int, slots: int, count: int, dense: bool, device: torch.device) -> Table:
-    def full(shape, value: int) -> Tensor:
-        return torch.full(shape, value, dtype=torch.int32, device=device)
-
-    identity = torch.arange(batch * slots, dtype=torch.int32, device=device).view(batch, slots)
-    return Table(
-        lengths=full((batch,), 0),
-        pending=full((batch,), 0),
-        overflow=torch.zeros(batch, dtype=torch.bool, device=device),
-        page_table=identity if dense else full((batch, slots), pages.UNASSIGNED),
-        pending_pages=full((batch, slots), pages.UNASSIGNED),
-        references=full((count,), int(dense)),
-    )
-
-
-def _parts(
-    config: CacheConfig, seed: int, count: int, orders, device: torch.device
-) -> tuple[Part, ...]:
-    found = []
-    for number, groups in enumerate(constants.codecs_of(config, seed)):
-        rows = _heads_of(config, number)
-        layer, head = np.transpose(rows)
-        codecs = tuple(
-            codec.create(own, None if order is None else order[layer, head], device)
-            for own, order in zip(groups, orders, strict=True)
-        )
-        pool = _empty(codecs, (len(rows), count), config.block, device)
-        index = (torch.tensor(x, device=device) for x in (layer, head))
-        found.append(Part((codecs[0], codecs[1]), pool, rows, *index))
-    return tuple(found)
-
-
-def _heads_of(config: CacheConfig, part: int) -> tuple[tuple[int, int], ...]:
-    """(layer, kv head) of every row of a part."""
-    return tuple(
-        (layer, head)
-        for layer, own in enumerate(config.places)
-        for head, p in enumerate(own * config.num_kv_heads if len(own) == 1 else own)
-        if p == part
-    )
-
-
-def _empty(codecs: Sequence[Codec], lead: tuple[int, int], tokens: int, device) -> Blocks:
-    def planes(count: int, group: codec.Group, rows: int) -> tuple[Rows, ...]:
-        return tuple(
-            Rows(lead, (rows, plane_bytes(count, width)), torch.uint8, device)
-            for width in group.constants.plane_widths
-        )
-
-    keys, values = (own.groups for own in codecs)
-    words = max(len(keys), len(values))
-    return Blocks(
-        tuple(planes(group.constants.dim, group, tokens) for group in keys),
-        tuple(planes(tokens, group, group.constants.dim) for group in values),
-        tuple(Rows(lead, (tokens,), torch.int32, device) for _ in range(words)),
-    )

@@ -71,9 +71,9 @@ class Steps:
             self.unpadded = int(columns.cumprod(0).sum())
             # tokens first, in their order; padding behind them
             self.order = torch.argsort(~real, dim=1, stable=True).to(state.device)
-        updating.begin(state, torch.tensor(counts, dtype=torch.int32, device=state.device), count)
+        updating.begin(state, _on_device(counts, torch.int32, state.device), count)
         rows = [b for b in self.completing() if counts[b] == 1]
-        self.completes = torch.tensor(rows, dtype=torch.int64, device=state.device)
+        self.completes = _on_device(rows, torch.int64, state.device)
         self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
         self.seen += count
 
@@ -125,6 +125,13 @@ def room_for(config: CacheConfig, tokens: int) -> int:
     """Capacity for so many tokens and as many again, of whole rings and blocks."""
     least = config.sinks + config.window + config.block
     return max(least, -(-2 * tokens // config.block) * config.block + config.sinks)
+
+
+def _on_device(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy waits for the device, and most lists have one number, or none."""
+    if len(set(numbers)) > 1:
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.full((len(numbers),), max(numbers, default=0), dtype=dtype, device=device)
 
 
 def _along_tokens(x: Tensor, order: Tensor) -> Tensor:

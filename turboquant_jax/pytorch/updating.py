@@ -47,7 +47,7 @@ def write(state: State, layer: int, k: Tensor, v: Tensor, by: Compression = DEFI
         got = f"{tuple(k.shape)} and {tuple(v.shape)}"
         raise ValueError(f"keys and values: got {got}, expected {expected}")
     dtype = state.window.keys.storage.dtype
-    k, v = k.to(dtype), v.to(dtype)
+    k, v = (x.detach().to(dtype) for x in (k, v))  # a cache has no gradients
     if layout.slots and k.shape[1] > 1:
         compression.compress_chunk(state, layer, k, v, by)
     slots = layout.written(table.lengths[:, None], table.pending[:, None], k.shape[1])

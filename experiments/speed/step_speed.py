@@ -86,7 +86,7 @@ def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Arra
         out, *_ = decode_attention(
             q[:, 0],
             PagedBlocks(
-                triton.blocks_of(state.parts[0]), state.table.page_table, tokens,
+                (triton.blocks_of(state.parts[0]),), state.table.page_table, tokens,
                 layer * KV_HEADS, KV_HEADS,
             ),
             Softmax(CHANNELS**-0.5),

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-import torch
 
+from tests.pytorch.skip import torch
 from turboquant_jax.pytorch import creation, updating
 
 DRAWS = 3

@@ -2,8 +2,9 @@
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra 'torch'")
-transformers = pytest.importorskip("transformers", reason="needs the extra 'torch'")
+from tests.pytorch.skip import torch
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: make test-torch")
 
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

@@ -2,4 +2,4 @@
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra 'torch'")
+torch = pytest.importorskip("torch", reason="needs torch: make test-torch")

@@ -35,7 +35,7 @@ def test_decode_unpacks_what_the_layout_says():
         value_codebooks=(book,),
     )
     pages, rows = (torch.tensor(x, dtype=torch.int32) for x in ([2, 0, 2, 1], [1, 0]))
-    found = operators.decode(blocks, pages, rows, dtype=torch.float32)
+    found = operators.decode((blocks,), pages, rows, dtype=torch.float32)
     size = (scales << 16).astype(np.uint32).view(np.float32)
     numbers = unpack([keys], [4], 16), unpack([values], [4], 32).swapaxes(-1, -2)
     for got, number, own in zip(found, numbers, size, strict=True):
@@ -118,7 +118,7 @@ def test_a_function_of_operators_compiles_whole(monkeypatch, small):
         exact = operands.ExactOperand(
             query=query, keys=(window, query), values=(window + 1, query), write=True
         )
-        softmax, blocks = operands.Softmax(scale=0.5), operands.PagedBlocks(pool=book)
+        softmax, blocks = operands.Softmax(scale=0.5), operands.PagedBlocks(pools=(book,))
         output, lse = operators.decode_attention(
             operators.rotate(query, rotation), blocks, softmax, exact=exact
         )

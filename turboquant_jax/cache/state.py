@@ -201,6 +201,29 @@ class LayerRows:
     layer: Int[Array, ""]
     members: tuple[Rows, ...]
 
+    def only(self, heads: Int[np.ndarray, " heads"]) -> "LayerRows":
+        """Heads that follow each other, as if there were no others."""
+        start, stop, members = int(heads[0]), int(heads[-1]) + 1, []
+        for member in self.members:
+            if member.heads is None:
+                members.append(replace(member, first=member.first + start))
+                continue
+            own = tuple(head - start for head in member.heads if start <= head < stop)
+            before = sum(head < start for head in member.heads)
+            if own:
+                whole = None if len(own) == stop - start else own
+                members.append(Rows(member.part, whole, member.first + before))
+        return LayerRows(self.layer, tuple(members))
+
+    def places(self, kv_heads: int) -> Int[Array, "K 2"]:
+        """Of each head of the layer the number of its member, and its row."""
+        own = [
+            jnp.stack([jnp.full_like(rows, number), rows], axis=1)
+            for number, member in enumerate(self.members)
+            for rows in (member.of(kv_heads),)
+        ]
+        return self.join(own, axis=0)
+
     def join(self, arrays: Sequence[Array], axis: int) -> Array:
         """All heads in their order, of the arrays that `Rows.pick` would give for each member."""
         if len(arrays) == 1:

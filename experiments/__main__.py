@@ -131,13 +131,14 @@ def _run(args: argparse.Namespace) -> int:
     described = _command(args, config), results.config_of(config)
     bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*bars, transient=True) as progress:
+        show = progress.console.print
         found = experiment.run(config, lambda items, text: progress.track(items, description=text))
         if isinstance(found, list):
             rows = found
         else:
             for row in found:
                 rows.append(row)
-                progress.console.print(results.line(row), highlight=False, soft_wrap=True)
+                show(results.line(row), highlight=False, markup=False, soft_wrap=True)
                 if is_new:
                     seconds = time.monotonic() - start
                     meta = results.describe(*described, seconds) | {"unfinished": True}

@@ -1,5 +1,6 @@
 """Set for every test: strict promotion, checked shapes, quick compilation, which tests are slow."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.default_backend() == "cpu":  # compiling costs more than what is compiled
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of commands that tests start
+
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: look at them less often
 
 install_import_hook(shapes.CHECKED, "tests.shapes.check")  # before anything imports them
 

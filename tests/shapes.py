@@ -18,9 +18,14 @@ LIBRARY = ("turboquant_jax", "pallas_kernels")
 # What JAX takes for an array, and what stands for one that is not there.
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 # Of the kernels the calls and what they take. Their bodies see blocks and references, which have
-# no shapes to annotate: the hook would only slow down their tracing.
+# no shapes to annotate: the hook would only slow down their tracing. In the way of torch's own
+# tracing it would be, so that its tensors have no annotations either.
 CHECKED = (
-    "turboquant_jax",
+    "turboquant_jax.attention",
+    "turboquant_jax.cache",
+    "turboquant_jax.cli",
+    "turboquant_jax.models",
+    "turboquant_jax.quantizers",
     "pallas_kernels.decode.call",
     "pallas_kernels.decode_attention.call",
     "pallas_kernels.decode_attention.inputs",

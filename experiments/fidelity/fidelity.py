@@ -24,23 +24,19 @@ the texts, which is kinder: more of a short text lies in the window.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from experiments.fidelity import choices, judgement, losses
+from experiments.fidelity import figure as drawing
 from experiments.fidelity.forcing import Forcing, cut
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting, peers, turbo, unique
 from experiments.harness import prepared
-from experiments.harness.experiment import Claim, Row, Track, option, where
+from experiments.harness.experiment import Row, Track, option, where
 from experiments.harness.journal import Journal, open_journal
 from experiments.harness.prepared import CALIBRATION, TEST
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 NEEDS = prepared.NEEDS
 
@@ -196,13 +192,4 @@ def _noise(config: Config, journal: Journal, forcing: Forcing) -> list[Row]:
     return journal.measure("noise", make)
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """The targets, the peers, and what every property is worth."""
-    return judgement.claims(rows)
-
-
-def figure(rows: Sequence[Row]) -> "Figure":
-    """Loss against true bytes, at the context and at 65,536 tokens, and curves."""
-    from experiments.fidelity import figure as drawing
-
-    return drawing.figure(rows)
+claims, figure = judgement.claims, drawing.figure

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from experiments.fidelity.choices import best
 from experiments.harness.experiment import QUESTION, Claim, Row, Verdict, distinct, where
-from experiments.harness.statistics import is_below
+from experiments.harness.statistics import is_below, is_less, of_aim
 
 # ratio, column, limit, what is asked; then the aim beyond the target
 TARGETS = (
@@ -62,7 +62,7 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
                     "our aim",
                     f"at {target:g}x and more, true bytes {when}: {words}{whose} ({on})",
                     describe(row),
-                    "missed" if verdict == "does not hold" else verdict,
+                    of_aim(verdict),
                     topic=f"true bytes {when}{whose}",
                     short=f"{target:g}x, {words}: "
                     + (f"{row[column]:.4f}" if column == "kl" else f"{row[column]:+.2%}"),
@@ -77,7 +77,6 @@ def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
         if not smaller:
             continue
         row = max(smaller, key=lambda row: (row["bytes_per_token_64k"], "trellis" in row["code"]))
-        error = (row["kl_se"] ** 2 + peer["kl_se"] ** 2) ** 0.5
         yield Claim(
             "our aim",
             f"less KL than {peer['preset']} at no more bytes ({peer['ratio_64k']:.2f}x at 64K), "
@@ -85,7 +84,7 @@ def _peers(rows: Sequence[Row]) -> Iterator[Claim]:
             f"{row['preset']} ({row['ratio_64k']:.2f}x): {row['kl']:.4f} ± {row['kl_se']:.4f}, the "
             f"peer {peer['kl']:.4f} ± {peer['kl_se']:.4f}; perplexity "
             f"{row['perplexity_change']:+.2%} and {peer['perplexity_change']:+.2%}",
-            is_below(row["kl"] - peer["kl"], error, 0.0),
+            is_less(row, peer),
             topic="less KL than peers at no more bytes at 65,536 tokens; KL over the peer's",
             short=f"{row['kl'] / peer['kl']:.2f} ({peer['preset']})",
         )
@@ -179,7 +178,7 @@ def _less(source: str, statement: str, better: Row, worse: Row) -> Claim:
         source,
         f"{statement}: less KL with {better['preset']} than with {worse['preset']}",
         f"{better['kl']:.4f} ± {better['kl_se']:.4f} and {worse['kl']:.4f} ± {worse['kl_se']:.4f}",
-        _is_less(better, worse),
+        is_less(better, worse),
     )
 
 
@@ -228,26 +227,20 @@ def _centring(rows: Sequence[Row]) -> Iterator[Claim]:
                 "our aim",
                 f"{subject}: a KL divergence of at most {limit} nats, centred before RoPE",
                 describe(before),
-                "missed" if verdict == "does not hold" else verdict,
+                of_aim(verdict),
             )
         ways = {"before RoPE": before, "after": row} | ({"not centred": bare} if bare else {})
         yield Claim(
             QUESTION,
             f"{subject}: less KL with keys centred before their rotary embedding than after",
             "; ".join(f"{way}: {_loss(found)}" for way, found in ways.items()),
-            _is_less(before, row),
+            is_less(before, row),
         )
 
 
 def _loss(row: Row) -> str:
     change, error = row["perplexity_change"], row["perplexity_change_se"]
     return f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}, perplexity {change:+.2%} ± {error:.2%}"
-
-
-def _is_less(better: Row, worse: Row) -> Verdict:
-    """Whether one has less KL than the other, as if their errors were independent."""
-    error = (better["kl_se"] ** 2 + worse["kl_se"] ** 2) ** 0.5
-    return is_below(better["kl"] - worse["kl"], error, 0.0)
 
 
 def _lengths(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -268,7 +261,7 @@ def _lengths(rows: Sequence[Row]) -> Iterator[Claim]:
             f"keys centred before their rotary embedding than after (last {longest['last']:,} of "
             f"{lengths} tokens)",
             f"before RoPE: {_kls(before)}; after: {_kls(after)}",
-            _is_less(before[-1], longest),
+            is_less(before[-1], longest),
         )
 
 

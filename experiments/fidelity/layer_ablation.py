@@ -14,7 +14,6 @@ mean of the keys before their rotary embedding.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from experiments.fidelity import losses
 from experiments.fidelity.allocation import Mixed, One, by_head
@@ -28,12 +27,9 @@ from experiments.fidelity.settings import Setting, turbo
 from experiments.harness import prepared
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
 from experiments.harness.journal import Journal, open_journal
-from experiments.harness.statistics import is_below
+from experiments.harness.plotting import Figure, label, panels
+from experiments.harness.statistics import is_below, is_less, of_aim
 from turboquant_jax.cache import allocate
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 NEEDS = prepared.NEEDS
 
@@ -228,7 +224,6 @@ def _mixing(rows: Sequence[Row]) -> Iterator[Claim]:
         uniform = found.get(name.replace(f"{kind} ", f"{plain} ", 1))
         if kind is None or uniform is None:
             continue
-        error = (mixed["kl_se"] ** 2 + uniform["kl_se"] ** 2) ** 0.5
         yield Claim(
             "our question",
             f"bits by {'layer' if kind == 'mixed' else 'head'} lose less than {uniform['preset']} "
@@ -237,7 +232,7 @@ def _mixing(rows: Sequence[Row]) -> Iterator[Claim]:
             f"{uniform['kl_se']:.4f} (predicted {mixed['predicted']:.4f}, "
             f"{uniform['predicted']:.4f}); perplexity {mixed['perplexity_change']:+.2%}, "
             f"{uniform['perplexity_change']:+.2%}",
-            is_below(mixed["kl"] - uniform["kl"], error, 0.0),
+            is_less(mixed, uniform),
         )
 
 
@@ -258,7 +253,7 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
                 f"{row['preset']} ({row['ratio']:.2f}x here, {row['ratio_64k']:.2f}x at 64K): "
                 f"{row['perplexity_change']:+.2%} ± {row['perplexity_change_se']:.2%}, "
                 f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}",
-                "missed" if verdict == "does not hold" else verdict,
+                of_aim(verdict),
                 topic=f"bits by layer or head, true bytes {when}",
                 short=f"{target:g}x, {words}: {row['perplexity_change']:+.2%}",
             )
@@ -267,10 +262,8 @@ def _targets(rows: Sequence[Row]) -> Iterator[Claim]:
 _CHANGE = ("perplexity_change", "perplexity_change_se")
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """KL of every part, by layer; what uniform and mixed caches lose, over their bytes."""
-    from experiments.harness.plotting import label, panels
-
     made, axes = panels(1, 3, 4.8, 3.4)
     for kind in ("uniform", "mixed", "by head"):
         caches = [r for r in where(rows, kind="mixed") if r["preset"].startswith(kind)]

@@ -12,7 +12,7 @@ keys and values.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.fidelity import losses
 from experiments.fidelity.codecs import Exact, Turbo
@@ -22,11 +22,9 @@ from experiments.fidelity.settings import Setting
 from experiments.harness import prepared
 from experiments.harness.experiment import QUESTION, Claim, Row, Track, distinct, option, where
 from experiments.harness.journal import open_journal
-from experiments.harness.statistics import is_below
+from experiments.harness.plotting import Figure, label, panels
+from experiments.harness.statistics import is_less
 from turboquant_jax.cache import CodecConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MODES = ("norm", "matched", "least_squares", "unbiased")
 SKETCHES = ("gaussian", "orthogonal")
@@ -133,23 +131,20 @@ def _judge(found: dict[str, Row], cache: str, bits: int) -> Iterator[Claim]:
 def _less(
     source: str, statement: str, one: Row, other: Row, topic: str = "", short: str = ""
 ) -> Claim:
-    error = (one["kl_se"] ** 2 + other["kl_se"] ** 2) ** 0.5
     return Claim(
         source,
         statement,
         f"KL {one['kl']:.4f} ± {one['kl_se']:.4f} ({one['mode']}), {other['kl']:.4f} ± "
         f"{other['kl_se']:.4f} ({other['mode']}); attention error {one['attention_error']:.3f}, "
         f"{other['attention_error']:.3f}",
-        is_below(one["kl"] - other["kl"], error, 0.0),
+        is_less(one, other),
         topic,
         short,
     )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """KL and attention error of every code over the bits."""
-    from experiments.harness.plotting import label, panels
-
     caches = distinct(rows, "cache")
     made, axes = panels(len(caches), 2, 5.0, 3.2)
     for i, cache in enumerate(caches):

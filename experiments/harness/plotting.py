@@ -1,17 +1,23 @@
-"""The look of every figure."""
+"""The look of every figure. matplotlib is loaded when the first is drawn."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+else:
+    Axes = Figure = Any
 
 COLOURS = ("#1b6ca8", "#d1495b", "#3d8b5f", "#8a5aa8", "#e08e2b", "#5c5c5c", "#2aa9b8", "#a0785a")
 
 
 def panels(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
     """A figure with a 2-d array of axes."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    from matplotlib import figure as matplotlib
+
+    figure = matplotlib.Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_prop_cycle(color=COLOURS)

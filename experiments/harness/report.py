@@ -7,22 +7,20 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.harness import results, summary
 from experiments.harness.experiment import Claim, Experiment, Row, name_of
+from experiments.harness.plotting import Figure
 from experiments.harness.results import Results
 from experiments.harness.summary import Judged
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAGES = Path("docs/report")
 ARCHIVES = ("queued", "before", "idle")
 """Labels of earlier runs, which the report leaves out and --check still reads."""
 
 
-def draw(experiment: Experiment, rows: Sequence[Row]) -> "Figure | None":
+def draw(experiment: Experiment, rows: Sequence[Row]) -> Figure | None:
     """The figure of an experiment; None if it has none, or on a machine without matplotlib."""
     figure = getattr(experiment, "figure", None)
     if figure is None or find_spec("matplotlib") is None:
@@ -110,7 +108,7 @@ def _pages(file: Path) -> list[Path]:
 def _page(experiment: Experiment, found: Sequence[tuple[Results, list[Claim]]], base: Path) -> str:
     """Title and text of the docstring, then the claims of every run."""
     title, _, text = (experiment.__doc__ or "").partition("\n")
-    lines = [f"# {title.rstrip('.')}", "", text.strip(), "", summary.GENERATED, ""]
+    lines = [f"# {title.rstrip('.')}", "", _plain(text.strip()), "", summary.GENERATED, ""]
     for result, claims in found:
         label = _label(result)
         lines += [f"## {label}", ""] if label else []
@@ -122,7 +120,8 @@ def _section(title: str, result: Results, claims: list[Claim], base: Path) -> It
     link = os.path.relpath(result.folder, base)
     yield from ("| source | statement | measured | verdict |", "| --- | --- | --- | --- |")
     for claim in claims:
-        yield f"| {claim.source} | {claim.statement} | {claim.measured} | **{claim.verdict}** |"
+        cells = map(_plain, (claim.source, claim.statement, claim.measured))
+        yield f"| {' | '.join(cells)} | **{claim.verdict}** |"
     yield ""
     figure = (result.folder / "figure.svg").exists()
     yield from [f"![{title}]({link}/figure.svg)"] if figure else _table(result.rows)
@@ -130,6 +129,13 @@ def _section(title: str, result: Results, claims: list[Claim], base: Path) -> It
     runs = "; ".join(map(_run, [result.meta, *result.meta.get("added", [])]))
     sha = result.meta["rows_sha256"][:12]
     yield f"{runs}. [{len(result.rows)} rows]({link}/rows.csv), SHA-256 {sha}.\n"
+
+
+def _plain(text: str) -> str:
+    """Markdown in which <v, x> outside of code is not taken for a tag."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:

@@ -14,14 +14,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from experiments.harness.experiment import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from experiments.harness.plotting import Figure
 
 COMMITTED = Path(__file__).parent.parent / "results"
 DIGITS = 6  # significant decimal digits of a float in the CSV; standard errors are far larger
@@ -166,7 +164,7 @@ def _commit() -> str:
     return head.stdout.strip() + "+" * changed if head.returncode == 0 else "unknown"
 
 
-def write(folder: Path, rows: Sequence[Row], meta: dict[str, Any], figure: "Figure | None") -> None:
+def write(folder: Path, rows: Sequence[Row], meta: dict[str, Any], figure: Figure | None) -> None:
     """Write the three files beside `folder`, then put them in its place by renaming.
 
     An interruption leaves either what was there or the new results, never a part of them.
@@ -211,7 +209,7 @@ def join(held: Results, new: Results, columns: Sequence[str]) -> tuple[list[Row]
     return kept + new.rows, held.meta | {"added": [*others, new.meta]}
 
 
-def save_figure(path: Path, figure: "Figure") -> None:
+def save_figure(path: Path, figure: Figure) -> None:
     """Write an SVG that is the same for the same rows: no date, fixed identifiers."""
     import matplotlib
 

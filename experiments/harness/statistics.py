@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from experiments.harness.experiment import Verdict
+from experiments.harness.experiment import Row, Verdict
 
 SIGMAS = 4.0
 """Half width of the interval behind a verdict, in standard errors: 1 false alarm in 16,000."""
@@ -49,3 +49,19 @@ def wilson(successes: int, trials: int, sigmas: float = 1.96) -> tuple[float, fl
     half = sigmas * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     half = half / (1 + z2 / trials)
     return float(centre - half), float(centre + half)
+
+
+def is_less(one: Row, other: Row, column: str = "kl") -> Verdict:
+    """Whether a column of one row is below that of another, as if errors were independent."""
+    error = (one[f"{column}_se"] ** 2 + other[f"{column}_se"] ** 2) ** 0.5
+    return is_below(one[column] - other[column], error, 0.0)
+
+
+def of_aim(verdict: Verdict) -> Verdict:
+    """An aim of our own that does not hold is missed."""
+    return "missed" if verdict == "does not hold" else verdict
+
+
+def met(good: bool) -> Verdict:
+    """An aim of our own that needs no interval."""
+    return "holds" if good else "missed"

@@ -13,7 +13,7 @@ instead of |q|: our guess why it wins on tokens, where m is large. Three rotatio
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from experiments.harness import data
 from experiments.harness.experiment import Claim, Row, Track, Verdict, distinct, option, where
+from experiments.harness.plotting import Figure, label, panels
 from experiments.harness.statistics import SIGMAS
 from experiments.peers import packages
 from experiments.quantizers import vectors
 from turboquant_jax.quantizers import prod, quantizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 KS = (1, 2, 4, 8, 16, 32, 64)
 OURS: dict[str, dict[str, Any]] = {
@@ -215,10 +213,8 @@ def _compare(first: Row, second: Row) -> Claim:
     )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Recall 1@k against k, a panel for each set and number of bits."""
-    from experiments.harness.plotting import label, panels
-
     sets, bits = distinct(rows, "set"), distinct(rows, "bits")
     figure, axes = panels(len(sets), len(bits))
     for i, name in enumerate(sets):

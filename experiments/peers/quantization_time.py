@@ -13,18 +13,16 @@ iterations, where its package's default is 65,536 and 25, so that its time is a 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.harness.experiment import Claim, Row, Track, Verdict, distinct, option, where
+from experiments.harness.plotting import Figure, bar_groups, label, panels
 from experiments.peers import packages
 from turboquant_jax.quantizers import quantizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAPER = {  # d: seconds; one A100
     "turboquant": {200: 0.0007, 1536: 0.0013, 3072: 0.0021},
@@ -179,10 +177,8 @@ def _table_2(dim: int, case: dict[tuple[str, str], float]) -> Iterator[Claim]:
             )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Seconds for all vectors, beside the paper's."""
-    from experiments.harness.plotting import bar_groups, label, panels
-
     figure, axes = panels(1, 1, 7.5, 3.8)
     dims = distinct(rows, "dim")
     timed = [r for r in rows if "seconds" in r]

@@ -10,7 +10,7 @@ and "3.5"). Bytes a vector are true ones, scales included; float16 takes 128.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,9 @@ from jaxtyping import Array, Float
 
 from experiments.harness import data
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.plotting import Figure, label, panels
 from experiments.harness.statistics import SIGMAS, mean_and_error
 from turboquant_jax.quantizers import outliers, quantizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _QUERIES = 64  # the last ones of the text
 CODES = ("scalar", "trellis", "mixed")
@@ -209,10 +207,8 @@ def _trellis(rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Errors against true bytes a vector."""
-    from experiments.harness.plotting import label, panels
-
     figure, axes = panels(1, 2, 5.2, 3.6)
     for code in distinct(rows, "code"):
         curve = where(rows, code=code)

@@ -9,7 +9,6 @@ integral where there is one, and the entropy of the index: what an ideal entropy
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.plotting import Figure, label, panels
 from experiments.harness.statistics import SIGMAS, all_equal, mean_and_error
 from experiments.quantizers import vectors
 from turboquant_jax.quantizers import codebook as codebooks
 from turboquant_jax.quantizers import quantizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CODEBOOKS = ("lloyd_max", "gaussian", "grid", "uniform", "trellis")
 # MSE of Gaussian levels over that of exact ones, minus 1, from the exact integrals
@@ -203,10 +200,8 @@ def _trellis(rows: Sequence[Row]) -> Iterator[Claim]:
             )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """MSE times 4^b, and error against the entropy of the index."""
-    from experiments.harness.plotting import label, panels
-
     figure, axes = panels(1, 2, 5.2, 3.6)
     dim = 128 if where(rows, dim=128) else rows[0]["dim"]
     for name in distinct(rows, "codebook"):

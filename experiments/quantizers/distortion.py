@@ -12,7 +12,7 @@ sketch.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.harness.experiment import Claim, Row, Track, Verdict, distinct, option, where
+from experiments.harness.plotting import Figure, label, panels
 from experiments.harness.statistics import SIGMAS, all_equal, is_below, mean_and_error
 from experiments.quantizers import vectors
 from turboquant_jax.quantizers import bounds, prod, quantizer, rotation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TRELLIS_AIM = {1: 0.3058, 2: 0.0860, 3: 0.0234, 4: 0.0062}  # d = 128; issue of the trellis code
 _QUERIES = 64  # unit vectors v against which every error vector is measured
@@ -258,10 +256,8 @@ def _trellis(rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Both errors against bits with the bounds; the families under Haar and under Hadamard."""
-    from experiments.harness.plotting import label, panels
-
     figure, ((left, right), (haar, hadamard)) = panels(2, 2)
     family = "sphere" if where(rows, family="sphere") else rows[0]["family"]
     dim = max(r["dim"] for r in where(rows, family=family))

@@ -11,18 +11,15 @@ Figures 1 and 2 of the paper.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.plotting import Figure, label, panels
 from experiments.harness.statistics import SIGMAS, all_equal, are_below, is_below, mean_and_error
 from experiments.quantizers import pairs, reference, vectors
 from turboquant_jax.quantizers import bounds
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SLOPE_FROM = 0.3  # below, a regression says nothing about a shrinkage
 _BIASED = ("norm", "least_squares", "matched")
@@ -232,10 +229,8 @@ def _against(rows: Sequence[Row]) -> Iterator[Claim]:
             )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Error histograms (figure 1), bias against <v, x> (figure 2), variance against bits."""
-    from experiments.harness.plotting import label, panels
-
     slopes = where(rows, kind="slope")
     dim = max((r["dim"] for r in where(rows, kind="square")), default=0)
     rows = where(rows, family="sphere", dim=dim)

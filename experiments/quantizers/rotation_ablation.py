@@ -9,7 +9,6 @@ N(3, 1) and N(1, 1), `constant` has equal ones; keys and values are SmolLM2's.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.plotting import Figure, bar_groups, label, panels
 from experiments.harness.statistics import SIGMAS, all_equal, are_below, is_below, mean_and_error
 from experiments.quantizers import learned, vectors
 from turboquant_jax.quantizers import bounds, quantizer
 from turboquant_jax.quantizers import rotation as rotations
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ROTATIONS = ("haar", "hadamard", "blocks", "identity", "learned", "unsigned")
 _BLOCK = 32
@@ -176,10 +173,8 @@ def _against_haar(rows: Sequence[Row], kind: str, source: str) -> Iterator[Claim
                 )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """MSE over the exact D_b(d), by family and rotation."""
-    from experiments.harness.plotting import bar_groups, label, panels
-
     bits = distinct(rows, "bits")
     figure, axes = panels(len(bits), 1, 9.0, 2.6)
     families = distinct(rows, "family")

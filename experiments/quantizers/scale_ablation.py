@@ -10,7 +10,7 @@ them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.harness.experiment import Claim, Row, Track, distinct, option, where
+from experiments.harness.plotting import Figure, bar_groups, label, panels
 from experiments.harness.statistics import SIGMAS, all_equal, mean_and_error
 from experiments.quantizers import reference, vectors
 from turboquant_jax.quantizers import bounds, prod, quantizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHARPNESS = (1.0, 2.0, 4.0)
 _SKETCHES = ("gaussian", "orthogonal")
@@ -224,10 +222,8 @@ def _softmax(rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """MSE relative to the norm mode, and the error of attention."""
-    from experiments.harness.plotting import bar_groups, label, panels
-
     figure, axes = panels(1, 2, 5.5, 3.4)
     family = distinct(rows, "family")[0]
     errors = where(rows, kind="error", family=family)

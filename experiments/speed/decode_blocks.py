@@ -1,6 +1,4 @@
-"""Random compressed blocks in an 8B model's shapes, and attention over them in plain float32."""
-
-from collections.abc import Sequence
+"""Random compressed blocks in an 8B model's shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -55,45 +53,6 @@ def random_blocks(
         key_codebooks=(books[0],),
         value_codebooks=(books[1],),
     )
-
-
-def unpack(planes: Sequence[jax.Array], book: CodebookOperand, path: int) -> jax.Array:
-    """Planes [..., N*w/8] -> float32 values before scaling, [..., N]; a trellis has its path
-
-    along the axis `path`, that of the channels.
-    """
-    code, done = jnp.int32(0), 0
-    for plane, width in zip(planes, book.widths, strict=True):
-        fields = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
-        code = code | jnp.concatenate(fields, axis=-1).astype(jnp.int32) << done
-        done += width
-    if book.code == "trellis":
-        u = jnp.moveaxis(code >> (book.bits - 1), path, -1)
-        start = jnp.zeros((*u.shape[:-1], 3), jnp.int32)
-        count, before = u.shape[-1], jnp.concatenate([start, u], axis=-1)
-        u1, u2, u3 = (before[..., 3 - k : 3 - k + count] for k in (1, 2, 3))
-        subset = jnp.moveaxis(2 * (u ^ u1 ^ u3) + u2, -1, path)
-        code = 4 * (code & (2 ** (book.bits - 1) - 1)) + subset
-    return jnp.array(book.levels, jnp.float32)[code] * book.step
-
-
-def definition(
-    q: jax.Array, blocks: BlocksOperand, table: jax.Array, lengths: jax.Array
-) -> jax.Array:
-    """The same attention in plain float32."""
-    to_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
-    (keys,), (values,), (scales,) = blocks.keys, blocks.values, blocks.scales
-    k = unpack(keys, blocks.key_codebooks[0], -1) * to_float(scales << 16)[..., None]
-    v = unpack(values, blocks.value_codebooks[0], -2).swapaxes(2, 3)
-    v = v * to_float((scales >> 16) << 16)[..., None]
-    k, v = (x[:, table].swapaxes(0, 1).reshape(len(table), KV_HEADS, -1, CHANNELS) for x in (k, v))
-    split = q.astype(jnp.float32).reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
-    high = jax.lax.Precision.HIGHEST
-    score = jnp.einsum("bkgh,bksh->bkgs", split, k, precision=high) * SM_SCALE
-    seen = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
-    score = jnp.where(seen[:, None, None, :], score, -jnp.inf)
-    out = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(score, axis=-1), v, precision=high)
-    return out.reshape(q.shape)
 
 
 def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesOperand | None]:

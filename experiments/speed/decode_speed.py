@@ -22,15 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.harness.experiment import GPU, Row, Track, option
 from experiments.speed import speed_claims
-from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, require_near, vendor
+from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, Code, cache_config, check, vendor
 from experiments.speed.decode_blocks import (
     PAGE,
     SM_SCALE,
     Pair,
     attend_with_newest,
-    definition,
     means,
     random_blocks,
 )
@@ -69,17 +68,6 @@ class Config:
 SMOKE = Config(shapes="1x128", bits="4/4", calls=1, turn=0.1)
 
 
-def check(bits: Pair, schedule: Schedule | None = None, code: CodeKind = "scalar") -> float:
-    """Relative error of the output norm, random pages and lengths that end inside a block."""
-    blocks = random_blocks(jax.random.key(7), bits, 64, code=code)
-    table = jax.random.permutation(jax.random.key(8), 64)[:48].reshape(3, 16)
-    lengths = jnp.array([1024, 777, 65], jnp.int32)
-    q = 2.0 * jax.random.normal(jax.random.key(9), (3, HEADS, CHANNELS))
-    got = attend(q, blocks, table, lengths, schedule)
-    want = jax.jit(definition)(q, blocks, table, lengths)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-
-
 @functools.partial(jax.jit, static_argnums=4)
 def attend(
     q: jax.Array,
@@ -89,7 +77,7 @@ def attend(
     schedule: Schedule | None = None,
 ) -> jax.Array:
     """The kernel's output."""
-    held = PagedBlocks(blocks, table, lengths)
+    held = PagedBlocks((blocks,), table, lengths)
     return decode_attention(q, held, Softmax(SM_SCALE), schedule=schedule)[0]
 
 
@@ -143,7 +131,7 @@ class Case:
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
         if self.name == "pallas-exact":
-            return attend_with_newest(q, PagedBlocks(cache[0], *cache[1:3]), *cache[3:])
+            return attend_with_newest(q, PagedBlocks((cache[0],), *cache[1:3]), *cache[3:])
         return attend(q, *cache, self.schedule)
 
     def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:
@@ -275,13 +263,12 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         bits, cases = ((4, 4),), mean_cases()
     least = config.calls, config.turn * 1e6
     cases = [dataclasses.replace(case, least=least) for case in cases]
-    checks: list[tuple[Pair, CodeKind]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
-    checks += [(pair, "trellis") for pair in TRELLIS_BITS]
+    codes: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
+    codes += [(pair, "trellis") for pair in TRELLIS_BITS]
+    configs = [cache_config(1, pair, code=code) for pair, code in codes]
     with ThreadPoolExecutor() as pool:
-        errors = pool.map(lambda job: check(job[0], code=job[1]), checks)
         chains = pool.map(compiled, cases)
-        for (pair, code), error in zip(checks, errors, strict=True):
-            require_near(f"{pair} bits, {code}", error)
+        list(pool.map(check, configs))
         ready = list(chains)
     copy, bases = copy_bandwidth(), dict[Any, float]()
     for case, chain in track(list(zip(cases, ready, strict=True)), "decode_speed"):
@@ -300,6 +287,4 @@ def _pairs(text: str, mark: str) -> list[Pair]:
     return [(int(first), int(second)) for first, second in split]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Our aims against cuDNN, and that pages in any order cost little."""
-    return speed_claims.decode(rows)
+claims = speed_claims.decode

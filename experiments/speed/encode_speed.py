@@ -9,7 +9,7 @@ threshold. `mean`: of the keys, "stored" or "pre_rope"; where it is empty, "stor
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.harness.experiment import GPU, Row, Track, option
 from experiments.speed import speed_claims
 from experiments.speed.common import CHANNELS, FREQUENCIES, KV_HEADS
 from experiments.speed.device_time import copy_bandwidth, device_time
@@ -214,11 +214,9 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         yield from measure(programs, source, copy)
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Our aims: the copy bandwidth, and the definition's codes."""
-    return speed_claims.encode(rows)
-
-
 def blocks_bytes(state: cache.Cache) -> int:
     """Bytes of the packed blocks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.parts[0].pool))
+
+
+claims = speed_claims.encode

@@ -2,12 +2,10 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from experiments.harness.experiment import Claim, Row, Verdict, distinct, where
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from experiments.harness.plotting import Figure, bar_groups, label, panels
+from experiments.harness.statistics import met
 
 FULL = 16
 _SPEED = {"32x4096": 1.5, "8x32768": 2.2, "largest4096": 3.0}
@@ -32,10 +30,6 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _met(good: bool) -> Verdict:
-    return "holds" if good else "missed"
-
-
 def _so(good: bool) -> Verdict:
     return "holds" if good else "does not hold"
 
@@ -58,7 +52,7 @@ def _speed(rows: Sequence[Row]) -> Iterator[Claim]:
                 f"{ratio:.2f} times: {ours['tokens_per_second']:,.0f} at batch {ours['batch']}, "
                 f"{base['tokens_per_second']:,.0f} at batch {base['batch']}; "
                 f"the bytes of weights and cache allow {fastest[0] / fastest[1]:.2f}",
-                _met(ratio >= least) if bits == 4 else _so(ratio >= least),
+                met(ratio >= least) if bits == 4 else _so(ratio >= least),
             )
 
 
@@ -69,7 +63,7 @@ def _latency(rows: Sequence[Row]) -> Iterator[Claim]:
             "our aim",
             f"1 x 4096, 4 bits: a token takes at most {_LATENCY} times bfloat16's time",
             f"{ours / base:.3f} times: {ours:.3f} ms against {base:.3f} ms",
-            _met(ours <= _LATENCY * base),
+            met(ours <= _LATENCY * base),
         )
 
 
@@ -80,7 +74,7 @@ def _roofline(rows: Sequence[Row]) -> Iterator[Claim]:
             "our aim",
             f"8 x 32768, 4 bits: a step at {_ROOFLINE:.0%} or more of the roofline",
             f"{share:.1%} of {row['copy_gigabytes_per_second']:.0f} GB/s",
-            _met(share >= _ROOFLINE),
+            met(share >= _ROOFLINE),
         )
 
 
@@ -127,15 +121,13 @@ def _greedy(rows: Sequence[Row]) -> Iterator[Claim]:
             f"SmolLM2 in {row['dtype']}, greedy, {row['bits_k']} bits: {statement}, "
             "or part at a near-tie",
             measured,
-            _met(same == row["tokens"] or near_tie),
+            met(same == row["tokens"] or near_tie),
         )
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Tokens per second by case, and contexts that fit."""
     import numpy as np
-
-    from experiments.harness.plotting import bar_groups, label, panels
 
     figure, axes = panels(1, 2)
     timed = [r for r in rows if r["case"] not in ("longest", "greedy")]

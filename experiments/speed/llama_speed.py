@@ -15,11 +15,11 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
-from experiments.harness.experiment import Claim, Row, Track, option, where
+from experiments.harness.experiment import Row, Track, option, where
 from experiments.harness.journal import open_journal
 from experiments.speed import greedy_generation, llama_claims, llama_sizes
 from experiments.speed.device_time import copy_bandwidth
@@ -30,9 +30,6 @@ from turboquant_jax.models.generate import Past
 from turboquant_jax.models.model import random_model
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.models.rope import centring
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FULL = 16
 _SIZED = (FULL, 4, 2)  # bits of the cases that fill the memory, of which one loop is timed
@@ -236,11 +233,4 @@ class Bench:
         }
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Our aims of speed and of memory."""
-    return llama_claims.claims(rows)
-
-
-def figure(rows: Sequence[Row]) -> "Figure":
-    """Tokens per second of every case, and the longest contexts."""
-    return llama_claims.figure(rows)
+claims, figure = llama_claims.claims, llama_claims.figure

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.harness.experiment import GPU, Row, Track, option
 from experiments.speed import speed_claims
 from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, LAYERS, cache_config, vendor
 from experiments.speed.device_time import device_time
@@ -164,6 +164,4 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         yield from measure(kinds, *case)
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Our aims beside cuDNN, of time and of memory."""
-    return speed_claims.prefill(rows)
+claims = speed_claims.prefill

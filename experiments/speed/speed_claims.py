@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from experiments.harness.experiment import Claim, Row, Verdict, where
+from experiments.harness.experiment import Claim, Row, where
+from experiments.harness.statistics import met
 
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 # At least so many times cuDNN's bfloat16, in the order of SHAPES.
@@ -38,7 +39,7 @@ def _by_shape(what: str, rows: Sequence[Row], targets: Sequence[float]) -> Itera
             f"{what} {_list(t for _, t, _ in pairs)} times cuDNN's bfloat16 at "
             + ", ".join(f"{batch} x {tokens:,}" for (batch, tokens), _, _ in pairs),
             _list((x for *_, x in pairs), ".2f") + " times",
-            _met(all(x >= t for _, t, x in pairs)),
+            met(all(x >= t for _, t, x in pairs)),
         )
 
 
@@ -52,7 +53,7 @@ def _paged(rows: Sequence[Row]) -> Iterator[Claim]:
             OURS,
             f"4 bits: pages in random order take at most {PAGED} times pages in order",
             _list(ratios, ".3f") + " times",
-            _met(max(ratios) <= PAGED),
+            met(max(ratios) <= PAGED),
         )
 
 
@@ -63,7 +64,7 @@ def step(rows: Sequence[Row]) -> list[Claim]:
             OURS,
             f"8 x 32,768, {row['bits']} bits: a step takes at most {STEP:.2f} times the kernel",
             f"{row['ratio_to_blocks']:.3f} times: {row['milliseconds'] * 1e3:.1f} us a layer",
-            _met(row["ratio_to_blocks"] <= STEP),
+            met(row["ratio_to_blocks"] <= STEP),
         )
         for row in where(_plain(rows), part="step", batch=8, tokens=32768)
     ]
@@ -83,7 +84,7 @@ def _copied(rows: Sequence[Row]) -> Iterator[Claim]:
             OURS,
             f"4 bits: bytes are read and written at {COPY} or more of the copy bandwidth",
             ", ".join(f"{share:.2f} at {tokens:,} tokens" for share, tokens in shares),
-            _met(min(shares)[0] >= COPY),
+            met(min(shares)[0] >= COPY),
         )
 
 
@@ -95,7 +96,7 @@ def _codes(rows: Sequence[Row]) -> Iterator[Claim]:
             OURS,
             f"fewer than {APART:g} of all codes differ from the definition's",
             f"at most {max(apart):.1e}",
-            _met(max(apart) < APART),
+            met(max(apart) < APART),
         )
 
 
@@ -111,7 +112,7 @@ def prefill(rows: Sequence[Row]) -> list[Claim]:
                     OURS,
                     f"{tokens:,} tokens {what}: at most {limit} times cuDNN on bfloat16",
                     ", ".join(f"{r['bits']} bits {r['ratio_to_cudnn']:.3f}" for r in found),
-                    _met(max(r["ratio_to_cudnn"] for r in found) <= limit),
+                    met(max(r["ratio_to_cudnn"] for r in found) <= limit),
                 )
             )
     found = where(rows, setting="chunked: compressed")
@@ -121,7 +122,7 @@ def prefill(rows: Sequence[Row]) -> list[Claim]:
                 OURS,
                 f"in chunks, at most {PEAK:.2f} times the memory of cache, prompt and one chunk",
                 ", ".join(f"{r['bits']} bits {r['peak_ratio']:.3f}" for r in found),
-                _met(max(r["peak_ratio"] for r in found) <= PEAK),
+                met(max(r["peak_ratio"] for r in found) <= PEAK),
             )
         )
     return claims
@@ -134,7 +135,3 @@ def _plain(rows: Sequence[Row]) -> list[Row]:
 
 def _list(numbers, form: str = "g") -> str:
     return ", ".join(format(x, form) for x in numbers)
-
-
-def _met(good: bool) -> Verdict:
-    return "holds" if good else "missed"

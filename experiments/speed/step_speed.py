@@ -16,7 +16,7 @@ its own, so that L2 holds none; the sequences are of different lengths, so that 
 a block in a step. `mean`: of the keys, "stored" or "pre_rope"; "stored" where it is empty.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.harness.experiment import GPU, Claim, Row, Track, option
+from experiments.harness.experiment import GPU, Row, Track, option
 from experiments.speed import speed_claims
-from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, LAYERS, cache_config, require_near
+from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, LAYERS, cache_config, check
 from experiments.speed.device_time import device_time
 from pallas_kernels.decode_attention import PagedBlocks, Softmax, decode_attention
 from turboquant_jax import attention, cache
@@ -65,18 +65,6 @@ def lengths_of(batch: int, tokens: int) -> jax.Array:
     return tokens - 11 * jnp.arange(batch, dtype=jnp.int32) % 64
 
 
-def check(bits: int, mean: str) -> float:
-    """Relative error of attention by the kernel against the definition, on the device."""
-    state = filled(Config(layers=2), bits, mean, 3, 1000)
-    q = jax.random.normal(jax.random.key(2), (3, 1, HEADS, CHANNELS))
-    k, v = jax.random.normal(jax.random.key(3), (2, 3, 1, KV_HEADS, CHANNELS))
-    run = jax.jit(attention.attend, static_argnames="implementation")
-    with jax.default_matmul_precision("highest"):
-        want = run(state, 1, q, k, v, implementation="xla")
-    got = run(state, 1, q, k, v, implementation="pallas")
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-
-
 def over_layers(attend: Callable) -> Callable:
     """A step that calls `attend(state, layer, q, new) -> (state, q)` for every layer."""
     attend = jax.jit(attend)  # traced once
@@ -98,7 +86,7 @@ def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Arra
         out, *_ = decode_attention(
             q[:, 0],
             PagedBlocks(
-                triton.blocks_of(state.parts[0]), state.table.page_table, tokens,
+                (triton.blocks_of(state.parts[0]),), state.table.page_table, tokens,
                 layer * KV_HEADS, KV_HEADS,
             ),
             Softmax(CHANNELS**-0.5),
@@ -169,7 +157,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         means, shapes = ["stored", "pre_rope"], list(SHAPES[:1])
     kinds = [(bits, mean) for bits in config.bits for mean in means]
     for bits, mean in kinds:
-        require_near(f"{bits} bits", check(bits, mean))
+        check(cache_config(1, bits, mean))
     cases = [(shape, *kind) for shape in shapes for kind in kinds]
     for (batch, tokens), bits, mean in track(cases, "step_speed"):
         tokens = min(tokens, config.longest)
@@ -191,6 +179,4 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             }
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Our aim: how much a step takes beside the kernel."""
-    return speed_claims.step(rows)
+claims = speed_claims.step

@@ -12,22 +12,18 @@ trellis.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.fidelity.settings import PAPERS
 from experiments.harness import prepared
 from experiments.harness.experiment import QUESTION, Claim, Row, Track, distinct, option, where
+from experiments.harness.plotting import Figure, panels
 from experiments.harness.statistics import wilson
 from experiments.tasks import answers
 from experiments.tasks.answers import FULL, Answers, Asked, Asking, ask_all
 from experiments.tasks.needle_prompts import LENGTHS, SAMPLES
 from experiments.tasks.prompts import Prompts, load, random_prompts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 NEEDS = prepared.NEEDS
 
@@ -120,10 +116,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return made
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Heat maps of depth over length; grey where full precision finds nothing."""
-    from experiments.harness.plotting import panels
-
     shown = distinct(rows, "preset")
     tasks = distinct(rows, "task")
     columns = min(7, len(shown))

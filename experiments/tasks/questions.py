@@ -15,7 +15,7 @@ solutions over their tokens as if these were independent. The caches with bits b
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,15 +23,13 @@ from jaxtyping import Bool, Int
 from experiments.fidelity.settings import PAPERS
 from experiments.harness import prepared
 from experiments.harness.experiment import AIM, QUESTION, Claim, Row, Track, distinct, option, where
-from experiments.harness.statistics import is_below, wilson
+from experiments.harness.plotting import COLOURS, Figure, label, panels
+from experiments.harness.statistics import are_below, is_below, of_aim, wilson
 from experiments.tasks import answers
 from experiments.tasks.answers import FULL, Answers, Asked, Asking, ask_all
 from experiments.tasks.prompts import Prompts, load, random_prompts
 from experiments.tasks.question_prompts import SIZES
 from turboquant_jax.cache.presets import Preset
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _NAMES = {"hellaswag": "HellaSwag", "squad": "SQuAD", "hotpot": "HotpotQA"}
 _NAMES |= {"human_eval": "HumanEval", "gsm8k": "GSM8K"}
@@ -136,7 +134,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         long = [row for row in found if row["task"] in ("squad", "hotpot")]
         if not long:
             continue
-        verdicts = {is_below(row["kl"], row["kl_se"], 0.01) for row in long}
+        verdicts = [is_below(row["kl"], row["kl_se"], 0.01) for row in long]
         made.append(
             Claim(
                 AIM if preset.split(" (")[0] in get_args(Preset) else QUESTION,
@@ -146,11 +144,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
                     f"{r['kl_se']:.4f}, its loss by {r['nll_change']:+.3f}"
                     for r in long
                 ),
-                "missed"
-                if "does not hold" in verdicts
-                else "holds"
-                if verdicts == {"holds"}
-                else "undecided",
+                of_aim(are_below(verdicts)),
                 topic="presets change an answer from documents by at most 0.01 nats a token of KL",
                 short=f"{preset.partition(' ')[0]} {max(row['kl'] for row in long):.3f}",
             )
@@ -158,10 +152,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return made or [Claim(QUESTION, "scores do not move", "full precision only", "undecided")]
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
+def figure(rows: Sequence[Row]) -> Figure:
     """Scores with intervals, and agreement with full precision."""
-    from experiments.harness.plotting import COLOURS, label, panels
-
     made, axes = panels(1, 2, 6.5, 4.0)
     tasks = distinct(rows, "task")
     shown = distinct(rows, "preset")

@@ -1,6 +1,7 @@
 """The kernel of `decode`: a program decodes a page of one row."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,23 @@ from pallas_kernels.primitives.trellis import code_number
 
 
 def decode_kernel(
+    page: Any, head: list, refs: Any, tables: Any, outputs: Any, *, pools: tuple[BlocksOperand, ...]
+) -> None:
+    """One program of the grid (pages, heads); of `pools` only the static facts.
+
+    `head`: its row, and the number of its pool where they are several.
+    """
+    for number, parts in enumerate(zip(refs, tables, pools, strict=True)):
+        run = partial(_decode, page, head[0], *parts[:2], outputs, blocks=parts[2])
+        if len(pools) == 1:
+            run()
+        else:
+            triton.when(head[1] == number)(run)
+
+
+def _decode(
     page: Any, row: Any, pool: Any, tables: Any, outputs: Any, *, blocks: BlocksOperand
 ) -> None:
-    """One program of the grid (pages, rows); of `blocks` only the static facts."""
     tokens = blocks.scales[0].shape[2]
     token = jnp.arange(tokens)
     words = [triton.load(ref.at[row, page, token]) for ref in pool["scales"]]

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.decode_attention.combine import combine
-from pallas_kernels.decode_attention.exact import LOG2E, ExactOperand, check_exact
+from pallas_kernels.decode_attention.exact import ExactOperand, check_exact
 from pallas_kernels.decode_attention.inputs import (
     PagedBlocks,
     Sketch,
@@ -21,20 +21,13 @@ from pallas_kernels.decode_attention.inputs import (
     check_rotation,
 )
 from pallas_kernels.decode_attention.kernel import decode_kernel
-from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
-from pallas_kernels.decode_attention.scores import DecodePlan, KeyGroup, KeySum, key_sum
+from pallas_kernels.decode_attention.plan import make_decode_plan, schedule_of
+from pallas_kernels.decode_attention.schedule import Schedule
+from pallas_kernels.decode_attention.scores import DecodePlan
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import BlocksOperand, flat
-from pallas_kernels.primitives.codebook import CodebookOperand
-from pallas_kernels.primitives.gather import key_decoder, value_decoders
 from pallas_kernels.primitives.period import PERIOD
 from pallas_kernels.primitives.rotation import RotationOperand
-
-# Steps of groups of keys that are one sum: at most so many times apart.
-ALIKE = 4.0
-# Bits of a channel in full precision, whose bytes take as long as those of the blocks.
-EXACT_BITS = 16
-SIGNS = CodebookOperand(bits=1, levels=(-1, 1), step=1.0)
 
 
 def decode_attention(
@@ -74,34 +67,36 @@ def decode_attention(
     per_head = heads // kv_heads
     if schedule is None:
         schedule = schedule_of(blocks, exact, kv_heads, per_head)
-    plan = make_decode_plan(
-        blocks, sketch, softmax, schedule, heads=per_head, exact=exact is not None
+    if sketch is not None and len(blocks.pools) > 1:
+        raise NotImplementedError("heads of several formats with a sketch")
+    plans = tuple(
+        make_decode_plan(
+            pool, sketch, softmax, schedule, (batch, per_head), exact=exact is not None
+        )
+        for pool in blocks.pools
     )
+    plan = plans[0]
     if exact is not None and exact.phases is not None and plan.pages * plan.tokens % PERIOD:
         raise ValueError(
             f"tiles: got {plan.pages} pages of {plan.tokens} tokens, expected a multiple of "
             f"{PERIOD} tokens where the mean turns"
         )
     grouped = lambda x: x.reshape(batch, kv_heads, per_head, *x.shape[2:])  # noqa: E731
-    pool = blocks.pool
     inputs: dict[str, Any] = {
         "queries": [grouped(q)] + ([grouped(sketch.query)] if sketch else []),
-        "keys": [tuple(map(flat, planes)) for planes in pool.keys]
-        + ([(flat(sketch.signs),)] if sketch else []),
-        "values": [tuple(map(flat, planes)) for planes in pool.values],
-        "scales": [*map(flat, pool.scales)] + ([flat(sketch.norms)] if sketch else []),
-        "key_tables": [group.decoder.tables() for group in plan.key_groups],
-        "value_tables": [decoder.tables() for decoder in plan.value_decoders],
+        **_of_pools(blocks.pools, plans, sketch),
         "page_table": blocks.page_table,
         "lengths": blocks.lengths,
     }
+    if blocks.heads is not None:
+        inputs["heads"] = blocks.heads.astype(jnp.int32)
     if exact is not None:
         inputs["exact"] = dataclasses.replace(exact, query=grouped(exact.query))
     layer = None if exact is None else exact.layer
     if layer is not None or blocks.row is not None:  # side by side: one read
         numbers = [0 if x is None else x for x in (blocks.row, layer)]
         inputs["place"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
-    parts, stored = run(plan, inputs, kv_heads, channels)
+    parts, stored = run(plans, inputs, kv_heads, channels)
     sinks = None
     if softmax.sink_logits is not None:
         sinks = softmax.sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
@@ -115,115 +110,26 @@ def decode_attention(
     return out.reshape(q.shape), lse.reshape(batch, heads), exact
 
 
-def schedule_of(
-    blocks: PagedBlocks, exact: ExactOperand | None, kv_heads: int, heads: int
-) -> Schedule:
-    """The default schedule of a call; `heads`: query heads of a kv head."""
-    batch, max_pages = blocks.page_table.shape
-    pool = blocks.pool
-    sides = (pool.key_codebooks, pool.key_channels), (pool.value_codebooks, pool.value_channels)
-    bits = max(
-        sum(book.bits * count for book, count in zip(*side, strict=True)) / sum(side[1])
-        for side in sides
-    )
-    slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
-    return default_schedule(
-        batch=batch,
-        kv_heads=kv_heads,
-        heads=heads,
-        channels=max(pool.value_channels),
-        bits=max(book.bits for book in (*pool.key_codebooks, *pool.value_codebooks)),
-        tokens=pool.scales[0].shape[2],
-        max_pages=max_pages,
-        exact=int(slots * EXACT_BITS / bits),
-    )
-
-
-def make_decode_plan(
-    blocks: PagedBlocks,
-    sketch: Sketch | None,
-    softmax: Softmax,
-    schedule: Schedule,
-    *,
-    heads: int,
-    exact: bool,
-) -> DecodePlan:
-    """The static half of a call; ValueError for tiles that are too short."""
-    pool = blocks.pool
-    _, pages, tokens = pool.scales[0].shape
-    if schedule.pages * tokens < TILE_TOKENS:
-        raise ValueError(
-            f"tiles: got {schedule.pages} pages of {tokens} tokens, "
-            f"expected at least {TILE_TOKENS} tokens"
-        )
-    scale = softmax.scale * (1.0 if softmax.soft_cap is not None else LOG2E)
-    key_sums = _key_sums(pool, scale)
-    if sketch is not None:
-        decoder = key_decoder(SIGNS, sketch.query.shape[-1])
-        group = KeyGroup(decoder, len(pool.keys), 0, 1.0)
-        signs = key_sum((group,), source=1, word=len(pool.scales), multiplier=scale)
-        key_sums = (*key_sums, signs)
-    return DecodePlan(
-        tokens=tokens,
-        pages=schedule.pages,
-        heads=heads,
-        key_sums=key_sums,
-        value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages),
-        value_channels=pool.value_channels,
-        value_words=pool.value_words,
-        scale=scale,
-        soft_cap=softmax.soft_cap,
-        batch=blocks.page_table.shape[0],
-        row_pages=pages,
-        exact_tiles=schedule.exact_tiles if exact else 0,
-        splits=schedule.splits,
-        warps=schedule.warps,
-        stages=schedule.stages,
-    )
-
-
-def _key_sums(pool: BlocksOperand, scale: float) -> tuple[KeySum, ...]:
-    """Of the keys: groups that share a scale share a sum, where their steps are alike."""
-    found: list[KeySum] = []
-    for word, groups in _by_unit(pool):
-        step = max(book.step for _, book in groups)
-        members = tuple(
-            KeyGroup(
-                key_decoder(book, pool.key_channels[g]),
-                planes=g,
-                first=sum(pool.key_channels[:g]),
-                gain=book.step / step,
-            )
-            for g, book in groups
-        )
-        found.append(key_sum(members, source=0, word=word, multiplier=scale * step))
-    return tuple(found)
-
-
-def _by_unit(pool: BlocksOperand) -> list[tuple[int, list[tuple[int, CodebookOperand]]]]:
-    """(word of the scales, (number, codebook) of each group) of sums over groups.
-
-    A query is rounded to the unit of its largest group, and the rounding counts as many times as a
-    level has steps. So levels are made as small integers as the others' steps allow, and steps more
-    than `ALIKE` times apart are not added up.
-    """
-    if not pool.joint[0] or len(pool.keys) == 1:
-        return [(pool.key_words[g], [(g, book)]) for g, book in enumerate(pool.key_codebooks)]
-    books = dict(enumerate(pool.key_codebooks))
-    left, found = sorted(books, key=lambda g: -books[g].step / books[g].most), []
-    while left:
-        unit = books[left[0]].step / books[left[0]].most  # the coarsest of the finest
-        made = {g: books[g].refined(unit) for g in sorted(left)}
-        own = {g: book for g, book in made.items() if book.step * ALIKE >= unit}
-        found.append((0, list(own.items())))
-        left = [g for g in left if g not in own]
-    return found
+def _of_pools(
+    pools: tuple[BlocksOperand, ...], plans: tuple[DecodePlan, ...], sketch: Sketch | None
+) -> dict[str, list]:
+    """The inputs that each pool has of its own, by name."""
+    signs = [] if sketch is None else [(flat(sketch.signs),)]
+    norms = [] if sketch is None else [flat(sketch.norms)]
+    return {
+        "keys": [[tuple(map(flat, x)) for x in pool.keys] + signs for pool in pools],
+        "values": [[tuple(map(flat, x)) for x in pool.values] for pool in pools],
+        "scales": [[*map(flat, pool.scales), *norms] for pool in pools],
+        "key_tables": [[group.decoder.tables() for group in plan.key_groups] for plan in plans],
+        "value_tables": [[x.tables() for x in plan.value_decoders] for plan in plans],
+    }
 
 
 def run(
-    plan: DecodePlan, inputs: dict[str, Any], kv_heads: int, channels: int
+    plans: tuple[DecodePlan, ...], inputs: dict[str, Any], kv_heads: int, channels: int
 ) -> tuple[dict[str, Any], tuple | None]:
     """Calls the kernel on the grid (splits, kv heads, sequences)."""
+    plan = plans[0]
     batch, splits, columns = plan.batch, plan.splits, plan.columns
 
     def of_head(x):
@@ -245,7 +151,7 @@ def run(
 
     pool = dict.fromkeys(("keys", "values", "scales"), shared)
     kinds = pool | {"queries": of_head, "key_tables": shared, "value_tables": shared}
-    kinds["place"] = shared
+    kinds |= {"place": shared, "heads": shared}
     in_specs = {
         name: jax.tree.map(kinds.get(name, of_sequence), value)
         for name, value in inputs.items()
@@ -286,7 +192,7 @@ def run(
                 out_shape[name] = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored)
     inputs = jax.tree.map(jnp.asarray, inputs)
     outputs = triton.call(
-        lambda inputs, outputs: decode_kernel(inputs, outputs, plan=plan),
+        lambda inputs, outputs: decode_kernel(inputs, outputs, plans=plans),
         triton.Launch((splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
         in_specs=(in_specs,),
         out_specs=out_specs,

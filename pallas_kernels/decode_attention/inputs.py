@@ -9,6 +9,8 @@ from pallas_kernels.primitives.blocks import BlocksOperand, check_pool
 from pallas_kernels.primitives.rotation import RotationOperand
 
 MAX_HEADS = 16
+# Formats of the heads of one call: each is a loop of its own in the kernel.
+MAX_FORMATS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -18,14 +20,17 @@ class PagedBlocks:
 
     Sequence b has `lengths[b]` tokens; its block j
     lies in the page that `page_table[b]` has in slot j modulo its slots. Slots of unseen blocks are
-    never used. The kv heads are the rows from `row` on, so many as there are, or all rows.
+    never used. Of one pool the kv heads are the rows from `row` on, so many as there are, or all
+    rows. Heads of several formats are in pools of their own: `heads` is the number of its pool and
+    its row there, of each of them.
     """
 
-    pool: BlocksOperand
+    pools: tuple[BlocksOperand, ...]
     page_table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
     row: Int[Array, ""] | None = None
     kv_heads: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    heads: Int[Array, "K 2"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +62,7 @@ class Sketch:
 
 def check(q: jax.Array, blocks: PagedBlocks) -> int:
     """The number of kv heads, after the shapes were seen to fit."""
-    rows, _, _ = check_pool(blocks.pool)
-    kv_heads = rows if blocks.kv_heads is None else blocks.kv_heads
-    if not 1 <= kv_heads <= rows:
-        raise ValueError(f"kv_heads: got {kv_heads}, expected 1 to the {rows} rows")
+    kv_heads = _check_pools(blocks)
     batch, heads, channels = q.shape
     if heads % kv_heads:
         raise ValueError(f"query heads: got {heads}, expected a multiple of {kv_heads} kv heads")
@@ -73,9 +75,33 @@ def check(q: jax.Array, blocks: PagedBlocks) -> int:
             f"page_table and lengths: got {blocks.page_table.shape} and {blocks.lengths.shape}, "
             f"expected {batch} rows"
         )
-    total = sum(blocks.pool.value_channels)
-    if total != channels:
-        raise ValueError(f"queries: got {channels} channels, expected the groups' {total}")
+    for pool in blocks.pools:
+        if sum(pool.value_channels) != channels:
+            raise ValueError(
+                f"queries: got {channels} channels, expected the groups' {sum(pool.value_channels)}"
+            )
+    return kv_heads
+
+
+def _check_pools(blocks: PagedBlocks) -> int:
+    if not 1 <= len(blocks.pools) <= MAX_FORMATS:
+        raise NotImplementedError(
+            f"formats: got heads of {len(blocks.pools)}, served are 1 to {MAX_FORMATS} in a call"
+        )
+    tokens = {check_pool(pool)[2] for pool in blocks.pools}
+    if len(tokens) > 1:
+        raise ValueError(f"pools: got pages of {sorted(tokens)} tokens, expected all alike")
+    if (blocks.heads is None) != (len(blocks.pools) == 1):
+        raise ValueError(
+            f"heads: got {'none' if blocks.heads is None else 'some'} of {len(blocks.pools)} "
+            "pools, expected them of several, and of one none"
+        )
+    if blocks.heads is not None:
+        return blocks.heads.shape[0]
+    rows = blocks.pools[0].scales[0].shape[0]
+    kv_heads = rows if blocks.kv_heads is None else blocks.kv_heads
+    if not 1 <= kv_heads <= rows:
+        raise ValueError(f"kv_heads: got {kv_heads}, expected 1 to the {rows} rows")
     return kv_heads
 
 

@@ -8,6 +8,7 @@ digit, so that up to four heads fill the narrowest product without a loss. All s
 are exact.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,149 +18,30 @@ from jax import lax
 
 from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
 from pallas_kernels.decode_attention.phases import turning
-from pallas_kernels.decode_attention.scores import (
-    BIAS,
-    BOUND,
-    NOT_FINITE,
-    DecodePlan,
-    Refs,
-    prepare_query,
-    scores,
-    value_exponent,
-)
+from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs, prepare_query
+from pallas_kernels.decode_attention.tile import attend, place_of
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import value_scale
 from pallas_kernels.primitives.dequantize import power_of_two
-from pallas_kernels.primitives.digits import PHASES, UNITS, interleave, total, weighted
+from pallas_kernels.primitives.digits import PHASES, UNITS
 from pallas_kernels.primitives.period import PERIOD
 
-
-def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
-    """The page id of each row or column of a tile of several pages."""
-    found = jnp.full(which.shape, pages[0], jnp.int32)
-    for i, page in enumerate(pages[1:], start=1):
-        found = jnp.where(which == i, page, found)
-    return found
+# What a pool has of its own among the inputs.
+POOL = ("keys", "values", "scales", "key_tables", "value_tables")
 
 
-def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
-    """Page and token of each row of a phase."""
-    order = plan.value_decoders[0]
-    column = PHASES * jnp.arange(order.columns // PHASES) + phase
-    which, token, _ = order.elements(column)
-    return which, token
-
-
-def tile_scores(
-    plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], digits
-):
-    """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
-
-    Row r of phase j is the token in column 2 r + j of the values' operand.
-    """
-    found = []
-    for phase in range(PHASES):
-        which, token = place_of(plan, phase)
-        page = pick(pages, which)
-        place = (block + which) * plan.tokens + token
-        seen = place < state["length"]
-        if "start" in state:
-            seen = seen & (place >= state["start"])
-        # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
-        places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
-        words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
-        mean = state.get("mean")
-        if digits is not None:
-            mean = state["turning"].product(phase, digits)
-        exponent = value_exponent(words[: max(plan.value_words) + 1])
-        bound = exponent.astype(jnp.float32)[:, None]
-        for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
-            bound = triton.fma(x, y, bound)
-        found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
-    return found
-
-
-def attend(
-    plan: DecodePlan,
-    refs: Refs,
-    state: Refs,
-    block: jax.Array,
-    pages: list[jax.Array],
-    carry,
-    digits,
-):
-    """Adds the tile of `pages`, whose first one is the sequence's `block`, to the running sums.
-
-    The integers of P are units of this tile's peak, not of the running one: a rounding error is at
-    most 2**-15 of the largest term of its own tile. The peak counts the value's scale in, by its
-    exponent, so that every share of a value stays below BOUND.
-
-    What is not finite ends up in `weight` by arithmetic alone. A score that is NaN or +infinity
-    makes NaN of its term, whether the peak took notice of it or not; and for a value's scale that
-    is not finite `down` is -infinity, so that no sum of weights is positive again.
-    """
-    peak, weight, mass, outputs = carry
-    tile = tile_scores(plan, refs, state, block, pages, digits)
-    highest = tile[0][0]
-    for bound, _, _ in tile[1:]:
-        highest = jnp.maximum(highest, bound)
-    tile_peak = highest.max(axis=0)
-    new_peak = jnp.maximum(peak, tile_peak)
-    old, new = (triton.exp2(x - new_peak)[None, :] for x in (peak, tile_peak))
-
-    terms = []
-    for bound, exponent, _ in tile:
-        down = lax.bitcast_convert_type((NOT_FINITE - 1 - exponent) << 23, jnp.float32)
-        terms.append(triton.exp2(bound - tile_peak[None, :]) * down[:, None])
-    weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
-    mass, outputs = list(mass), list(outputs)
-    for g, decoder in enumerate(plan.value_decoders):
-        scales = [value_scale(words[plan.value_words[g]]) for _, _, words in tile]
-        shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
-        if decoder.centre:
-            mass[g] = triton.fma(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
-        product = value_products(plan, refs, state, g, pages, shares)
-        outputs[g] = triton.fma(product, jnp.broadcast_to(new, product.shape), outputs[g] * old)
-    return new_peak, weight, tuple(mass), tuple(outputs)
-
-
-def value_products(plan: DecodePlan, refs: Refs, state: Refs, group: int, pages, shares):
-    """float32 [channels, heads]: level times share, summed over the tokens of a tile."""
-    decoder = plan.value_decoders[group]
-    count = plan.value_channels[group]
-    channel = jnp.arange(max(16, power_of_two(count)))
-    exists = None if count == channel.shape[0] else (channel < count)[:, None]
-    planes = refs["values"][group]
-
-    def fetch(plane, which, byte, mask, back=0):  # `back` channels before each
-        del mask  # the tokens of whole pages always fill their columns
-        row = (channel if not back else jnp.maximum(channel - back, 0))[:, None]
-        place = planes[plane].at[pick(pages, which)[None, :], row, byte[None, :]]
-        inside = exists if not back else (channel >= back)[:, None]
-        if inside is None:
-            return triton.load(place)
-        if back and exists is not None:
-            inside = inside & exists
-        mask = jnp.broadcast_to(inside, (channel.shape[0], byte.shape[0]))
-        return triton.load(place, mask=mask, other=0)
-
-    start = jnp.zeros((channel.shape[0], 2 * plan.columns), jnp.int32)
-    operands = decoder.operands(decoder.load(fetch), state["value_tables"][group])
-    right = interleave(shares, BOUND)
-    return weighted(start, [(*operand, right) for operand in operands], b_axis=0)
-
-
-def decode_kernel(inputs: Refs, outputs: Refs, *, plan: DecodePlan) -> None:
+def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:
     """One program of the grid (split, kv head, sequence); writes the sums of its split.
 
-    The last one also attends to the tokens in full precision, and has fewer blocks for it.
+    The last one also attends to the tokens in full precision, and has fewer blocks for it. Of
+    several `plans`, one for each format, the program takes that of its head: the only branch.
     """
+    plan = plans[0]
     split, sequence, length = triton.program_id(0), triton.program_id(2), inputs["lengths"][0]
     row = sequence
     if "place" in inputs:
         row = sequence + inputs["place"][1] * plan.batch
     if "exact" not in inputs:
-        attend_blocks(inputs, outputs, plan, split, row, (0, length))
+        attend_blocks(inputs, outputs, plans, split, row, (0, length))
         return
     exact = inputs["exact"]
     places = exact.places(length, exact.pending[0])
@@ -178,7 +60,7 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plan: DecodePlan) -> None:
         if "keys" in outputs:
             write_newest(exact, places, rows, outputs["keys"], outputs["values"])
 
-    attend_blocks(inputs, outputs, plan, split, row, places.blocks)
+    attend_blocks(inputs, outputs, plans, split, row, places.blocks)
 
 
 def store_part(refs: Refs, plan: DecodePlan, peak: jax.Array, weight: jax.Array) -> None:
@@ -189,9 +71,45 @@ def store_part(refs: Refs, plan: DecodePlan, peak: jax.Array, weight: jax.Array)
 
 
 def attend_blocks(
-    inputs: Refs, outputs: Refs, plan: DecodePlan, split: jax.Array, row: jax.Array, seen: tuple
+    inputs: Refs,
+    outputs: Refs,
+    plans: tuple[DecodePlan, ...],
+    split: jax.Array,
+    row: jax.Array,
+    seen: tuple,
 ) -> None:
-    """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen."""
+    """`attend_format` in the format of the program's head."""
+    pools = [inputs | {name: inputs[name][number] for name in POOL} for number in range(len(plans))]
+
+    def pool_row() -> jax.Array:
+        head = triton.program_id(1)
+        return head + inputs["place"][0] if "place" in inputs else head
+
+    if len(plans) == 1:
+        attend_format(pools[0], outputs, plans[0], split, row, pool_row, seen)
+        return
+    head = triton.program_id(1)
+    own, its_row = triton.uniform(inputs["heads"][head, 0]), inputs["heads"][head, 1]
+    for number, (pool, plan) in enumerate(zip(pools, plans, strict=True)):
+
+        @triton.when(own == number)
+        def _(pool: Refs = pool, plan: DecodePlan = plan) -> None:
+            attend_format(pool, outputs, plan, split, row, lambda: its_row, seen)
+
+
+def attend_format(
+    inputs: Refs,
+    outputs: Refs,
+    plan: DecodePlan,
+    split: jax.Array,
+    row: jax.Array,
+    pool_row: Callable[[], jax.Array],
+    seen: tuple,
+) -> None:
+    """A split of the blocks, of which the tokens from seen[0] up to seen[1] are seen.
+
+    `row` is that of the sequence among the means, `pool_row` that of the head in its pool.
+    """
     start, length = seen
     every = isinstance(start, int) and start == 0
     means = "exact" in inputs and inputs["exact"].key_mean is not None
@@ -204,10 +122,7 @@ def attend_blocks(
     work = tiles + plan.exact_tiles
     begin = jnp.minimum(lax.div(split * work, plan.splits), tiles)
     end = jnp.minimum(lax.div((split + 1) * work, plan.splits), tiles)
-    slots, head = inputs["page_table"].shape[0], triton.program_id(1)
-    if "place" in inputs:
-        head = head + inputs["place"][0]
-    first_page = head * plan.row_pages
+    slots, first_page = inputs["page_table"].shape[0], pool_row() * plan.row_pages
 
     def slot_of(block):
         if slots > 1:

@@ -49,6 +49,14 @@ SETTINGS["calibrated"] = dict(
     value=CODEC(2),
     rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
 )
+SETTINGS["heads of several bits"] = dict(
+    head_dim=32,
+    key=CODEC(),
+    value=CODEC(rotation="haar"),
+    num_kv_heads=3,
+    allocation=cache.Allocation((2, (4, 2, 4)), (3, (2, 3, 2))),
+    rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+)
 SETTINGS["trellis"] = dict(head_dim=64, key=TRELLIS(3), value=TRELLIS(2))
 COMPILED = SETTINGS | {
     "trellis of groups": dict(
@@ -119,15 +127,21 @@ def test_the_fused_kernel_is_attention_over_the_decoded_vectors(name, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, written, definition)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in COMPILED])
-def test_the_fused_kernel_equals_the_definition(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "interpret"),
+    [
+        ("heads of several bits", True),
+        *(pytest.param(name, False, marks=GPU) for name in COMPILED),
+    ],
+)
+def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
     monkeypatch.setattr(schedule, "MIN_TILES", 2)  # several splits, the last one with less
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
     rng = np.random.default_rng(5)
     state = random_cache(config, rng)
-    shape = (3, 1, 2, config.head_dim)
+    shape = (3, 1, config.num_kv_heads, config.head_dim)
     k, v = (jnp.asarray(x) for x in rng.normal(0, 1, (2, *shape)).astype(np.float32))
-    q = jnp.asarray(rng.normal(0, 1, (3, 1, 6, config.head_dim)).astype(np.float32))
+    q = jnp.asarray(rng.normal(0, 1, (3, 1, 3 * shape[2], config.head_dim)).astype(np.float32))
     mixed = config.sliding_window is not None
     scores = Scores(scale=0.3, softcap=4.0) if mixed else Scores()
     sinks = jnp.asarray(rng.normal(0, 1, 6).astype(np.float32)) if mixed else None
@@ -140,7 +154,8 @@ def test_the_fused_kernel_equals_the_definition(name, monkeypatch):
         got, written = attend_and_write(state, 1, q, k, v, **options, implementation="pallas")
         return want, got, cache.write(state, 1, k, v, implementation="xla"), written
 
-    want, got, definition, written = both(state, q, k, v)
+    with interpreted(interpret):
+        want, got, definition, written = both(state, q, k, v)
     assert np.isfinite(got).all()
     # queries and shares of the blocks are 15-bit integers: see tests/pallas_kernels
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
@@ -150,7 +165,9 @@ def test_the_fused_kernel_equals_the_definition(name, monkeypatch):
 
 def random_projection(config, rng):
     """Of one token a sequence, three query heads a kv head."""
-    qkv = jnp.asarray(rng.normal(0, 1, (3, 1, 2, 5, config.head_dim)), jnp.bfloat16)
+    qkv = jnp.asarray(
+        rng.normal(0, 1, (3, 1, config.num_kv_heads, 5, config.head_dim)), jnp.bfloat16
+    )
     angle = rng.uniform(-9, 9, (3, 1, config.head_dim // 2))
     angles = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
     return Projection(qkv, *angles, sliding_window=config.sliding_window)
@@ -198,6 +215,7 @@ def test_a_step_that_turns_its_own_queries(name):
         ("outliers in a sliding window", True),
         ("trellis", True),
         ("calibrated", True),
+        ("heads of several bits", True),
         ("layers of several bits", True),
         *(pytest.param(n, False, marks=GPU) for n in COMPILED if "prod" not in n),
     ],
@@ -206,15 +224,18 @@ def test_decoded_pages_are_those_of_the_definition(name, interpret):
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
     state = random_cache(config, np.random.default_rng(5))
     pages = jnp.asarray([[1, 0], [2, 2]], jnp.int32)
-    heads = jnp.asarray([1, 0], jnp.int32)
+    heads = np.array([1, 0], np.int32)
     with interpreted(interpret):
-        found = jax.jit(triton.decode_pages)(state, rows_of(state, 1), pages, heads)
-    held = [row_of_head(state, 1, int(head)) for head in heads]
-    part, place = held[0][0], (np.array([row for _, row in held])[:, None, None], pages[None])
-    groups = blocks.unpack(part.codecs, jax.tree.map(lambda x: x[place], part.pool))
-    for got, codec, group in zip(found, part.codecs, groups, strict=True):
-        want = codec.dequantize(group)  # [heads, B, pages, T, H]
-        want = jnp.moveaxis(want, 0, 3).reshape(got.shape)
+        found = jax.jit(partial(triton.decode_pages, heads=heads))(state, rows_of(state, 1), pages)
+    wants = []
+    for head in heads:
+        part, row = row_of_head(state, 1, int(head))
+        groups = blocks.unpack(
+            part.codecs, jax.tree.map(lambda x, row=row: x[row, pages], part.pool)
+        )
+        wants.append([c.dequantize(group) for c, group in zip(part.codecs, groups, strict=True)])
+    for got, want in zip(found, map(jnp.stack, zip(*wants, strict=True)), strict=True):
+        want = jnp.moveaxis(want, 0, 3).reshape(got.shape)  # [heads, B, pages, T, H]
         # the kernel multiplies scale * (step * level), the definition scale * level
         step = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 2**-22}[config.dtype]
         np.testing.assert_allclose(got.astype(np.float32), want, rtol=step, atol=1e-7)

@@ -403,22 +403,22 @@ def test_the_mean_is_that_of_the_finite_keys():
 def test_of_blocks_without_exact_tokens(interpret):
     """Which would be NaN with the same query, and tell a sum that is not positive."""
     call = make_call(Case(((3, 2),), (64,), heads=2))
-    q, pool, table, lengths = arrays(call.arguments)
+    q, pools, table, lengths = arrays(call.arguments)
     run = jax.jit(lambda q, *held: decode_attention(q, PagedBlocks(*held), Softmax(0.1))[:2])
 
     def halves(word):  # of a token of kv head 1 in row 2
-        (scales,) = pool.scales
+        (scales,) = pools[0].scales
         own = int(scales[1, table[2, 1], 7])
         changed = scales.at[1, table[2, 1], 7].set(np.uint32(word(own)))
-        return replace(pool, scales=(changed,))
+        return (replace(pools[0], scales=(changed,)),)
 
     key = halves(lambda own: own & 0xFFFF0000 | 0x7FC0)
     value = halves(lambda own: own & 0xFFFF | 0x7FC00000)
     infinite = halves(lambda own: own & 0xFFFF | 0x7F800000)
-    cases = [((q.at[2, 1, 5].set(bad), pool), [1]) for bad in BAD.values()]
+    cases = [((q.at[2, 1, 5].set(bad), pools), [1]) for bad in BAD.values()]
     cases += [((q, one), [2, 3]) for one in (key, value, infinite)]
     with triton.interpreted(interpret):
-        wants = run(q, pool, table, lengths)
+        wants = run(q, pools, table, lengths)
         for inputs, heads in cases:
             for got, want in zip(run(*inputs, table, lengths), wants, strict=True):
                 want = np.asarray(want).copy()

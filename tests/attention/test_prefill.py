@@ -27,6 +27,11 @@ SETTINGS = {
         head_dim=32, key=CODEC(4), value=CODEC(2, "haar"), sinks=1,
         rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
     ),
+    "heads": dict(
+        head_dim=32, key=CODEC(), value=CODEC(rotation="haar"), sinks=1,
+        rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+        num_kv_heads=4, allocation=cache.Allocation((2, (4, 2, 2, 4)), (3, (2, 3, 3, 2))),
+    ),
     "calibrated": dict(
         head_dim=32, key=CODEC(((8, 4), (24, 2)), "block_hadamard", scales="joint"),
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
@@ -55,6 +60,7 @@ RAGGED, LONG = ((0, 3, 367), 10**6), ((399, 300, 331), 1)
         ("groups", "xla", RAGGED),
         ("before RoPE", "xla", LONG),
         ("calibrated", "xla", LONG),
+        ("heads", "xla", LONG),
         ("prod", "xla", RAGGED),
         *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),
     ],

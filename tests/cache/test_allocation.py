@@ -1,7 +1,8 @@
 """A cache whose layers, or heads, have bits of their own: head by head that of uniform bits."""
 
+import itertools
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tests.layout import QUICK, decoded, random_parts, row_of_head
 from turboquant_jax import cache
 from turboquant_jax.attention import Scores, attend, attend_and_write
 from turboquant_jax.cache import Allocation, CodecConfig
+from turboquant_jax.cache.allocation import Losses, choose, mean_bits
 from turboquant_jax.cache.bytes import bytes_per_compressed_token, count_bytes, planned_bytes
 from turboquant_jax.cache.state import rows_of
 from turboquant_jax.cache.storage import restore, save
@@ -61,6 +63,19 @@ def step(state, q, k, v, counts):
     return cache.commit(state), jnp.stack(outputs)
 
 
+@partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
+def uniform_step(state, q, k, v, counts):
+    """The same of layers that can be scanned, in a third of the program."""
+
+    def layer(state, xs):
+        output, state = attend_and_write(state, *xs)
+        return state, output
+
+    state = cache.begin(state, counts, q.shape[2])
+    state, outputs = jax.lax.scan(layer, state, (jnp.arange(LAYERS), q, k, v))
+    return cache.commit(state), outputs
+
+
 def kind_of(allocation, layer, head):
     """(bits of keys, bits of values) of a head, by the entries as they were given."""
     entries = allocation.keys[layer], allocation.values[layer]
@@ -83,16 +98,20 @@ def assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
 
 @pytest.mark.parametrize("allocation", [BY_HEAD], ids=["by head"])  # by layer: the golden digests
 def test_a_head_is_that_of_uniform_bits_bit_by_bit(allocation, same_bits):
-    """Ragged chunks and steps, donated; what is shared, and what does not fit, too."""
+    """Ragged chunks and steps, donated; what is shared, and what does not fit, too.
+
+    Caches of uniform bits get chunks of 20 throughout, so that each is compiled once: chunks and
+    single tokens give them the same bits, as `test_laws` shows.
+    """
     state = empty(allocation)
     others = {kind: uniform(kind) for kind in allocation.kinds}
     for seed, (counts, most) in enumerate([*COUNTS, ([20, 2, 1], 20)]):
-        q, k, v = tokens(most, seed)
-        counts = jnp.asarray(counts)
-        state, outputs = step(state, q, k, v, counts)
+        whole, counts = list(tokens(20, seed)), jnp.asarray(counts)
+        state, outputs = step(state, *(x[:, :, :most] for x in whole), counts)
         expected = {}
         for kind in others:
-            others[kind], expected[kind] = step(others[kind], q, k, v, counts)
+            others[kind], made = uniform_step(others[kind], *whole, counts)
+            expected[kind] = made[:, :, :most]
         for layer in range(LAYERS):
             for head in range(HEADS):
                 of_head = np.s_[layer, :, :, 2 * head : 2 * head + 2]
@@ -119,23 +138,33 @@ def test_chunks_give_the_bits_of_single_tokens(allocation, same_bits):
     same_bits(chunked, singly)
 
 
+append, fork, free = (
+    jax.jit(f, compiler_options=QUICK) for f in (cache.append, cache.fork, cache.free)
+)
+
+
+def append_fork_and_free(state):
+    _, k, v = tokens(20, 0)
+    state = append(state, k, v, jnp.asarray([20, 20, 9]))
+    state = append(fork(state, 0, 2), k, v, jnp.asarray([2, 2, 2]))
+    state = free(state, jnp.asarray([False, True, False]))
+    return append(state, k, v, jnp.asarray([19, 0, 9]))
+
+
+@lru_cache
+def appended_forked_and_freed(kind):
+    """A cache of uniform bits, once for both allocations."""
+    return append_fork_and_free(uniform(kind, num_pages=7))
+
+
 @BOTH
 def test_append_fork_and_free_are_those_of_uniform_bits(allocation, same_bits):
-    _, k, v = tokens(20, 0)
-
-    def run(state):
-        append = jax.jit(cache.append, compiler_options=QUICK)
-        state = append(state, k, v, jnp.asarray([20, 20, 9]))
-        state = append(cache.fork(state, 0, 2), k, v, jnp.asarray([2, 2, 2]))
-        state = cache.free(state, jnp.asarray([False, True, False]))
-        return append(state, k, v, jnp.asarray([19, 0, 9]))
-
-    state = run(empty(allocation, num_pages=7))
-    others = {kind: run(uniform(kind, num_pages=7)) for kind in allocation.kinds}
+    state = append_fork_and_free(empty(allocation, num_pages=7))
+    others = {kind: appended_forked_and_freed(kind) for kind in allocation.kinds}
     assert_heads_are_those_of_uniform_bits(state, allocation, others, same_bits)
     assert np.asarray(state.table.references).max() == 2, "a page is shared"
     with pytest.raises(ValueError, match=r"got \(2, .*, expected \[3 layers, B, T, K, H\]"):
-        cache.append(state, k[:2], v[:2])
+        cache.append(state, *(x[:2] for x in list(tokens(20, 0))[1:]))
 
 
 @BOTH
@@ -311,11 +340,86 @@ def test_a_layer_that_is_not_known_while_tracing_is_refused(allocation):
         ((3, 3), (3, 3), "got bits of 2 layers, expected 3"),
         ((3, 3, (3, 2, 1)), (3, 3, 3), "got 3 heads for the keys of layer 2, expected 2"),
         ((3, 3, 3), ((), 3, 3), "got 0 heads for the values of layer 0, expected 2"),
+        ((3, ((4, 4), (3, 1)), 3), (3, 3, 3), r"got groups \(\(4, 4\), \(3, 1\)\) for the keys of"),
+        ((3, (((4, 4), (4, 9)), 2), 3), (3, 3, 3), "got 9 for the keys of layer 1"),
     ],
 )
 def test_allocations_that_cannot_be(keys, values, says):
     with pytest.raises(ValueError, match=says):
         replace(CONFIG, allocation=Allocation(keys, values))
+
+
+def random_losses(rng, layers, heads, keys, values):
+    """Losses that fall with the bits, as they do, and menus in which a split has its mean."""
+    drawn = []
+    for menu in (keys, values):
+        fall = 4.0 ** -np.asarray([mean_bits(bits) for bits in menu])
+        size = rng.lognormal(0, 2, (layers, heads, 1)) * rng.lognormal(0, 0.3, (1, 1, len(menu)))
+        drawn.append(tuple(tuple(map(tuple, layer)) for layer in (size * fall).tolist()))
+    return Losses(keys, values, *drawn)
+
+
+SPLIT = ((2, 4), (2, 2), (4, 1))
+
+
+def all_choices(losses, costs):
+    """(loss, cost) of every allocation of 2 layers of 2 heads, by brute force."""
+    menus = (range(len(losses.key_formats)), range(len(losses.value_formats)))
+    pairs = list(itertools.product(*menus))
+    found = []
+    for chosen in itertools.product(pairs, repeat=4):
+        loss = cost = 0.0
+        for (i, j), (layer, head) in zip(chosen, itertools.product((0, 1), repeat=2), strict=True):
+            loss += losses.keys[layer][head][i] + losses.values[layer][head][j]
+            cost += costs[0][i] + costs[1][j]
+        found.append((loss, cost))
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_allocation_of_its_bytes_loses_less(seed):
+    """Against all of them; what is left of the budget buys no better format of one head."""
+    losses = random_losses(np.random.default_rng(seed), 2, 2, (1, 3, SPLIT), (1, 2))
+    costs = ([10.0, 30.0, 21.0], [10.0, 20.0])
+    every = all_choices(losses, costs)
+    for budget in (80, 97, 111, 140, 155, 199, 200):
+        allocation = choose(losses, costs, budget)
+        chosen = [
+            (losses.key_formats.index(key), losses.value_formats.index(value))
+            for layer in allocation.layers
+            for key, value in (layer if len(layer) == 2 else layer * 2)
+        ]
+        spent = sum(costs[0][i] + costs[1][j] for i, j in chosen)
+        loss = losses.of(allocation)
+        assert spent <= budget
+        # at least as good as the best of every budget that is smaller by a step of one head
+        best = every[every[:, 1] <= budget - 30][:, 0].min(initial=np.inf)
+        assert loss <= best + 1e-12
+        assert loss >= every[every[:, 1] <= budget][:, 0].min() - 1e-12
+    with pytest.raises(ValueError, match="budget: got 79"):
+        choose(losses, costs, 79)
+
+
+def test_a_layer_has_few_formats():
+    """Of 12 heads that want everything; one format is the best that all can share."""
+    losses = random_losses(np.random.default_rng(3), 2, 12, (1, 2, 3, 4), (1, 2, 3, 4))
+    costs = ([1.0, 2.0, 3.0, 4.0],) * 2
+    free = choose(losses, costs, 100, most=16)
+    assert max(len(set(layer)) for layer in free.layers) > 4
+    previous = losses.of(free)
+    for most in (4, 2, 1):
+        found = choose(losses, costs, 100, most=most)
+        assert max(len(set(layer)) for layer in found.layers) <= most
+        assert losses.of(found) >= previous
+        previous = losses.of(found)
+    # one format a layer: by brute force over both
+    of_layers = (
+        np.asarray(losses.keys).sum(1)[..., None] + np.asarray(losses.values).sum(1)[:, None]
+    )
+    cost = np.add.outer(costs[0], costs[1]) * 12
+    both = of_layers[0].ravel()[:, None] + of_layers[1].ravel()[None]
+    fits = cost.ravel()[:, None] + cost.ravel()[None] <= 100
+    assert previous <= both[fits].min() * 1.3
 
 
 def test_it_prints_a_summary():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import crossed
-from tests.layout import CAPACITY, calibration, empty_cache
+from tests.layout import CAPACITY, QUICK, calibration, empty_cache, random_tokens, row_of_head
 from tests.quantizers.test_channels import moments
 from turboquant_jax import cache
 from turboquant_jax.cache import codec
@@ -24,6 +24,11 @@ CONFIG = cache.CacheConfig(
     2, 2, 32, CODEC(((8, 4), (8, 2), (16, 1)), code="trellis", scales="joint"),
     CODEC(((16, 3), (16, 2)), scales="joint_products"), block=32, window=20, sinks=3,
 )  # fmt: skip
+
+
+SPLIT = CONFIG.key.bits
+BY_FORMAT = cache.Allocation(keys=((SPLIT, 2), SPLIT), values=(3, (2, 3)))
+KINDS = ((SPLIT, 3), (2, 3), (SPLIT, 2))
 
 
 def shapes(config, known, **options):
@@ -45,18 +50,26 @@ def test_moments_are_those_of_the_vectors_of_each_head():
 
 
 def test_in_the_basis_vectors_and_queries_have_the_same_diagonal_moments():
-    """sqrt(L), descending; L are the eigenvalues of S_x S_q, which is not symmetric."""
+    """sqrt(L), descending; L are the eigenvalues of S_x S_q, which is not symmetric.
+
+    In a unit of each head, a power of two, in which float16 holds the matrix.
+    """
     rng = np.random.default_rng(1)
     of_x, of_q = (moments((3, 2, 16), rng, 5) for _ in range(2))
-    basis = from_moments(of_x, of_q)
+    basis = from_moments(100 * of_x, of_q)
     matrix, inverse = (np.asarray(m, np.float64) for m in (basis.matrix, basis.inverse))
-    values = np.sort(np.linalg.eigvals(of_x @ of_q).real, axis=-1)[..., ::-1]
-    np.testing.assert_allclose(basis.variance, np.sqrt(values), rtol=1e-4)
+    assert np.all(matrix.astype(np.float16) == matrix)
+    largest = np.abs(matrix).max(axis=(-2, -1))
+    assert np.all((largest > 0.5) & (largest <= 1))
+    values = np.sort(np.linalg.eigvals(100 * of_x @ of_q).real, axis=-1)[..., ::-1]
+    unit = np.asarray(basis.variance[..., :1]) / np.sqrt(values[..., :1])
+    assert np.all(np.abs(np.log2(unit) - np.rint(np.log2(unit))) < 1e-4)
+    np.testing.assert_allclose(basis.variance, unit * np.sqrt(values), rtol=1e-4)
     expected = np.sqrt(values)[..., None] * np.eye(16)
-    of_x = np.swapaxes(matrix, -1, -2) @ of_x @ matrix
-    of_q = inverse @ of_q @ np.swapaxes(inverse, -1, -2)
+    of_x = np.swapaxes(matrix, -1, -2) @ (100 * of_x) @ matrix / unit[..., None]
+    of_q = inverse @ of_q @ np.swapaxes(inverse, -1, -2) * unit[..., None]
     for found in (of_x, of_q):
-        np.testing.assert_allclose(found, expected, atol=1e-4 * values.max() ** 0.5)
+        np.testing.assert_allclose(found, expected, atol=2**-9 * values.max() ** 0.5)
 
 
 def test_directions_that_no_text_met_stay_invertible():
@@ -106,6 +119,48 @@ def test_chunks_give_the_bits_of_single_tokens(row_of, same_bits):
     same_bits(row_of(forked, 1), row_of(chunked, 0))
 
 
+def test_heads_of_an_allocation_are_those_of_their_formats(same_bits):
+    """Block by block those of a cache that has the format everywhere; integers need no basis."""
+    config = replace(CONFIG, allocation=BY_FORMAT)
+    _, k, v = random_tokens(config, 60, 2)
+
+    def filled(config):
+        append = jax.jit(cache.append, compiler_options=QUICK)
+        return append(empty_cache(config, 2), k, v, jnp.full(2, 60))
+
+    assert BY_FORMAT.kinds == KINDS
+    state = filled(config)
+    others = {}
+    for key, value in KINDS:
+        codecs = dict(key=CONFIG.key.of(key), value=CONFIG.value.of(value))
+        others[key, value] = filled(replace(CONFIG, **codecs))
+    for layer, head, kind in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 0)):
+        held = []
+        for one in (state, others[KINDS[kind]]):
+            part, row = row_of_head(one, layer, head)
+            rows = jnp.asarray([row])
+            turned = [codec.matrix(rows)[0] for codec in part.codecs]
+            held.append((turned, jax.tree.map(lambda x, row=row: x[row], part.pool)))
+        same_bits(*held)
+
+
+def test_of_an_allocation_only_heads_with_groups_have_matrices():
+    config = replace(CONFIG, allocation=BY_FORMAT)
+    planned, state = planned_bytes(config, 1, 500), shapes(config, calibration(CONFIG))
+    assert planned_bytes(config, 1, CAPACITY) == count_bytes(state)
+    signs = 4 * 32
+    # rows of the three parts 2, 1, 1; two matrices and weights of 3 groups, or signs of a part
+    assert planned.codecs == 4 * (2 + 1) * (2 * 32 * 32 + 3) + signs + 3 * signs
+    heads, slots = 2 * 2, config.num_blocks(500)
+    assert planned.key_codes == heads * slots * 32 * (2 * 32 // 8)
+    assert planned.value_codes == slots * 32 * (3 + 3 + 2 + 3) * 32 // 8
+    plain = replace(CONFIG, allocation=cache.Allocation((2, 3), (2, 2)))
+    with pytest.raises(ValueError, match="calibration: got one, expected a codec with scales"):
+        shapes(plain, calibration(CONFIG))
+    with pytest.raises(ValueError, match=r"key\.scales: got one for all groups, expected a calib"):
+        shapes(config, None)
+
+
 def test_every_byte_is_counted_and_the_matrices_can_be_left_out():
     """Two matrices of a head and side, and the weights of its groups, all float32."""
     state = empty_cache(CONFIG, 1)
@@ -123,13 +178,15 @@ def test_every_byte_is_counted_and_the_matrices_can_be_left_out():
     assert planned.key_codes == heads * 8 * CONFIG.num_blocks(tokens) * CONFIG.block
 
 
-def test_it_is_saved_with_its_matrices(tmp_path, same_bits):
-    state = empty_cache(CONFIG, 1)
+@pytest.mark.parametrize("allocation", [None, BY_FORMAT], ids=["everywhere", "by head"])
+def test_it_is_saved_with_its_matrices(allocation, tmp_path, same_bits):
+    config = replace(CONFIG, allocation=allocation)
+    state = empty_cache(config, 1)
     save(state, tmp_path / "cache", model="m")
-    like = shapes(CONFIG, calibration(CONFIG))
+    like = shapes(config, calibration(CONFIG))
     same_bits(restore(like, tmp_path / "cache", model="m"), state)
     key = replace(CONFIG.key, scales="joint_products")
-    other = shapes(replace(CONFIG, key=key), calibration(CONFIG))
+    other = shapes(replace(config, key=key), calibration(CONFIG))
     with pytest.raises(ValueError, match="got config"):
         restore(other, tmp_path / "cache", model="m")
 

@@ -25,6 +25,7 @@ JOINT = CODEC(((16, 4), (8, 2), (8, 1)), scales="joint")
 ORDER = np.tile(np.arange(32, dtype=np.int32), (2, 2, 1))
 LAYERS = cache.Allocation((4, 3), (3, 4))
 HEADS = cache.Allocation((4, (4, 3)), (3, 3))
+FIVE = dict(num_kv_heads=5, allocation=cache.Allocation(((1, 2, 3, 4, 5), 3), (3, 3)))
 OF_HEADS = "heads of one layer in several formats"
 
 
@@ -54,7 +55,13 @@ def refused(words):
         (2, {}, "'pallas' got 2 query tokens per sequence, served is 1"),
         (1, dict(dtype="float8_e4m3fn"), "a full precision of float8_e4m3fn"),
         (1, dict(window=100), "a cache without blocks"),
-        (1, dict(allocation=HEADS), OF_HEADS),
+        (1, dict(allocation=HEADS), None),
+        (1, FIVE, "heads of one layer in 5 formats, served are up to 4"),
+        (
+            1,
+            dict(allocation=HEADS, key=CODEC(code="prod")),
+            "heads of one layer in several formats, with a sketch",
+        ),
         (1, dict(key=GROUPS), None),
         (1, dict(value=GROUPS, key=CODEC(((8, 4), (24, 3)), "haar")), None),
         (1, dict(key=JOINT), None),
@@ -86,7 +93,8 @@ def test_decoding(queries, change, words, on_gpu):
         (4, dict(head_dim=256), None, "a head dim of 256"),
         (4, {}, 5.0, "a soft cap"),
         (4, dict(sliding_window=40), None, None),
-        (4, dict(allocation=HEADS), None, OF_HEADS),
+        (4, dict(allocation=HEADS), None, None),
+        (4, FIVE, None, None),
     ],
 )
 def test_a_chunk(queries, change, softcap, words, on_gpu):

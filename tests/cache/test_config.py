@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.cache.layout import block_slots
+from turboquant_jax.pytorch.constants import codecs_of
 
 sizes = st.fixed_dictionaries(
     {
@@ -92,6 +93,11 @@ def _seen_blocks(config, length):
 def test_what_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
         CacheConfig(**dict(num_layers=1, num_kv_heads=1, head_dim=8) | change)
+
+
+def test_torch_says_that_it_has_no_sketches():
+    with pytest.raises(ValueError, match="expected scalar or trellis: torch has no sketches"):
+        codecs_of(CacheConfig(1, 1, 8, CodecConfig(code="prod")), 0)
 
 
 def test_it_compares_and_hashes_by_value():

@@ -12,7 +12,7 @@ import pytest
 from scipy import special, stats
 
 from turboquant_jax import cache, cli
-from turboquant_jax.cache import presets
+from turboquant_jax.cache import load_calibration, presets
 from turboquant_jax.cli import demonstration, parsers, settings
 from turboquant_jax.models import PRESETS
 from turboquant_jax.models.checkpoint import packaged_smollm2
@@ -29,7 +29,8 @@ def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
         return passes[-1][-1]
 
     for made in ("exact_hidden", "compressed_hidden"):
-        monkeypatch.setattr(demo, made, partial(kept, getattr(demo, made)))
+        measured = partial(kept, getattr(demonstration, made))
+        monkeypatch.setattr(demonstration, made, measured)
     out = tmp_path / "demo.json"
     flags = ["--bits-k", "5", "--bits-v", "4", "--tokens", "3", "--context", "200"]
     assert cli.main(["demo", *flags, "--json", str(out)]) == 0
@@ -237,6 +238,47 @@ def test_generate_and_bench_take_bits_of_each_layer(tiny, tmp_path, capsys):
     assert "K 3, V 2" in capsys.readouterr().out
     path.write_text('{"keys": [3, 1], "values": [2, 4], "code": "trellis"}')
     assert settings.allocation(path) == (cache.Allocation((3, 1), (2, 4)), "trellis")
+
+
+def test_what_calibrate_wrote_is_taken_and_held_against_the_model(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    text, path, out = (tmp_path / name for name in ("text", "tiny.safetensors", "out.json"))
+    text.write_bytes(np.random.default_rng(0).integers(97, 122, 700, np.uint8).tobytes())
+    given = ["--text", str(text), "--context", "200", "--windows", "2", "--capacity", "4096"]
+    asked = ["calibrate", tiny, *given, "--ratio", "4.5", "--out", str(path), "--json", str(out)]
+    assert cli.main(asked) == 0
+    found = json.loads(out.read_text())
+    assert "4.5 times at 4,096 tokens" in capsys.readouterr().out.replace("\n", " ")
+    assert [name for name, *_ in found["texts"]] == [str(text)]
+    given = ["--json", str(out), "--calibration", str(path)]
+    assert cli.main(["generate", "x", "--tokens", "3", "--model", tiny, *given]) == 0
+    assert json.loads(out.read_text())["bits"] == found["allocation"]
+    assert cli.main(["plan", "--model", "tiny", "--memory", "1MB", *given]) == 0
+    row = json.loads(out.read_text())["rows"][1]
+    keys, values = load_calibration(path).study.allocation.means
+    assert (row["bits_k"], row["bits_v"]) == (keys, values)
+    # in the bytes of a preset
+    assert (
+        cli.main(["plan", "--model", "tiny", "--memory", "1MB", "--preset", "compact", *given]) == 0
+    )
+    row, *others = json.loads(out.read_text())["rows"][1:]
+    (uniform,) = (other for other in others if (other["bits_k"], other["bits_v"]) == (3, 2))
+    assert row["bits_k"] + row["bits_v"] <= 5
+    assert row["bytes_per_token"] <= uniform["bytes_per_token"]
+    capsys.readouterr()
+
+    def refused(*arguments):
+        assert cli.main([*arguments, "--calibration", str(path)]) == 2
+        return capsys.readouterr().err
+
+    generate = ["generate", "x", "--model", tiny]
+    assert "expected pre_rope, which the bases" in refused(*generate, "--centring", "none")
+    assert "says the bits, got --bits" in refused(*generate, "--bits", "3")
+    sizes = dataclasses.replace(PRESETS["tiny"], num_kv_heads=4)
+    monkeypatch.setitem(PRESETS, "tiny", sizes)
+    assert "got (1, 2, 16) layers, heads and channels, expected" in refused(*generate)
+    assert "expected (1, 4, 16)" in refused("plan", "--model", "tiny", "--memory", "1MB")
 
 
 @pytest.mark.parametrize(

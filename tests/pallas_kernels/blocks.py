@@ -56,14 +56,16 @@ def levels_of(book, codes):
 def random_side(rng, place, tokens, groups, code, joint):
     """(planes by group, codebooks, scales by group, vectors [pages, K, T, H] in float64).
 
-    `groups`: (channels, bits) of each, `place`: (pages, K); a `joint` scale is that of all.
+    `groups`: (channels, bits) of each, or (channels, codebook); `place`: (pages, K). A `joint`
+    scale is that of all.
     """
     planes, books, scales, dense = [], [], [], []
-    for channels, bits in groups:
-        book = random_codebook(rng, bits, code)
-        if joint:  # steps of their own: no two groups alike
-            book = dataclasses.replace(book, step=book.step * rng.uniform(0.2, 1.0))
-        codes = rng.integers(0, 2**bits, (*place, tokens, channels))
+    for channels, book in groups:
+        if isinstance(book, int):
+            book = random_codebook(rng, book, code)
+            if joint:  # steps of their own: no two groups alike
+                book = dataclasses.replace(book, step=book.step * rng.uniform(0.2, 1.0))
+        codes = rng.integers(0, 2**book.bits, (*place, tokens, channels))
         if not (joint and scales):
             found = np.exp(rng.uniform(-2, 1, (*place, tokens))).astype(ml_dtypes.bfloat16)
             found[0, 0, :3] = 0.0  # a zero vector is a value like any other

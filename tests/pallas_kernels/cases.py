@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.speed.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
 from pallas_kernels.decode_attention import (
@@ -20,6 +21,7 @@ from pallas_kernels.decode_attention import (
     decode_attention,
 )
 from pallas_kernels.trellis import encode
+from tests.layout import calibration
 from turboquant_jax import cache
 from turboquant_jax.attention import PLAIN, Projection, triton
 from turboquant_jax.cache import compression
@@ -93,7 +95,7 @@ def _options(bits, channels, tokens) -> Case:
     )
 
     def call(q, blocks, table, lengths, sketch, sinks):
-        held = PagedBlocks(blocks, table, lengths)
+        held = PagedBlocks((blocks,), table, lengths)
         return decode_attention(q, held, Softmax(0.1, 30.0, sinks), sketch=sketch)
 
     arguments = q, blocks, table, lengths, sketch, new((8,), jnp.float32)
@@ -101,7 +103,7 @@ def _options(bits, channels, tokens) -> Case:
 
 
 def of_cache(
-    bits, head_dim, rotation, dtype, frequencies=None, key_code="scalar"
+    bits, head_dim, rotation, dtype, frequencies=None, key_code="scalar", **changes
 ) -> dict[str, Case]:
     """A decoding step over all segments, a commit, a chunk's compression and its decoding."""
     codec = cache.CodecConfig(bits, rotation)
@@ -109,7 +111,12 @@ def of_cache(
     config = cache.CacheConfig(
         2, 2, head_dim, key, codec, window=64, dtype=dtype, rope_frequencies=frequencies
     )
-    state = jax.eval_shape(lambda: cache.create(config, 3, 1024, key=jax.random.key(0)))
+    config = replace(config, **changes)
+    state = jax.eval_shape(
+        lambda: cache.create(
+            config, 3, 1024, key=jax.random.key(0), calibration=calibration(config)
+        )
+    )
 
     by = Compression("pallas", "pallas")
 
@@ -125,7 +132,7 @@ def of_cache(
     def chunk(state, k, v):
         rows = rows_of(state, 1)
         state = compression.compress_chunk(state, rows, Exact(k, v), by)
-        return triton.decode_pages(state, rows, state.table.page_table, jnp.arange(1))
+        return triton.decode_pages(state, rows, state.table.page_table, np.arange(1))
 
     def projected(state, qkv, angle):
         projection = Projection(qkv, jnp.cos(angle), jnp.sin(angle))
@@ -161,6 +168,28 @@ def _before_rope(heads) -> Case:
     state, query, *new_token = case.arguments
     query = new((*query.shape[:2], 2 * heads, 128), query.dtype)
     return Case(case.function, (state, query, *new_token))
+
+
+def _calibrated(head_dim) -> Case:
+    """A decoding step over keys in groups of channels, whose mean turns."""
+    quarter = head_dim // 4
+    groups = (quarter, 4), (quarter, 2), (2 * quarter, 1)
+    keys = cache.CodecConfig(groups, scales="joint")
+    return of_cache(2, head_dim, "hadamard", "bfloat16", (1.0, 0.1), key=keys)["step"]
+
+
+def _formats(part) -> Case:
+    """Heads of two formats in a layer; what compresses them is XLA."""
+    bits = cache.Allocation((4, (2, 3)), (2, (2, 2)))
+    found = of_cache(4, 128, "hadamard", "bfloat16", allocation=bits)
+    if part != "pages":
+        return found[part]
+
+    def pages(state):
+        rows = rows_of(state, 1)
+        return triton.decode_pages(state, rows, state.table.page_table, np.arange(2))
+
+    return Case(pages, found["commit"].arguments, ("decode",))
 
 
 def _name(*parts) -> str:
@@ -200,6 +229,8 @@ MAKERS: dict[str, Callable[[], Case]] = {
         for part in ("step", "commit", "chunk", "projected step")
         if part != "projected step" or setting[3] == "bfloat16"
     },
+    **{f"groups {channels}": partial(_calibrated, channels) for channels in (64, 128)},
+    **{f"formats {part}": partial(_formats, part) for part in ("step", "projected step", "pages")},
     "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

@@ -121,7 +121,7 @@ def test_equals_definition(case, interpret):
     lengths = np.array([total, total - case.tokens + 5], np.int32)
     asked = table.copy()
     asked[:, : case.start // case.tokens] = 2**30
-    held = PagedBlocks(blocks, asked, lengths)
+    held = PagedBlocks((blocks,), asked, lengths)
     softmax = Softmax(SCALE, case.soft_cap)
     out, lse = attend(
         (rotated, held, softmax, operand(q, m, phases, case.start)), interpret, case.schedule
@@ -163,7 +163,7 @@ def test_scores_far_away_of_large_means(bits, interpret):
     )
     # a pool of one page, which every block has
     blocks = BlocksOperand(((plane,),), ((values,),), (words,), (book,), (book,))
-    held = PagedBlocks(blocks, np.zeros((12, 1), np.int32), far + 1)
+    held = PagedBlocks((blocks,), np.zeros((12, 1), np.int32), far + 1)
     _, lse = attend((q, held, Softmax(1.0), operand(q, m, phases, None)), interpret)
     want = [mean_product(q[i, 0], m[i, 0], phases, far[i : i + 1])[0] for i in range(12)]
     allowed = 1e-3 * np.linalg.norm(q[:, 0], axis=1) * size / np.sqrt(128)
@@ -178,7 +178,7 @@ def test_what_is_not_finite_makes_nan(bad):
     rotated, q = rng.standard_normal((2, 1, 4, 64)).astype(np.float32)
     m = rng.standard_normal((1, KV_HEADS, 64)).astype(np.float32)
     m[0, 1, 3], q[0, 0, 40] = bad, bad
-    held = PagedBlocks(blocks, np.arange(2, dtype=np.int32)[None], np.full(1, 100, np.int32))
+    held = PagedBlocks((blocks,), np.arange(2, dtype=np.int32)[None], np.full(1, 100, np.int32))
     out, lse = attend((rotated, held, Softmax(SCALE), operand(q, m, tables(64, 64))), True)
     np.testing.assert_array_equal(np.isnan(lse[0]), [True, False, True, True])
     np.testing.assert_array_equal(np.isnan(out[0]).all(axis=1), [True, False, True, True])
@@ -189,6 +189,6 @@ def test_refuses_tables_of_other_channels():
     rng = np.random.default_rng(3)
     blocks, *_ = random_blocks(rng, PAGES, KV_HEADS, 64, 64, (2, 2))
     q, m = np.zeros((1, 4, 64), np.float32), np.zeros((1, KV_HEADS, 64), np.float32)
-    held = PagedBlocks(blocks, np.zeros((1, 2), np.int32), np.full(1, 100, np.int32))
+    held = PagedBlocks((blocks,), np.zeros((1, 2), np.int32), np.full(1, 100, np.int32))
     with pytest.raises(ValueError, match=r"phases: got fine \(64, 32\)"):
         attend((q, held, Softmax(SCALE), operand(q, m, tables(32, 32))), True)

@@ -71,8 +71,7 @@ def recorded(config: CacheConfig, heads: int, capacity: int = 512) -> dict:
             add_rotated_mean(found["encode"][0][3])
         else:  # a kernel for the search alone
             rows = torch.empty((config.head_dim, 100), device="meta")
-            levels = tuple(trellis.grid_levels(config.key.bits).tolist())
-            found["trellis_encode"] = (rows, levels), {}
+            found["trellis_encode"] = search_of(config, rows)
     return found
 
 
@@ -82,8 +81,13 @@ def add_rotated_mean(pool) -> None:
         pool.fields["rotated_mean"] = operators.rotated_means(pool.key_mean, pool.keys)
 
 
-def real(name: str, head_dim: int, heads: int, seed: int = 0) -> tuple:
-    """A random cache of three sequences, new tokens, and `recorded` with their numbers."""
+def search_of(config: CacheConfig, rows: torch.Tensor) -> tuple:
+    """Arguments of the search for a trellis code."""
+    return (rows, tuple(trellis.grid_levels(config.key.bits).tolist())), {}
+
+
+def real(name: str, head_dim: int, heads: int, seed: int = 0) -> dict:
+    """`recorded` with the numbers of a random cache of three sequences and of new tokens."""
     config = config_of(name, head_dim, block=32, sinks=2)
     rng = np.random.default_rng(seed)
     state = cache.create(config, 3, 320, key=jax.random.key(0))
@@ -100,18 +104,21 @@ def real(name: str, head_dim: int, heads: int, seed: int = 0) -> tuple:
         jax.numpy.asarray(rng.normal(0, 1, (3, 1, n, head_dim)), config.dtype)
         for n in (heads, config.num_kv_heads, config.num_kv_heads)
     )
+    rows = rows_of(state, 0)
     with recording(run=("rotate",)) as found, interpreted():
-        for step in (
-            lambda: triton.attend(state, rows_of(state, 0), (q, k, v), PLAIN, None, write=True),
-            lambda: triton.decode_pages(
-                state, rows_of(state, 0), state.table.page_table, jax.numpy.arange(2)
-            ),
-            lambda: compression.compress_single(state, Compression("pallas", "pallas")),
-        ):
+        with contextlib.suppress(Recorded):
+            triton.attend(state, rows, (q, k, v), PLAIN, None, write=True)
+        with contextlib.suppress(Recorded):
+            triton.decode_pages(state, rows, state.table.page_table, jax.numpy.arange(2))
+        if config.key.code == "scalar":
             with contextlib.suppress(Recorded):
-                step()
-    add_rotated_mean(found["encode"][0][3])
-    return state, (q, k, v), found
+                compression.compress_single(state, Compression("pallas", "pallas"))
+    if "encode" in found:
+        add_rotated_mean(found["encode"][0][3])
+    else:
+        columns = torch.from_numpy(rng.normal(0, 1, (head_dim, 100)).astype(np.float32))
+        found["trellis_encode"] = search_of(config, columns)
+    return found
 
 
 class Recorded(Exception):
@@ -170,15 +177,15 @@ def torch_of(x):
     return x
 
 
-def copied(x):
-    """Arguments with tensors of their own."""
+def mapped(function, x):
+    """Arguments with the function of each tensor."""
     if isinstance(x, torch.Tensor):
-        return x.clone()
+        return function(x)
     if isinstance(x, operands.Operand):
-        return operands.Operand(x.kind, **copied(x.fields))
+        return operands.Operand(x.kind, **mapped(function, x.fields))
     if isinstance(x, tuple):
-        return tuple(map(copied, x))
-    return {k: copied(v) for k, v in x.items()} if isinstance(x, dict) else x
+        return tuple(mapped(function, y) for y in x)
+    return {k: mapped(function, v) for k, v in x.items()} if isinstance(x, dict) else x
 
 
 def places_of(layout: Layout):

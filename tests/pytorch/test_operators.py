@@ -1,30 +1,14 @@
-"""The operators on CPU tensors, where the kernels are interpreted, against JAX's definition."""
+"""The operators: what torch knows of them, and those that `test_kernels` does not run on a CPU."""
 
 import ctypes
 
+import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="needs torch: make test-torch")
-
-import jax
-import numpy as np
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from tests.pytorch import calls
-from turboquant_jax import cache
-from turboquant_jax.attention import attend, head_rotation
-from turboquant_jax.cache import blocks, compression
-from turboquant_jax.cache.choose import Compression
+from tests.layout import unpack
+from tests.pytorch.skip import torch
 from turboquant_jax.pytorch import cuda_driver, operands, operators, plan, runner
 from turboquant_jax.quantizers import trellis
-
-HEADS = 4
-
-
-@pytest.fixture(scope="module")
-def made():
-    return calls.real("mean before RoPE 4", 64, HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -36,65 +20,28 @@ def small():
     return torch.randn(2, 4, 64).bfloat16(), rotation
 
 
-def equal(tensor, array):
-    np.testing.assert_array_equal(
-        tensor.float().numpy(), np.asarray(array, np.float32).reshape(tensor.shape)
+def test_decode_unpacks_what_the_layout_says():
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 256, (2, 3, 32, 8), dtype=np.uint8)  # 16 channels of 4 bits
+    values = rng.integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
+    scales = rng.uniform(0.5, 2, (2, 2, 3, 32)).astype(np.float32).view(np.uint32) >> 16
+    levels = np.array([*range(-9, 0), *range(7)])
+    book = operands.CodebookOperand(bits=4, levels=tuple(levels.tolist()), step=0.5)
+    blocks = operands.BlocksOperand(
+        keys=((torch.from_numpy(keys),),),
+        values=((torch.from_numpy(values),),),
+        scales=(torch.from_numpy((scales[1] << 16 | scales[0]).astype(np.uint32)),),
+        key_codebooks=(book,),
+        value_codebooks=(book,),
     )
-
-
-def test_attention_is_the_definition_and_writes_the_newest_token(made):
-    state, (q, k, v), found = made
-    arguments, named = calls.copied(found["decode_attention"])
-    output, lse = operators.decode_attention(*arguments, **named)
-
-    want = np.asarray(attend(state, 0, q, k, v, implementation="xla"), np.float32)[:, 0]
-    error = np.linalg.norm(output.float().numpy() - want, axis=-1)
-    # 15-bit integers in the kernel, and two outputs in bfloat16
-    assert np.max(error / np.linalg.norm(want, axis=-1)) <= 1e-2
-    assert lse.isfinite().all()
-    written = cache.write(state, 0, k, v, implementation="xla")
-    for i, segment in enumerate((written.sinks, written.window)):
-        equal(named["exact"].keys[i], segment.keys)
-        equal(named["exact"].values[i], segment.values)
-
-
-def test_encode_is_the_definition(made):
-    """But for rounding: two sums in float32 may find neighbouring scales or codes at a tie."""
-    state, _, found = made
-    ((_, _, _, pool), _) = given = calls.copied(found["encode"])
-    operators.encode(*given[0])
-    want = compression.compress_single(state, Compression("xla", "xla"))
-    (before,), (after,) = state.parts, want.parts
-
-    def planes(groups):
-        return [plane.numpy() for group in groups for plane in group.planes]
-
-    got = [*planes(pool.keys), *planes(pool.values), pool.scales[0].numpy()]
-    for x, old, new in zip(
-        got, jax.tree.leaves(before.pool), jax.tree.leaves(after.pool), strict=True
-    ):
-        changed = np.asarray(old) != np.asarray(new)
-        assert changed.mean() > 0.03  # two of the pages of every head
-        assert (x.reshape(new.shape) != np.asarray(new)).mean() < 2e-3
-    np.testing.assert_allclose(
-        pool.key_mean.numpy(), np.asarray(want.key_mean)[0], rtol=1e-5, atol=1e-6
-    )
-
-
-def test_decode_and_rotate_are_the_definition(made):
-    state, (q, _, _), found = made
-    (part,) = state.parts
-    keys, _ = operators.decode(*found["decode"][0], **found["decode"][1])
-    (index, scale), *_ = blocks.unpack(part.codecs, part.pool)[0]
-    levels = np.asarray(part.codecs[0].groups[0].levels)
-    vectors = levels[np.asarray(index)] * np.asarray(scale, np.float32)[..., None]
-    page = np.asarray(state.table.page_table).ravel()
-    want = np.moveaxis(vectors.reshape(2, -1, *vectors.shape[-2:])[:, page], 0, 2)
-    np.testing.assert_allclose(keys.float().numpy(), want, rtol=2**-8)
-
-    rotated = operators.rotate(*found["rotate"][0])
-    want = head_rotation.rotate_queries(part.codecs[0], np.arange(2), q)[:, 0]
-    np.testing.assert_allclose(rotated.numpy(), want, rtol=1e-5, atol=1e-5)
+    pages, rows = (torch.tensor(x, dtype=torch.int32) for x in ([2, 0, 2, 1], [1, 0]))
+    found = operators.decode((blocks,), pages, rows, dtype=torch.float32)
+    size = (scales << 16).astype(np.uint32).view(np.float32)
+    numbers = unpack([keys], [4], 16), unpack([values], [4], 32).swapaxes(-1, -2)
+    for got, number, own in zip(found, numbers, size, strict=True):
+        vectors = 0.5 * levels[number] * own[..., None]
+        want = vectors[np.array([1, 0])][:, np.array([2, 0, 2, 1])]
+        np.testing.assert_allclose(got, np.moveaxis(want, 0, 2), rtol=1e-6)
 
 
 def test_search_is_the_definition():
@@ -106,7 +53,7 @@ def test_search_is_the_definition():
 
 
 def test_rope_turns_pairs_by_their_angles(small):
-    """As complex numbers, in float64."""
+    """As complex numbers, in float64; then the rotation."""
     _, rotation = small
     rng = np.random.default_rng(2)
     qkv, angle = rng.normal(0, 1, (2, 2, 4, 64)), rng.uniform(0, 6, (2, 32))
@@ -123,63 +70,70 @@ def test_rope_turns_pairs_by_their_angles(small):
     np.testing.assert_allclose(rotated.double(), q.double() @ matrix.T, atol=1e-4)
 
 
-def test_rotated_means_are_those_of_jax():
+def test_rotated_means_are_products():
     rng = np.random.default_rng(3)
-    means, parts = rng.normal(0, 1, (6, 2, 24)), rng.normal(0, 1, (2, 3, 1, 8, 8))
-    parts = [*parts, rng.normal(0, 1, (3, 1, 8, 8))]
-    means, *parts = (torch.from_numpy(x).float() for x in (means, *parts))
+    means, parts = rng.normal(0, 1, (6, 2, 24)), rng.normal(0, 1, (3, 3, 1, 8, 8))
+    means, parts = (torch.from_numpy(x).float() for x in (means, parts))
     groups = [
         operands.GroupOperand(planes=(), rotation=operands.RotationOperand(parts=x), code=None)
         for x in parts
     ]
-    want = np.concatenate(
-        [
-            means[..., 8 * i : 8 * i + 8].double().numpy() @ x[:, 0].double().numpy().sum(axis=0).T
-            for i, x in enumerate(parts)
-        ],
-        axis=-1,
+    own = means.double().unflatten(-1, (3, 8))
+    want = torch.einsum("rkgh,goh->rkgo", own, parts[:, :, 0].double().sum(dim=1)).flatten(2)
+    torch.testing.assert_close(
+        operators.rotated_means(means, groups).double(), want, rtol=1e-5, atol=1e-5
     )
-    np.testing.assert_allclose(operators.rotated_means(means, groups), want, rtol=1e-5, atol=1e-5)
 
 
-def test_schemas_and_fakes(made, small):
-    """Every operator says what it writes to, and its results are known without running it."""
-    for name, (arguments, named) in made[2].items():
-        operator = getattr(operators, name)
-        call = operator.describe(*arguments, **named)
-        spec, read, written = operands.flatten(call.arguments, call.written)
-        with FakeTensorMode() as mode:
-            fakes = [[mode.from_tensor(x) for x in xs] for xs in (read, written, call.outputs)]
-            assert operator.run(spec, *fakes) is None
+def test_what_torch_knows_of_an_operator(small):
+    """Which tensors it writes to, and its results without running it; torch checks both."""
     query, rotation = small
+    for operator in (operators.rotate, operators.decode_attention, operators.encode):
+        schema = str(operator.run._opoverload._schema)
+        assert "Tensor[] read, Tensor(a2!)[] written, Tensor(a3!)[] outputs) -> ()" in schema
     call = operators.rotate.describe(query, rotation)
     spec, read, written = operands.flatten(call.arguments, call.written)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [[mode.from_tensor(x) for x in xs] for xs in (read, written, call.outputs)]
+        assert operators.rotate.run(spec, *fakes) is None
     found = torch.library.opcheck(operators.rotate.run, (spec, read, written, list(call.outputs)))
     assert set(found.values()) == {"SUCCESS"}
-    schema = str(torch.ops.turboquant.encode.default._schema)
-    assert "Tensor(a2!)[] written, Tensor(a3!)[] outputs" in schema
 
 
-def test_a_function_of_operators_compiles_whole(made):
-    """The window that is written in place, too, and what is read from it behind."""
-    arguments, named = made[2]["decode_attention"]
+def test_a_function_of_operators_compiles_whole(monkeypatch, small):
+    """And what is written in place is seen by what follows; the kernel is a stand-in."""
+
+    def run(name, spec, read, written, outputs):
+        for x in written:
+            x.add_(read[0][:1, :1])
+        for x in outputs:
+            x.fill_(float(written[0].sum()) if written else 1.0)
+
+    monkeypatch.setattr(runner, "run", run)
+    query, rotation = small
+    window = torch.arange(64.0).repeat(1, 2, 1).bfloat16()
+    book = operands.CodebookOperand(bits=1, levels=(-1, 1), step=1.0)
 
     def step(query, window):
-        exact = operands.Operand("ExactOperand", **named["exact"].fields)
-        exact.fields["keys"] = (exact.keys[0], window, exact.keys[2])
+        exact = operands.ExactOperand(
+            query=query, keys=(window, query), values=(window + 1, query), write=True
+        )
+        softmax, blocks = operands.Softmax(scale=0.5), operands.PagedBlocks(pools=(book,))
         output, lse = operators.decode_attention(
-            query, *arguments[1:], **(named | {"exact": exact})
+            operators.rotate(query, rotation), blocks, softmax, exact=exact
         )
         return output * 2, lse, window.sum()
 
-    def run(function):
-        given = calls.copied((arguments[0], named["exact"].keys[1]))
-        return *function(*given), given[1]
+    def both(function):
+        own = window.clone()
+        return *function(query, own), own
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(run(compiled), run(step), strict=True):
+    eager = both(step)
+    for got, want in zip(
+        both(torch.compile(step, fullgraph=True, backend="aot_eager")), eager, strict=True
+    ):
         assert torch.equal(got, want)
-    assert not torch.equal(run(compiled)[-1], named["exact"].keys[1])
+    assert torch.equal(eager[-1], window + 1)  # by the first kernel's output
 
 
 def test_a_launch_passes_pointers_in_their_order(monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 from scipy import stats
 
+from tests.compiling import FULL
 from turboquant_jax.quantizers import bounds, codebook, quantizer, rotation
 
 MODES = ("norm", "least_squares", "matched", "unbiased")
@@ -65,7 +66,7 @@ def sphere_errors(dim: int, kind: str) -> np.ndarray:
         turn, x = drawn
         return jnp.stack([relative_error(make(turn, bits, "norm"), x) for bits in range(1, 9)])
 
-    errors = jax.jit(partial(lax.map, batch))((draw(kind, dim, 8), x))
+    errors = jax.jit(partial(lax.map, batch), compiler_options=FULL)((draw(kind, dim, 8), x))
     return np.concatenate(errors, axis=-1)
 
 

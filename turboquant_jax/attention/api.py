@@ -32,8 +32,10 @@ def attend(
     Args:
       cache: holds `lengths` tokens of each sequence; the new tokens are not in it yet.
       layer: which layer of the cache; traced only where all layers have one format.
-      q, k, v: of the new tokens, after RoPE; N query heads share K heads in groups of N / K.
-        Rows of padding at the end of a chunk change nothing for the rows before them.
+      q: queries of the new tokens, after RoPE; N heads share K heads in groups of N / K. Rows of
+        padding at the end of a chunk change nothing for the rows before them.
+      k: their keys, after RoPE.
+      v: their values.
       scores: scale and soft cap.
       sink_logits: one learned logit per query head that takes part in the softmax without a value
         (GPT-OSS).

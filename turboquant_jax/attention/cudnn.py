@@ -23,6 +23,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -36,7 +37,7 @@ from turboquant_jax.attention import (
 from turboquant_jax.attention.segments import Scores, SegmentPart, merge, sink_part
 from turboquant_jax.cache import blocks, pre_rope
 from turboquant_jax.cache.layout import locate
-from turboquant_jax.cache.state import Cache, LayerRows
+from turboquant_jax.cache.state import Cache, LayerRows, Rows
 from turboquant_jax.implementation import Implementation
 
 # Tokens of a tile. Longer ones are merged less often; what no whole tile covers is masked.
@@ -169,11 +170,10 @@ def _over_blocks(
     """The compressed blocks, tile by tile in the rotated space."""
     config, slots, kv_heads = cache.config, cache.layout.slots, cache.kv_heads
     batch, count, heads, dim = queries.shape
-    (member,) = rows.members
-    key_codec, value_codec = cache.parts[member.part].codecs
+    keys_of, values_of = (triton.codecs_of(cache, rows, side) for side in (0, 1))
     groups = _groups(kv_heads, batch * count * heads, ROWS)
-    own = jnp.arange(kv_heads, dtype=jnp.int32).reshape(groups, -1)
-    rotated = tensor_cores.rotate(key_codec, member.of(kv_heads), queries)
+    own = np.arange(kv_heads, dtype=np.int32).reshape(groups, -1)
+    rotated = head_rotation.rotate_by_member(tensor_cores.rotate, rows, keys_of, queries, kv_heads)
     rotated = rotated.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
     by_group = [rotated[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
     tokens = config.compressed_tokens(cache.lengths)
@@ -211,7 +211,8 @@ def _over_blocks(
         parts = loop(full + 1, -(-jnp.max(tokens) // (pages * config.block)), True, parts)
     output, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
     lse = jnp.where(jnp.isneginf(lse), lse, lse + scale * _mean_products(cache, rows, queries))
-    return tensor_cores.unrotate(value_codec, member.of(kv_heads), output, config.dtype), lse
+    unrotate = partial(tensor_cores.unrotate, dtype=config.dtype)
+    return head_rotation.rotate_by_member(unrotate, rows, values_of, output, kv_heads), lse
 
 
 def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
@@ -219,16 +220,19 @@ def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
 
     What a query's largest magnitude may be multiplied by on its way there is counted in here.
     """
-    (member,) = rows.members
-    part, own = cache.parts[member.part], member.of(cache.kv_heads)
     tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
-    place = own[:, None, None], jnp.maximum(table, 0)[None]
-    pages = jax.tree.map(lambda x: x[place], part.pool)
-    keys = blocks.largest_key(part.codecs[0], pages)
-    keys = keys.reshape(*keys.shape[:2], -1)  # [K, B, tokens]
-    seen = jnp.arange(keys.shape[2])[None, :] < tokens[:, None]
-    largest = jnp.max(jnp.where(seen[None], keys, 0.0), axis=2).T
-    reach = largest * part.codecs[0].query_gain(own)[None]
+
+    def of_member(member: Rows) -> Float[Array, "B K"]:
+        part, own = cache.parts[member.part], member.of(cache.kv_heads)
+        place = own[:, None, None], jnp.maximum(table, 0)[None]
+        pages = jax.tree.map(lambda x: x[place], part.pool)
+        keys = blocks.largest_key(part.codecs[0], pages)
+        keys = keys.reshape(*keys.shape[:2], -1)  # [K, B, tokens]
+        seen = jnp.arange(keys.shape[2])[None, :] < tokens[:, None]
+        largest = jnp.max(jnp.where(seen[None], keys, 0.0), axis=2).T
+        return largest * part.codecs[0].query_gain(own)[None]
+
+    reach = rows.join([of_member(member) for member in rows.members], axis=1)
     if cache.key_mean is None:
         return reach
     mean = not_finite.reach(cache.key_mean[rows.layer])
@@ -255,37 +259,41 @@ def _mean_products(cache: Cache, rows: LayerRows, queries):
 
 
 def _rotated_means(
-    cache: Cache, rows: LayerRows, index: Int[Array, " S"], heads: Int[Array, " heads"]
+    cache: Cache, rows: LayerRows, index: Int[Array, " S"], heads: Int[np.ndarray, " heads"]
 ) -> Float[Array, "B S heads H"]:
     """The mean keys of tokens `index`, counted behind the sinks, in the rotated space, float32."""
     assert cache.key_mean is not None
-    (member,) = rows.members
-    codec, own = cache.parts[member.part].codecs[0], member.of(cache.kv_heads)[heads]
-    taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(
-        cache.key_mean[rows.layer][:, heads]
-    )
+    means, own = cache.key_mean[rows.layer][:, heads], rows.only(heads)
+    taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(means)
+    codecs = triton.codecs_of(cache, own, 0)
+
+    def turned(rotate, x):
+        return head_rotation.rotate_by_member(rotate, own, codecs, x, len(heads))
+
     if cache.config.dtype != "bfloat16":
-        return head_rotation.rotate_queries(codec, own, taken)
+        return turned(head_rotation.rotate_queries, taken)
     # two digits of bfloat16, which tensor cores take; a conversion there and back XLA would skip
     upper = lax.reduce_precision(taken, 8, 7)
-    digits = (
-        tensor_cores.rotate(codec, own, x.astype(jnp.bfloat16)) for x in (upper, taken - upper)
-    )
+    digits = (turned(tensor_cores.rotate, x.astype(jnp.bfloat16)) for x in (upper, taken - upper))
     return next(digits) + next(digits)
 
 
 def _decode_pages(
-    cache: Cache, rows: LayerRows, page: Int[Array, "B pages"], heads: Int[Array, " heads"]
+    cache: Cache, rows: LayerRows, page: Int[Array, "B pages"], heads: Int[np.ndarray, " heads"]
 ) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
     """Keys and values [B, S, heads, H] of some pages and heads in the rotated space, in 16 bits."""
-    (member,) = rows.members
-    part, place = cache.parts[member.part], (member.first + heads[:, None, None], page[None])
-    found = jax.tree.map(lambda pool: pool[place], part.pool)  # [heads, B, pages, ...]
-    keys, values = blocks.unpack(part.codecs, found)
+    own = rows.only(heads)
 
     def by_token(vectors):  # [heads, B, pages, T, H] -> [B, S, heads, H]
         vectors = jnp.moveaxis(vectors.astype(cache.config.dtype), 0, 3)
         return vectors.reshape(page.shape[0], -1, *vectors.shape[3:])
 
-    key_codec, value_codec = part.codecs
-    return by_token(key_codec.dequantize(keys)), by_token(value_codec.dequantize(values))
+    found: tuple[list, list] = ([], [])
+    for member in own.members:
+        part, rows_of_member = cache.parts[member.part], member.of(len(heads))
+        place = rows_of_member[:, None, None], page[None]
+        held = jax.tree.map(lambda pool, place=place: pool[place], part.pool)
+        sides = blocks.unpack(part.codecs, held)  # [heads, B, pages, ...]
+        for vectors, codec, groups in zip(found, part.codecs, sides, strict=True):
+            vectors.append(by_token(codec.dequantize(groups)))
+    return own.join(found[0], axis=2), own.join(found[1], axis=2)

@@ -4,7 +4,7 @@ Of a layer whose heads have several formats, each function is given the queries 
 one: `pick_queries` takes them out, `join_heads` puts the results together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -49,6 +49,22 @@ def unrotate_outputs(
 ) -> Float[Array, "B T N H"]:
     """Outputs of the heads in these rows back from the rotated space of the values."""
     return _ungroup(codec.unrotate(rows, _heads_last(_group(output, rows.shape[0]))), output)
+
+
+def rotate_by_member(
+    rotate: Callable[..., Float[Array, "B T _ H"]],
+    rows: LayerRows,
+    codecs: Sequence[Codec],
+    x: Float[Array, "B T N H"],
+    kv_heads: int,
+) -> Float[Array, "B T N H"]:
+    """`rotate(codec, rows, x)` of the heads of each member, by its codec."""
+    found = [
+        _group(rotate(codec, own, pick_queries(member, x, kv_heads)), own.shape[0])
+        for codec, member in zip(codecs, rows.members, strict=True)
+        for own in (member.of(kv_heads),)
+    ]
+    return rows.join(found, axis=2).reshape(x.shape)
 
 
 def pick_queries(

@@ -12,12 +12,14 @@ queries times tokens is needed.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from turboquant_jax.attention import not_finite, tensor_cores
+from turboquant_jax.attention import head_rotation, not_finite, tensor_cores, triton
 from turboquant_jax.attention.segments import SegmentPart
 from turboquant_jax.cache import pre_rope
 from turboquant_jax.cache.state import Cache, LayerRows
@@ -80,13 +82,14 @@ def _newest_first(cache: Cache, rows: LayerRows, count: int, decode):
 
 def _blocks(cache: Cache, rows: LayerRows, decode):
     """Keys and values [B, S, K, H] of every block in the page table, as they were before coding."""
-    (member,) = rows.members
-    config, heads = cache.config, jnp.arange(cache.kv_heads, dtype=jnp.int32)
+    config, heads = cache.config, np.arange(cache.kv_heads, dtype=np.int32)
     found = decode(jnp.maximum(cache.table.page_table, 0), heads)
-    own = member.of(cache.kv_heads)
+    unrotate = partial(tensor_cores.unrotate, dtype=config.dtype)
     keys, values = (
-        tensor_cores.unrotate(codec, own, nan_unless_finite(x), config.dtype)
-        for codec, x in zip(cache.parts[member.part].codecs, found, strict=True)
+        head_rotation.rotate_by_member(
+            unrotate, rows, triton.codecs_of(cache, rows, side), nan_unless_finite(x), len(heads)
+        )
+        for side, x in enumerate(found)
     )
     if cache.key_mean is not None:
         position, _ = cache.layout.block_positions(cache.lengths[:, None])

@@ -17,13 +17,14 @@ from pallas_kernels.decode_attention import (
     ExactOperand,
     ExactPlaces,
     PagedBlocks,
+    RotationOperand,
     Sketch,
     Softmax,
     decode_attention,
 )
 from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
-from turboquant_jax.attention.head_rotation import rotate_queries
+from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_queries
 from turboquant_jax.attention.projection import Heads, Projection
 from turboquant_jax.attention.segments import Scores
 from turboquant_jax.cache import kernel_operands
@@ -49,25 +50,17 @@ def attend(
     The output has the dtype of the query. `write` also writes the token where it is pending.
     `rotated`: the query in the rotated space of the keys, where that has been made already.
     """
-    (member,) = rows.members
-    part, own, dtype = cache.parts[member.part], member.of(cache.kv_heads), cache.config.dtype
-    key_codec, value_codec = part.codecs
+    dtype = cache.config.dtype
     query, new = heads[0][:, 0], Exact(heads[1].astype(dtype), heads[2].astype(dtype))
-    turned = value_codec.order is not None or value_codec.transform is not None
-    rotated_values = turned or not all(
-        isinstance(group.rotation, Identity) for group in value_codec.groups
-    )
     if rotated is None:
-        rotated = _rotate(key_codec, own, query)
+        rotated = _rotate(cache, rows, query)
     output, _, exact = decode_attention(
         rotated,
-        PagedBlocks(
-            blocks_of(part), cache.table.page_table, cache.lengths, member.first, cache.kv_heads
-        ),
+        _paged(cache, rows),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
         exact=_exact_operand(cache, rows.layer, query, new, write),
-        sketch=_sketch(part, rotated),
-        rotation=kernel_operands.of_codec(value_codec, own) if rotated_values else None,
+        sketch=_sketch(cache.parts[rows.members[0].part], rotated),
+        rotation=_rotation_of_values(cache, rows),
         dtype=query.dtype,
     )
     return output[:, None], cache if exact is None or not write else _written(cache, exact)
@@ -89,9 +82,7 @@ def attend_projection(
     sink_logits: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "B 1 N H"], Cache]:
     """`attend` of a projection of one token per sequence, in bfloat16; the token is written."""
-    (member,) = rows.members
-    codec = cache.parts[member.part].codecs[0]
-    operand = kernel_operands.of_codec(codec, member.of(cache.kv_heads))
+    operand = kernel_operands.of_layer(rows, codecs_of(cache, rows, 0), cache.kv_heads)
     qkv, cos, sin = (x[:, 0] for x in (projection.qkv, projection.cos, projection.sin))
     q, k, v, rotated = rope_and_rotate(qkv, cos, sin, operand)
     heads = q[:, None], k[:, None], v[:, None]
@@ -103,24 +94,50 @@ def decode_pages(
     cache: Cache, rows: LayerRows, pages: Int[Array, "B pages"], heads: Int[Array, " heads"]
 ) -> tuple[Float[Array, "B S heads H"], Float[Array, "B S heads H"]]:
     """Keys and values of some pages and heads of a layer in the rotated space, in its dtype."""
-    (member,) = rows.members
+    if len(rows.members) == 1:
+        own = [rows.members[0].first + heads]
+    else:
+        own = [x[heads] for x in rows.places(cache.kv_heads).T[::-1]]
     found = decode_in_kernel(
-        blocks_of(cache.parts[member.part]),
+        tuple(blocks_of(cache.parts[member.part]) for member in rows.members),
         pages.ravel(),
-        member.first + heads,
+        *own,
         dtype=cache.config.dtype,
     )
     shape = (pages.shape[0], -1, *found[0].shape[2:])
     return found[0].reshape(shape), found[1].reshape(shape)
 
 
-def _rotate(
-    codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B N H"]
-) -> Float[Array, "B N H"]:
+def _paged(cache: Cache, rows: LayerRows) -> PagedBlocks:
+    """The blocks of a layer: rows of one part, or of some parts, each head with its own."""
+    pools = tuple(blocks_of(cache.parts[member.part]) for member in rows.members)
+    table, lengths, kv_heads = cache.table.page_table, cache.lengths, cache.kv_heads
+    if len(pools) == 1:
+        return PagedBlocks(pools, table, lengths, rows.members[0].first, kv_heads)
+    return PagedBlocks(pools, table, lengths, heads=rows.places(kv_heads))
+
+
+def codecs_of(cache: Cache, rows: LayerRows, side: int) -> list[Codec]:
+    """Those of the keys (0), or of the values (1), of each member of a layer."""
+    return [cache.parts[member.part].codecs[side] for member in rows.members]
+
+
+def _rotation_of_values(cache: Cache, rows: LayerRows) -> RotationOperand | None:
+    """None where the outputs of all heads are where they belong."""
+    codecs = codecs_of(cache, rows, 1)
+    groups = [group for codec in codecs for group in codec.groups]
+    moved = any(codec.order is not None or codec.transform is not None for codec in codecs)
+    if not moved and all(isinstance(group.rotation, Identity) for group in groups):
+        return None
+    return kernel_operands.of_layer(rows, codecs, cache.kv_heads)
+
+
+def _rotate(cache: Cache, rows: LayerRows, query: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
     """One query per sequence in the rotated space of the keys, float32."""
+    codecs = codecs_of(cache, rows, 0)
     if query.dtype != jnp.bfloat16:
-        return rotate_queries(codec, rows, query[:, None])[:, 0]
-    return rotate_in_kernel(query, kernel_operands.of_codec(codec, rows))
+        return rotate_by_member(rotate_queries, rows, codecs, query[:, None], cache.kv_heads)[:, 0]
+    return rotate_in_kernel(query, kernel_operands.of_layer(rows, codecs, cache.kv_heads))
 
 
 def _sketch(part: Part, rotated: Float[Array, "B N H"]) -> Sketch | None:

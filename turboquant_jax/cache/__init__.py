@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.cache.allocation import Allocation, allocate
     from turboquant_jax.cache.calibration import Calibration
+    from turboquant_jax.cache.calibration_file import load_calibration, save_calibration
     from turboquant_jax.cache.config import CacheConfig, CodecConfig, Format
     from turboquant_jax.cache.presets import Preset, preset
     from turboquant_jax.cache.sharing import fork, free, free_pages
@@ -16,6 +17,7 @@ else:  # loaded when they are first used: the configuration alone needs no JAX
     _MODULES = {
         "allocation": ("Allocation", "allocate"),
         "calibration": ("Calibration",),
+        "calibration_file": ("load_calibration", "save_calibration"),
         "config": ("CacheConfig", "CodecConfig", "Format"),
         "presets": ("Preset", "preset"),
         "sharing": ("fork", "free", "free_pages"),
@@ -43,6 +45,8 @@ __all__ = [
     "fork",
     "free",
     "free_pages",
+    "load_calibration",
     "preset",
+    "save_calibration",
     "write",
 ]

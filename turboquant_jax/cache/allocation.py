@@ -1,28 +1,35 @@
-"""Bits of each layer or head: how many keys and values get, and which choice loses least."""
+"""Formats of each layer or head: how keys and values are coded, and which choice loses least."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import TypeGuard, cast
 
 import numpy as np
 
-Bits = int | tuple[int, ...]
+Groups = tuple[tuple[int, int], ...]
+Bits = int | Groups
+"""Bits of every channel; or ((channels, bits), ...), which split the channels, largest first."""
+Entry = Bits | tuple[Bits, ...]
+"""Of a layer; or of each of its kv heads."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits per channel of the keys, and of the values, of every layer or of every head.
+    """Bits of the keys, and of the values, of every layer or of every head.
 
-    An entry is the bits of a layer, or a tuple with those of each of its kv heads.
+    An entry is the bits of a layer, or a tuple with those of each of its kv heads. Bits are an
+    integer, or groups of channels, ((16, 4), (48, 1)): of a calibrated basis and with one scale
+    where `CodecConfig.scales` says so. Integers need no basis.
 
     Raises:
       ValueError: keys and values of different layers or heads, or bits that are no integers from 1
         to 8.
     """
 
-    keys: tuple[Bits, ...]
-    values: tuple[Bits, ...]
+    keys: tuple[Entry, ...]
+    values: tuple[Entry, ...]
 
     def __post_init__(self):
         if not self.keys or len(self.keys) != len(self.values):
@@ -31,30 +38,37 @@ class Allocation:
                 "expected as many, at least one"
             )
         for name in ("keys", "values"):
-            for layer, bits in enumerate(getattr(self, name)):
-                for own in _heads(bits):
-                    if type(own) is not int or not 1 <= own <= 8:
-                        raise ValueError(
-                            f"bits: got {own!r} for the {name} of layer {layer}, "
-                            "expected integers between 1 and 8"
-                        )
+            for layer, entry in enumerate(getattr(self, name)):
+                for bits in _heads(entry):
+                    for own in [bits] if not is_split(bits) else [b for _, b in bits]:
+                        if type(own) is not int or not 1 <= own <= 8:
+                            raise ValueError(
+                                f"bits: got {own!r} for the {name} of layer {layer}, "
+                                "expected integers between 1 and 8"
+                            )
 
-    def check(self, num_layers: int, num_kv_heads: int) -> None:
-        """ValueError unless these are the bits of so many layers and heads."""
+    def check(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        """ValueError unless these are the bits of so many layers, heads and channels."""
         if len(self.keys) != num_layers:
             raise ValueError(
                 f"allocation: got bits of {len(self.keys)} layers, expected {num_layers}"
             )
         for name in ("keys", "values"):
-            for layer, bits in enumerate(getattr(self, name)):
-                if isinstance(bits, tuple) and len(bits) != num_kv_heads:
+            for layer, entry in enumerate(getattr(self, name)):
+                if isinstance(entry, tuple) and not is_split(entry) and len(entry) != num_kv_heads:
                     raise ValueError(
-                        f"allocation: got {len(bits)} heads for the {name} of layer {layer}, "
+                        f"allocation: got {len(entry)} heads for the {name} of layer {layer}, "
                         f"expected {num_kv_heads}"
                     )
+                for bits in filter(is_split, _heads(entry)):
+                    if sum(channels for channels, _ in bits) != head_dim:
+                        raise ValueError(
+                            f"allocation: got groups {bits} for the {name} of layer {layer}, "
+                            f"expected {head_dim} channels in all"
+                        )
 
     @cached_property
-    def layers(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def layers(self) -> tuple[tuple[tuple[Bits, Bits], ...], ...]:
         """(bits of the keys, bits of the values) of every layer: one pair where its heads agree."""
         found = []
         for keys, values in zip(self.keys, self.values, strict=True):
@@ -67,20 +81,39 @@ class Allocation:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Bits of the keys and of the values, the mean over layers and heads."""
+        """Bits per channel of the keys and of the values, the mean over layers and heads."""
         keys, values = (
-            fmean(fmean(_heads(bits)) for bits in side) for side in (self.keys, self.values)
+            fmean(fmean(map(mean_bits, _heads(entry))) for entry in side)
+            for side in (self.keys, self.values)
         )
         return keys, values
 
     @cached_property
-    def kinds(self) -> tuple[tuple[int, int], ...]:
+    def kinds(self) -> tuple[tuple[Bits, Bits], ...]:
         """The different pairs, in the order in which layers and heads meet them."""
         return tuple(dict.fromkeys(pair for layer in self.layers for pair in layer))
 
 
-def _heads(bits: Bits) -> tuple[int, ...]:
-    return bits if isinstance(bits, tuple) else (bits,)
+def is_split(bits: object) -> TypeGuard[Groups]:
+    """Whether these are groups of channels, and neither an integer nor bits of several heads."""
+    return (
+        isinstance(bits, tuple)
+        and bits != ()
+        and all(isinstance(group, tuple) and [*map(type, group)] == [int, int] for group in bits)
+    )
+
+
+def mean_bits(bits: Bits) -> float:
+    """Bits per channel."""
+    if isinstance(bits, int):
+        return bits
+    return sum(n * b for n, b in bits) / sum(n for n, _ in bits)
+
+
+def _heads(entry: Entry) -> tuple[Bits, ...]:
+    if isinstance(entry, tuple) and not is_split(entry):
+        return cast(tuple[Bits, ...], entry)
+    return (entry,)
 
 
 def allocate(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[int, ...], float]:
@@ -122,3 +155,125 @@ def allocate(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[tuple[
         bits_of.append(int(choice[spent]))
         spent -= bits_of[-1]
     return tuple(reversed(bits_of)), total
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What each format of a head loses alone; losses of heads, and of keys and values, add up.
+
+    Attributes:
+      key_formats, value_formats: the menu.
+      keys, values: KL in nats a token, [layers][heads][formats of the menu].
+    """
+
+    key_formats: tuple[Bits, ...]
+    value_formats: tuple[Bits, ...]
+    keys: tuple[tuple[tuple[float, ...], ...], ...]
+    values: tuple[tuple[tuple[float, ...], ...], ...]
+
+    def of(self, allocation: Allocation) -> float:
+        """The sum over all heads; ValueError for a format that is not on the menu."""
+        return sum(
+            side[layer][head][menu.index(pair[which])]
+            for which, (menu, side) in enumerate(self._sides)
+            for layer, heads in enumerate(side)
+            for head, pair in enumerate(_pairs(allocation.layers[layer], len(heads)))
+        )
+
+    @property
+    def _sides(self):
+        return (self.key_formats, self.keys), (self.value_formats, self.values)
+
+
+def nested(array: np.ndarray) -> tuple:
+    """The numbers of an array as tuples of tuples."""
+    return tuple(map(nested, array)) if array.ndim > 1 else tuple(array.tolist())
+
+
+def choose(
+    losses: Losses, costs: tuple[Sequence[float], Sequence[float]], budget: float, most: int = 4
+) -> Allocation:
+    """The formats of every head that lose least for what they cost, at most `budget` in all.
+
+    With a price per cost, every layer takes for each head what is cheapest, price and loss added:
+    no choice of the same cost loses less. The lowest price that the budget allows is found by
+    halving; what it leaves of the budget goes to heads one by one, the most useful first.
+
+    Args:
+      losses: of all formats.
+      costs: of the formats of keys and of values, for one head: bytes, for example.
+      budget: of all heads.
+      most: different (keys, values) formats in a layer; where its heads want more, they share.
+
+    Raises:
+      ValueError: a budget below the cheapest choice.
+    """
+    loss = np.asarray(losses.keys)[..., :, None] + np.asarray(losses.values)[..., None, :]
+    cost = np.add.outer(*(np.asarray(side, float) for side in costs)).ravel()
+    loss = loss.reshape(*loss.shape[:2], -1)  # of every head by (format of keys, of values)
+
+    def at(price: float) -> np.ndarray:
+        # a format must not win by a tie in its loss alone: the cheaper of two has it
+        return np.stack([_few(of_layer + price * cost, most) for of_layer in loss])
+
+    def spent(chosen: np.ndarray) -> float:
+        return float(cost[chosen].sum())
+
+    low, high = 0.0, 1.0
+    chosen = at(low)
+    if spent(chosen) > budget:
+        while spent(chosen := at(high)) > budget:
+            low, high = high, 4 * high
+            if high > 1e30:
+                raise ValueError(
+                    f"budget: got {budget:,.0f}, expected at least {spent(chosen):,.0f}"
+                )
+        for _ in range(100):
+            middle = (low + high) / 2
+            if spent(found := at(middle)) > budget:
+                low = middle
+            else:
+                high, chosen = middle, found
+    chosen = _spend(loss, cost, chosen, budget - spent(chosen), most)
+    pairs = [
+        [(losses.key_formats[i], losses.value_formats[j]) for i, j in zip(*where, strict=True)]
+        for where in (np.unravel_index(row, tuple(map(len, costs))) for row in chosen)
+    ]
+    keys, values = (tuple(tuple(p[side] for p in row) for row in pairs) for side in (0, 1))
+    return Allocation(keys, values)
+
+
+def _few(of_heads: np.ndarray, most: int) -> np.ndarray:
+    """For every head the column of its least number; of at most so many different columns."""
+    best = np.argmin(of_heads, axis=1)
+    if len(set(best.tolist())) <= most:
+        return best
+    kept: list[int] = []
+    least = np.full(len(of_heads), np.inf)
+    for _ in range(most):  # the column that helps most, again and again
+        kept.append(int(np.argmin(np.minimum(of_heads, least[:, None]).sum(axis=0))))
+        least = np.minimum(least, of_heads[:, kept[-1]])
+    return np.asarray(kept)[np.argmin(of_heads[:, kept], axis=1)]
+
+
+def _spend(
+    loss: np.ndarray, cost: np.ndarray, chosen: np.ndarray, rest: float, most: int
+) -> np.ndarray:
+    """Give single heads dearer formats while the rest of the budget lasts."""
+    chosen = chosen.copy()
+    while True:
+        own = np.take_along_axis(loss, chosen[..., None], axis=2)
+        gain, more = own - loss, cost - cost[chosen][..., None]
+        for layer, heads in enumerate(chosen):
+            if len(kinds := set(heads.tolist())) == most:
+                gain[layer][:, [c for c in range(len(cost)) if c not in kinds]] = 0
+        worth = np.where((gain > 0) & (more <= rest), gain / np.maximum(more, 1e-300), 0)
+        where = np.unravel_index(np.argmax(worth), worth.shape)
+        if worth[where] <= 0:
+            return chosen
+        rest -= float(more[where])
+        chosen[where[0], where[1]] = where[2]
+
+
+def _pairs(layer: Sequence, heads: int) -> tuple:
+    return tuple(layer) * (heads // len(layer))

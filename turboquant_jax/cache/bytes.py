@@ -59,7 +59,8 @@ def planned_bytes(config: CacheConfig, batch: int, capacity: int) -> Bytes:
     mixed. Calibrated codecs are counted with their matrices.
     """
     sizes = config.num_layers, config.num_kv_heads, config.head_dim
-    joint = any(codec.scales != "group" for codec in (config.key, config.value))
+    codecs = (codec for form in config.formats for codec in (form.key, form.value))
+    joint = any(codec.scales != "group" for codec in codecs)
 
     def make() -> Cache:
         known = calibration.identity(*sizes) if joint else None

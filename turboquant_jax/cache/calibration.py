@@ -9,15 +9,19 @@ queries of its group) calibration texts give the second moments S_x and S_q. Wit
 the products its square times L_i^1/2, and channel i varies by as much. `quantizers.channels` gives
 the first channels more bits. An output is a linear function of the values, which meet no query: for
 them S_q is the identity, or the metric in which their error counts.
+
+A file (`calibration_file`) has the basis of every head and what each format of it loses, so that it
+serves any target (`fitting`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float
 
+from turboquant_jax.cache.allocation import Allocation, Losses
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.quantizers.channels import Basis
 
@@ -25,13 +29,49 @@ CLIP = 1e-5
 """Least eigenvalue of S_q and of L, of the largest: a channel that no text met stays invertible."""
 
 
+@dataclass(frozen=True)
+class Study:
+    """What was measured of a model, and chosen.
+
+    Attributes:
+      model: its name.
+      weights: digest of the weights that make its keys.
+      texts: (name, digest, tokens) of what it read.
+      versions: (package, version) of what computed.
+      rule: (name, number) of what the cache was like: sinks, window, block, tokens of a text.
+      codec: (name, value) of `CodecConfig`, for all formats.
+      centring: "pre_rope", "stored" or "none", of the keys.
+      losses: of every format of every head.
+      target: what the allocation was chosen for.
+      allocation: chosen; and `predicted`, the sum of its losses, `measured`, its KL on a text that
+        did not choose it, both in nats a token.
+    """
+
+    model: str
+    weights: str
+    texts: tuple[tuple[str, str, int], ...]
+    versions: tuple[tuple[str, str], ...]
+    rule: tuple[tuple[str, int], ...]
+    codec: tuple[tuple[str, str], ...]
+    centring: str
+    losses: Losses
+    target: str
+    allocation: Allocation
+    predicted: float
+    measured: float
+
+
 @register_dataclass
 @dataclass(frozen=True)
 class Calibration:
-    """The bases of a model's keys and values [layers, K, ...]; None for those coded without."""
+    """The bases of a model's keys and values [layers, K, ...]; None for those coded without.
+
+    `study` is what a file says beside them.
+    """
 
     keys: Basis | None = None
     values: Basis | None = None
+    study: Study | None = field(default=None, metadata={"static": True})
 
 
 def bases(
@@ -46,7 +86,7 @@ def bases(
     found: list[Basis | None] = []
     for name in ("key", "value"):
         basis = None if calibration is None else getattr(calibration, f"{name}s")
-        if getattr(config, name).scales == "group":
+        if all(getattr(form, name).scales == "group" for form in config.formats):
             basis = None
         elif basis is None:
             raise ValueError(
@@ -79,10 +119,14 @@ def moments(
     return of_x, of_q / (tokens * grouped.shape[2])
 
 
-def from_moments(of_x: Float[Array, "*heads H H"], of_q: Float[Array, "*heads H H"]) -> Basis:
+def from_moments(
+    of_x: Float[Array | np.ndarray, "*heads H H"], of_q: Float[Array | np.ndarray, "*heads H H"]
+) -> Basis:
     """The basis of each head from its second moments S_x and S_q; computed in float64.
 
-    A head whose vectors, or queries, are all zero has the basis that the other moment gives.
+    B is rounded to float16, its largest entry between 1/2 and 1: the unit of a basis is free, its
+    inverse and variances have it too. A head whose vectors, or queries, are all zero has the basis
+    that the other moment gives.
 
     Raises:
       ValueError: moments of different shapes, or that are not finite.
@@ -96,14 +140,20 @@ def from_moments(of_x: Float[Array, "*heads H H"], of_q: Float[Array, "*heads H 
     root = (vectors * np.sqrt(values)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
     values, vectors = _eigen(root @ x @ root)
     values, vectors = values[..., ::-1], vectors[..., ::-1]
-    matrix = (root @ vectors * values[..., None, :] ** -0.25).astype(np.float32)
+    matrix = root @ vectors * values[..., None, :] ** -0.25
+    largest = np.max(np.abs(matrix), axis=(-2, -1))
+    unit = np.exp2(-np.ceil(np.log2(largest)))  # a power of two: codes do not know of it
+    matrix = (matrix * unit[..., None, None]).astype(np.float16).astype(np.float32)
     # of the matrix as it is stored, so that products are exact
+    return of_matrix(matrix, np.sqrt(values) * unit[..., None] ** 2)
+
+
+def of_matrix(
+    matrix: Float[np.ndarray, "*heads H H"], variance: Float[np.ndarray, "*heads H"]
+) -> Basis:
+    """The basis of these matrices, with their inverse."""
     inverse = np.linalg.inv(matrix.astype(np.float64))
-    return Basis(
-        jnp.asarray(matrix),
-        jnp.asarray(inverse, jnp.float32),
-        jnp.asarray(np.sqrt(values), jnp.float32),
-    )
+    return Basis(*(jnp.asarray(x, jnp.float32) for x in (matrix, inverse, variance)))
 
 
 def identity(num_layers: int, num_kv_heads: int, head_dim: int) -> Calibration:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import MAX_FORMATS
 from pallas_kernels.encode import PAGE_TOKENS
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache
@@ -111,15 +112,15 @@ def _prefill(cache: Cache, queries: int, softcap: float | None) -> str | None:
     # what cuDNN serves on every GPU that the kernels run on
     if cache.config.head_dim % 8 or cache.config.head_dim > 128:
         return f"a head dim of {cache.config.head_dim}, served are multiples of 8 up to 128"
-    if softcap is not None:
-        return "a soft cap"
-    return _heads(cache)
+    return None if softcap is None else "a soft cap"
 
 
 def _compression(cache: Cache) -> str | None:
     """Why the kernel does not compress, or None if it does."""
-    if (reason := no_gpu() or _heads(cache)) is not None:
+    if (reason := no_gpu()) is not None:
         return reason
+    if max(map(_formats, cache.config.places)) > 1:
+        return "heads of one layer in several formats"
     if cache.config.block not in PAGE_TOKENS:
         return f"blocks of {cache.config.block} tokens, served are {PAGE_TOKENS}"
     if _sketched(cache):
@@ -140,7 +141,15 @@ def _compression(cache: Cache) -> str | None:
 
 
 def _heads(cache: Cache) -> str | None:
-    """Why a layer is not served by one kernel, or None if it is."""
-    if any(len(place) > 1 for place in cache.config.places):
-        return "heads of one layer in several formats"
+    """Why the heads of a layer are not served by one kernel, or None if they are."""
+    most = max(map(_formats, cache.config.places))
+    if most > MAX_FORMATS:
+        return f"heads of one layer in {most} formats, served are up to {MAX_FORMATS}"
+    if most > 1 and _sketched(cache):
+        return "heads of one layer in several formats, with a sketch"
     return None
+
+
+def _formats(place: tuple[int, ...]) -> int:
+    """Of the heads of a layer."""
+    return len(set(place))

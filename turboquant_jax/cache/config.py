@@ -8,12 +8,11 @@ from typing import Literal, get_args
 import ml_dtypes  # noqa: F401  gives numpy bfloat16
 import numpy as np
 
-from turboquant_jax.cache.allocation import Allocation
+from turboquant_jax.cache.allocation import Allocation, Bits, Groups, is_split
 from turboquant_jax.quantizers.formats import Code, Codebook, RotationKind, ScaleMode, SketchKind
 
 CodecCode = Literal["scalar", "trellis", "prod"]
 Scales = Literal["group", "joint", "joint_products"]
-Groups = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,15 @@ class CodecConfig:
           ValueError: bits that are neither an integer nor such groups.
         """
         groups = ((head_dim, self.bits),) if isinstance(self.bits, int) else self.bits
-        if not isinstance(groups, tuple) or not all(
-            isinstance(group, tuple) and list(map(type, group)) == [int, int] for group in groups
-        ):
+        if not is_split(groups):
             raise ValueError(
                 f"bits: got {groups!r}, expected an integer or ((channels, bits), ...)"
             )
         return groups
+
+    def of(self, bits: Bits) -> "CodecConfig":
+        """The codec of a head of an allocation: without groups it has no use for a basis."""
+        return replace(self, bits=bits, scales=self.scales if is_split(bits) else "group")
 
     def first_stage(self, head_dim: int) -> Groups:
         """`groups` without the bits that are signs of a sketch."""
@@ -103,7 +104,8 @@ class CacheConfig:
       sliding_window: tokens that a query sees, itself included, in models with local attention;
         None = all of them. Blocks beyond it are given up and their pages used again.
       dtype: of everything in full precision.
-      allocation: bits of every layer, or of every head, in the place of the codecs' own.
+      allocation: bits of every layer, or of every head, in the place of the codecs' own; scales of
+        several groups of channels are as the codecs have them.
     """
 
     num_layers: int
@@ -137,7 +139,7 @@ class CacheConfig:
         if self.rope_frequencies is not None:
             object.__setattr__(self, "rope_frequencies", self._checked_frequencies())
         if self.allocation is not None:
-            self.allocation.check(self.num_layers, self.num_kv_heads)
+            self.allocation.check(self.num_layers, self.num_kv_heads, self.head_dim)
         self._check_codecs()
 
     def _check_codecs(self) -> None:
@@ -195,8 +197,7 @@ class CacheConfig:
         if self.allocation is None:
             return (Format(self.key, self.value),)
         return tuple(
-            Format(replace(self.key, bits=key), replace(self.value, bits=value))
-            for key, value in self.allocation.kinds
+            Format(self.key.of(key), self.value.of(value)) for key, value in self.allocation.kinds
         )
 
     @cached_property

@@ -3,6 +3,7 @@
 A rotation is a matrix in parts that 16-bit products lose nothing of.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_kernels.decode_attention import CodebookOperand, PhasesOperand
 from pallas_kernels.rope import RotationOperand
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.pre_rope import Phases
+from turboquant_jax.cache.state import LayerRows
 from turboquant_jax.quantizers import codebook as codebooks
 from turboquant_jax.quantizers import trellis
 from turboquant_jax.quantizers.quantizer import Quantizer
@@ -49,6 +51,26 @@ def of_codec(codec: Codec, rows: Int[Array, " K"]) -> RotationOperand:
     if len(codec.groups) == 1 and codec.order is None and codec.transform is None:
         return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
     return _split(codec.matrix(rows), jnp.bfloat16)
+
+
+def of_layer(rows: LayerRows, codecs: Sequence[Codec], kv_heads: int) -> RotationOperand:
+    """`of_codec` of all heads of a layer, whose members have these codecs."""
+    own = [member.of(kv_heads) for member in rows.members]
+    if len(own) == 1:
+        return of_codec(codecs[0], own[0])
+    plain = [of_codec(*pair) for pair in zip(codecs, own, strict=True)]
+    if len({operand.gain for operand in plain}) > 1 or any(len(x.parts) > 1 for x in plain):
+        dense = [codec.matrix(heads) for codec, heads in zip(codecs, own, strict=True)]
+        return _split(
+            rows.join([_of_each(x, own[i]) for i, x in enumerate(dense)], 0), jnp.bfloat16
+        )
+    parts = [_of_each(with_signs(x).parts[0], own[i]) for i, x in enumerate(plain)]
+    return RotationOperand(rows.join(parts, axis=0)[None], gain=plain[0].gain)
+
+
+def _of_each(matrices: Float[Array, "heads H H"], rows: Int[Array, " K"]) -> Array:
+    """Those of all heads, where there is one for all."""
+    return jnp.broadcast_to(matrices, (rows.shape[0], *matrices.shape[1:]))
 
 
 def with_signs(operand: RotationOperand) -> RotationOperand:

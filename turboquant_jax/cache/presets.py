@@ -59,7 +59,9 @@ def preset(
 
     Args:
       name: "lossless", "balanced", "compact" or "max", as the table above has them.
-      num_layers, num_kv_heads, head_dim: the model's.
+      num_layers: the model's.
+      num_kv_heads: the model's.
+      head_dim: the model's.
       rope_frequencies: the model's, see `CacheConfig`; without them keys are centred as stored.
 
     Returns:

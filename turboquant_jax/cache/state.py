@@ -201,6 +201,29 @@ class LayerRows:
     layer: Int[Array, ""]
     members: tuple[Rows, ...]
 
+    def only(self, heads: Int[np.ndarray, " heads"]) -> "LayerRows":
+        """Heads that follow each other, as if there were no others."""
+        start, stop, members = int(heads[0]), int(heads[-1]) + 1, []
+        for member in self.members:
+            if member.heads is None:
+                members.append(replace(member, first=member.first + start))
+                continue
+            own = tuple(head - start for head in member.heads if start <= head < stop)
+            before = sum(head < start for head in member.heads)
+            if own:
+                whole = None if len(own) == stop - start else own
+                members.append(Rows(member.part, whole, member.first + before))
+        return LayerRows(self.layer, tuple(members))
+
+    def places(self, kv_heads: int) -> Int[Array, "K 2"]:
+        """Of each head of the layer the number of its member, and its row."""
+        own = [
+            jnp.stack([jnp.full_like(rows, number), rows], axis=1)
+            for number, member in enumerate(self.members)
+            for rows in (member.of(kv_heads),)
+        ]
+        return self.join(own, axis=0)
+
     def join(self, arrays: Sequence[Array], axis: int) -> Array:
         """All heads in their order, of the arrays that `Rows.pick` would give for each member."""
         if len(arrays) == 1:
@@ -271,8 +294,9 @@ def create(
         there, and in its table, unless `num_pages` is given.
       key: random key of the rotations, shared by all layers and heads.
       num_pages: pages of a pool that the sequences share, given out when blocks are compressed.
-      key_order, value_order: channels of each layer and head in the order of the codec's groups,
+      key_order: channels of the keys of each layer and head in the order of the codec's groups,
         outliers first (`outliers.select_channels`).
+      value_order: the same of the values.
       calibration: of the model, for codecs with joint scales.
 
     Raises:

@@ -5,21 +5,17 @@ capacity, the levels of the codebooks, the model, and a SHA-256 over all of it a
 A file that is damaged, or that belongs to another config or model, is refused.
 """
 
-import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from turboquant_jax.cache import files
 from turboquant_jax.cache.state import Cache
 
 FORMAT = "turboquant-jax cache 2"
@@ -31,14 +27,8 @@ def save(cache: Cache, path: str | Path, *, model: str) -> None:
     path = Path(path)
     leaves, _ = tree_flatten_with_path(cache)
     arrays = {keystr(where): _portable(np.asarray(leaf)) for where, leaf in leaves}
-    metadata = {"format": FORMAT, "model": model, "config": _describe(cache)}
-    with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        save_file(arrays, temporary, metadata | {"sha256": _digest(metadata, arrays)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    facts = {"format": FORMAT, "model": model, "config": _describe(cache)}
+    files.write(path, arrays, facts)
 
 
 def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
@@ -57,7 +47,7 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a saved cache")
-    metadata, arrays = _read(path)
+    metadata, arrays = files.read(path, "a saved cache")
     if metadata.get("format") == _FORMAT_1:
         raise ValueError(
             f"{path}: got a cache of turboquant-jax 0.1, whose pages are laid out otherwise, "
@@ -66,8 +56,7 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
     for name, expected in (("format", FORMAT), ("model", model), ("config", _describe(like))):
         if metadata.get(name) != expected:
             raise ValueError(f"{path}: got {name} {metadata.get(name)}, expected {expected}")
-    if _digest(metadata, arrays) != metadata.get("sha256"):
-        raise ValueError(f"{path}: the contents do not match their SHA-256, the file is damaged")
+    files.check(path, metadata, ("format", "model", "config"), arrays)
     leaves, structure = tree_flatten_with_path(like)
     shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     expected_shapes = {keystr(where): (leaf.shape, _stored(leaf.dtype)) for where, leaf in leaves}
@@ -78,15 +67,6 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
         for where, leaf in leaves
     ]
     return jax.tree.unflatten(structure, restored)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: got {error}, expected a saved cache") from error
 
 
 def _portable(array: np.ndarray) -> np.ndarray:
@@ -112,13 +92,3 @@ def _describe(cache: Cache) -> str:
         if config[side]["code"] != "prod":
             del config[side]["sketch"]
     return json.dumps(config | {"capacity": cache.capacity, "levels": levels}, sort_keys=True)
-
-
-def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in ("format", "model", "config"):
-        digest.update(f"{name} {metadata[name]}\n".encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """`turboquant-jax bench`."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 from rich.console import Console
@@ -34,7 +34,13 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
 
         checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
         segments = settings.segments(arguments, checkpoint.config.head_dim)
+        kind = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
+        if kind is not None and kind.config.allocation is not None:
+            caches, code = [caches[0], kind.config.allocation], kind.config.key.code
         asked = grid.Grid(caches, *sizes, code=code, **segments)
+        if kind is not None:
+            scales = kind.config.key.scales
+            asked = replace(asked, scales=scales, calibration=kind.calibration)
         bars.update(task, total=asked.size)
         bandwidth = timing.copy_bandwidth(2**30 if jax.default_backend() == "gpu" else 2**27)
         rows = []

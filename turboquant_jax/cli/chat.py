@@ -25,7 +25,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         raise ValueError(f"--capacity: got {arguments.capacity}, expected at most {most}")
     conversation = Conversation(
         checkpoint,
-        lambda capacity: settings.empty_past(arguments, checkpoint.config, 1, capacity),
+        lambda capacity: settings.empty_past(
+            arguments, checkpoint.config, 1, capacity, checkpoint.model
+        ),
         messages=[{"role": "system", "content": arguments.system}] if arguments.system else [],
         capacity=arguments.capacity,
         chunk=arguments.chunk,

@@ -4,6 +4,7 @@ Raises ValueError or FileNotFoundError with one line, as the library does for wh
 """
 
 import argparse
+import math
 
 from turboquant_jax.cli import choices, flags, models, texts
 from turboquant_jax.models.options import Sampling
@@ -63,6 +64,22 @@ def plan(arguments: argparse.Namespace) -> None:
     parse_memory(arguments.memory)
     flags.check_cache(arguments)
     models.check_sized(arguments.model)
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Of `calibrate`."""
+    flags.check_folder(arguments.out)
+    flags.check_at_least(arguments, 1, "capacity", "windows")
+    flags.check_at_least(arguments, 16, "context")
+    for name in ("ratio", "kl"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name}: got {value}, expected a number above 0")
+    for path in getattr(arguments, "text", []):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, expected a text")
+    flags.check_segments(arguments)
+    _model(arguments)
 
 
 def _answers(arguments: argparse.Namespace, least_tokens: int) -> None:

@@ -1,7 +1,7 @@
 """`turboquant-jax demo`."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,41 +15,44 @@ from turboquant_jax.models import load
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Measure and print."""
     asked = settings.asked_bits(arguments)
-    pairs = settings.table(arguments)
+    pairs = {} if arguments.calibration is not None else settings.table(arguments)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True,
     )  # fmt: skip
     with bars:
-        task = bars.add_task("load the model", total=1 + 2 + 1 + len(pairs) + 8)
+        task = bars.add_task("load the model", total=1 + 2 + 1 + max(1, len(pairs)) + 8)
 
         def step(description: str):
             bars.update(task, advance=1, description=description)
 
-        checkpoint = load(arguments.model)
+        checkpoint = load(arguments.model, stacked=arguments.calibration is None)
         segments = settings.segments(arguments, checkpoint.config.head_dim)
-        configs = {
-            pair: settings.cache_config(checkpoint.config, *pair, code=code, **segments)
+        kinds = {
+            pair: settings.Kind(
+                settings.name_of_bits(*pair),
+                settings.cache_config(checkpoint.config, *pair, code=code, **segments),
+            )
             for pair, code in pairs.items()
         }
+        found = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
+        if found is not None:
+            kinds = {asked: found}
         tokens = demonstration.text_tokens(checkpoint, arguments.text, arguments.context)
         prompt = arguments.prompt or demonstration.default_prompt()
         answers = []
-        exact = demonstration.full_precision(configs[asked], checkpoint.config.max_position)
-        named = {"full precision": exact, settings.name_of_bits(*asked): configs[asked]}
-        for name, config in named.items():
-            step(f"answer: {name}")
+        exact = demonstration.full_precision(kinds[asked].config, checkpoint.config.max_position)
+        for kind in (replace(kinds[asked], name="full precision", config=exact), kinds[asked]):
+            step(f"answer: {kind.name}")
             answers.append(
-                demonstration.answer(
-                    checkpoint, config, prompt, arguments.tokens, arguments.seed, name
-                )
+                demonstration.answer(checkpoint, kind, prompt, arguments.tokens, arguments.seed)
             )
         step("read the text: full precision")
         fidelity = demonstration.Fidelity(checkpoint, tokens, arguments.seed)
-        rows = [fidelity.full(configs[asked])]
-        for pair, config in configs.items():
-            step(f"read the text: {settings.name_of_bits(*pair)}")
-            rows.append(fidelity.row(config))
+        rows = [fidelity.full(kinds[asked])]
+        for kind in kinds.values():
+            step(f"read the text: {kind.name}")
+            rows.append(fidelity.row(kind))
         theory = []
         for bits in range(1, 9):
             step(f"quantize uniform vectors at {bits} bits")
@@ -96,7 +99,7 @@ def _print_fidelity(console: Console, rows: list[dict], context: int, segments: 
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            str(row["bits_k"]), str(row["bits_v"]),
+            _bits(row["bits_k"]), _bits(row["bits_v"]),
             f"{row['bytes_per_token']:,.0f}", f"{row['ratio']:.2f}",
             f"{row['bytes_per_token_long']:,.0f}", f"{row['ratio_long']:.2f}",
             f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['top1_agreement']:.2%}",
@@ -107,6 +110,10 @@ def _print_fidelity(console: Console, rows: list[dict], context: int, segments: 
         "Full precision is the dequantized checkpoint with a cache of bfloat16.",
         style="dim",
     )
+
+
+def _bits(bits: float | str) -> str:
+    return bits if isinstance(bits, str) else f"{bits:.3g}"
 
 
 def _print_theory(console: Console, rows: list[dict], dim: int, rotation_kind: str) -> None:

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig
 from turboquant_jax.cache.bytes import (
     bytes_per_compressed_token,
     exact_bytes_per_token,
     planned_bytes,
 )
+from turboquant_jax.cli.settings import Kind
 from turboquant_jax.models import Checkpoint
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
@@ -43,9 +43,7 @@ def full_precision(config: CacheConfig, capacity: int) -> CacheConfig:
     return replace(config, window=capacity)
 
 
-def answer(
-    checkpoint: Checkpoint, config: CacheConfig, prompt: str, max_tokens: int, seed: int, name: str
-) -> Answer:
+def answer(checkpoint: Checkpoint, kind: Kind, prompt: str, max_tokens: int, seed: int) -> Answer:
     """Generate greedily from a chat prompt; the first run compiles, the second is timed.
 
     Raises:
@@ -62,7 +60,7 @@ def answer(
     keys = jax.random.split(jax.random.key(seed), 1)
 
     def run():
-        empty = cache.create(config, 1, capacity, key=jax.random.key(seed))
+        empty = kind.create(capacity, seed)
         logits, state = prefill(checkpoint.model, tokens, lengths, empty, COMPRESSED)
         jax.block_until_ready(logits)
         start = time.perf_counter()
@@ -87,7 +85,7 @@ def answer(
     out = np.asarray(made.tokens[0])
     text = checkpoint.tokenizer.decode([int(t) for t in out if t != NO_TOKEN])
     # the first token comes from the prefill; the loop makes the others
-    return Answer(name, text.strip(), count, max(count - 1, 1) / seconds)
+    return Answer(kind.name, text.strip(), count, max(count - 1, 1) / seconds)
 
 
 def default_prompt() -> str:
@@ -127,17 +125,21 @@ class Fidelity:
         self.model, self.tokens, self.seed = checkpoint.model, tokens, seed
         self.exact = exact_hidden(self.model, tokens)
 
-    def full(self, config: CacheConfig) -> dict:
+    def full(self, kind: Kind) -> dict:
         """The row of the full-precision cache, which stores 16 bits a number."""
-        return self._row("full", "full", full_precision(config, self.tokens.shape[1]))
+        exact = full_precision(kind.config, self.tokens.shape[1])
+        return self._row("full", "full", replace(kind, config=exact))
 
-    def row(self, config: CacheConfig) -> dict:
+    def row(self, kind: Kind) -> dict:
         """Bytes and quality of one setting, everything counted and measured."""
-        return self._row(config.key.bits, config.value.bits, config)
+        config = kind.config
+        if config.allocation is not None:
+            return self._row(*config.allocation.means, kind)
+        return self._row(config.key.bits, config.value.bits, kind)
 
-    def _row(self, key_bits, value_bits, config: CacheConfig) -> dict:
-        count = self.tokens.shape[1]
-        state = cache.create(config, 1, 1, key=jax.random.key(self.seed))
+    def _row(self, key_bits, value_bits, kind: Kind) -> dict:
+        count, config = self.tokens.shape[1], kind.config
+        state = kind.create(1, self.seed)
         hidden = compressed_hidden(self.model, self.tokens, state)
         result = compare(self.model, self.tokens, self.exact, hidden)
         exact = exact_bytes_per_token(config)

@@ -54,6 +54,17 @@ def add_allocation(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Formats of each head."""
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="formats of each head and their bases, instead of bits: what `calibrate` wrote; with "
+        "--preset those of least loss in its bytes",
+    )
+
+
 def add_segments(parser: argparse.ArgumentParser, window: int) -> None:
     """What of the cache stays in full precision, and the rotation of the rest."""
     parser.set_defaults(usual_window=window)
@@ -106,7 +117,7 @@ def check_cache(arguments: argparse.Namespace, *, full: bool = False) -> None:
     """What is wrong with the flags of a cache; `full` allows 16 bits of keys and values.
 
     Raises:
-      FileNotFoundError: no such allocation file.
+      FileNotFoundError: no such allocation or calibration.
       ValueError: bits, a window or sinks that cannot be, and two flags that both say the bits.
     """
     check_segments(arguments)
@@ -121,13 +132,18 @@ def check_segments(arguments: argparse.Namespace) -> None:
     for name in ("window", "sinks"):
         if getattr(arguments, name, 0) < 0:
             raise ValueError(f"{name}: got {getattr(arguments, name)}, expected at least 0")
-    allocation = getattr(arguments, "allocation", None)
-    if allocation is not None:
-        if arguments.preset is not None:
-            raise ValueError(f"--allocation {allocation} says the bits, got --preset beside it")
-        _refuse_bits(arguments, f"--allocation {allocation}")
-        if not allocation.is_file():
-            raise FileNotFoundError(f"{allocation}: no such file, expected bits of each layer")
+    files = {"allocation": "bits of each layer", "calibration": "what `calibrate` wrote"}
+    given = {name: getattr(arguments, name, None) for name in files}
+    if all(given.values()):
+        raise ValueError("--calibration says the bits, got --allocation beside it")
+    for name, path in given.items():
+        if path is None:
+            continue
+        if arguments.preset is not None and name == "allocation":
+            raise ValueError(f"--{name} {path} says the bits, got --preset beside it")
+        _refuse_bits(arguments, f"--{name} {path}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, expected {files[name]}")
     if arguments.preset is not None:
         _refuse_bits(arguments, f"--preset {arguments.preset}")
 

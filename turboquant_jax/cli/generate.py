@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         print(text if arguments.prompts is None else f"> {_shown(prompt)}\n{text}")
     return {
         "model": checkpoint.name,
-        "bits": asdict(allocation[0]) if allocation else settings.asked_bits(arguments),
+        "bits": _said_bits(arguments, checkpoint, allocation),
         "rotation": settings.segments(arguments, checkpoint.config.head_dim)["rotation"],
         "seconds": seconds,  # of the answers, compilation included
         "prompt_tokens": [len(prompt) for prompt in prompts],
@@ -49,6 +49,16 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             for i, (p, t, row) in enumerate(zip(arguments.rows, texts, rows, strict=bool(rows)))
         ],
     }
+
+
+def _said_bits(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, allocation: tuple | None
+) -> Any:
+    """Bits of keys and values, of every head where they differ."""
+    kind = settings.calibrated(arguments, checkpoint.config)
+    if kind is not None and kind.config.allocation is not None:
+        return asdict(kind.config.allocation)
+    return asdict(allocation[0]) if allocation else settings.asked_bits(arguments)
 
 
 def say_rotation(arguments: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -68,7 +78,8 @@ def _read(
     capacity = _capacity(arguments, checkpoint.config.max_position, prompts, header)
     if header is not None:
         stored.check(header, prompts[0], checkpoint)
-    state, past = settings.empty_past(arguments, checkpoint.config, len(prompts), capacity)
+    sizes = checkpoint.config, len(prompts), capacity
+    state, past = settings.empty_past(arguments, *sizes, checkpoint.model)
     loaded = 0
     if header is not None:
         state, loaded = stored.restore(header, state), len(header.tokens)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
-from turboquant_jax.cache.config import CodecCode, value_code
+from turboquant_jax.cache import Allocation, CacheConfig, Calibration, CodecConfig
+from turboquant_jax.cache.config import CodecCode, Scales, value_code
 from turboquant_jax.models import Llama, dense, rope, timing
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.past import COMPRESSED
@@ -63,6 +63,7 @@ class Grid:
       chunk: tokens of a forward pass of prefill.
       window, sinks, rotation, code: of the cache, see `CacheConfig`.
       centring: what is subtracted from the keys.
+      scales, calibration: of groups of channels in an allocation, and the bases that they are in.
     """
 
     bits: Sequence[Bits]
@@ -76,6 +77,8 @@ class Grid:
     rotation: Any = "hadamard"
     code: CodecCode = "scalar"
     centring: rope.Centring = "pre_rope"
+    scales: Scales = "group"
+    calibration: Calibration | None = None
 
     def __post_init__(self):
         for name in ("batches", "contexts", "steps", "repeats", "chunk"):
@@ -130,7 +133,8 @@ def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, band
     if full:
         make, past = partial(timing.filled_dense, model.config, *sizes), dense.DENSE
     else:
-        make, past = partial(timing.filled_cache, config, *sizes), COMPRESSED
+        known = grid.calibration if isinstance(bits, Allocation) else None
+        make, past = partial(timing.filled_cache, config, *sizes, calibration=known), COMPRESSED
     timed = timing.time_decode(model, make, past, steps=grid.steps, repeats=grid.repeats)
     read = timing.past_bytes(config, context + grid.steps / 2, not full) * batch
     ideal = (timing.weight_bytes(model) + read) / bandwidth
@@ -145,7 +149,9 @@ def _prefill(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, ban
         make, past = partial(dense.create, model.config, *sizes), dense.DENSE
     else:
         config = _config(model, grid, bits)
-        make, past = partial(cache.create, config, *sizes, key=jax.random.key(0)), COMPRESSED
+        known = grid.calibration if isinstance(bits, Allocation) else None
+        new = partial(cache.create, key=jax.random.key(0), calibration=known)
+        make, past = partial(new, config, *sizes), COMPRESSED
     chunk = min(grid.chunk, context)
     timed = timing.time_prefill(
         model, make, batch, context, past, chunk=chunk, repeats=grid.repeats
@@ -166,7 +172,11 @@ def _config(model: Llama, grid: Grid, bits: Bits) -> CacheConfig:
     allocation = bits if isinstance(bits, Allocation) else None
     pair = (4, 4) if isinstance(bits, Allocation) or bits == (FULL, FULL) else bits
     codes = grid.code, value_code(grid.code)
-    key, value = (CodecConfig(b, grid.rotation, code=c) for b, c in zip(pair, codes, strict=True))
+    scales: Scales = "group" if allocation is None else grid.scales
+    key, value = (
+        CodecConfig(b, grid.rotation, code=c, scales=scales)
+        for b, c in zip(pair, codes, strict=True)
+    )
     return CacheConfig(
         *sizes,
         key,

@@ -34,7 +34,7 @@ def build() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_demo, _generate, _chat, _bench, _plan):
+    for add in (_demo, _generate, _chat, _bench, _plan, _calibrate):
         add(commands)
     return parser
 
@@ -50,6 +50,7 @@ def _demo(commands) -> None:
     demo.set_defaults(check=checks.demo)
     demo.add_argument("--prompt", help="what to ask (default: a question about the text)")
     flags.add_cache(demo, window=64)
+    flags.add_calibration(demo)
     demo.add_argument("--seed", type=int, default=0, help="of rotations and samples")
     demo.add_argument("--tokens", type=int, default=64, help="most tokens of the answer")
     demo.add_argument("--context", type=int, default=768, help="tokens of the text to measure on")
@@ -85,6 +86,7 @@ def _generate(commands) -> None:
         "--load-cache", type=Path, metavar="FILE", help="begin with this one's tokens, read before"
     )
     flags.add_allocation(generate)
+    flags.add_calibration(generate)
     flags.add_json(generate)
 
 
@@ -99,6 +101,7 @@ def _chat(commands) -> None:
     chat.set_defaults(check=checks.chat)
     _add_answers(chat)
     flags.add_allocation(chat)
+    flags.add_calibration(chat)
     flags.add_json(chat)
 
 
@@ -143,6 +146,7 @@ def _bench(commands) -> None:
     bench.add_argument("--context", type=int, nargs="+", default=[1024], help="tokens of each")
     flags.add_preset(bench)
     flags.add_allocation(bench)
+    flags.add_calibration(bench)
     bench.add_argument(
         "--bits",
         type=int,
@@ -174,5 +178,41 @@ def _plan(commands) -> None:
     plan.add_argument("--memory", required=True, help="24GB (10^9 bytes each) or 24GiB (2^30)")
     plan.add_argument("--batch", type=int, default=1, help="sequences of the same length")
     flags.add_cache(plan, window=128)
+    flags.add_calibration(plan)
     plan.add_argument("--weight-bits", type=float, default=16, help="bits of a parameter")
     flags.add_json(plan)
+
+
+def _calibrate(commands) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find the format of every head that loses least at a size",
+        description="Read texts, measure what every format of every head would lose, and choose. "
+        "What was gathered is kept beside FILE: the same command goes on where one stopped.",
+        formatter_class=_Formatter,
+    )
+    calibrate.set_defaults(check=checks.calibrate)
+    calibrate.add_argument("model", nargs="?", help=f"{flags.MODEL} (default: SmolLM2-135M)")
+    target = calibrate.add_mutually_exclusive_group(required=True)
+    target.add_argument("--ratio", type=float, help="times smaller than in full precision")
+    target.add_argument("--kl", type=float, help="most KL divergence, in nats a token")
+    calibrate.add_argument("--out", type=Path, metavar="FILE", required=True)
+    calibrate.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="what to read; may be given several times (default: a novel, and Python)",
+    )
+    calibrate.add_argument(
+        "--capacity", type=int, default=65_536, help="tokens of the cache whose bytes count"
+    )
+    calibrate.add_argument("--context", type=int, default=512, help="tokens of a window of text")
+    calibrate.add_argument("--windows", type=int, default=16, help="most windows that are read")
+    calibrate.add_argument("--seed", type=int, default=0, help="of rotations and drawn texts")
+    calibrate.set_defaults(preset=None)
+    flags.add_segments(calibrate, window=128)
+    flags.add_dtype(calibrate)
+    flags.add_compile_cache(calibrate)
+    flags.add_json(calibrate)

@@ -35,14 +35,15 @@ _MOST_TOKENS = 2**30  # positions are int32
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of cache: bits are None in full precision, `tokens` is for each sequence.
+    """One kind of cache: bits are None in full precision, means where heads have their own.
 
-    `cache_bytes` is what the caches of all sequences take then, `bytes_per_token` what a further
-    token of one sequence takes, and `ratio` says how many times the tokens of full precision fit.
+    `tokens` is for each sequence, `cache_bytes` what the caches of all sequences take then,
+    `bytes_per_token` what a further token of one sequence takes, and `ratio` says how many times
+    the tokens of full precision fit.
     """
 
-    bits_k: int | None
-    bits_v: int | None
+    bits_k: float | None
+    bits_v: float | None
     tokens: int
     cache_bytes: int
     bytes_per_token: float
@@ -67,6 +68,7 @@ class Plan:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Plan and print."""
+    kind = settings.calibrated(arguments, read_model(arguments.model))
     result = plan(
         arguments.model,
         arguments.memory,
@@ -74,6 +76,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         settings.with_table(settings.asked_bits(arguments)),
         weight_bits=arguments.weight_bits,
         **settings.segments(arguments),
+        allocated=[] if kind is None else [kind.config],
     )
     show(console, result)
     return asdict(result)
@@ -90,6 +93,7 @@ def plan(
     weight_bits: float = 16,
     rotation: Kind | None = None,
     centring: rope.Centring = "pre_rope",
+    allocated: Sequence[CacheConfig] = (),
 ) -> Plan:
     """Plan for a model and a memory, with a row for full precision and each (key, value) bits.
 
@@ -102,6 +106,7 @@ def plan(
         `rotation.default_kind` has for the head dim.
       weight_bits: bits of a parameter of the model.
       centring: what is subtracted from the keys.
+      allocated: caches of heads with bits of their own, a row each.
 
     Raises:
       FileNotFoundError: a model that is no preset and not there.
@@ -139,6 +144,9 @@ def plan(
         _row(pair, cache, batch, total - weights, full.tokens)
         for pair, cache in zip(pairs, caches, strict=True)
     ]
+    for cache in allocated:
+        assert cache.allocation is not None
+        rows.insert(0, _row(cache.allocation.means, cache, batch, total - weights, full.tokens))
     return Plan(
         model,
         config.max_position,
@@ -234,7 +242,7 @@ def _full_row(config: CacheConfig, batch: int, budget: int) -> Row:
 
 
 def _row(
-    bits: tuple[int, int], config: CacheConfig, batch: int, budget: int, full_tokens: int
+    bits: tuple[float, float], config: CacheConfig, batch: int, budget: int, full_tokens: int
 ) -> Row:
     tokens = tokens_that_fit(config, batch, budget)
     return Row(
@@ -249,4 +257,6 @@ def _row(
 def _name(row: Row) -> str:
     if row.bits_k is None:
         return "16 bits, plain"
-    return f"{row.bits_k} bits" if row.bits_k == row.bits_v else f"K {row.bits_k}, V {row.bits_v}"
+    if row.bits_k == row.bits_v:
+        return f"{row.bits_k:.3g} bits"
+    return f"K {row.bits_k:.3g}, V {row.bits_v:.3g}"

@@ -2,18 +2,28 @@
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, presets
+from turboquant_jax.cache import (
+    Allocation,
+    Cache,
+    CacheConfig,
+    Calibration,
+    CodecConfig,
+    fitting,
+    presets,
+)
+from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cache.config import CodecCode, value_code
 from turboquant_jax.cli import choices, flags
-from turboquant_jax.models import LlamaConfig, dense, rope
+from turboquant_jax.models import Llama, LlamaConfig, dense, rope
 from turboquant_jax.models.generate import Past
+from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.quantizers.rotation import default_kind
 
@@ -30,7 +40,7 @@ def cache_config(
     **options,
 ) -> CacheConfig:
     """The cache of a model; `rotation` and `code` go to both codecs, the rest to the config."""
-    codec = {name: options.pop(name) for name in ("rotation", "code") if name in options}
+    codec = {name: options.pop(name) for name in ("rotation", "code", "scales") if name in options}
     key = CodecConfig(key_bits, **codec)
     return CacheConfig(
         model.num_layers,
@@ -42,6 +52,20 @@ def cache_config(
         **rope.centring(model, centring),
         **options,
     )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache to look at: its name, its config, and a calibration where that asks for one."""
+
+    name: str
+    config: CacheConfig
+    calibration: Calibration | None = None
+
+    def create(self, capacity: int, seed: int) -> Cache:
+        """An empty one, of one sequence."""
+        key = jax.random.key(seed)
+        return cache.create(self.config, 1, capacity, key=key, calibration=self.calibration)
 
 
 def asked_bits(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -83,6 +107,34 @@ def allocation(path: Path | None) -> tuple[Allocation, CodecCode] | None:
         return Allocation(keys, values), code
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def calibrated(
+    arguments: argparse.Namespace, config: LlamaConfig, model: Llama | None = None
+) -> Kind | None:
+    """The cache of a calibration's file; without the model's weights only sizes are compared.
+
+    Raises:
+      ValueError: one of another model, or of keys that are centred otherwise; a damaged file.
+    """
+    path = getattr(arguments, "calibration", None)
+    if path is None:
+        return None
+    known = load_calibration(path)
+    require_calibrated(known, config, model)
+    assert known.study is not None
+    if known.study.centring != arguments.centring:
+        raise ValueError(
+            f"--centring: got {arguments.centring}, expected {known.study.centring}, which the "
+            f"bases of {path} are for"
+        )
+    options = segments(arguments, config.head_dim) | dict(known.study.codec)
+    made = cache_config(config, 4, 4, **options)
+    chosen, name = known.study.allocation, known.study.target
+    if arguments.preset is not None:
+        chosen = fitting.fit_preset(made, known.study.losses, arguments.preset)
+        name = f"{arguments.preset}'s bytes"
+    return Kind(f"calibrated: {name}", replace(made, allocation=chosen), known)
 
 
 def table(arguments: argparse.Namespace) -> dict[tuple[int, int], CodecCode]:
@@ -128,24 +180,34 @@ def dtype(name: str | None) -> str:
 def is_dense(arguments: argparse.Namespace) -> bool:
     """Whether the cache in full precision was asked for."""
     full = (choices.FULL, choices.FULL)
-    return arguments.allocation is None and asked_bits(arguments) == full
+    given = (arguments.allocation, arguments.calibration)
+    return given == (None, None) and asked_bits(arguments) == full
 
 
 def empty_past(
-    arguments: argparse.Namespace, config: LlamaConfig, batch: int, capacity: int
+    arguments: argparse.Namespace,
+    config: LlamaConfig,
+    batch: int,
+    capacity: int,
+    model: Llama | None = None,
 ) -> tuple[Any, Past]:
     """An empty past of the kind that the flags ask for, and how it is used.
 
+    A calibration is held against the weights of the `model`.
+
     Raises:
-      ValueError: bits of another number of layers.
+      ValueError: bits of another number of layers, or a calibration of another model.
     """
+    known = None
     if is_dense(arguments):
         return dense.create(config, batch, capacity, dtype(arguments.dtype)), dense.DENSE
     key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
-    found = allocation(arguments.allocation)
-    if found is not None:
-        layers, kind = found
-        compressed = cache_config(config, 4, 4, code=kind, allocation=layers, **options)
+    found, kind = allocation(arguments.allocation), calibrated(arguments, config, model)
+    if kind is not None:
+        compressed, known = kind.config, kind.calibration
+    elif found is not None:
+        layers, code_of = found
+        compressed = cache_config(config, 4, 4, code=code_of, allocation=layers, **options)
     else:
         compressed = cache_config(config, *asked_bits(arguments), code=code(arguments), **options)
-    return cache.create(compressed, batch, capacity, key=key), COMPRESSED
+    return cache.create(compressed, batch, capacity, key=key, calibration=known), COMPRESSED

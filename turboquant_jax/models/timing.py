@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Cache, CacheConfig
+from turboquant_jax.cache import Cache, CacheConfig, Calibration
 from turboquant_jax.cache.bytes import bytes_per_compressed_token, exact_bytes_per_token
 from turboquant_jax.cache.compression import with_pools
 from turboquant_jax.models import dense
@@ -30,10 +30,16 @@ _PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past 
 _ONES = 0x3F803F80  # a scale word: 1.0 for the key and for the value
 
 
-def filled_cache(config: CacheConfig, batch: int, context: int, capacity: int) -> Cache:
+def filled_cache(
+    config: CacheConfig,
+    batch: int,
+    context: int,
+    capacity: int,
+    calibration: Calibration | None = None,
+) -> Cache:
     """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
     make = jax.jit(cache.create, static_argnums=(0, 1, 2))
-    state = make(config, batch, capacity, key=jax.random.key(0))
+    state = make(config, batch, capacity, key=jax.random.key(0), calibration=calibration)
     keys = map(jax.random.key, itertools.count(1))
 
     def codes(pool: Array) -> Array:

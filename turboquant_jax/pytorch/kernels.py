@@ -37,7 +37,7 @@ def attend_and_write(
     output, _ = operators.decode_attention(
         _rotated(key_codec, member, query),
         operands.PagedBlocks(
-            pool=kernel_operands.blocks_of(part, member.rows),
+            pools=(kernel_operands.blocks_of(part, member.rows),),
             page_table=state.table.page_table,
             lengths=state.table.lengths,
             row=None,

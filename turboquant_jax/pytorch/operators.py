@@ -139,7 +139,7 @@ def encode(keys: torch.Tensor, values: torch.Tensor, jobs: torch.Tensor, pool: O
 
 @Operator
 def decode(
-    groups: Sequence[Operand],
+    pools: tuple[Operand, ...],
     pages: torch.Tensor,
     rows: torch.Tensor,
     *,
@@ -147,12 +147,13 @@ def decode(
 ) -> Call:
     """Keys and values [jobs, T, heads, H] of some pages of some rows, in the rotated space.
 
-    groups: BlocksOperand; pages int32 [jobs]; rows int32 [heads].
+    pools: one BlocksOperand; pages int32 [jobs]; rows int32 [heads].
     """
-    channels = sum(group.values[0].shape[2] for group in groups)
-    shape = (pages.shape[0], groups[0].scales.shape[2], rows.shape[0], channels)
+    (blocks,) = pools
+    channels = sum(planes[0].shape[2] for planes in blocks.values)
+    shape = (pages.shape[0], blocks.scales[0].shape[2], rows.shape[0], channels)
     keys, values = (torch.empty(shape, dtype=dtype, device=pages.device) for _ in range(2))
-    arguments = dict(groups=tuple(groups), pages=pages, rows=rows, dtype=dtype)
+    arguments = dict(pools=pools, pages=pages, rows=rows, dtype=dtype)
     return Call("decode", arguments, (), (keys, values))
 
 

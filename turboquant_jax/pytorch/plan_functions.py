@@ -15,7 +15,7 @@ import pallas_kernels.decode_attention
 import pallas_kernels.encode
 import pallas_kernels.rope
 import pallas_kernels.trellis
-from pallas_kernels.decode_attention.call import schedule_of
+from pallas_kernels.decode_attention.plan import schedule_of
 from turboquant_jax.attention.triton import exact_places
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.layout import Layout
@@ -102,7 +102,7 @@ def _decode_attention(query, blocks, softmax, exact, schedule, **options) -> tup
 
 def _schedule(query, blocks, exact) -> pallas_kernels.decode_attention.Schedule:
     """The default one, but a power of two of splits: few variants, and none that spills."""
-    kv_heads = blocks.kv_heads or blocks.groups[0].scales.shape[0]
+    kv_heads = blocks.kv_heads or blocks.pools[0].scales[0].shape[0]
     found = schedule_of(blocks, exact, kv_heads, query.shape[1] // kv_heads)
     return replace(found, splits=1 << (found.splits.bit_length() - 1))
 

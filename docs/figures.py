@@ -1,0 +1,215 @@
+"""The figures of the concept pages, for light and for dark ones: `python docs/figures.py`.
+
+They show ideas, and numbers that follow from formulas; what was measured is in the report.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+import turboquant_jax as tq
+
+FOLDER = Path(__file__).parent / "images"
+EXACT, CODES, SCALES, NEW = "#d1495b", "#1b6ca8", "#e08e2b", "#3d8b5f"
+INKS = {"light": "#222222", "dark": "#e6e6e6"}
+
+
+def figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, without the upper and the right edge."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = list(made.subplots(1, columns, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def box(axis: Axes, x: float, y: float, width: float, height: float, colour: str, text: str = ""):
+    """A filled rectangle with a text in it."""
+    axis.add_patch(Rectangle((x, y), width, height, facecolor=colour, alpha=0.85, linewidth=0))
+    if text:
+        style = dict(ha="center", va="center", fontsize=9, color="white")
+        axis.text(x + width / 2, y + height / 2, text, **style)
+
+
+def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """From one point to another, in the colour of the text."""
+    ink = matplotlib.rcParams["text.color"]
+    axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=ink))
+
+
+def drawing(axis: Axes, width: float, height: float) -> None:
+    """Axes without ticks, from 0 to these."""
+    axis.set(xlim=(0, width), ylim=(0, height))
+    axis.set_axis_off()
+
+
+def rotated() -> Figure:
+    """A vector with two large channels, before and after a rotation."""
+    made, (left, right) = figure(8, 2.6, 2)
+    x = np.array(jax.random.normal(jax.random.key(4), (64,)))
+    x[[9, 40]] = 14.0, -9.0
+    quantizer = tq.create_quantizer(jax.random.key(0), dim=64, bits=2)
+    y = np.asarray(quantizer.rotation.apply(x))
+    size = np.linalg.norm(x) / 8
+    left.bar(np.arange(64), x / size, color=EXACT, width=0.8)
+    right.bar(np.arange(64), y / size, color=CODES, width=0.8)
+    for level in quantizer.levels:
+        right.axhline(level, color=SCALES, linewidth=1)
+    right.text(1, 5.6, "levels of 2 bits", color=SCALES, fontsize=9)
+    for axis, title in ((left, "a vector"), (right, "the same, rotated")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("channel", fontsize=9)
+        axis.set_ylim(-5, 6.5)
+    left.set_ylabel("in units of the root mean square", fontsize=9)
+    return made
+
+
+def trellis() -> Figure:
+    """Eight levels in four interleaved subsets, of which a state offers two."""
+    from turboquant_jax.quantizers.trellis import levels
+
+    made, (axis,) = figure(7, 2.2)
+    found = levels(2)
+    colours = (CODES, EXACT, NEW, SCALES)
+    for row, (offered, text) in enumerate(
+        (
+            ((0, 1, 2, 3), "all 8 levels"),
+            ((0, 2), "on offer if u[t-2] = 0"),
+            ((1, 3), "if u[t-2] = 1"),
+        )
+    ):
+        for number, level in enumerate(found):
+            held = number % 4 in offered
+            axis.plot(
+                level, -row, "o", color=colours[number % 4], alpha=1.0 if held else 0.15, ms=10
+            )
+        axis.text(-2.9, -row, text, ha="right", va="center", fontsize=9)
+    axis.set(xlim=(-4.9, 2.6), ylim=(-2.6, 0.6), yticks=[])
+    axis.spines["left"].set_visible(False)
+    axis.set_xticks([-2, -1, 0, 1, 2])
+    axis.set_xlabel("level, in standard deviations; a colour is a subset", fontsize=9)
+    return made
+
+
+def page() -> Figure:
+    """The arrays of a page of 3 bits."""
+    made, (axis,) = figure(7.5, 3.2)
+    drawing(axis, 15, 6.4)
+    box(axis, 0.2, 3.4, 4.0, 2.4, CODES, "2 bits")
+    box(axis, 4.4, 3.4, 2.0, 2.4, CODES, "1 bit")
+    axis.text(3.3, 6.0, "keys: a row is a token", ha="center", fontsize=9)
+    box(axis, 7.6, 2.2, 2.4, 3.6, NEW, "2 bits")
+    box(axis, 10.2, 2.2, 1.2, 3.6, NEW, "1 bit")
+    axis.text(9.5, 6.0, "values: a row is a channel", ha="center", fontsize=9)
+    box(axis, 12.8, 3.4, 0.7, 2.4, SCALES)
+    axis.text(13.1, 6.0, "scales", ha="center", fontsize=9)
+    for text, place in (
+        ("channels, packed", ((0.2, 3.1), (6.4, 3.1))),
+        ("tokens, packed", ((7.6, 1.9), (11.4, 1.9))),
+    ):
+        (start, height), (end, _) = place
+        arrow(axis, (start, height), (end, height))
+        axis.text((start + end) / 2, height - 0.45, text, ha="center", va="center", fontsize=8)
+    axis.text(13.1, 3.0, "value | key", ha="center", fontsize=8)
+    text = "one page: 64 tokens of one head; the same number serves all layers and heads"
+    axis.text(7.3, 0.5, text, ha="center", fontsize=9)
+    return made
+
+
+def place() -> Figure:
+    """Where the tokens of growing sequences lie."""
+    from turboquant_jax.cache import CacheConfig
+
+    config = CacheConfig(1, 1, 64, sinks=4, window=128, block=64)
+    made, (axis,) = figure(8, 2.6)
+    lengths = (195, 196, 259, 260, 324)
+    for row, length in enumerate(lengths):
+        blocks = int(config.compressed_tokens(length))
+        y = len(lengths) - row
+        box(axis, 0, y, 4, 0.62, EXACT)
+        for start in range(0, blocks, 64):
+            box(axis, 4 + start + 0.8, y, 62.4, 0.62, CODES, "block" if row == 4 else "")
+        box(axis, 4 + blocks, y, length - 4 - blocks, 0.62, NEW, "window" if row == 4 else "")
+    axis.text(2, 0.62, "sinks", color=EXACT, fontsize=9, ha="center")
+    axis.set(xlim=(-2, 330), ylim=(0.4, 6.0), yticks=np.arange(5, 0, -1) + 0.31)
+    axis.set_yticklabels([f"{length} tokens" for length in lengths], fontsize=9)
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("token", fontsize=9)
+    return made
+
+
+def merge() -> Figure:
+    """Segments on their way to one output."""
+    made, (axis,) = figure(7.5, 2.4)
+    drawing(axis, 15, 4.8)
+    segments = (("sinks", EXACT), ("blocks", CODES), ("window", NEW), ("new token", NEW))
+    for row, (text, colour) in enumerate(segments):
+        y = 3.7 - 1.1 * row
+        box(axis, 2.6, y, 2.4, 0.8, colour, text)
+        arrow(axis, (1.5, 2.4), (2.6, y + 0.4))
+        arrow(axis, (5.0, y + 0.4), (6.6, y + 0.4))
+        axis.text(6.8, y + 0.4, f"$o_{row + 1}$, lse$_{row + 1}$", va="center", fontsize=10)
+        arrow(axis, (8.6, y + 0.4), (10.2, 2.4))
+    axis.text(0.8, 2.4, "query", ha="center", va="center", fontsize=10)
+    box(axis, 10.2, 1.9, 2.0, 1.0, SCALES, "merge")
+    arrow(axis, (12.2, 2.4), (13.5, 2.4))
+    axis.text(14.2, 2.4, "output", ha="center", va="center", fontsize=10)
+    return made
+
+
+def mean() -> Figure:
+    """How far a turned mean is from that of the first block's stored keys."""
+    made, (axis,) = figure(6.5, 2.8)
+    frequencies = 1e6 ** (-np.arange(32) / 32)
+    stored = np.exp(1j * np.arange(64)[:, None] * frequencies).mean(axis=0)
+    position = np.unique(np.geomspace(1, 131072, 4000).astype(int))
+    left = (np.abs(np.exp(1j * position[:, None] * frequencies) - stored) ** 2).mean(axis=1)
+    smooth = np.array(
+        [left[(position > p / 1.15) & (position < p * 1.15)].mean() for p in position]
+    )
+    axis.plot(position, smooth, color=EXACT)
+    axis.axhline(0, color=CODES)
+    axis.set(xscale="log", ylim=(-0.08, 1.8), xlim=(1, 131072))
+    axis.text(300, 0.98, "the mean of stored keys", color=EXACT, ha="right", fontsize=9)
+    axis.text(300, 0.06, "the mean before RoPE", color=CODES, ha="right", fontsize=9)
+    axis.axvspan(1, 64, alpha=0.12, color=SCALES, linewidth=0)
+    axis.text(8, 1.6, "first block", color=SCALES, ha="center", fontsize=9)
+    axis.set_xlabel("position of the key", fontsize=9)
+    axis.set_ylabel("energy left of the mean, share", fontsize=9)
+    return made
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    draw.__name__: draw for draw in (rotated, trellis, page, place, merge, mean)
+}
+
+
+def main() -> None:
+    """Draws what is named, or all."""
+    FOLDER.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or FIGURES:
+        for theme, ink in INKS.items():
+            names = (
+                "text.color",
+                "axes.edgecolor",
+                "axes.labelcolor",
+                "xtick.color",
+                "ytick.color",
+            )
+            style = dict.fromkeys(names, ink) | {"svg.hashsalt": name, "svg.fonttype": "none"}
+            with matplotlib.rc_context(style):
+                FIGURES[name]().savefig(
+                    FOLDER / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None}
+                )
+
+
+if __name__ == "__main__":
+    main()

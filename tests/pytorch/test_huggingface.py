@@ -187,7 +187,7 @@ def test_batches_are_repeated_and_selected():
 def test_presets_of_real_codes():
     """The trellis of a preset, and a cache that grows beyond what it began with."""
     model = random_model("Qwen2")
-    tokens = prompts(1, 330)["input_ids"]
+    tokens = prompts(2, 330)["input_ids"]
     caches = [TurboQuantCache.from_model(model, capacity=room) for room in (None, 330)]
     grown, fixed = (logits_of(model, cache, tokens, None, (100, 150, 70)) for cache in caches)
     torch.testing.assert_close(grown, fixed, rtol=1e-5, atol=1e-6)

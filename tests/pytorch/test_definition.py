@@ -103,6 +103,10 @@ def test_sequences_reordered_at_once():
         definition.attend(each, 1, q[1, :, :1], new, new, Scores()) for each in (fresh, ours)
     )
     torch.testing.assert_close(expected, got)
+    sharing.clear(ours)
+    empty = creation.create(config, 3, CAPACITY, seed=SEED)
+    for name, tensor in vars(empty.table).items():
+        assert torch.equal(tensor, getattr(ours.table, name)), name
 
 
 def test_what_is_not_finite_is_seen_and_nothing_else():

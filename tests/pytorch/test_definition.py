@@ -14,7 +14,7 @@ from tests.pytorch.skip import torch
 from turboquant_jax import cache
 from turboquant_jax.attention import Scores as JaxScores
 from turboquant_jax.attention import attend
-from turboquant_jax.pytorch import creation, definition, updating
+from turboquant_jax.pytorch import creation, definition, sharing, updating
 from turboquant_jax.pytorch.segments import Scores
 
 CAPACITY, SEED, COUNTS = 70, 2, np.array([61, 0, 30], np.int32)
@@ -81,6 +81,32 @@ def test_attention(name, count, monkeypatch):
         None if logits is None else torch.from_numpy(logits),
     )  # fmt: skip
     np.testing.assert_allclose(expected, got, rtol=2e-5, atol=2e-5)
+
+
+def test_sequences_reordered_at_once():
+    """Row b is what row source[b] was, goes on alone, and takes nothing from the others."""
+    config = replace(PLAIN, rope_frequencies=FREQUENCIES)
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(2, 3, 60, n, 16, generator=generator) + 1 for n in (2, 2, 4))
+    source = torch.tensor([2, 0, 2])
+    ours, fresh = (creation.create(config, 3, CAPACITY, seed=SEED) for _ in "ab")
+    counts = torch.tensor([30, 20, 40])
+    updating.append(ours, k[:, :, :40], v[:, :, :40], counts)
+    sharing.reorder(ours, source)
+    assert ours.table.references.max() == 2
+    updating.append(fresh, k[:, source, :40], v[:, source, :40], counts[source])
+    for each in (ours, fresh):
+        updating.append(each, k[:, :, 40:], v[:, :, 40:])
+    assert not ours.table.overflow.any() and ours.table.lengths.tolist() == [60, 50, 60]
+    new = torch.ones(3, 1, 2, 16)
+    expected, got = (
+        definition.attend(each, 1, q[1, :, :1], new, new, Scores()) for each in (fresh, ours)
+    )
+    torch.testing.assert_close(expected, got)
+    sharing.clear(ours)
+    empty = creation.create(config, 3, CAPACITY, seed=SEED)
+    for name, tensor in vars(empty.table).items():
+        assert torch.equal(tensor, getattr(ours.table, name)), name
 
 
 def test_what_is_not_finite_is_seen_and_nothing_else():

@@ -23,7 +23,7 @@ CASES = {
     "calibrated": replace(
         PLAIN,
         key=CodecConfig(((16, 4), (16, 2)), scales="joint_products"),
-        value=CodecConfig(((8, 3), (24, 2)), scales="joint"),
+        value=CodecConfig(((8, 3), (24, 2)), scales="joint", rotation="block_hadamard"),
         rope_frequencies=FREQUENCIES,
     ),
 }

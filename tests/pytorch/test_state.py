@@ -13,8 +13,9 @@ from tests.pytorch.equal import assert_equal, robust_tokens
 from tests.pytorch.skip import torch
 from turboquant_jax import cache
 from turboquant_jax.cache import layout as jax_layout
-from turboquant_jax.pytorch import constants, creation, sharing, updating
+from turboquant_jax.pytorch import constants, creation, sharing, trellis, updating
 from turboquant_jax.pytorch.layout import Layout
+from turboquant_jax.quantizers import trellis as jax_trellis
 
 CAPACITY, BATCH, SEED = 70, 3, 2
 CHUNKS = 1, 11
@@ -121,6 +122,17 @@ def test_codes_of_many_vectors():
         assert (np.asarray(indices) != found.numpy()).any(axis=-1).sum() <= 4
         differs = np.asarray(scale).view(np.uint16) != own_scale.view(torch.uint16).numpy()
         assert differs.sum() <= 4
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_paths_of_equal_cost(bits):
+    """Of ties, which small integers and zeros are full of, both take the same path."""
+    table = np.arange(-(2**bits), 2**bits) + 0.5
+    y = np.random.default_rng(bits).integers(-2, 3, (64, 24)) * (np.arange(64) > 0)[:, None]
+    y, table = y.astype(np.float32), table.astype(np.float32)
+    expected = jax_trellis.encode_with(jnp.asarray(y), jnp.asarray(table))
+    got = trellis.encode(torch.from_numpy(y), torch.from_numpy(table))
+    np.testing.assert_array_equal(expected, got.numpy())
 
 
 @pytest.mark.parametrize("window", [None, 23])

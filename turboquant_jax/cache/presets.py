@@ -19,8 +19,8 @@ measured. At head dim 128 scales weigh half as much: 3.88, 5.12, 6.10 and 7.53 t
 at length. Measured with the trellis' trained levels; the presets have them rounded to the grid of
 the GPU kernels, for less than 0.03 % more error of the codes.
 
-Beside a calibration of the model (`fitting.fit_preset`, docs/calibration.md) a preset stands for its
-bytes at 65,536 tokens, which heads share as they lose least; "max" is 7.0 times smaller then.
+Beside a calibration of the model (`fitting.fit_preset`, docs/calibration.md) a preset stands for
+its bytes at 65,536 tokens, which heads share as they lose least; "max" is 7.0 times smaller then.
 """
 
 from typing import Literal

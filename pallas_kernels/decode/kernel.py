@@ -1,7 +1,7 @@
 """The kernel of `decode`: a program decodes a page of one row."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,19 +34,29 @@ def _decode(
 ) -> None:
     tokens = blocks.scales[0].shape[2]
     token = jnp.arange(tokens)
-    words = [triton.load(ref.at[row, page, token]) for ref in pool["scales"]]
+
+    @cache
+    def channels_of(dim: int) -> tuple[jax.Array, jax.Array]:
+        channel = jnp.arange(power_of_two(dim))
+        return channel, jnp.broadcast_to((channel < dim)[None, :], (tokens, channel.shape[0]))
+
+    @cache
+    def scales_of(number: int) -> tuple[jax.Array, jax.Array]:
+        word = triton.load(pool["scales"][number].at[row, page, token])
+        return key_scale(word), value_scale(word)
+
     sides = (
-        ("keys", blocks.key_codebooks, blocks.key_channels, blocks.key_words, key_scale),
-        ("values", blocks.value_codebooks, blocks.value_channels, blocks.value_words, value_scale),
+        ("keys", blocks.key_codebooks, blocks.key_channels, blocks.key_words),
+        ("values", blocks.value_codebooks, blocks.value_channels, blocks.value_words),
     )
-    for side, books, channels, numbers, scale_of in sides:
+    for half, (side, books, channels, numbers) in enumerate(sides):
         first = 0
         for g, (book, dim, number) in enumerate(zip(books, channels, numbers, strict=True)):
-            channel = jnp.arange(power_of_two(dim))
-            exists = jnp.broadcast_to((channel < dim)[None, :], (tokens, channel.shape[0]))
+            channel, exists = channels_of(dim)
+            scale = scales_of(number)[half]
             field = _fields(pool[side][g], book, (row, page), tokens, dim, side == "keys")
             code = code_number(book, field)
-            vector = triton.load(tables[side][g].at[code]) * scale_of(words[number])[:, None]
+            vector = triton.load(tables[side][g].at[code]) * scale[:, None]
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)
             first += dim

@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention import schedule
 from pallas_kernels.primitives.triton import interpreted
 from pallas_kernels.rope import rope_and_rotate
 from tests import crossed, design
-from tests.layout import calibration, random_parts, row_of_head
+from tests.layout import calibration, matrix, random_parts, row_of_head
 from tests.marks import GPU
 from turboquant_jax import cache
 from turboquant_jax.attention import (
@@ -25,6 +25,7 @@ from turboquant_jax.attention import (
     triton,
 )
 from turboquant_jax.cache import blocks, kernel_operands
+from turboquant_jax.cache.codec import create as create_codec
 from turboquant_jax.cache.state import rows_of
 
 CODEC = cache.CodecConfig
@@ -187,6 +188,20 @@ def test_a_query_that_is_turned_on_the_way_is_in_the_keys_space(name):
     want = head_rotation.rotate_queries(codec, rows, q[:, None].astype(jnp.float32))[:, 0]
     # exact products, of which the kernel takes three bfloat16 parts of the matrix: 24 bits
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rotation", "parts"), [("hadamard", 1), ("haar", 3)])
+def test_each_head_of_several_formats_has_the_rotation_of_its_own(rotation, parts):
+    """Signs and one Hadamard matrix, or matrices in three parts; the two members have others."""
+    config = cache.CacheConfig(**SHAPE | SETTINGS["heads of several bits"])
+    rows = rows_of(cache.create(config, 3, 400, key=jax.random.key(0)), 1)
+    codecs = [create_codec(jax.random.key(i), CODEC(4, rotation), 32) for i in range(2)]
+    found = kernel_operands.of_layer(rows, codecs, 3)
+    assert (found.parts.shape[:2], found.signs) == ((parts, 3), None)
+    got = found.gain * np.asarray(found.parts, np.float64).sum(0)
+    for head, member in enumerate((0, 1, 0)):
+        (group,) = codecs[member].groups
+        np.testing.assert_allclose(got[head], matrix(group.rotation), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in COMPILED])

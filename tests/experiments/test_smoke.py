@@ -65,10 +65,12 @@ def test_smoke(experiment, on_a_gpu, tmp_path):
     assert command.main(["run", name_of(experiment), "--smoke", "--out", str(tmp_path)]) == 0
     (found,) = results.find(tmp_path, name_of(experiment))
     assert found.rows and found.intact
-    committed = results.find(results.COMMITTED, name_of(experiment))
-    assert experiment.claims((committed[0] if needs_of(experiment) == GPU else found).rows)
+    judged = found
+    if needs_of(experiment) == GPU:  # the aims are of full sizes
+        judged = results.find(results.COMMITTED, name_of(experiment))[0]
+        assert found.rows[0].keys() >= judged.rows[0].keys()
+    assert experiment.claims(judged.rows)
     assert isinstance(experiment.claims(found.rows[:1]), list), "part of the cases will do"
-    assert all(row.keys() >= committed[0].rows[0].keys() for row in found.rows[:1])
     if hasattr(experiment, "figure"):
         assert (found.folder / "figure.svg").stat().st_size < 300_000
 

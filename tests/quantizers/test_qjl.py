@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from scipy import stats
 
+from tests.compiling import FULL
 from turboquant_jax.quantizers import bounds, qjl
 
 KEY = jax.random.key(0)
@@ -31,7 +32,7 @@ def estimates(kind: str, rows: int, rho: float) -> np.ndarray:
         return qjl.inner_product(sketch, qjl.project(sketch, v), *qjl.encode(sketch, x))
 
     keys = jax.random.split(jax.random.key(rows), 10_000)
-    return np.asarray(jax.jit(partial(lax.map, draw, batch_size=2000))(keys))
+    return np.asarray(jax.jit(partial(lax.map, draw, batch_size=2000), compiler_options=FULL)(keys))
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("gaussian", 8), ("gaussian", 80), ("orthogonal", 80)])

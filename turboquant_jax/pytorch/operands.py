@@ -89,8 +89,9 @@ def _write(x: Any, read: list, found: list, written: Sequence[torch.Tensor]) -> 
         into.append(x)
         return f'{{"{name}": {len(into) - 1}}}'
     if isinstance(x, Operand):
-        if x.__dict__.get("static") is not None:
-            return x.static
+        static = x.__dict__.get("static")
+        if static is not None:
+            return str(static)
         return f'{{"kind": "{x.kind}", "fields": {_write(x.fields, read, found, written)}}}'
     if isinstance(x, dict):
         parts = [f'"{key}": {_write(value, read, found, written)}' for key, value in x.items()]

@@ -127,7 +127,7 @@ def _trellis_encode(rows, levels) -> tuple[list, dict]:
     return [pallas_kernels.trellis.encode(rows, levels)], {}
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., tuple[list, dict]]] = {
     "decode_attention": _decode_attention,
     "encode": _encode,
     "decode": _decode,

@@ -9,7 +9,6 @@ dialect that prints the IR. So releases are named (`SERVED`). jax deprecates Pal
 from 0.11 on without a date.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,11 +55,8 @@ def make_plan(
     with _for_gpu(), jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(False):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(read), list(written))
         tracer = _Tracer()
-        count = len(read)
-        inputs: list[Any] = []
-        for i, var in enumerate(closed.jaxpr.invars):
-            kind, index = ("read", i) if i < count else ("written", i - count)
-            inputs.append(tracer.buffer(kind, index, var.aval))
+        inputs: list[Any] = [tracer.buffer("read", i, x) for i, x in enumerate(read)]
+        inputs += [tracer.buffer("written", i, x) for i, x in enumerate(written)]
         outputs = tracer.run(closed.jaxpr, closed.consts, inputs)
     count = len(shapes[0])
     for x in outputs[count:]:
@@ -90,7 +86,10 @@ class _Tracer:
         values |= dict(zip(jaxpr.invars, inputs, strict=True))
 
         def value(x: Any) -> Any:
-            return np.asarray(x.val, x.aval.dtype) if isinstance(x, core.Literal) else values[x]
+            if not isinstance(x, core.Literal):
+                return values[x]
+            aval: Any = x.aval
+            return np.asarray(x.val, aval.dtype)
 
         for eqn in jaxpr.eqns:
             found = self.apply(eqn, [value(x) for x in eqn.invars])
@@ -190,4 +189,4 @@ def _text(bytecode: bytes) -> str:
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         triton_dialect.dialect.register_dialect(context)
         module = ir.Module.parse(bytecode)
-        return re.sub(r" loc\(.*\)", "", module.operation.get_asm(enable_debug_info=False))
+        return str(module.operation.get_asm(enable_debug_info=False))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from turboquant_jax.pytorch import cuda_driver, plan_store
-from turboquant_jax.pytorch.plan import Buffer, Plan
+from turboquant_jax.pytorch.plan import Buffer, Kind, Plan
 from turboquant_jax.pytorch.plan_store import Shapes
 
 # What the kernels' loads assume of every pointer, in bytes.
@@ -80,7 +80,7 @@ class Bound:
             launch(stream)
         return None
 
-    def rebind(self, kind: str, index: int, x: torch.Tensor) -> None:
+    def rebind(self, kind: Kind, index: int, x: torch.Tensor) -> None:
         """Puts another tensor in the place of one: "read", "written" or "output", and its number.
 
         As `operands.flatten` numbers them; it must be like the one before.

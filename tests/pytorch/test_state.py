@@ -13,7 +13,8 @@ from tests.pytorch.equal import assert_equal, robust_tokens
 from tests.pytorch.skip import torch
 from turboquant_jax import cache
 from turboquant_jax.cache import layout as jax_layout
-from turboquant_jax.pytorch import constants, creation, sharing, trellis, updating
+from turboquant_jax.cache import pages as jax_pages
+from turboquant_jax.pytorch import constants, creation, pages, sharing, trellis, updating
 from turboquant_jax.pytorch.layout import Layout
 from turboquant_jax.quantizers import trellis as jax_trellis
 
@@ -122,6 +123,22 @@ def test_codes_of_many_vectors():
         assert (np.asarray(indices) != found.numpy()).any(axis=-1).sum() <= 4
         differs = np.asarray(scale).view(np.uint16) != own_scale.view(torch.uint16).numpy()
         assert differs.sum() <= 4
+
+
+def test_pages_of_random_tables():
+    """Shared, left and free pages in any mixture, short of free ones or not: `cache.pages`."""
+    rng, assign, short = np.random.default_rng(6), jax.jit(jax_pages.assign), 0
+    for _ in range(200):
+        table = rng.integers(-1, 4, (3, 2), dtype=np.int32)
+        filled = rng.random((3, 2)) < 0.6
+        references = np.bincount(table[table >= 0], minlength=4).astype(np.int32)
+        expected = assign(references, table, filled)
+        own = torch.from_numpy(references.copy())
+        page, granted = pages.assign(own, torch.from_numpy(table), torch.from_numpy(filled))
+        for theirs, ours in zip(expected, (page, granted, own), strict=True):
+            np.testing.assert_array_equal(theirs, ours.numpy())
+        short += int(not granted.all())
+    assert 0 < short < 200
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -96,7 +96,7 @@ def test_what_is_refused(change, says):
 
 
 def test_torch_says_that_it_has_no_sketches():
-    with pytest.raises(ValueError, match="expected scalar or trellis: torch has no sketches"):
+    with pytest.raises(ValueError, match="expected one of scalar, trellis: in torch no sketches"):
         codecs_of(CacheConfig(1, 1, 8, CodecConfig(code="prod")), 0)
 
 

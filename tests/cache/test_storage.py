@@ -174,7 +174,7 @@ def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch, same_bi
         temporary.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("turboquant_jax.cache.storage.save_file", full_disk)
+    monkeypatch.setattr("turboquant_jax.cache.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save(filled(make(), seed=1), path, model="m")
     assert [p.name for p in tmp_path.iterdir()] == ["prompt"]

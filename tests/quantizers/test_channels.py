@@ -69,13 +69,16 @@ def test_products_are_kept():
 
 
 def test_every_channel_that_is_coded_has_variance_1_and_the_querys_have_the_groups():
-    """E u u^T has a diagonal of 1 and E q q^T one of s_g^4, in the moments of the calibration."""
+    """E u u^T has a diagonal of 1 and E q q^T one of s_g^4, in the moments of the calibration.
+
+    To the rounding of the basis to float16, 2^-11 of an entry, which a square doubles.
+    """
     _, transform = create(SPLIT)
     matrix, dual = (np.asarray(m, np.float64) for m in (transform.matrix, transform.dual))
     of_u = np.diagonal(matrix @ OF_X @ np.swapaxes(matrix, 1, 2), axis1=1, axis2=2)
-    np.testing.assert_allclose(of_u, np.ones_like(of_u), rtol=1e-4)
+    np.testing.assert_allclose(of_u, np.ones_like(of_u), rtol=1e-3)
     of_q = np.diagonal(dual @ OF_Q @ np.swapaxes(dual, 1, 2), axis1=1, axis2=2)
-    np.testing.assert_allclose(of_q, fourth_powers(SPLIT), rtol=1e-4)
+    np.testing.assert_allclose(of_q, fourth_powers(SPLIT), rtol=1e-3)
 
 
 def fourth_powers(split):

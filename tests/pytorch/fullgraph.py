@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from tests.pytorch.models import prompts, random_model
+from tests.pytorch.models import CACHE, prompts, random_model
 from tests.pytorch.test_huggingface import small_config
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
@@ -14,7 +14,7 @@ def main() -> None:
     model = random_model("Llama")
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache.from_model(model, config=small_config(model), capacity=100)
-    model(**prompts(2, 33), past_key_values=cache)
+    model(**prompts(2, 33), **{CACHE: cache})
     step = cache.capture(model)
     ids = prompts(2, 2)["input_ids"][:, 1:]
     step._prepare(ids)

@@ -6,6 +6,8 @@ from tests.pytorch.skip import torch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: make test-torch")
 
+from turboquant_jax.pytorch.supported import CACHE as CACHE  # noqa: E402
+
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, vocab_size=96, max_position_embeddings=512,

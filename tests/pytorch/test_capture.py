@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.pytorch.models import prompts, random_model, torch
+from tests.pytorch.models import CACHE, prompts, random_model, torch
 from tests.pytorch.test_huggingface import GREEDY, small_config
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
@@ -23,13 +23,13 @@ def test_generate_with_a_captured_step(family):
     """As without it, padding, growth and completed blocks included."""
     inputs, options = prompts(2, 20, padding=(0, 7)), dict(max_new_tokens=30, **GREEDY)
     model, cache = model_and_cache(family)
-    expected = model.generate(**inputs, past_key_values=cache, **options)
+    expected = model.generate(**inputs, **{CACHE: cache}, **options)
     other = TurboQuantCache.from_model(model, config=cache.config)
     calls = []
     with other.capture(model) as step:
         original = step.device_step
         step.device_step = lambda completing: calls.append(completing) or original(completing)
-        got = model.generate(**inputs, past_key_values=other, **options)
+        got = model.generate(**inputs, **{CACHE: other}, **options)
     assert "forward" not in vars(model)
     assert len(calls) == 29 and 0 < sum(calls) < 29
     assert torch.equal(expected.sequences, got.sequences)
@@ -54,7 +54,7 @@ def test_nobody_looks(completing):
     """With counts of 0, as while a graph is made, nothing changes either."""
     model, cache = model_and_cache(capacity=100)
     with torch.no_grad():
-        model(**prompts(2, 33), past_key_values=cache)
+        model(**prompts(2, 33), **{CACHE: cache})
         step = cache.capture(model)
         step._prepare(prompts(2, 1)["input_ids"])
         step.counts.zero_()

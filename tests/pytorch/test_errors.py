@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.pytorch.models import SIZES, prompts, random_model, torch, transformers
+from tests.pytorch.models import CACHE, SIZES, prompts, random_model, torch, transformers
 from tests.pytorch.test_huggingface import logits_of, small_config
 from turboquant_jax.cache.config import CacheConfig, CodecConfig
 from turboquant_jax.pytorch import TurboQuantCache, creation, supported
@@ -60,11 +60,11 @@ def test_another_model_or_attention():
     cache = TurboQuantCache.from_model(model, config=small_config(model))
     inputs = prompts(1, 5)
     with pytest.raises(AttributeError, match=r"expected 'turboquant': call model.set_attn_imple"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     for each in (model, other):
         each.set_attn_implementation("turboquant")
     with pytest.raises(ValueError, match=r"model: got another one than the cache was made for"):
-        other(**inputs, past_key_values=cache)
+        other(**inputs, **{CACHE: cache})
     with pytest.raises(ValueError, match=r"model: got another one than the cache was made for"):
         cache.capture(other)
     with pytest.raises(
@@ -72,11 +72,11 @@ def test_another_model_or_attention():
     ):
         model.generate(**inputs, max_new_tokens=2)
     with pytest.raises(ValueError, match=r"attention_mask: got 4 dimensions, expected 2"):
-        model(inputs["input_ids"], attention_mask=torch.ones(1, 1, 5, 5), past_key_values=cache)
+        model(inputs["input_ids"], attention_mask=torch.ones(1, 1, 5, 5), **{CACHE: cache})
     dropping = random_model("Llama", attention_dropout=0.1).train()
     dropping.set_attn_implementation("turboquant")
     with pytest.raises(ValueError, match=r"dropout: got 0.1, expected 0"):
-        dropping(**inputs, past_key_values=TurboQuantCache.from_model(dropping))
+        dropping(**inputs, **{CACHE: TurboQuantCache.from_model(dropping)})
     with pytest.raises(NotImplementedError, match=r"expected it of the whole cache"):
         cache.layers[0].reset()
 
@@ -87,14 +87,14 @@ def test_sizes():
     cache = TurboQuantCache.from_model(model, config=small_config(model), capacity=40)
     logits_of(model, cache, prompts(2, 38)["input_ids"], None, (38,))
     with pytest.raises(ValueError, match=r"batch: got 3 sequences, expected the cache's 2"):
-        model(**prompts(3, 1), past_key_values=cache)
+        model(**prompts(3, 1), **{CACHE: cache})
     with pytest.raises(
         ValueError, match=r"capacity: got up to 41 tokens of a sequence, expected 40"
     ):
-        model(prompts(2, 3)["input_ids"], past_key_values=cache)
+        model(prompts(2, 3)["input_ids"], **{CACHE: cache})
     assert cache.get_seq_length() == 38 and cache.state.table.lengths.tolist() == [38, 38]
     cache.reset()
-    model(**prompts(3, 5), past_key_values=cache)
+    model(**prompts(3, 5), **{CACHE: cache})
     assert cache.batch_size == 3
 
 

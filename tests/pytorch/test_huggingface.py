@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.pytorch.models import FAMILIES, prompts, random_model, torch, transformers
+from tests.pytorch.models import CACHE, FAMILIES, prompts, random_model, torch, transformers
 from turboquant_jax.cache.config import CodecConfig
 from turboquant_jax.pytorch import supported
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
@@ -29,7 +29,7 @@ def logits_of(model, cache, tokens, mask=None, chunks=()):
         last = first + size
         with torch.no_grad():
             out = model(
-                tokens[:, first:last], attention_mask=mask[:, :last], past_key_values=cache,
+                tokens[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache},
                 position_ids=positions[:, first:last], use_cache=True,
             )  # fmt: skip
         found.append(out.logits)
@@ -49,7 +49,7 @@ def test_logits_at_8_bits(family):
     config = replace(small_config(model), window=16)
     cache = TurboQuantCache.from_model(model, config=config)
     inputs = prompts(3, 30, padding=(0, 11, 29))
-    got = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, **GREEDY)
+    got = model.generate(**inputs, **{CACHE: cache}, max_new_tokens=40, **GREEDY)
     assert cache.steps.lengths == cache.state.table.lengths.tolist() == [69, 58, 40]
     assert config.num_blocks(cache.state.table.lengths).tolist() == [6, 5, 2]
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 39, dtype=torch.long)], dim=1)
@@ -105,7 +105,7 @@ def test_beams():
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache.from_model(model, config=small_config(model))
     for _ in range(2):
-        got = model.generate(**inputs, past_key_values=cache, **options)
+        got = model.generate(**inputs, **{CACHE: cache}, **options)
         assert torch.equal(expected, got)
         assert cache.state.table.references.max() > 1
         cache.reset()
@@ -116,21 +116,17 @@ def test_several_turns_in_one_cache():
     model = random_model("Llama")
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache.from_model(model, config=small_config(model))
-    first = model.generate(
-        **prompts(1, 30), past_key_values=cache, max_new_tokens=10, do_sample=False
-    )
+    first = model.generate(**prompts(1, 30), **{CACHE: cache}, max_new_tokens=10, do_sample=False)
     assert cache.get_seq_length() == 39
     more = torch.cat([first, prompts(1, 20)["input_ids"]], dim=1)
-    second = model.generate(more, past_key_values=cache, max_new_tokens=10, **GREEDY)
+    second = model.generate(more, **{CACHE: cache}, max_new_tokens=10, **GREEDY)
     expected = logits_of(
         model, transformers.DynamicCache(config=model.config), second.sequences[:, :-1], None, (60,)
     )
     assert distance(expected[:, 59:], torch.stack(second.logits, dim=1)) < 2e-3
     model.set_attn_implementation("turboquant")
     cache.reset()
-    again = model.generate(
-        **prompts(1, 30), past_key_values=cache, max_new_tokens=10, do_sample=False
-    )
+    again = model.generate(**prompts(1, 30), **{CACHE: cache}, max_new_tokens=10, do_sample=False)
     assert torch.equal(first, again)
 
 
@@ -139,8 +135,8 @@ def test_prefill_in_chunks_of_generate():
     model.set_attn_implementation("turboquant")
     inputs, options = prompts(2, 50, padding=(0, 12)), dict(max_new_tokens=12, **GREEDY)
     caches = [TurboQuantCache.from_model(model, config=small_config(model)) for _ in "ab"]
-    whole = model.generate(**inputs, past_key_values=caches[0], **options)
-    chunked = model.generate(**inputs, past_key_values=caches[1], prefill_chunk_size=16, **options)
+    whole = model.generate(**inputs, **{CACHE: caches[0]}, **options)
+    chunked = model.generate(**inputs, **{CACHE: caches[1]}, prefill_chunk_size=16, **options)
     assert distance(torch.stack(whole.logits), torch.stack(chunked.logits)) < 2e-3
 
 
@@ -164,7 +160,7 @@ def test_crop():
     model.set_attn_implementation("turboquant")
     with torch.no_grad():
         rest = torch.cat([
-            model(tokens[:, i : i + 1], past_key_values=other).logits for i in range(40, 60)
+            model(tokens[:, i : i + 1], **{CACHE: other}).logits for i in range(40, 60)
         ], dim=1)  # fmt: skip
     torch.testing.assert_close(expected, rest, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="crop: got 5, expected 0 or less"):

@@ -1,7 +1,7 @@
 """A decode step of a whole model as a CUDA graph over a `TurboQuantCache`.
 
     with cache.capture(model):
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)
 
 Single tokens are replayed from two graphs: one for steps in which no sequence completes a block,
 one that also compresses what is complete. The host knows which, so that it never waits. Prompts and
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from turboquant_jax.pytorch.state import State
+from turboquant_jax.pytorch.supported import CACHE
 
 if TYPE_CHECKING:
     from turboquant_jax.pytorch.huggingface import TurboQuantCache
@@ -47,7 +48,7 @@ class CapturedStep:
             if self._serves(input_ids, kwargs):
                 assert input_ids is not None
                 logits = self(input_ids, kwargs.get("position_ids"))
-                return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+                return CausalLMOutputWithPast(logits=logits, **{CACHE: self.cache})
             return self.forward(input_ids=input_ids, **kwargs)
 
         self.model.forward = forward
@@ -88,17 +89,18 @@ class CapturedStep:
             found = self.forward(
                 input_ids=self.ids,
                 position_ids=self.positions,
-                past_key_values=self.cache,
                 attention_mask=None,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: self.cache},
             )
         finally:
             steps.captured = None
         return found.logits
 
     def _serves(self, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        if ids is None or kwargs.get("past_key_values") is not self.cache:
+        given = kwargs.get(CACHE, kwargs.get("past_key_values"))  # the older name is taken too
+        if ids is None or given is not self.cache:
             return False
         plain = not kwargs.get("output_attentions") and not kwargs.get("output_hidden_states")
         return (

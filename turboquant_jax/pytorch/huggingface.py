@@ -2,7 +2,7 @@
 
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache.from_model(model, preset="lossless")
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values before transformers 5.24
 
 transformers hands a layer's new keys, after RoPE, and values to `update`, and what that returns to
 the attention function, which never sees the cache. So `update` returns no tensors but a `Pending`,
@@ -89,7 +89,7 @@ class Pending:
 
 
 class TurboQuantCache(Cache):
-    """A compressed cache for one model: made with `from_model`, given as `past_key_values`.
+    """A compressed cache for one model: made with `from_model`, given as `cache`.
 
     Attributes:
       config: bits, window, sinks and the rest.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset
@@ -24,6 +25,8 @@ TRANSFORMERS = (5,)
 """Major versions."""
 TORCH = (2, 9)
 """The oldest version."""
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache, as an argument and in an output: "cache" since 5.24."""
 
 
 def check_versions() -> None:

@@ -15,30 +15,9 @@ import pytest
 from jax import lax
 from scipy import stats
 
+from experiments.quantizers.reference import MODES, RELATIVE_ERROR, SCALE_ERROR
 from tests.compiling import FULL
 from turboquant_jax.quantizers import bounds, codebook, quantizer, rotation
-
-MODES = ("norm", "least_squares", "matched", "unbiased")
-# E|x - x~|^2 / |x|^2 at (dim, bits): norm, least squares, matched, unbiased
-ERROR_BY_MODE = {
-    (64, 1): (0.35839, 0.35771, 0.39799, 0.56365),
-    (64, 2): (0.11453, 0.11299, 0.11651, 0.12803),
-    (64, 3): (0.03339, 0.03250, 0.03279, 0.03367),
-    (64, 4): (0.009132, 0.008809, 0.008830, 0.008895),
-    (128, 1): (0.36089, 0.36052, 0.40108, 0.56717),
-    (128, 2): (0.11600, 0.11525, 0.11885, 0.13061),
-    (128, 3): (0.03397, 0.03350, 0.03380, 0.03471),
-    (128, 4): (0.009315, 0.009144, 0.009166, 0.009234),
-    (256, 1): (0.36214, 0.36198, 0.40269, 0.56906),
-    (256, 2): (0.11674, 0.11632, 0.11995, 0.13181),
-    (256, 3): (0.03426, 0.03403, 0.03433, 0.03525),
-    (256, 4): (0.009408, 0.009322, 0.009344, 0.009412),
-    (1536, 1): (0.36317, 0.36312, 0.40394, 0.57043),
-    (1536, 2): (0.11736, 0.11726, 0.12092, 0.13286),
-    (1536, 3): (0.03450, 0.03447, 0.03477, 0.03570),
-    (1536, 4): (0.009485, 0.009467, 0.009490, 0.009558),
-}
-PUBLISHED_RELATIVE_SE = 0.003
 
 
 @cache
@@ -99,10 +78,10 @@ def mode_errors(dim: int) -> np.ndarray:
 def test_error_by_scale_mode_equals_the_table(dim):
     found = mode_errors(dim)
     for bits, by_mode in enumerate(found, 1):
-        for mode, errors, printed in zip(MODES, by_mode, ERROR_BY_MODE[dim, bits]):
+        for mode, errors, printed in zip(MODES, by_mode, SCALE_ERROR[dim, bits]):
             variance = np.var(errors) / len(errors)
             if mode != "norm":  # the norm column is exact
-                variance += (PUBLISHED_RELATIVE_SE * printed) ** 2
+                variance += (RELATIVE_ERROR * printed) ** 2
             assert abs(np.mean(errors) - printed) < 4 * np.sqrt(variance), (bits, mode)
     # at one bit least squares is exact too
     errors = found[0, MODES.index("least_squares")]

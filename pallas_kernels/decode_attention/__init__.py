@@ -2,7 +2,7 @@
 
 from pallas_kernels.decode_attention.call import decode_attention
 from pallas_kernels.decode_attention.exact import ExactOperand, ExactPlaces
-from pallas_kernels.decode_attention.inputs import MAX_FORMATS, PagedBlocks, Sketch, Softmax
+from pallas_kernels.decode_attention.inputs import PagedBlocks, Sketch, Softmax
 from pallas_kernels.decode_attention.phases import PhasesOperand
 from pallas_kernels.decode_attention.schedule import Schedule, default_schedule
 from pallas_kernels.primitives.blocks import BlocksOperand
@@ -10,7 +10,6 @@ from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.rotation import RotationOperand
 
 __all__ = [
-    "MAX_FORMATS",
     "BlocksOperand",
     "CodebookOperand",
     "ExactOperand",

@@ -6,11 +6,8 @@ import jax
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.primitives.blocks import BlocksOperand, check_pool
+from pallas_kernels.primitives.limits import MAX_FORMATS, MAX_HEADS
 from pallas_kernels.primitives.rotation import RotationOperand
-
-MAX_HEADS = 16
-# Formats of the heads of one call: each is a loop of its own in the kernel.
-MAX_FORMATS = 4
 
 
 @jax.tree_util.register_dataclass

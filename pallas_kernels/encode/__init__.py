@@ -2,12 +2,10 @@
 
 from pallas_kernels.encode.call import encode
 from pallas_kernels.encode.pool import GroupOperand, Pool, PreRopeOperand
-from pallas_kernels.primitives.blocks import PAGE_TOKENS
 from pallas_kernels.primitives.quantize import CodeOperand
 from pallas_kernels.primitives.rotation import RotationOperand
 
 __all__ = [
-    "PAGE_TOKENS",
     "CodeOperand",
     "GroupOperand",
     "Pool",

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from pallas_kernels.primitives.blocks import PAGE_TOKENS, check_planes
+from pallas_kernels.primitives.blocks import check_planes
 from pallas_kernels.primitives.codebook import PLANE_WIDTHS
+from pallas_kernels.primitives.limits import PAGE_TOKENS
 from pallas_kernels.primitives.quantize import CodeOperand
 from pallas_kernels.primitives.rotation import RotationOperand
 

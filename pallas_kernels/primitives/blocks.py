@@ -8,9 +8,7 @@ from jax import lax
 from jaxtyping import Array, UInt8, UInt32
 
 from pallas_kernels.primitives.codebook import CodebookOperand
-
-PAGE_TOKENS = (32, 64, 128)
-
+from pallas_kernels.primitives.limits import PAGE_TOKENS
 
 Planes = tuple[UInt8[Array, "rows pages _ _"], ...]
 

@@ -18,7 +18,6 @@ from turboquant_jax import cache
 from turboquant_jax.attention import PLAIN, triton
 from turboquant_jax.cache import CacheConfig, CodecConfig, compression
 from turboquant_jax.cache.choose import Compression
-from turboquant_jax.cache.layout import Layout
 from turboquant_jax.cache.state import rows_of
 from turboquant_jax.pytorch import operands, operators
 from turboquant_jax.quantizers import trellis
@@ -165,7 +164,7 @@ def torch_of(x):
         return tensor_of(x)
     if isinstance(x, functools.partial):
         (layout,) = x.args
-        return places_of(layout)
+        return operands.places_of(layout)
     if dataclasses.is_dataclass(x):
         fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
         fields |= {name: None for name in ("row", "layer") if name in fields}  # of one layer
@@ -186,19 +185,6 @@ def mapped(function, x):
     if isinstance(x, tuple):
         return tuple(mapped(function, y) for y in x)
     return {k: mapped(function, v) for k, v in x.items()} if isinstance(x, dict) else x
-
-
-def places_of(layout: Layout):
-    config = layout.config
-    return operands.Places(
-        sinks=config.sinks,
-        window=config.window,
-        block=config.block,
-        sliding_window=config.sliding_window,
-        sink_slots=layout.sinks,
-        ring=layout.ring,
-        slots=layout.slots,
-    )
 
 
 def tensor_of(x):

@@ -8,6 +8,8 @@ from typing import TypeGuard, cast
 
 import numpy as np
 
+from pallas_kernels.primitives.limits import MAX_FORMATS
+
 Groups = tuple[tuple[int, int], ...]
 Bits = int | Groups
 """Bits of every channel; or ((channels, bits), ...), which split the channels, largest first."""
@@ -193,7 +195,10 @@ def nested(array: np.ndarray) -> tuple:
 
 
 def choose(
-    losses: Losses, costs: tuple[Sequence[float], Sequence[float]], budget: float, most: int = 4
+    losses: Losses,
+    costs: tuple[Sequence[float], Sequence[float]],
+    budget: float,
+    most: int = MAX_FORMATS,
 ) -> Allocation:
     """The formats of every head that lose least for what they cost, at most `budget` in all.
 

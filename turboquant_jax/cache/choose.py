@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention import MAX_FORMATS
-from pallas_kernels.encode import PAGE_TOKENS
+from pallas_kernels.primitives.limits import MAX_FORMATS, PAGE_TOKENS
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation, no_gpu, resolve

@@ -5,11 +5,11 @@ On a CPU the kernels run only if they are asked for: interpreted, slow, and in n
 are sentences, so that a refusal can say them.
 """
 
-from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
 
+from pallas_kernels.primitives.limits import MAX_HEADS, PAGE_TOKENS
 from turboquant_jax.pytorch import codec, definition, updating
 from turboquant_jax.pytorch.compression import DEFINITION, Compression
 from turboquant_jax.pytorch.segments import Scores
@@ -17,10 +17,6 @@ from turboquant_jax.pytorch.state import State
 
 Implementation = Literal["torch", "kernels"]
 """The definition, and our GPU kernels."""
-PAGE_TOKENS = (32, 64, 128)
-"""Tokens of a page that the kernels serve."""
-MOST_QUERIES = 16
-"""Query heads of a kv head that the kernel serves."""
 
 
 def attend_and_write(
@@ -93,8 +89,6 @@ def _resolve(state: State, asked: Implementation | None, reason: str | None) -> 
 def _why_no_kernels(state: State) -> str | None:
     if state.device.type not in ("cuda", "cpu"):
         return f"a cache on {state.device.type!r}, served are 'cuda' and 'cpu'"
-    if find_spec("turboquant_jax.pytorch.operators") is None:
-        return "an installation without operators"
     if any(len(place) > 1 for place in state.config.places):
         return "heads of one layer in several formats"
     return None
@@ -105,8 +99,8 @@ def _why_not_attend(state: State, q: Tensor) -> str | None:
         return reason
     if q.shape[1] != 1:
         return f"{q.shape[1]} query tokens per sequence, served is 1"
-    if q.shape[2] > MOST_QUERIES * state.config.num_kv_heads:
-        return f"{q.shape[2]} query heads, served are {MOST_QUERIES} a kv head"
+    if q.shape[2] > MAX_HEADS * state.config.num_kv_heads:
+        return f"{q.shape[2]} query heads, served are {MAX_HEADS} a kv head"
     if not state.layout.slots:
         return "a cache without blocks"
     if state.config.block not in PAGE_TOKENS:

@@ -90,7 +90,6 @@ def encode_chunk(
 
 
 def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operands.Operand:
-    layout, config = state.layout, state.config
     held = [segment for segment in (state.sinks, state.window) if segment.keys.lead[2]]
     phases = state.phases
     return operands.ExactOperand(
@@ -98,15 +97,7 @@ def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operan
         keys=(*(segment.keys.tensor[layer] for segment in held), new[0]),
         values=(*(segment.values.tensor[layer] for segment in held), new[1]),
         pending=state.table.pending,
-        places=operands.Places(
-            sinks=config.sinks,
-            window=config.window,
-            block=config.block,
-            sliding_window=config.sliding_window,
-            sink_slots=layout.sinks,
-            ring=layout.ring,
-            slots=layout.slots,
-        ),
+        places=operands.places_of(state.layout),
         key_mean=None if state.key_mean is None else state.key_mean[layer],
         phases=None
         if phases is None

@@ -70,6 +70,20 @@ def Places(
     )  # fmt: skip
 
 
+def places_of(layout: Any) -> Operand:
+    """`Places` of a layout, be it of the torch cache or of the JAX cache."""
+    config = layout.config
+    return Places(
+        sinks=config.sinks,
+        window=config.window,
+        block=config.block,
+        sliding_window=config.sliding_window,
+        sink_slots=layout.sinks,
+        ring=layout.ring,
+        slots=layout.slots,
+    )
+
+
 def flatten(
     arguments: dict[str, Any], written: Sequence[torch.Tensor]
 ) -> tuple[str, list[torch.Tensor], list[torch.Tensor]]:

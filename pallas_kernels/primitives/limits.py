@@ -1,0 +1,8 @@
+"""Numbers that say what the kernels serve, known without JAX."""
+
+# Tokens of a page.
+PAGE_TOKENS = (32, 64, 128)
+# Query heads of a kv head.
+MAX_HEADS = 16
+# Formats of the heads of one call of decoding: each is a loop of its own in the kernel.
+MAX_FORMATS = 4

@@ -85,7 +85,7 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt Makefile
 	test -x $(NEWEST)/bin/python || $(NEWER) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxlib
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxlib flax
 	touch $@
 
 # beside the virtual environment: with a CUDA plug-in in it, jax would look for a GPU

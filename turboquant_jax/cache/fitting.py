@@ -12,8 +12,6 @@ from turboquant_jax.cache.bytes import (
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset, codecs
 
-FORMATS = 4
-"""Different (keys, values) formats of a layer: what one call of a kernel serves."""
 PRESET_TOKENS = 65_536
 MAX_RATIO = 7.0
 
@@ -33,7 +31,7 @@ def fit_ratio(config: CacheConfig, losses: Losses, ratio: float, tokens: int) ->
     if budget < heads * sum(map(min, costs)):
         raise ValueError(f"ratio: got {ratio}, expected one that the fewest bits reach")
     while True:  # parts have a few bytes of their own
-        allocation = choose(losses, costs, budget, FORMATS)
+        allocation = choose(losses, costs, budget)
         over = planned_bytes(replace(config, allocation=allocation), 1, tokens).total - most
         if over <= 0:
             return allocation
@@ -62,13 +60,13 @@ def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> All
     costs = _costs(config, losses, tokens)
     heads = config.num_layers * config.num_kv_heads
     low, high = (float(heads * sum(map(which, costs))) for which in (min, max))
-    if losses.of(choose(losses, costs, high, FORMATS)) > kl:
+    if losses.of(choose(losses, costs, high)) > kl:
         raise ValueError(f"kl: got {kl}, expected one that the most bits reach")
     for _ in range(40):
         middle = (low + high) / 2
-        fits = losses.of(choose(losses, costs, middle, FORMATS)) <= kl
+        fits = losses.of(choose(losses, costs, middle)) <= kl
         low, high = (low, middle) if fits else (middle, high)
-    return choose(losses, costs, high, FORMATS)
+    return choose(losses, costs, high)
 
 
 def _costs(config: CacheConfig, losses: Losses, tokens: int) -> tuple[list[int], list[int]]:

@@ -237,6 +237,8 @@ def test_heads_on_two_devices():
     flags = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
+        # threads of XLA: with one a core, on two cores, both can wait for each other in collectives
+        "NPROC": "8",
     }
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True

@@ -59,8 +59,10 @@ def loss(out: Path) -> Figure:
 
 
 def _say(axis: Axes, row: Row, words: str, colour: str, offset=(7, -3), ha: str = "left") -> None:
-    style = dict(textcoords="offset points", fontsize=8.5, color=colour, ha=ha)
-    axis.annotate(words, (row["ratio"], row["kl"]), offset, **style)
+    axis.annotate(
+        words, (row["ratio"], row["kl"]), offset, textcoords="offset points", fontsize=8.5,
+        color=colour, ha=ha,
+    )  # fmt: skip
 
 
 def _curve(axis: Axes, rows: Sequence[Row], colour: str, line: str = "o-") -> None:
@@ -70,24 +72,9 @@ def _curve(axis: Axes, rows: Sequence[Row], colour: str, line: str = "o-") -> No
 
 def speed(out: Path) -> Figure:
     """Times faster against times fewer bytes: attention alone, and a whole decoder."""
-    attention, decoder = rows_of("decode_speed", out), rows_of("llama_speed", out)
     made, ((left, right),) = plotting.panels(1, 2, 4.5, 3.6)
-    for (batch, tokens), colour in zip(SHAPES, plotting.COLOURS, strict=False):
-        case = where(attention, batch=batch, tokens=tokens)
-        base = _bytes(one(case, implementation="cudnn"))
-        found = [one(case, implementation="pallas", bits_k=b, bits_v=b) for b in (4, 3, 2)]
-        points = [(base / _bytes(row), row["speedup_over_cudnn"]) for row in found]
-        _path(left, points, f"{batch} x {tokens:,}", colour, {4096: 4, 131072: -5}.get(tokens, 0))
-        if tokens == 131072:
-            for (x, _), bits in zip(points, (4, 3, 2), strict=True):
-                left.text(x, 0.55, f"{bits} bits", ha="center", fontsize=8.5)
-    for case, colour in zip(DECODERS, (*plotting.COLOURS[:2], *plotting.COLOURS[3:]), strict=False):
-        base = one(decoder, case=case, bits_k=16)
-        found = [row for row in where(decoder, case=case) if row["bits_k"] != 16]
-        points = [(limit_of(row, base), row["ratio_to_baseline"]) for row in found]
-        filled = case.startswith("largest")
-        words = "as many as fit\nx 4,096" if filled else f"{base['batch']} x {base['context']:,}"
-        _path(right, points, words, colour)
+    _attention(left, rows_of("decode_speed", out))
+    _decoder(right, rows_of("llama_speed", out))
     for axis, top, title in (
         (left, 9.6, "decode attention alone, over cuDNN"),
         (right, 6.9, "a whole 8B decoder, tokens a second"),
@@ -95,10 +82,35 @@ def speed(out: Path) -> Figure:
         axis.plot((1, top), (1, top), ":", color=plotting.PLAIN, lw=1.2)
         axis.set(xlim=(1, top), ylim=(0.3, top * 0.8))
         plotting.label(axis, title, "times fewer bytes read for a token", "", False)
-    left.text(5.9, 6.3, "the limit: time saved\nas bytes are", ha="right", fontsize=8.5,
-              color=plotting.PLAIN)  # fmt: skip
+    words = "the limit: time saved\nas bytes are"
+    left.text(5.9, 6.3, words, ha="right", fontsize=8.5, color=plotting.PLAIN)
     left.set_ylabel("times faster than bfloat16", fontsize=9)
     return made
+
+
+def _attention(axis: Axes, rows: Sequence[Row]) -> None:
+    """A line for each shape, over 4, 3 and 2 bits."""
+    for (batch, tokens), colour in zip(SHAPES, plotting.COLOURS, strict=False):
+        case = where(rows, batch=batch, tokens=tokens)
+        base = _bytes(one(case, implementation="cudnn"))
+        found = [one(case, implementation="pallas", bits_k=b, bits_v=b) for b in (4, 3, 2)]
+        points = [(base / _bytes(row), row["speedup_over_cudnn"]) for row in found]
+        _path(axis, points, f"{batch} x {tokens:,}", colour, {4096: 4, 131072: -5}.get(tokens, 0))
+        if tokens == 131072:
+            for (x, _), row in zip(points, found, strict=True):
+                axis.text(x, 0.55, f"{row['bits_k']} bits", ha="center", fontsize=8.5)
+
+
+def _decoder(axis: Axes, rows: Sequence[Row]) -> None:
+    """A line for each case, over the bits that were timed."""
+    colours = *plotting.COLOURS[:2], *plotting.COLOURS[3:5]
+    for case, colour in zip(DECODERS, colours, strict=True):
+        base = one(rows, case=case, bits_k=16)
+        found = [row for row in where(rows, case=case) if row["bits_k"] != 16]
+        points = [(limit_of(row, base), row["ratio_to_baseline"]) for row in found]
+        sizes = f"{base['batch']} x {base['context']:,}"
+        words = "as many as fit\nx 4,096" if case.startswith("largest") else sizes
+        _path(axis, points, words, colour)
 
 
 def _bytes(row: Row) -> float:

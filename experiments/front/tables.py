@@ -59,8 +59,8 @@ def _headline(out: Path) -> Iterator[str]:
     """What it is worth, in three lines."""
     loss, speed = rows_of("fidelity", out), rows_of("decode_speed", out)
     first, last = (centred(loss, SMALL, PRESETS[name]) for name in ("lossless", "max"))
-    fast = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
-    fast += [_with_mean(out, shape) for shape in SHAPES[:3]]
+    times = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
+    times += [t for shape in SHAPES[:3] if (t := _with_mean(out, shape)) is not None]
     whole = [_decoder(rows_of("llama_speed", out), "8x32768", bits) for bits in (4, 2)]
     yield (
         f"- **{first['ratio']:.1f} to {last['ratio']:.1f} times smaller** at 8,192 tokens, every "
@@ -68,7 +68,7 @@ def _headline(out: Path) -> Iterator[str]:
         f"{100 * last['perplexity_change']:.1f} % of perplexity (SmolLM2-135M)."
     )
     yield (
-        f"- **{min(fast):.1f} to {max(fast):.1f} times faster** decode attention than cuDNN over "
+        f"- **{min(times):.1f} to {max(times):.1f} times faster** decode attention than cuDNN over "
         f"bfloat16 on an H100; a whole 8B decoder {whole[0]:.2f} to {whole[1]:.2f} times "
         "(8 sequences of 32,768 tokens)."
     )
@@ -167,16 +167,9 @@ def _speeds(out: Path) -> Iterator[str]:
     for case, name in zip(DECODERS, ("32 x 4,096", "8 x 32,768", "1 x 4,096"), strict=False):
         four, three, two = (f"{_decoder(decoder, case, b):.2f}x" for b in (4, 3, 2))
         lines.append([f"8B decoder, {name}", four, "", three, two])
-    base, four, two = (one(decoder, case="largest4096", bits_k=b) for b in (16, 4, 2))
-    lines.append(
-        [
-            f"8B decoder, as many as fit ({base['batch']}) x 4,096",
-            f"{four['ratio_to_baseline']:.2f}x ({four['batch']})",
-            "",
-            "",
-            f"{two['ratio_to_baseline']:.2f}x ({two['batch']})",
-        ]
-    )
+    base, *fitting = (one(decoder, case="largest4096", bits_k=b) for b in (16, 4, 2))
+    most, more = (f"{r['ratio_to_baseline']:.2f}x ({r['batch']})" for r in fitting)
+    lines.append([f"8B decoder, as many as fit ({base['batch']}) x 4,096", most, "", "", more])
     head = ["sequences x tokens", "4 bits", "4 bits, keys centred", "3 bits", "2 bits"]
     yield from _table(head, lines)
 
@@ -197,8 +190,8 @@ def _means(out: Path) -> Iterator[str]:
         centred(rows, model, PRESETS["lossless"], " uncentred")
         for model in (SMALL, BIASED, "qwen2.5-coder-1.5b")
     ]
-    cells = [f"{row['kl']:.4f}, {_percent(row)}" for row in bare]
-    lines.append(["4, 4, trellis, not centred", *cells])
+    bare_cells = [f"{row['kl']:.4f}, {_percent(row)}" for row in bare]
+    lines.append(["4, 4, trellis, not centred", *bare_cells])
     models = ("SmolLM2-135M, 8,192", "Qwen2.5-Coder-0.5B, 4,096", "Qwen2.5-Coder-1.5B, 4,096")
     yield from _table(["bits of keys, values, code", *models], lines)
 

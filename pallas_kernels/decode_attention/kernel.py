@@ -16,10 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
+from pallas_kernels.decode_attention.exact import (
+    EMPTY,
+    attend_exact,
+    mean_score,
+    nan_unless_finite,
+    query_parts,
+    write_newest,
+)
 from pallas_kernels.decode_attention.phases import turning
 from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs, prepare_query
 from pallas_kernels.decode_attention.tile import attend, place_of
+from pallas_kernels.decode_attention.uncoded import PARTS
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS
@@ -161,6 +169,11 @@ def attend_format(
     state["queries"] = [
         prepare_query(plan, inputs["queries"][keys.source], keys) for keys in plan.key_sums
     ]
+    if plan.uncoded[0]:
+        keys = inputs["keys"][0][0]
+        state["uncoded_query"], _ = query_parts(
+            inputs["queries"][0], plan.columns, plan.heads, keys.dtype, PARTS
+        )
     state["key_tables"] = [
         group.decoder.prepare(refs)
         for group, refs in zip(plan.key_groups, inputs["key_tables"], strict=True)
@@ -218,11 +231,15 @@ def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:
     for decoder, count, lost, output in zip(
         plan.value_decoders, plan.value_channels, mass, sums, strict=True
     ):
-        output = output * (BOUND / UNITS)
+        step = 1.0
+        if plan.uncoded[1]:
+            output = nan_unless_finite(output)
+        else:
+            output, step = output * (BOUND / UNITS), decoder.codebook.step
         if decoder.centre:
             output = output - (lost.sum(axis=0) * decoder.centre)[None, :]
         channel = jnp.arange(output.shape[0])[:, None]
         place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
         exists = jnp.broadcast_to(channel < count, output.shape)
-        triton.store(place, output * decoder.codebook.step, mask=exists)
+        triton.store(place, output * step, mask=exists)
         first += count

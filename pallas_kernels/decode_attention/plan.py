@@ -4,6 +4,7 @@ from pallas_kernels.decode_attention.exact import LOG2E, ExactOperand
 from pallas_kernels.decode_attention.inputs import PagedBlocks, Sketch, Softmax
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
 from pallas_kernels.decode_attention.scores import DecodePlan, KeyGroup, KeySum, key_sum
+from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives.blocks import BlocksOperand
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
@@ -21,15 +22,15 @@ def schedule_of(
     """What serves these shapes, where the caller has no schedule; `heads` of a kv head."""
     batch, max_pages = blocks.page_table.shape
     sides = [
-        side
+        ([book.bits for book in books] or [EXACT_BITS], channels)
         for pool in blocks.pools
-        for side in (
+        for books, channels in (
             (pool.key_codebooks, pool.key_channels),
             (pool.value_codebooks, pool.value_channels),
         )
     ]
     bits = max(
-        sum(book.bits * count for book, count in zip(*side, strict=True)) / sum(side[1])
+        sum(bits * count for bits, count in zip(*side, strict=True)) / sum(side[1])
         for side in sides
     )
     slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
@@ -38,7 +39,7 @@ def schedule_of(
         kv_heads=kv_heads,
         heads=heads,
         channels=max(max(pool.value_channels) for pool in blocks.pools),
-        bits=max(book.bits for books, _ in sides for book in books),
+        bits=max(bits for widths, _ in sides for bits in widths),
         tokens=blocks.pools[0].scales[0].shape[2],
         max_pages=max_pages,
         exact=int(slots * EXACT_BITS / bits),
@@ -76,7 +77,8 @@ def make_decode_plan(
         pages=schedule.pages,
         heads=sizes[1],
         key_sums=key_sums,
-        value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages),
+        value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages)
+        or (TokenOrder(tokens, schedule.pages),),
         value_channels=pool.value_channels,
         value_words=pool.value_words,
         scale=scale,
@@ -87,6 +89,7 @@ def make_decode_plan(
         splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
+        uncoded=(not pool.key_codebooks, not pool.value_codebooks),
     )
 
 

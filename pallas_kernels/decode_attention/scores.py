@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import capped
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import key_scale
+from pallas_kernels.primitives.blocks import key_scale, value_scale
 from pallas_kernels.primitives.dequantize import MIN_COLUMNS, beside, divide, power_of_two
 from pallas_kernels.primitives.digits import UNITS, digits, weighted
 from pallas_kernels.primitives.gather import Decoder
@@ -80,14 +81,15 @@ class DecodePlan:
 
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
     pages of a row of the pool. `value_words`: which of the scales each group of values has.
-    `exact_tiles`: as many tiles as the tokens in full precision count for.
+    `exact_tiles`: as many tiles as the tokens in full precision count for. `uncoded`: whether the
+    keys, and the values, of the blocks are in full precision; then there are no `key_sums`.
     """
 
     tokens: int
     pages: int
     heads: int
     key_sums: tuple[KeySum, ...]
-    value_decoders: tuple[Decoder, ...]
+    value_decoders: tuple[Decoder | uncoded.TokenOrder, ...]
     value_channels: tuple[int, ...]
     value_words: tuple[int, ...]
     scale: float
@@ -98,6 +100,7 @@ class DecodePlan:
     splits: int
     warps: int
     stages: int
+    uncoded: tuple[bool, bool] = (False, False)
 
     @property
     def key_groups(self) -> tuple[KeyGroup, ...]:
@@ -164,6 +167,8 @@ def value_exponent(words: list[jax.Array]) -> jax.Array:
     """
     found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
     for word in words:
+        if word.dtype != jnp.uint32:  # of the value alone
+            word = lax.bitcast_convert_type(value_scale(word), jnp.uint32)
         found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))
     return found
 
@@ -223,6 +228,9 @@ def scores(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""
     terms = []
+    if plan.uncoded[0]:
+        scaled = uncoded.key_products(refs["keys"][0][0], state["uncoded_query"], page, token)
+        terms.append((scaled, jnp.full_like(scaled, plan.scale)))
     for number, keys in enumerate(plan.key_sums):
         product = key_products(plan, refs, state, number, page, token)
         scaled = product * key_scale(words[keys.word])[:, None]

@@ -192,6 +192,20 @@ def _formats(part) -> Case:
     return Case(pages, found["commit"].arguments, ("decode",))
 
 
+def _uncoded(side) -> Case:
+    """A decoding step over keys, or values, that blocks hold in full precision."""
+    full = {side: cache.CodecConfig(16)}
+    return of_cache(4, 128, "hadamard", "bfloat16", (1.0, 0.1), **full)["step"]
+
+
+def _uncoded_pages() -> Case:
+    """Pages whose keys are in full precision, decoded."""
+    case = _uncoded("key")
+    pages = partial(triton.decode_pages, heads=np.arange(2))
+    call = lambda state: pages(state, rows_of(state, 1), state.table.page_table)  # noqa: E731
+    return Case(call, case.arguments[:1], ("decode",))
+
+
 def _name(*parts) -> str:
     return " ".join("x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in parts)
 
@@ -231,6 +245,8 @@ MAKERS: dict[str, Callable[[], Case]] = {
     },
     **{f"groups {channels}": partial(_calibrated, channels) for channels in (64, 128)},
     **{f"formats {part}": partial(_formats, part) for part in ("step", "projected step", "pages")},
+    **{f"{side} of 16 bits": partial(_uncoded, side) for side in ("key", "value")},
+    "pages with keys of 16 bits": _uncoded_pages,
     "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

@@ -201,7 +201,7 @@ def attend_format(
         state["mean"] = mean[None, :], jnp.ones((1, 1))
 
     columns = plan.columns
-    zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
+    zeros = jnp.zeros((plan.value_order.columns // PHASES, columns), jnp.float32)
     accumulators = tuple(
         jnp.zeros((max(16, power_of_two(n)), columns), jnp.float32) for n in plan.value_channels
     )
@@ -227,19 +227,26 @@ def in_registers(tables: Any) -> Any:
 
 def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:
     """Takes the centre out, and stores the groups of channels one after the other."""
+    if plan.uncoded[1]:
+        store_channels(plan, ref, nan_unless_finite(sums[0]), (0, plan.value_channels[0]))
+        return
     first = 0
     for decoder, count, lost, output in zip(
         plan.value_decoders, plan.value_channels, mass, sums, strict=True
     ):
-        step = 1.0
-        if plan.uncoded[1]:
-            output = nan_unless_finite(output)
-        else:
-            output, step = output * (BOUND / UNITS), decoder.codebook.step
+        output = output * (BOUND / UNITS)
         if decoder.centre:
             output = output - (lost.sum(axis=0) * decoder.centre)[None, :]
-        channel = jnp.arange(output.shape[0])[:, None]
-        place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
-        exists = jnp.broadcast_to(channel < count, output.shape)
-        triton.store(place, output * step, mask=exists)
+        store_channels(plan, ref, output, (first, count), decoder.codebook.step)
         first += count
+
+
+def store_channels(
+    plan: DecodePlan, ref: Any, output: jax.Array, channels: tuple[int, int], step: float = 1.0
+) -> None:
+    """Rows of an output, times `step`, as channels (first, count)."""
+    first, count = channels
+    channel = jnp.arange(output.shape[0])[:, None]
+    place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
+    exists = jnp.broadcast_to(channel < count, output.shape)
+    triton.store(place, output * step, mask=exists)

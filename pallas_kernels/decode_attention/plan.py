@@ -4,7 +4,6 @@ from pallas_kernels.decode_attention.exact import LOG2E, ExactOperand
 from pallas_kernels.decode_attention.inputs import PagedBlocks, Sketch, Softmax
 from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
 from pallas_kernels.decode_attention.scores import DecodePlan, KeyGroup, KeySum, key_sum
-from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives.blocks import BlocksOperand
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
@@ -77,8 +76,7 @@ def make_decode_plan(
         pages=schedule.pages,
         heads=sizes[1],
         key_sums=key_sums,
-        value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages)
-        or (TokenOrder(tokens, schedule.pages),),
+        value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages),
         value_channels=pool.value_channels,
         value_words=pool.value_words,
         scale=scale,

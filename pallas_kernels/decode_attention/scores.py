@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import capped
+from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import key_scale, value_scale
 from pallas_kernels.primitives.dequantize import MIN_COLUMNS, beside, divide, power_of_two
@@ -82,14 +83,15 @@ class DecodePlan:
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
     pages of a row of the pool. `value_words`: which of the scales each group of values has.
     `exact_tiles`: as many tiles as the tokens in full precision count for. `uncoded`: whether the
-    keys, and the values, of the blocks are in full precision; then there are no `key_sums`.
+    keys, and the values, of the blocks are in full precision; then there are no `key_sums`, or no
+    `value_decoders`.
     """
 
     tokens: int
     pages: int
     heads: int
     key_sums: tuple[KeySum, ...]
-    value_decoders: tuple[Decoder | uncoded.TokenOrder, ...]
+    value_decoders: tuple[Decoder, ...]
     value_channels: tuple[int, ...]
     value_words: tuple[int, ...]
     scale: float
@@ -107,6 +109,13 @@ class DecodePlan:
         """In the order of their planes."""
         groups = (group for keys in self.key_sums for group in keys.groups)
         return tuple(sorted(groups, key=lambda group: group.planes))
+
+    @property
+    def value_order(self) -> Decoder | TokenOrder:
+        """In which the tokens of a tile come."""
+        if self.value_decoders:
+            return self.value_decoders[0]
+        return TokenOrder(self.tokens, self.pages)
 
     @property
     def columns(self) -> int:

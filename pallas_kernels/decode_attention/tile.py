@@ -31,7 +31,7 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
 
 def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
     """Page and token of each row of a phase."""
-    order = plan.value_decoders[0]
+    order = plan.value_order
     column = PHASES * jnp.arange(order.columns // PHASES) + phase
     which, token, _ = order.elements(column)
     return which, token
@@ -66,8 +66,8 @@ def tile_scores(
         bound = exponent.astype(jnp.float32)[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
             bound = triton.fma(x, y, bound)
-        place = page, token, seen
-        found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words, place))
+        bound = jnp.where(seen[:, None], bound, EMPTY)
+        found.append((bound, exponent, words, (page, token, seen)))
     return found
 
 

@@ -21,14 +21,13 @@ PARTS = 2
 
 @dataclasses.dataclass(frozen=True)
 class TokenOrder:
-    """Stands for the decoder of values in full precision: which token each row of a phase is.
+    """Which token each row of a phase is, where no decoder of values says it.
 
     Tokens of a phase follow each other, so that their keys and values are whole memory lines.
     """
 
     tokens: int
     pages: int
-    centre: int = 0
 
     @property
     def columns(self) -> int:
@@ -40,14 +39,6 @@ class TokenOrder:
         row, phase = divide(column, PHASES)
         page, token = divide(phase * (self.columns // PHASES) + row, self.tokens)
         return page, token, column >= 0
-
-    def tables(self) -> dict:
-        """None are looked up."""
-        return {}
-
-    def prepare(self, refs: Any) -> Any:
-        """Nothing."""
-        return refs
 
 
 def key_products(ref: Any, query: jax.Array, page: jax.Array, token: jax.Array) -> jax.Array:

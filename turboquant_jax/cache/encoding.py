@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import encode as kernel
 from turboquant_jax.cache import kernel_operands, pre_rope
-from turboquant_jax.cache.blocks import Blocks
+from turboquant_jax.cache.blocks import Blocks, shortened
 from turboquant_jax.cache.kernel_operands import flat
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part, heads_of
 from turboquant_jax.quantizers.quantizer import Quantizer
@@ -64,12 +64,17 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
     Jobs (row, slot, page, mean, block of the sequence): see `kernel.encode`.
     """
     part, dtype = cache.parts[number], source.keys.dtype
+    short, scales = bool(part.pool.bases), part.pool.scales
+    if short:
+        shape = (source.keys.shape[2], jobs.shape[0], scales[0].shape[2])
+        scales = tuple(jnp.zeros(shape, jnp.uint32) for _ in scales)
     pool = kernel.Pool(
         keys=_groups(part.codecs[0].groups, part.pool.keys, dtype),
         values=_groups(part.codecs[1].groups, part.pool.values, dtype),
-        scales=part.pool.scales,
+        scales=scales,
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         pre_rope=_pre_rope(cache, jobs),
+        scales_by_job=short,
     )
     index = jobs[:, 4:] * cache.config.block
     columns = jobs[:, :4], index == 0, index % pre_rope.PERIOD
@@ -80,12 +85,32 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
         tuple(group.planes for group in made.values),
         made.scales,
     )
+    if short:
+        found = _with_short_scales(part.pool, found, jobs[:, 2])
     parts = list(cache.parts)
     parts[number] = Part(part.codecs, found)
     cache = replace(cache, parts=tuple(parts))
     if cache.key_mean is None or made.key_mean is None:
         return cache
     return replace(cache, key_mean=made.key_mean.reshape(cache.key_mean.shape))
+
+
+def _with_short_scales(old: Blocks, found: Blocks, page: Int[Array, " jobs"]) -> Blocks:
+    """The codes of `found`, whose scales are words by head and job, with theirs in the pool."""
+    heads, (rows, pages, _) = found.scales[0].shape[0], old.scales[0].shape
+    place = page[None, :] + pages * jnp.arange(heads, dtype=jnp.int32)[:, None]
+    place = jnp.where(page[None, :] < 0, rows * pages, place)  # past the end: dropped
+
+    def put(pool: Array, new: Array) -> Array:
+        lines = pool.reshape(rows * pages, *pool.shape[2:])
+        return lines.at[place].set(new, mode="drop").reshape(pool.shape)
+
+    scales, bases = zip(*map(shortened, found.scales), strict=True)
+    return replace(
+        found,
+        scales=tuple(map(put, old.scales, scales)),
+        bases=tuple(map(put, old.bases, bases)),
+    )
 
 
 def _pre_rope(cache: Cache, jobs: Int[Array, "jobs 5"]) -> kernel.PreRopeOperand | None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from pallas_kernels import encode as kernel
 from turboquant_jax.cache import kernel_operands, pre_rope
@@ -80,13 +80,11 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
     columns = jobs[:, :4], index == 0, index % pre_rope.PERIOD
     jobs = jnp.concatenate([column.astype(jnp.int32) for column in columns], axis=1)
     made = kernel.encode(source.keys, source.values, jobs, pool)
-    found = Blocks(
-        tuple(group.planes for group in made.keys),
-        tuple(group.planes for group in made.values),
-        made.scales,
-    )
+    written, bases = made.scales, part.pool.bases
     if short:
-        found = _with_short_scales(part.pool, found, jobs[:, 2])
+        written, bases = _put_short_scales(part.pool, made.scales, jobs[:, 2])
+    keys, values = (tuple(group.planes for group in side) for side in (made.keys, made.values))
+    found = Blocks(keys, values, written, bases=bases)
     parts = list(cache.parts)
     parts[number] = Part(part.codecs, found)
     cache = replace(cache, parts=tuple(parts))
@@ -95,22 +93,20 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
     return replace(cache, key_mean=made.key_mean.reshape(cache.key_mean.shape))
 
 
-def _with_short_scales(old: Blocks, found: Blocks, page: Int[Array, " jobs"]) -> Blocks:
-    """The codes of `found`, whose scales are words by head and job, with theirs in the pool."""
-    heads, (rows, pages, _) = found.scales[0].shape[0], old.scales[0].shape
+def _put_short_scales(
+    pool: Blocks, words: tuple[UInt32[Array, "K jobs T"], ...], page: Int[Array, " jobs"]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Scales and bases of the pool with those of these words in the pages of the jobs."""
+    heads, (rows, pages, _) = words[0].shape[0], pool.scales[0].shape
     place = page[None, :] + pages * jnp.arange(heads, dtype=jnp.int32)[:, None]
     place = jnp.where(page[None, :] < 0, rows * pages, place)  # past the end: dropped
 
-    def put(pool: Array, new: Array) -> Array:
-        lines = pool.reshape(rows * pages, *pool.shape[2:])
-        return lines.at[place].set(new, mode="drop").reshape(pool.shape)
+    def put(old: Array, new: Array) -> Array:
+        lines = old.reshape(rows * pages, *old.shape[2:])
+        return lines.at[place].set(new, mode="drop").reshape(old.shape)
 
-    scales, bases = zip(*map(shortened, found.scales), strict=True)
-    return replace(
-        found,
-        scales=tuple(map(put, old.scales, scales)),
-        bases=tuple(map(put, old.bases, bases)),
-    )
+    scales, bases = zip(*map(shortened, words), strict=True)
+    return tuple(map(put, pool.scales, scales)), tuple(map(put, pool.bases, bases))
 
 
 def _pre_rope(cache: Cache, jobs: Int[Array, "jobs 5"]) -> kernel.PreRopeOperand | None:

@@ -83,6 +83,7 @@ class Cache:
       key_mean: float32 [layers, B, K, H], or None without key centring.
       phases: the angles that turn the mean to its places, or None where it is that of stored keys.
       parts: the compressed blocks, by format.
+      scratch: pending tokens between `propose` and `commit`, which may take them back; else None.
     """
 
     config: CacheConfig = field(metadata={"static": True})
@@ -93,6 +94,7 @@ class Cache:
     key_mean: Float[Array, "layers B K H"] | None
     phases: Phases | None
     parts: tuple[Part, ...]
+    scratch: Exact | None = None
 
     @property
     def table(self) -> Table:

@@ -66,10 +66,11 @@ def log_probabilities(model, hidden):
     return special.log_softmax(np.asarray(hidden, np.float64)[0, :-1] @ matrix.T, axis=1)
 
 
-@pytest.fixture
-def broken(tmp_path):
-    whole = packaged_smollm2().read_bytes()
-    (tmp_path / "truncated.gguf").write_bytes(whole[: 20 * 2**20])
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("broken")
+    with packaged_smollm2().open("rb") as whole:
+        (tmp_path / "truncated.gguf").write_bytes(whole.read(20 * 2**20))
     (tmp_path / "foreign.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     (tmp_path / "folder").mkdir()

@@ -124,6 +124,9 @@ def decoded_page(state, layer, page, values):
 def decoded_row(state, part, row, page, values):
     """Keys, or values, of a page of one head: [T, H]."""
     codec, block = part.codecs[int(values)], state.config.block
+    if codec.uncoded is not None:  # the vectors themselves
+        ((plane,),) = part.pool.values if values else part.pool.keys
+        return np.asarray(plane[row, page], np.float64)
     parts = []
     for g, group in enumerate(codec.groups):
         held = part.pool.values if values else part.pool.keys
@@ -131,8 +134,11 @@ def decoded_row(state, part, row, page, values):
         index = unpack(planes, widths(group), block if values else group.dim)
         index = np.swapaxes(index, -1, -2) if values else index
         word = np.asarray(part.pool.scales[g if codec.transform is None else 0])[row, page]
-        half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
-        scale = half.view(jnp.bfloat16).astype(np.float64)
+        if word.dtype == jnp.bfloat16:  # beside a side in full precision
+            scale = word.astype(np.float64)
+        else:
+            half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
+            scale = half.view(jnp.bfloat16).astype(np.float64)
         parts.append(scale[..., None] * levels_of(group, index))
     turned = np.concatenate(parts, axis=-1)
     if codec.sketch is not None:

@@ -84,7 +84,6 @@ def broken(tmp_path_factory):
         (["--bits-v", "0"], "value.bits: got 0, expected between 1 and 8"),
         (["--preset", "max", "--bits-v", "3"], "--preset max says the bits, got --bits-v beside"),
         (["--window", "-1"], "window: got -1, expected at least 0"),
-        (["--tokens", "9000"], "at most 8192"),
         (["--context", "1"], "--context must be at least 2"),
         (["--text", "{}/missing.txt"], "no such file"),
         (["--text", "{}/binary.txt"], "expected UTF-8 text"),
@@ -104,6 +103,13 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, says, broken, capsys):
     assert says in error
     assert error.count("\n") == 1
     assert not list(broken.glob("*.json"))
+
+
+def test_an_answer_that_does_not_fit_is_refused(folder, capsys):
+    assert cli.main(["demo", "--model", str(folder()), "--tokens", "9000"]) == 2
+    error = capsys.readouterr().err
+    assert "the answer up to 9000, expected at most" in error
+    assert error.count("\n") == 1
 
 
 def test_unknown_rotation_is_refused_by_the_parser(capsys):

@@ -129,7 +129,8 @@ def _run(args: argparse.Namespace) -> int:
     if needs_of(experiment) == GPU and not _has_gpu():
         raise ValueError(f"{name}: got {jax.devices()[0].device_kind}, expected {GPU}")
     start, rows, is_new = time.monotonic(), list[Row](), not folder.exists()
-    described = _command(args, config), results.config_of(config)
+    device = getattr(experiment, "device", results.device)()
+    described = _command(args, config), results.config_of(config), device
     bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*bars, transient=True) as progress:
         show = progress.console.print

@@ -196,8 +196,8 @@ def channels() -> Figure:
     made, (left, right) = figure(9, 3.4, 2)
     variance = np.asarray(known.keys.variance).reshape(-1, known.keys.variance.shape[-1])
     share = variance / variance.sum(axis=1, keepdims=True) * 100
-    for head in share:
-        left.plot(np.arange(64), head, color=CODES, alpha=0.12, linewidth=0.7)
+    low, high = np.quantile(share, (0.05, 0.95), axis=0)
+    left.fill_between(np.arange(64), low, high, color=CODES, alpha=0.3, linewidth=0)
     left.plot(np.arange(64), np.median(share, axis=0), color=CODES, linewidth=2)
     for start, end, text in ((0, 16, "4 bits"), (16, 32, "2 bits"), (32, 64, "1 bit")):
         left.axvspan(start - 0.5, end - 0.5, alpha=0.22 - start / 220, color=SCALES, linewidth=0)
@@ -205,7 +205,7 @@ def channels() -> Figure:
     left.set(yscale="log", ylim=(1e-2, 100), xlim=(-0.5, 63.5))
     left.set_xlabel("channel of the calibrated basis", fontsize=9)
     left.set_ylabel("share of what scores depend on, %", fontsize=9)
-    left.set_title("each line a head; the thick one is the median", fontsize=10)
+    left.set_title("the median of the heads, and nine in ten", fontsize=10)
     chosen = known.study.allocation
     heads = known.keys.variance.shape[1]
     sides = [[_numbers(entry, heads) for entry in side] for side in (chosen.keys, chosen.values)]

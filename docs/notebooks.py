@@ -4,10 +4,11 @@
     python -m docs.notebooks check [NAME...]    run, and compare with the texts that are kept
     python -m docs.notebooks pages              pages of the site from what is kept, without running
 
-Cells run in plain Python, one namespace a notebook; no Jupyter is needed, and none is lost: a file is
-nbformat 4. A kept notebook says from which cells it was made.
+Cells run in plain Python, one namespace a notebook. No Jupyter is needed, and any can open the files
+(nbformat 4). A kept notebook says from which cells it was made.
 """
 
+import ast
 import base64
 import contextlib
 import hashlib
@@ -79,9 +80,10 @@ def _outputs(printed: str) -> Iterator[dict[str, Any]]:
 
 
 def digest(notebook: dict[str, Any]) -> str:
-    """Of the code cells."""
-    code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
+    """Of the code cells, however they are formatted."""
+    sources = ("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
+    trees = [ast.dump(ast.parse(source)) for source in sources]
+    return hashlib.sha256("\0".join(trees).encode()).hexdigest()[:16]
 
 
 def texts(notebook: dict[str, Any]) -> list[str]:

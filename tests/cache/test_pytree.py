@@ -227,7 +227,7 @@ for (path, a), b, s in zip(
 
 
 def test_heads_on_two_devices():
-    """As the guide has it, in a process of its own: JAX fixes the number of devices at its start."""
+    """As the guide has it, in a process of its own: JAX has a fixed number of devices."""
     shown = GUIDE.read_text().split("```python\n")[1].split("```")[0]
     flags = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
@@ -236,6 +236,9 @@ def test_heads_on_two_devices():
         "NPROC": "8",
     }
     done = subprocess.run(
-        [sys.executable, "-c", shown + SHARDED], env=os.environ | flags, capture_output=True, text=True
+        [sys.executable, "-c", shown + SHARDED],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

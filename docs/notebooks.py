@@ -4,7 +4,7 @@
     python -m docs.notebooks check [NAME...]    run, and compare with the texts that are kept
     python -m docs.notebooks pages              pages of the site from what is kept, without running
 
-Cells run in plain Python, one namespace a notebook. No Jupyter is needed, and any can open the files
+Cells run in plain Python, one namespace a notebook. No Jupyter is needed; any can open the files
 (nbformat 4). A kept notebook says from which cells it was made.
 """
 

@@ -92,8 +92,9 @@ def compiled(job: tuple, capability: int) -> str:
             words.append(f"{kernel.name} {time.perf_counter() - begin:.0f} s")
             words += [f"({binary.spilled} bytes spilled)"] * bool(binary.spilled)
     model, config, batch, capacity, dtype = job
-    return f"{model} {config.key.code} {config.key.bits} {batch} x {capacity} {dtype}: " + ", ".join(
-        words
+    return (
+        f"{model} {config.key.code} {config.key.bits} {batch} x {capacity} {dtype}: "
+        + ", ".join(words)
     )
 
 

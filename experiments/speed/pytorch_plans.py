@@ -1,4 +1,4 @@
-"""Compile ahead, on a CPU, what `pytorch_speed` and `pytorch_greedy` launch: a process for each call.
+"""Compile ahead, on a CPU, what `pytorch_speed` and `pytorch_greedy` launch.
 
 python -m experiments.speed.pytorch_plans 90
 

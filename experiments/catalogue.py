@@ -19,7 +19,7 @@ from experiments.speed import (
     prefill_speed,
     step_speed,
 )
-from experiments.tasks import needle, questions
+from experiments.tasks import greedy, needle, questions
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     distortion,
@@ -33,6 +33,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     layer_ablation,
     needle,
     questions,
+    greedy,
     decode_speed,
     step_speed,
     encode_speed,

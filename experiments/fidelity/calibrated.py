@@ -4,7 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from turboquant_jax.models import Llama, LlamaConfig
 from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.rope import inverse_frequencies
 
+Form = TypeVar("Form", bound=Hashable)
 _NAMES: tuple[presets.Preset, ...] = tuple(reversed(get_args(presets.Preset)))
 
 
@@ -119,7 +120,7 @@ class Calibrated:
         )
 
 
-def by_head(trips: Mapping[Hashable, Trip], formats: Sequence[Hashable]) -> Trip:
+def by_head(trips: Mapping[Form, Trip], formats: Sequence[Form]) -> Trip:
     """Every head through the trip of its format."""
     if len(set(formats)) == 1:
         return trips[formats[0]]
@@ -148,10 +149,11 @@ def presets_of(file: str, model: Llama) -> list[Calibrated]:
     if study.centring != "pre_rope":
         raise ValueError(f"{file}: got keys centred {study.centring}, expected pre_rope")
     sizes = config.num_layers, config.num_kv_heads, config.head_dim
+    options: dict[str, Any] = dict(study.codec)
     made = []
     for name in _NAMES:
         plain = presets.preset(name, *sizes, tuple(inverse_frequencies(config)))
-        key, value = (replace(own, **dict(study.codec)) for own in (plain.key, plain.value))
+        key, value = (replace(own, **options) for own in (plain.key, plain.value))
         held = replace(plain, key=key, value=value)
         chosen = fitting.fit_preset(held, study.losses, name)
         label = f"{name} by {Path(file).stem}"

@@ -180,7 +180,10 @@ def through(
     groups = codec.quantize(rows, x)
     if short:
         groups = tuple(
-            (indices, lax.reduce_precision(scale.astype(jnp.float32), 5, 3))
+            (
+                indices,
+                None if scale is None else lax.reduce_precision(scale.astype(jnp.float32), 5, 3),
+            )
             for indices, scale in groups
         )
     return codec.unrotate(rows, codec.dequantize(groups))

@@ -61,14 +61,14 @@ class Config:
         ),
         "what is measured, in order",
     )
-    calibrations: tuple[str, ...] = option(
-        ("experiments/calibrations/smollm2-135m.safetensors",),
-        "files of turboquant-jax calibrate whose presets are judged",
-    )
     rows: int = option(0, "texts of each name, 0 for all")
     settings: int = option(0, "settings of each part, 0 for all")
     seeds: int = option(3, "draws of the rotations")
     precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    calibrations: tuple[str, ...] = option(
+        ("experiments/calibrations/smollm2-135m.safetensors",),
+        "files of turboquant-jax calibrate whose presets are judged",
+    )
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 

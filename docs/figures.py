@@ -1,4 +1,4 @@
-"""The figures of the concept pages, for light and for dark ones: `python docs/figures.py`.
+"""The figures of the concept pages, for light and for dark ones: `python -m docs.figures`.
 
 They show ideas, and numbers that follow from formulas; what was measured is in the report.
 """
@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 import turboquant_jax as tq
+from experiments.harness.plotting import save_themes
 
 FOLDER = Path(__file__).parent / "images"
 EXACT, CODES, SCALES, NEW = "#d1495b", "#1b6ca8", "#e08e2b", "#3d8b5f"
-INKS = {"light": "#222222", "dark": "#e6e6e6"}
 
 
 def figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -194,21 +194,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 def main() -> None:
     """Draws what is named, or all."""
-    FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or FIGURES:
-        for theme, ink in INKS.items():
-            names = (
-                "text.color",
-                "axes.edgecolor",
-                "axes.labelcolor",
-                "xtick.color",
-                "ytick.color",
-            )
-            style = dict.fromkeys(names, ink) | {"svg.hashsalt": name, "svg.fonttype": "none"}
-            with matplotlib.rc_context(style):
-                FIGURES[name]().savefig(
-                    FOLDER / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None}
-                )
+        save_themes(FOLDER, name, FIGURES[name])
 
 
 if __name__ == "__main__":

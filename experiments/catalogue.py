@@ -1,6 +1,6 @@
 """Every experiment by room, in the order of the report."""
 
-from experiments.fidelity import fidelity, layer_ablation, qjl_ablation
+from experiments.fidelity import fidelity, layer_ablation, pytorch_greedy, qjl_ablation
 from experiments.harness.experiment import Experiment
 from experiments.peers import nearest_neighbor, quantization_time
 from experiments.quantizers import (
@@ -17,6 +17,7 @@ from experiments.speed import (
     encode_speed,
     llama_speed,
     prefill_speed,
+    pytorch_speed,
     step_speed,
 )
 from experiments.tasks import needle, questions
@@ -31,6 +32,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     fidelity,
     qjl_ablation,
     layer_ablation,
+    pytorch_greedy,
     needle,
     questions,
     decode_speed,
@@ -38,6 +40,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     encode_speed,
     prefill_speed,
     llama_speed,
+    pytorch_speed,
     cpu_decode,
     nearest_neighbor,
     quantization_time,

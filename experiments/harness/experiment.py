@@ -55,7 +55,8 @@ class Experiment(Protocol):
     """The names that a module of an experiment has.
 
     Where there is more, `figure(rows)` draws the rows, which the report shows as a table otherwise;
-    `NEEDS` says in words what the full size needs beside the library: a GPU, packages, data.
+    `NEEDS` says in words what the full size needs beside the library: a GPU, packages, data;
+    `device()` names the device where it is not jax that measures.
     """
 
     __name__: str

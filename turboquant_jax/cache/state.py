@@ -333,6 +333,8 @@ def create(
             codec.create(
                 own, codecs, dim, *jax.tree.map(lambda x: jnp.asarray(x)[layer, head], of_heads)
             )
+            if codecs.coded
+            else codec.uncoded(dim, config.dtype)
             for own, codecs, *of_heads in sides
         )
         codecs = key_codec, value_codec
@@ -358,7 +360,7 @@ def create(
         tables=(table,),
         sinks=exact(min(config.sinks, capacity)),
         window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
-        key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.center_keys else None,
+        key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.centred else None,
         phases=pre_rope.create(config, capacity),
         parts=tuple(part(number, form) for number, form in enumerate(config.formats)),
     )

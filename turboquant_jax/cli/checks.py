@@ -99,7 +99,7 @@ def _answers(arguments: argparse.Namespace, least_tokens: int) -> None:
 def _stored(arguments: argparse.Namespace, flag: str, many: bool) -> None:
     if many:
         raise ValueError(f"{flag} is for one prompt, got --prompts with many")
-    if choices.FULL in flags.bits(arguments).values():
+    if set(flags.bits(arguments).values()) == {choices.FULL}:
         raise ValueError(f"{flag} is for a compressed cache, got {choices.FULL} bits")
     path = getattr(arguments, flag[2:].replace("-", "_"))
     if flag == "--save-cache":

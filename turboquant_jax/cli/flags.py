@@ -31,8 +31,10 @@ def add_cache(parser: argparse.ArgumentParser, window: int) -> None:
         default=argparse.SUPPRESS,
         help="bits per channel of the cache (default: 4)",
     )
-    parser.add_argument("--bits-k", type=int, help="bits of the keys, if not --bits")
-    parser.add_argument("--bits-v", type=int, help="bits of the values, if not --bits")
+    for flag, side in (("--bits-k", "keys"), ("--bits-v", "values")):
+        parser.add_argument(
+            flag, type=int, help=f"bits of the {side}, if not --bits; 16: in full precision"
+        )
     add_segments(parser, window)
 
 
@@ -151,7 +153,7 @@ def check_at_least(arguments: argparse.Namespace, least: int, *names: str) -> No
 
 
 def check_cache(arguments: argparse.Namespace, *, full: bool = False) -> None:
-    """What is wrong with the flags of a cache; `full` allows 16 bits of keys and values.
+    """What is wrong with the flags of a cache; `full` allows 16 bits of both keys and values.
 
     Raises:
       FileNotFoundError: no such allocation or calibration.
@@ -159,9 +161,14 @@ def check_cache(arguments: argparse.Namespace, *, full: bool = False) -> None:
     """
     check_segments(arguments)
     given = bits(arguments)
-    if not (full and set(given.values()) == {choices.FULL}):
-        for name, value in given.items():
-            check_bits(f"{name}.bits", [value])
+    coded = {name: value for name, value in given.items() if value != choices.FULL}
+    if not coded and not full:
+        raise ValueError(
+            f"key.bits and value.bits: got {choices.FULL} and {choices.FULL}, expected one of them "
+            "coded"
+        )
+    for name, value in coded.items():
+        check_bits(f"{name}.bits", [value])
 
 
 def check_segments(arguments: argparse.Namespace) -> None:

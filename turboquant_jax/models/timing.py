@@ -56,6 +56,8 @@ def filled_cache(
     def some(leaf: Array) -> Array:
         if leaf.dtype == jnp.uint8:
             return codes(leaf)
+        if leaf.ndim == 4:  # vectors in full precision: a page of them, over and over
+            return _spread(leaf, jax.random.normal(next(keys), leaf.shape[2:], leaf.dtype))
         one = _ONES if leaf.dtype == jnp.uint32 else 1
         return _spread(leaf, jnp.asarray(one, leaf.dtype))
 

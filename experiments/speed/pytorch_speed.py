@@ -1,0 +1,173 @@
+"""A step of decoding under PyTorch and transformers, cache by cache.
+
+Random weights of Llama-3-8B in bfloat16, made on the device, through transformers'
+`LlamaForCausalLM`; one new token a sequence, the most likely one, in every step. Caches are filled
+with random tokens, ours with random codes, at full length: a step takes the same time whatever they
+say. `dynamic` and `static` are transformers' own caches with torch's `scaled_dot_product_attention`,
+`dynamic flash` the first with flash attention, `quantized` transformers' QuantizedCache; ours are
+`4 bits` (scalar codes for keys and values) and the preset `balanced` (a trellis of 3 bits).
+`captured` steps are replayed from a CUDA graph.
+
+A time is that of consecutive steps by CUDA events, over their number, the median over loops. Loops
+of ours are whole blocks long, so that they compress what they complete. `cache_bytes` counts all
+tensors of the cache, `peak_bytes` all memory that torch held meanwhile. `ratio_to_dynamic`: the
+time of `dynamic` over this one. What could not be measured has a `note` that says why. Needs the
+extra `torch`; the GPU must be left to torch: `JAX_PLATFORMS=cpu`.
+"""
+
+import functools
+import gc
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from experiments.harness import results
+from experiments.harness.data import require_torch
+from experiments.harness.experiment import AIM, QUESTION, Claim, Row, Track, option, where
+from experiments.harness.journal import open_journal
+from experiments.harness.statistics import met
+from turboquant_jax.models import PRESETS
+
+NEEDS = "the extra torch, and an NVIDIA GPU of 80 GB for its full size"
+CACHES = (
+    *("dynamic", "static, captured", "4 bits, captured", "4 bits", "balanced, captured"),
+    *("dynamic flash", "quantized"),
+)
+WITHIN = 1.1
+"""The aim: a captured step in at most this many times that of our own decoder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    cases: tuple[str, ...] = option(
+        ("32x4096", "8x32768", "1x4096", "8x4096", "1x32768", "32x32768"), "batch x context"
+    )
+    caches: tuple[str, ...] = option(CACHES, "caches, the first one the baseline")
+    model: str = option("llama-3-8b", "preset whose sizes the random weights have")
+    layers: int = option(0, "layers instead of the preset's, if not 0")
+    steps: int = option(64, "steps of a loop, a whole number of blocks")
+    baseline_steps: int = option(16, "steps of a loop of transformers' caches")
+    repeats: int = option(3, "timed loops")
+    seconds: float = option(0.0, "start nothing after so long, 0 for never")
+
+
+SMOKE = Config(("2x200",), CACHES[:5], "smollm2-135m", 1, 2, 2, 1)
+
+
+def device() -> str:
+    """What the rows were measured on."""
+    require_torch()
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def run(config: Config, track: Track) -> Iterator[Row]:
+    """Measure every cache of every case, what a journal holds only once."""
+    require_torch()
+    if jax.default_backend() == "gpu":
+        raise ValueError("jax: got the GPU, expected JAX_PLATFORMS=cpu: its memory is torch's")
+    bench = functools.cache(functools.partial(_bench, config))
+    journal = open_journal("pytorch_speed", config, ("cases", "caches"))
+    for case in track(config.cases, "pytorch_speed"):
+        batch, context = map(int, case.split("x"))
+        base: list[Row] = []
+        for cache in config.caches:
+
+            def make(cache=cache, batch=batch, context=context) -> list[Row]:
+                return [_row(config, bench(), cache, batch, context)]
+
+            rows = journal.measure(f"{case} {cache}", make)
+            base = base or rows
+            for row in rows:
+                if "milliseconds_per_step" in row and "milliseconds_per_step" in base[0]:
+                    own, first = (x["milliseconds_per_step"] for x in (row, base[0]))
+                    row["ratio_to_dynamic"] = first / own
+            yield from rows
+
+
+def _bench(config: Config) -> Any:
+    import torch
+
+    from experiments.harness import torch_models
+
+    preset = PRESETS[config.model]
+    sizes = replace(preset, num_layers=config.layers or preset.num_layers)
+    return torch_models.random_model(sizes, torch.bfloat16, torch_models.device())
+
+
+def _row(config: Config, model: Any, cache: str, batch: int, context: int) -> Row:
+    """A measurement, or what stood in its way; the next ones may go well."""
+    import torch
+
+    from experiments.speed import pytorch_steps
+
+    name, _, captured = cache.partition(", ")
+    head: Row = {"cache": name, "captured": int(bool(captured)), "batch": batch, "context": context}
+    if (missing := pytorch_steps.missing(name)) is not None:
+        return head | {"note": missing}
+    loop = config.steps if name in pytorch_steps.OURS else config.baseline_steps
+    try:
+        with torch.no_grad():
+            make: Callable[..., Any] = pytorch_steps.MAKERS[name]
+            made = make(model, name, (batch, context, loop + 1), bool(captured))
+            row = head | pytorch_steps.time_steps(made, batch, loop, config.repeats)
+            del made
+    except torch.OutOfMemoryError as error:
+        row = head | {"note": "out of memory: " + str(error).partition(". ")[2].partition(". ")[0]}
+    except Exception as error:
+        traceback.print_exc()
+        row = head | {"note": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
+    gc.collect()
+    pytorch_steps.release()
+    return row
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Against our own decoder where its rows are committed, and against transformers' caches."""
+    timed = [row for row in rows if "milliseconds_per_step" in row]
+    made = []
+    for row in timed:
+        case = {name: row[name] for name in ("batch", "context")}
+        name = f"{row['batch']} x {row['context']}, {row['cache']}"
+        if not row["captured"] or row["cache"] in ("static", "dynamic"):
+            continue
+        own = row["milliseconds_per_step"]
+        for jax_row in where(_decoder_rows(), cache=row["cache"], **case):
+            theirs = jax_row["milliseconds_per_step"]
+            made.append(
+                Claim(
+                    AIM,
+                    f"{name}: a captured step within {WITHIN - 1:.0%} of our own decoder's",
+                    f"{own:.2f} ms against {theirs:.2f} ms, {own / theirs:.2f} times",
+                    met(own <= WITHIN * theirs),
+                    topic="under PyTorch, a captured step within 10 % of our own decoder's",
+                    short=f"{name}: {own / theirs:.2f} times",
+                )
+            )
+        others = [r for r in where(timed, **case) if r["cache"] in ("static", "dynamic")]
+        if others:
+            best = min(others, key=lambda r: r["milliseconds_per_step"])
+            theirs, size = best["milliseconds_per_step"], best["cache_bytes"] / row["cache_bytes"]
+            made.append(
+                Claim(
+                    QUESTION,
+                    f"{name}: a captured step faster than the fastest of transformers' own",
+                    f"{own:.2f} ms against {theirs:.2f} ms ({best['cache']}), "
+                    f"in {1 / size:.2f} times its bytes",
+                    "holds" if own < theirs else "does not hold",
+                )
+            )
+    return made
+
+
+def _decoder_rows() -> list[Row]:
+    """Of `llama_speed`, as committed, of the same model."""
+    found = [x for x in results.find(results.COMMITTED, "llama_speed") if x.folder.suffix == ""]
+    rows = [row for held in found for row in held.rows]
+    return [row for row in rows if row.get("model", "llama-3-8b") == "llama-3-8b"]

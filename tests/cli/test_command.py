@@ -150,6 +150,36 @@ def test_a_prompt_of_a_file_draws_what_it_would_alone(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == second["text"]
 
 
+def test_drafts_change_no_answer_and_are_counted(tiny, tmp_path, capsys):
+    """By look-up and by a second model, with a compressed and with a dense cache."""
+    out = tmp_path / "answers.json"
+    (tmp_path / "prompts.txt").write_text("again and again and again\nonce\n")
+    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--model", tiny, "--json", str(out)]
+    flags = ["generate", *flags, "--tokens", "40", "--window", "16"]
+
+    def answers(*more):
+        assert cli.main([*flags, *more]) == 0
+        found = json.loads(out.read_text())
+        return [row["tokens"] for row in found["answers"]], found["speculation"]
+
+    plain, nothing = answers()
+    assert nothing is None
+    capsys.readouterr()
+    for more, name, tokens in (
+        (["--speculate", "ngram:6"], "ngram", 6),
+        (["--draft", tiny, "--bits", "16"], tiny, 4),
+    ):
+        found, took = answers(*more)
+        exact = answers("--bits", "16")[0] if "16" in more else plain
+        assert found == exact
+        assert took["draft"] == name and took["tokens"] == tokens
+        counts = np.array([len(row) for row in found])
+        for number, row in enumerate(counts):
+            assert row - 1 - took["accepted"][number] <= took["passes"][number] < row
+        assert f"{sum(took['accepted'])} of {sum(took['drafted'])}" in capsys.readouterr().err
+    assert took["accepted"] == took["drafted"], "the model agrees with itself"
+
+
 def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
     files = [tmp_path / name for name in ("rows.csv", "rows.svg", "rows.json")]
     flags = ["--context", "100", "--steps", "2", "--repeats", "1", "--bits", "3"]
@@ -321,6 +351,12 @@ def test_bits_of_each_layer_that_cannot_be(command, text, beside, says, tiny, tm
     [
         (["generate", "x", "--model", "random:nothing"], "expected one of llama-2-7b"),
         (["generate", "x", "--tokens", "0"], "--tokens must be at least 1"),
+        (["generate", "x", "--speculate", "beams"], "expected ngram or model"),
+        (["generate", "x", "--speculate", "ngram:8"], "got 8 tokens of a draft, expected 1 to 7"),
+        (["generate", "x", "--speculate", "model"], "expected --draft"),
+        (["generate", "x", "--speculate", "ngram", "--draft", "y"], "got --draft beside it"),
+        (["generate", "x", "--speculate", "ngram", "--stream"], "got --stream beside them"),
+        (["generate", "x", "--draft", "nowhere.gguf"], "no such file"),
         (["generate", "--prompts", "nowhere.txt"], "expected a prompt a line"),
         (["generate", "--prompts", "{}", "--stream"], "got --prompts with many"),
         (["generate", "--prompts", "{}"], "got no prompt"),

@@ -120,7 +120,7 @@ def _turned(rows: Sequence[Row], what: str) -> Iterator[Claim]:
     if pairs:
         yield Claim(
             OURS,
-            f"{what} with the mean before RoPE: at most {TURNED:.2f} times that with the stored one",
+            f"{what} with the mean before RoPE: at most {TURNED:.2f} times as long as stored",
             ", ".join(f"{ratio:.2f} at {tokens:,} tokens" for ratio, tokens in pairs),
             met(max(pairs)[0] <= TURNED),
         )

@@ -51,6 +51,8 @@ def centred(rows: Sequence[Row], model: str, setting: str, mean: str = " pre-RoP
 
 def _percent(row: Row) -> str:
     change, error = 100 * row["perplexity_change"], 100 * row["perplexity_change_se"]
+    if change > 1000:
+        return f"{1 + change / 100:.0f} ± {error / 100:.0f} times"
     digits = 2 if abs(change) < 10 else 1
     return f"{change:+.{digits}f} ± {error:.{digits}f} %"
 

@@ -29,7 +29,6 @@ from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs
 from pallas_kernels.decode_attention.tile import attend, place_of
 from pallas_kernels.decode_attention.uncoded import PARTS
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS
 from pallas_kernels.primitives.period import PERIOD
 
@@ -203,7 +202,8 @@ def attend_format(
     columns = plan.columns
     zeros = jnp.zeros((plan.value_order.columns // PHASES, columns), jnp.float32)
     accumulators = tuple(
-        jnp.zeros((max(16, power_of_two(n)), columns), jnp.float32) for n in plan.value_channels
+        jnp.zeros((plan.value_rows(g), columns), jnp.float32)
+        for g in range(len(plan.value_channels))
     )
     carry = (
         jnp.full((columns,), EMPTY, jnp.float32),

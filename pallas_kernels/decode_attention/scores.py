@@ -117,6 +117,14 @@ class DecodePlan:
             return self.value_decoders[0]
         return TokenOrder(self.tokens, self.pages)
 
+    def value_rows(self, group: int) -> int:
+        """Channels of a group of values, padded.
+
+        A look-up takes four neighbouring bytes of a row from one thread. Of fewer rows a warp, each
+        with 8 bytes, a thread has only two.
+        """
+        return max(16 * self.warps, power_of_two(self.value_channels[group]))
+
     @property
     def columns(self) -> int:
         """Query heads of a group, padded: twice as many columns fill a product of 8."""

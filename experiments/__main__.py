@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments import front
 from experiments.catalogue import EXPERIMENTS
 from experiments.harness import report, results
 from experiments.harness.data import MissingDataError
@@ -180,13 +181,19 @@ def _command(args: argparse.Namespace, config: Any) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
+    committed = args.out == results.COMMITTED  # whose rows README shows
     if args.check:
         problems = report.check(EXPERIMENTS, args.out, args.file)
+        problems += front.check(args.file.parent, args.out) if committed else []
         for problem in problems:
             print(problem, file=sys.stderr)
         return 1 if problems else 0
     report.draw_missing(EXPERIMENTS, args.out, args.redraw)
     report.write(EXPERIMENTS, args.out, args.file)
+    if committed:
+        front.write(args.file.parent, args.out)
+    if committed and args.redraw:
+        front.draw(args.file.parent, args.out)
     print(args.file)
     return 0
 

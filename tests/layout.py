@@ -49,9 +49,12 @@ def random_parts(state, rng):
         if leaf.dtype == jnp.uint32:  # two bfloat16 scales between 0.5 and 2
             scales = rng.uniform(0.5, 2, (2, *leaf.shape)).astype(jnp.bfloat16).view(np.uint16)
             return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
+        if leaf.dtype in (jnp.uint8, jnp.uint16) and leaf.ndim == 3:  # codes of scales
+            high, low = (rng.integers(200, 255, leaf.shape) for _ in range(2))
+            return jnp.asarray(high << 8 | low if leaf.dtype == jnp.uint16 else low, leaf.dtype)
         if leaf.dtype == jnp.uint8:
             return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
-        if leaf.dtype == jnp.bfloat16 and leaf.ndim == 3:  # norms of sketches, by H**0.5 a scale
+        if leaf.dtype == jnp.bfloat16 and leaf.ndim < 4:  # norms of sketches, by H**0.5 a scale
             return jnp.asarray(rng.uniform(1, 4, leaf.shape), leaf.dtype)
         return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
 
@@ -124,15 +127,16 @@ def decoded_page(state, layer, page, values):
 def decoded_row(state, part, row, page, values):
     """Keys, or values, of a page of one head: [T, H]."""
     codec, block = part.codecs[int(values)], state.config.block
+    if codec.uncoded is not None:  # the vectors themselves
+        ((plane,),) = part.pool.values if values else part.pool.keys
+        return np.asarray(plane[row, page], np.float64)
     parts = []
     for g, group in enumerate(codec.groups):
-        planes = [p[row, page] for p in (part.pool.values if values else part.pool.keys)[g]]
+        held = part.pool.values if values else part.pool.keys
+        planes = [np.asarray(p)[row, page] for p in held[g]]
         index = unpack(planes, widths(group), block if values else group.dim)
         index = np.swapaxes(index, -1, -2) if values else index
-        word = part.pool.scales[g if codec.transform is None else 0][row, page]
-        word = np.asarray(word).astype(np.uint32)
-        half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
-        scale = half.view(jnp.bfloat16).astype(np.float64)
+        scale = scale_of(part.pool, g if codec.transform is None else 0, (row, page), values)
         parts.append(scale[..., None] * levels_of(group, index))
     turned = np.concatenate(parts, axis=-1)
     if codec.sketch is not None:
@@ -140,12 +144,32 @@ def decoded_row(state, part, row, page, values):
     turns = [matrix(group.rotation) for group in codec.groups]
     ordered = turned @ linalg.block_diag(*turns)
     if codec.transform is not None:  # x~ = T^-1 s c
-        return ordered @ np.linalg.inv(np.asarray(codec.transform.matrix[row], np.float64)).T
+        return ordered @ np.linalg.inv(np.asarray(codec.transform.matrix, np.float64)[row]).T
     if codec.order is None:
         return ordered
     natural = np.empty_like(ordered)
-    natural[:, np.asarray(codec.order[row])] = ordered
+    natural[:, np.asarray(codec.order)[row]] = ordered
     return natural
+
+
+def scale_of(pool, number, place, values):
+    """Scales of keys, or of values: two bfloat16 in a word, or one that stands alone; or codes c of
+
+    8 bits, base 2^((c - 254) / 32).
+    """
+
+    def half(x):
+        x = np.asarray(x)
+        if x.dtype not in (np.uint16, np.uint32):
+            return x
+        width = 4 * x.dtype.itemsize
+        x = x >> width if values else x & (2**width - 1)
+        return x.astype(np.uint16).view(jnp.bfloat16) if width == 16 else x
+
+    found = half(pool.scales[number][place]).astype(np.float64)
+    if not pool.bases:
+        return found
+    return half(pool.bases[number][place]).astype(np.float64) * 2 ** ((found - 254) / 32)
 
 
 def of_signs(sketch, held, row, page):
@@ -156,12 +180,12 @@ def of_signs(sketch, held, row, page):
     """
     rows = np.asarray(sketch.matrix, np.float64)
     count = rows.shape[1]
-    signs = 2.0 * unpack([held.signs[row, page]], [1], count) - 1
+    signs = 2.0 * unpack([np.asarray(held.signs)[row, page]], [1], count) - 1
     kappa = 1.0
     if sketch.kind == "orthogonal":
         half = special.gammaln(count / 2) - special.gammaln((count + 1) / 2)
         kappa = np.sqrt(count / 2) * np.exp(half)
-    norms = np.asarray(held.norms[row, page], np.float64)
+    norms = np.asarray(held.norms)[row, page].astype(np.float64)
     return np.sqrt(np.pi / 2) / (count * kappa) * norms[..., None] * (signs @ rows)
 
 
@@ -218,13 +242,15 @@ def decoded(state, layer, row):
             segment, slot = state.window, (p - config.sinks) % ring
         else:
             continue
-        tokens[p] = [np.asarray(x[layer, row, slot], np.float64) for x in jax.tree.leaves(segment)]
+        tokens[p] = [
+            np.asarray(x)[layer, row, slot].astype(float) for x in jax.tree.leaves(segment)
+        ]
     for block in range(max(0, count - slots), count):
-        page = int(state.table.page_table[row, block % slots])
+        page = int(np.asarray(state.table.page_table)[row, block % slots])
         key, value = (decoded_page(state, layer, page, values) for values in (False, True))
         if state.key_mean is not None:
             start = config.sinks + block * config.block
-            mean = np.asarray(state.key_mean[layer, row], np.float64)
+            mean = np.asarray(state.key_mean)[layer, row].astype(float)
             key = key + mean_at(config, mean, start + np.arange(config.block))
         for t in range(config.block):
             tokens[config.sinks + block * config.block + t] = [key[:, t], value[:, t]]

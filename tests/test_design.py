@@ -13,4 +13,4 @@ def test_every_pair_of_choices_occurs_in_a_setting():
 
 def test_the_settings_are_few():
     """Nine is the least for two factors of three choices; each setting compiles anew."""
-    assert 9 <= len(SETTINGS) <= 15
+    assert 9 <= len(SETTINGS) <= 12

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.cache import fork as fork_sequence
     from turboquant_jax.cache import free as free_sequences
     from turboquant_jax.cache import free_pages as count_free_pages
+    from turboquant_jax.cache import propose as propose_tokens
     from turboquant_jax.cache import write as write_tokens
     from turboquant_jax.cache.bytes import compression_ratio, count_bytes, planned_bytes
     from turboquant_jax.cache.storage import restore as restore_cache
@@ -63,6 +64,7 @@ else:
         "merge_segments": ("turboquant_jax.attention", "merge"),
         "planned_bytes": ("turboquant_jax.cache.bytes", "planned_bytes"),
         "preset": ("turboquant_jax.cache", "preset"),
+        "propose_tokens": ("turboquant_jax.cache", "propose"),
         "restore_cache": ("turboquant_jax.cache.storage", "restore"),
         "save_cache": ("turboquant_jax.cache.storage", "save"),
         "straight_through": ("turboquant_jax.quantizers.quantizer", "straight_through"),
@@ -99,6 +101,7 @@ __all__ = [
     "merge_segments",
     "planned_bytes",
     "preset",
+    "propose_tokens",
     "restore_cache",
     "save_cache",
     "straight_through",

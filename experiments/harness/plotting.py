@@ -1,5 +1,7 @@
 """The look of every figure. matplotlib is loaded when the first is drawn."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +12,26 @@ if TYPE_CHECKING:
 else:
     Axes = Figure = Any
 
-COLOURS = ("#1b6ca8", "#d1495b", "#3d8b5f", "#8a5aa8", "#e08e2b", "#5c5c5c", "#2aa9b8", "#a0785a")
+COLOURS = ("#1b6ca8", "#d1495b", "#3d8b5f", "#8a5aa8", "#e08e2b", "#7f7f7f", "#2aa9b8", "#a0785a")
+OURS, KIVI, VLLM, PER_TOKEN, FP8, PLAIN, SCALAR = COLOURS[:7]
+"""The colour of a thing, in every figure that shows it; PLAIN is what is not compressed."""
+
+INKS = {"light": "#222222", "dark": "#e6e6e6"}
+"""Colours of text and axes on light and on dark pages."""
+
+
+def save_themes(folder: Path, name: str, draw: Callable[[], Figure], source: str = "") -> None:
+    """Write `name`-light.svg and `name`-dark.svg, which say from what they were drawn."""
+    import matplotlib
+
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    about = {"Date": None} | ({"Source": source} if source else {})
+    folder.mkdir(exist_ok=True)
+    for theme, ink in INKS.items():
+        style = dict.fromkeys(inked, ink) | {"svg.hashsalt": name, "svg.fonttype": "none"}
+        with matplotlib.rc_context(style):
+            path = folder / f"{name}-{theme}.svg"
+            draw().savefig(path, transparent=True, metadata=about)
 
 
 def panels(rows: int, columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:

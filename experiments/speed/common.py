@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from turboquant_jax import attention
-from turboquant_jax.cache import CacheConfig, CodecConfig
+from turboquant_jax.cache import CacheConfig, Calibration, CodecConfig
 from turboquant_jax.models.timing import filled_cache
 
 Code = Literal["scalar", "trellis"]
@@ -30,7 +30,7 @@ def cache_config(
     return CacheConfig(layers, KV_HEADS, CHANNELS, *codecs, rope_frequencies=turned)
 
 
-def check(config: CacheConfig) -> None:
+def check(config: CacheConfig, known: Calibration | None = None) -> None:
     """A kernel that is wrong is not timed: attention by it against the definition, on the device.
 
     Three sequences that end inside a block, pages in random order.
@@ -38,7 +38,7 @@ def check(config: CacheConfig) -> None:
     Raises:
       ValueError: a relative error of the output that is not small.
     """
-    state = filled_cache(config, 3, 1000, 1016)
+    state = filled_cache(config, 3, 1000, 1016, known)
     pages = jax.random.permutation(jax.random.key(1), jnp.arange(state.table.page_table.size))
     table = state.table.page_table
     table = jnp.where(table >= 0, pages.astype(table.dtype)[table], table)
@@ -51,6 +51,8 @@ def check(config: CacheConfig) -> None:
     got = run(state, 0, q, k, v, implementation="pallas")
     error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
     what = f"check K{config.key.bits} V{config.value.bits} {config.key.code}"
+    if config.allocation is not None:
+        what = f"check heads of {len(config.formats)} formats, {config.key.code} keys"
     print(f"{what}: relative error {error:.1e}", flush=True)
     if not error < _NEAR:
         raise ValueError(f"{what}: got relative error {error}, expected below {_NEAR}")

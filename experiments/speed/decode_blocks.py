@@ -55,6 +55,15 @@ def random_blocks(
     )
 
 
+def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax.Array:
+    """An int8 cache [B, K, S, H] with float32 scales [2, B, K, S], left to XLA."""
+    split = q.reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
+    score = jnp.einsum("bkgh,bksh->bkgs", split, k.astype(jnp.bfloat16)).astype(jnp.float32)
+    share = jax.nn.softmax(score * scales[0][:, :, None, :] * SM_SCALE, axis=-1)
+    share = (share * scales[1][:, :, None, :]).astype(jnp.bfloat16)
+    return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
+
+
 def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesOperand | None]:
     """Mean keys and phases for the kernel: of `kind` "" none, "stored" or "pre_rope"."""
     if not kind:

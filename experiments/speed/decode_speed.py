@@ -8,6 +8,9 @@ than their launches has. Bytes are those of the packed cache (codes and scales).
 
 `pallas-exact` sees one newest token in full precision too, as a mean of the keys needs: `mean`
 is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 where it is empty.
+
+`pallas-7x` are heads of four calibrated formats (`calibrated_blocks`), with the mean before RoPE;
+its bits are means over the heads.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,16 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness.experiment import GPU, Row, Track, option
-from experiments.speed import speed_claims
-from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, Code, cache_config, check, vendor
+from experiments.speed import calibrated_blocks, speed_claims
+from experiments.speed.common import CHANNELS, KV_HEADS, Code, cache_config, check, vendor
 from experiments.speed.decode_blocks import (
     PAGE,
     SM_SCALE,
     Pair,
     attend_with_newest,
+    int8_xla,
     means,
     random_blocks,
 )
+from experiments.speed.decode_schedules import GROUP, pairs, schedule_of, sweep_schedules
 from experiments.speed.device_time import copy_bandwidth, device_time
 from pallas_kernels.decode_attention import (
     BlocksOperand,
@@ -40,7 +46,6 @@ from pallas_kernels.decode_attention import (
     Schedule,
     Softmax,
     decode_attention,
-    default_schedule,
 )
 from pallas_kernels.primitives.codebook import CodeKind
 
@@ -49,7 +54,6 @@ BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
 # Of trellis codes: the presets'.
 TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
 MEANS = ("", "stored", "pre_rope")
-GROUP = HEADS // KV_HEADS
 NEEDS = GPU
 
 
@@ -57,9 +61,14 @@ NEEDS = GPU
 class Config:
     """What to run."""
 
-    cases: str = option("all", "all, or mean: with and without a mean", choices=("all", "mean"))
+    cases: str = option(
+        "all",
+        "all, mean: with and without a mean, or calibrated: heads of several formats",
+        choices=("all", "mean", "calibrated"),
+    )
     shapes: str = option("", "batch x tokens instead of all, such as 32x4096,1x8192")
     bits: str = option("", "of keys / of values instead of all, such as 4/4,3/2")
+    only: tuple[str, ...] = option((), "implementations instead of all, and cudnn")
     sweep: tuple[str, ...] = option((), "schedules too: programs;pages;warps;stages")
     calls: int = option(8, "calls of a chain at least")
     turn: float = option(200.0, "megabytes of caches in turn, more than L2 holds")
@@ -81,15 +90,6 @@ def attend(
     return decode_attention(q, held, Softmax(SM_SCALE), schedule=schedule)[0]
 
 
-def int8_xla(q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array) -> jax.Array:
-    """An int8 cache [B, K, S, H] with float32 scales [2, B, K, S], left to XLA."""
-    split = q.reshape(q.shape[0], KV_HEADS, -1, CHANNELS)
-    score = jnp.einsum("bkgh,bksh->bkgs", split, k.astype(jnp.bfloat16)).astype(jnp.float32)
-    share = jax.nn.softmax(score * scales[0][:, :, None, :] * SM_SCALE, axis=-1)
-    share = (share * scales[1][:, :, None, :]).astype(jnp.bfloat16)
-    return jnp.einsum("bkgs,bksh->bkgh", share, v.astype(jnp.bfloat16)).reshape(q.shape)
-
-
 @dataclass(frozen=True)
 class Case:
     """A line to be measured; `code` and `schedule` are those of the kernel.
@@ -98,7 +98,7 @@ class Case:
     """
 
     name: str
-    bits: Pair
+    bits: tuple[float, float]
     shape: Pair
     schedule: Schedule | None = None
     code: CodeKind = "scalar"
@@ -130,6 +130,8 @@ class Case:
             return vendor(q[:, None], *cache)[:, 0]
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
+        if self.name in calibrated_blocks.CODES:
+            return attend_with_newest(q, *cache)
         if self.name == "pallas-exact":
             return attend_with_newest(q, PagedBlocks((cache[0],), *cache[1:3]), *cache[3:])
         return attend(q, *cache, self.schedule)
@@ -159,14 +161,19 @@ def _cache(case: Case, key: jax.Array) -> tuple:
         return tuple(jax.random.normal(k, size, jnp.bfloat16) for k in keys)
     if case.name == "int8-xla":
         size = (batch, KV_HEADS, tokens, CHANNELS)
-        codes = (jax.random.bits(k, size, jnp.uint8).astype(jnp.int8) for k in keys)
-        return (*codes, jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32))
+        bytes_of = (jax.random.bits(k, size, jnp.uint8).astype(jnp.int8) for k in keys)
+        return (*bytes_of, jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32))
     pages = batch * tokens // PAGE
     order = jnp.arange(pages, dtype=jnp.int32)
     order = jax.random.permutation(keys[0], order) if case.paged else order
-    blocks = random_blocks(keys[1], case.bits, pages, code=case.code)
-    held = blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
-    return (*held, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else held
+    if case.name in calibrated_blocks.CODES:
+        codes, table = calibrated_blocks.CODES[case.name], order.reshape(batch, -1)
+        held = calibrated_blocks.random_heads(keys[1], codes, table, tokens)
+        return held, *means(case.mean, batch, tokens)
+    bits = int(case.bits[0]), int(case.bits[1])
+    blocks = random_blocks(keys[1], bits, pages, code=case.code)
+    paged = blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
+    return (*paged, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else paged
 
 
 def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
@@ -201,32 +208,6 @@ def measure(case: Case, chain: Callable[..., jax.Array], copy: float, base: floa
     }
 
 
-def schedule_of(bits: Pair, shape: Pair) -> Schedule:
-    """What the kernel chooses by itself."""
-    return default_schedule(
-        batch=shape[0],
-        kv_heads=KV_HEADS,
-        heads=GROUP,
-        channels=CHANNELS,
-        bits=max(bits),
-        tokens=PAGE,
-        max_pages=shape[1] // PAGE,
-    )
-
-
-def sweep_schedules(shape: Pair, choices: str) -> list[Schedule]:
-    """'512,1024;1,2;2;3': programs; pages; warps; stages."""
-    programs, pages, warps, stages = (
-        [int(x) for x in part.split(",")] for part in choices.split(";")
-    )
-    batch, tokens = shape
-    found = []
-    for p, w, st, n in itertools.product(pages, warps, stages, programs):
-        splits = max(1, min(n // (batch * KV_HEADS), tokens // (PAGE * p)))
-        found.append(Schedule(splits=splits, pages=p, warps=w, stages=st))
-    return list(dict.fromkeys(found))
-
-
 def cases_of(shape: Pair, bits: Sequence[Pair], sweep: Sequence[str]) -> list[Case]:
     """Baselines, then the kernel."""
     cases = [Case("cudnn", (16, 16), shape), Case("int8-xla", (8, 8), shape)]
@@ -254,21 +235,44 @@ def mean_cases() -> list[Case]:
     return cases
 
 
+def calibrated_cases(shapes: Sequence[Pair]) -> list[Case]:
+    """Heads of several formats, in each code, and 2 bits of all heads beside them."""
+    cases = []
+    for shape in shapes:
+        cases.append(Case("cudnn", (16, 16), shape))
+        cases.append(Case("pallas-exact", (2, 2), shape, mean="pre_rope"))
+        cases += [
+            Case(name, calibrated_blocks.MEAN_BITS, shape, mean="pre_rope")
+            for name in calibrated_blocks.CODES
+        ]
+    return cases
+
+
 def run(config: Config, track: Track) -> Iterator[Row]:
     """Correctness first; what is measured is compiled ahead, several cases at a time."""
-    shapes = _pairs(config.shapes, "x") or SHAPES
-    bits: Sequence[Pair] = _pairs(config.bits, "/") or BITS
+    shapes = pairs(config.shapes, "x") or list(SHAPES)
+    bits: Sequence[Pair] = pairs(config.bits, "/") or BITS
     cases = [case for shape in shapes for case in cases_of(shape, bits, config.sweep)]
     if config.cases == "mean":
         bits, cases = ((4, 4),), mean_cases()
+    if config.cases == "calibrated":
+        bits, cases = ((2, 2),), calibrated_cases(pairs(config.shapes, "x") or SHAPES[:2])
+    names = {*config.only, "cudnn"} if config.only else {case.name for case in cases}
+    cases = [case for case in cases if case.name in names]
     least = config.calls, config.turn * 1e6
     cases = [dataclasses.replace(case, least=least) for case in cases]
     codes: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
     codes += [(pair, "trellis") for pair in TRELLIS_BITS]
-    configs = [cache_config(1, pair, code=code) for pair, code in codes]
+    checks = [partial(check, cache_config(1, pair, code=code)) for pair, code in codes]
+    if config.cases == "calibrated":
+        checks = [
+            partial(check, calibrated_blocks.config_of(codes), calibrated_blocks.calibration())
+            for name, codes in calibrated_blocks.CODES.items()
+            if name in names
+        ]
     with ThreadPoolExecutor() as pool:
         chains = pool.map(compiled, cases)
-        list(pool.map(check, configs))
+        list(pool.map(lambda run: run(), checks))
         ready = list(chains)
     copy, bases = copy_bandwidth(), dict[Any, float]()
     for case, chain in track(list(zip(cases, ready, strict=True)), "decode_speed"):
@@ -279,12 +283,6 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         if case.name == "cudnn":
             bases[case.shape, case.queries] = row["milliseconds"] / 1e3
         yield row
-
-
-def _pairs(text: str, mark: str) -> list[Pair]:
-    """'32x4096,1x8192' -> [(32, 4096), (1, 8192)]."""
-    split = [part.split(mark) for part in text.split(",") if part]
-    return [(int(first), int(second)) for first, second in split]
 
 
 claims = speed_claims.decode

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import BlocksOperand, key_scale, value_scale
+from pallas_kernels.primitives.blocks import BlocksOperand, key_scale, load_scales, value_scale
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.dequantize import divide, power_of_two
 from pallas_kernels.primitives.trellis import code_number
@@ -42,7 +42,7 @@ def _decode(
 
     @cache
     def scales_of(number: int) -> tuple[jax.Array, jax.Array]:
-        word = triton.load(pool["scales"][number].at[row, page, token])
+        word = load_scales(pool, number, (row, page, token))
         return key_scale(word), value_scale(word)
 
     sides = (
@@ -50,6 +50,9 @@ def _decode(
         ("values", blocks.value_codebooks, blocks.value_channels, blocks.value_words),
     )
     for half, (side, books, channels, numbers) in enumerate(sides):
+        if not books:
+            _copy(pool[side][0][0], outputs[side], (row, page), (token, *channels_of(channels[0])))
+            continue
         first = 0
         for g, (book, dim, number) in enumerate(zip(books, channels, numbers, strict=True)):
             channel, exists = channels_of(dim)
@@ -60,6 +63,14 @@ def _decode(
             target = outputs[side].at[token[:, None], (first + channel)[None, :]]
             triton.store(target, vector.astype(outputs[side].dtype), mask=exists)
             first += dim
+
+
+def _copy(source: Any, target: Any, place: tuple, rows: tuple) -> None:
+    """Vectors in full precision."""
+    token, channel, exists = rows
+    found = triton.load(source.at[*place, token[:, None], channel[None, :]], mask=exists, other=0.0)
+    at = target.at[token[:, None], channel[None, :]]
+    triton.store(at, found.astype(target.dtype), mask=exists)
 
 
 def _fields(

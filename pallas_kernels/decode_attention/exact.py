@@ -98,9 +98,9 @@ def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
 
 def mean_score(refs: Any, row: jax.Array, columns: int, heads: int, scale: float) -> jax.Array:
     """float32 [columns]: the query's product with the mean key of this row, scaled."""
-    query, channel = _query(refs, jnp.arange(columns), heads)
+    query, channel = _query(refs.query, jnp.arange(columns), heads)
     mean = triton.load(refs.key_mean.at[row, channel], mask=channel < _dim(refs), other=0.0)
-    return _nan_unless_finite((query * mean.astype(jnp.float32)[None, :]).sum(axis=1) * scale)
+    return nan_unless_finite((query * mean.astype(jnp.float32)[None, :]).sum(axis=1) * scale)
 
 
 def attend_exact(
@@ -119,12 +119,7 @@ def attend_exact(
     dtype = refs.keys[0].dtype
     # A 16-bit operand is exact in two parts, which lie in neighbouring columns.
     parts = 1 if dtype == jnp.float32 else 2
-    column = jnp.arange(columns * parts)
-    query, channel = _query(refs, lax.div(column, jnp.full_like(column, parts)), heads)
-    rounded = query.astype(dtype)
-    rest = (query - rounded.astype(jnp.float32)).astype(dtype)
-    odd = lax.rem(column, jnp.full_like(column, parts)) == 1
-    query = jnp.where(jnp.broadcast_to(odd[:, None], query.shape), rest, rounded)
+    query, channel = query_parts(refs.query, columns, heads, dtype, parts)
     exists = (channel < _dim(refs))[None, :]
 
     def load(segment: int, slot: jax.Array) -> tuple:
@@ -143,7 +138,7 @@ def attend_exact(
         seen, k, v = tile
         peak, weight, sums = carry
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
-        scores = capped(_nan_unless_finite(scores), soft_cap)
+        scores = capped(nan_unless_finite(scores), soft_cap)
         scores = jnp.where(seen[:, None], scores, EMPTY)
         new_peak = jnp.maximum(peak, scores.max(axis=0))
         share = jnp.where(seen[:, None], triton.exp2(scores - new_peak[None, :]), 0.0)
@@ -170,7 +165,7 @@ def attend_exact(
                 carry,
             )
     peak, weight, sums = carry
-    return peak, weight, _nan_unless_finite(sums)
+    return peak, weight, nan_unless_finite(sums)
 
 
 def write_newest(
@@ -188,7 +183,20 @@ def write_newest(
             triton.store(place, token, mask=exists & inside)
 
 
-def _nan_unless_finite(x: jax.Array) -> jax.Array:
+def query_parts(
+    ref: Any, columns: int, heads: int, dtype: Any, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """[columns * parts, channels] of a dtype, the parts of a query side by side; the channels."""
+    column = jnp.arange(columns * parts)
+    query, channel = _query(ref, lax.div(column, jnp.full_like(column, parts)), heads)
+    rounded = query.astype(dtype)
+    rest = (query - rounded.astype(jnp.float32)).astype(dtype)
+    odd = lax.rem(column, jnp.full_like(column, parts)) == 1
+    return jnp.where(jnp.broadcast_to(odd[:, None], query.shape), rest, rounded), channel
+
+
+def nan_unless_finite(x: jax.Array) -> jax.Array:
+    """NaN in the place of infinities."""
     return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.nan)
 
 
@@ -196,9 +204,9 @@ def _dim(refs: Any) -> int:
     return refs.query.shape[-1]
 
 
-def _query(refs: Any, head: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
+def _query(ref: Any, head: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
     """float32 [len(head), channels], 0 where there is no such head or channel; the channels."""
-    channel = jnp.arange(max(16, power_of_two(_dim(refs))))
-    mask = (head < heads)[:, None] & (channel < _dim(refs))[None, :]
-    rows = triton.load(refs.query.at[head[:, None], channel[None, :]], mask=mask, other=0.0)
+    channel = jnp.arange(max(16, power_of_two(ref.shape[-1])))
+    mask = (head < heads)[:, None] & (channel < ref.shape[-1])[None, :]
+    rows = triton.load(ref.at[head[:, None], channel[None, :]], mask=mask, other=0.0)
     return rows.astype(jnp.float32), channel

@@ -16,17 +16,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention.exact import EMPTY, attend_exact, mean_score, write_newest
+from pallas_kernels.decode_attention.exact import (
+    EMPTY,
+    attend_exact,
+    mean_score,
+    nan_unless_finite,
+    query_parts,
+    write_newest,
+)
 from pallas_kernels.decode_attention.phases import turning
 from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs, prepare_query
 from pallas_kernels.decode_attention.tile import attend, place_of
+from pallas_kernels.decode_attention.uncoded import PARTS
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS
 from pallas_kernels.primitives.period import PERIOD
 
 # What a pool has of its own among the inputs.
-POOL = ("keys", "values", "scales", "key_tables", "value_tables")
+POOL = ("keys", "values", "scales", "bases", "key_tables", "value_tables")
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:
@@ -161,6 +168,11 @@ def attend_format(
     state["queries"] = [
         prepare_query(plan, inputs["queries"][keys.source], keys) for keys in plan.key_sums
     ]
+    if plan.uncoded[0]:
+        keys = inputs["keys"][0][0]
+        state["uncoded_query"], _ = query_parts(
+            inputs["queries"][0], plan.columns, plan.heads, keys.dtype, PARTS
+        )
     state["key_tables"] = [
         group.decoder.prepare(refs)
         for group, refs in zip(plan.key_groups, inputs["key_tables"], strict=True)
@@ -188,9 +200,10 @@ def attend_format(
         state["mean"] = mean[None, :], jnp.ones((1, 1))
 
     columns = plan.columns
-    zeros = jnp.zeros((plan.value_decoders[0].columns // PHASES, columns), jnp.float32)
+    zeros = jnp.zeros((plan.value_order.columns // PHASES, columns), jnp.float32)
     accumulators = tuple(
-        jnp.zeros((max(16, power_of_two(n)), columns), jnp.float32) for n in plan.value_channels
+        jnp.zeros((plan.value_rows(g), columns), jnp.float32)
+        for g in range(len(plan.value_channels))
     )
     carry = (
         jnp.full((columns,), EMPTY, jnp.float32),
@@ -214,6 +227,9 @@ def in_registers(tables: Any) -> Any:
 
 def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:
     """Takes the centre out, and stores the groups of channels one after the other."""
+    if plan.uncoded[1]:
+        store_channels(plan, ref, nan_unless_finite(sums[0]), (0, plan.value_channels[0]))
+        return
     first = 0
     for decoder, count, lost, output in zip(
         plan.value_decoders, plan.value_channels, mass, sums, strict=True
@@ -221,8 +237,16 @@ def write_output(plan: DecodePlan, ref: Any, mass: tuple, sums: tuple) -> None:
         output = output * (BOUND / UNITS)
         if decoder.centre:
             output = output - (lost.sum(axis=0) * decoder.centre)[None, :]
-        channel = jnp.arange(output.shape[0])[:, None]
-        place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
-        exists = jnp.broadcast_to(channel < count, output.shape)
-        triton.store(place, output * decoder.codebook.step, mask=exists)
+        store_channels(plan, ref, output, (first, count), decoder.codebook.step)
         first += count
+
+
+def store_channels(
+    plan: DecodePlan, ref: Any, output: jax.Array, channels: tuple[int, int], step: float = 1.0
+) -> None:
+    """Rows of an output, times `step`, as channels (first, count)."""
+    first, count = channels
+    channel = jnp.arange(output.shape[0])[:, None]
+    place = ref.at[first + channel, jnp.arange(plan.columns)[None, :]]
+    exists = jnp.broadcast_to(channel < count, output.shape)
+    triton.store(place, output * step, mask=exists)

@@ -21,15 +21,15 @@ def schedule_of(
     """What serves these shapes, where the caller has no schedule; `heads` of a kv head."""
     batch, max_pages = blocks.page_table.shape
     sides = [
-        side
+        ([book.bits for book in books] or [EXACT_BITS], channels)
         for pool in blocks.pools
-        for side in (
+        for books, channels in (
             (pool.key_codebooks, pool.key_channels),
             (pool.value_codebooks, pool.value_channels),
         )
     ]
     bits = max(
-        sum(book.bits * count for book, count in zip(*side, strict=True)) / sum(side[1])
+        sum(bits * count for bits, count in zip(*side, strict=True)) / sum(side[1])
         for side in sides
     )
     slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
@@ -38,7 +38,7 @@ def schedule_of(
         kv_heads=kv_heads,
         heads=heads,
         channels=max(max(pool.value_channels) for pool in blocks.pools),
-        bits=max(book.bits for books, _ in sides for book in books),
+        bits=max(bits for widths, _ in sides for bits in widths),
         tokens=blocks.pools[0].scales[0].shape[2],
         max_pages=max_pages,
         exact=int(slots * EXACT_BITS / bits),
@@ -87,6 +87,7 @@ def make_decode_plan(
         splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
+        uncoded=(not pool.key_codebooks, not pool.value_codebooks),
     )
 
 

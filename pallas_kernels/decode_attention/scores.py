@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import capped
+from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import key_scale
+from pallas_kernels.primitives.blocks import ShortScales, Word, key_scale, value_scale
 from pallas_kernels.primitives.dequantize import MIN_COLUMNS, beside, divide, power_of_two
 from pallas_kernels.primitives.digits import UNITS, digits, weighted
 from pallas_kernels.primitives.gather import Decoder
@@ -80,7 +82,9 @@ class DecodePlan:
 
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
     pages of a row of the pool. `value_words`: which of the scales each group of values has.
-    `exact_tiles`: as many tiles as the tokens in full precision count for.
+    `exact_tiles`: as many tiles as the tokens in full precision count for. `uncoded`: whether the
+    keys, and the values, of the blocks are in full precision; then there are no `key_sums`, or no
+    `value_decoders`.
     """
 
     tokens: int
@@ -98,12 +102,28 @@ class DecodePlan:
     splits: int
     warps: int
     stages: int
+    uncoded: tuple[bool, bool] = (False, False)
 
     @property
     def key_groups(self) -> tuple[KeyGroup, ...]:
         """In the order of their planes."""
         groups = (group for keys in self.key_sums for group in keys.groups)
         return tuple(sorted(groups, key=lambda group: group.planes))
+
+    @property
+    def value_order(self) -> Decoder | TokenOrder:
+        """In which the tokens of a tile come."""
+        if self.value_decoders:
+            return self.value_decoders[0]
+        return TokenOrder(self.tokens, self.pages)
+
+    def value_rows(self, group: int) -> int:
+        """Channels of a group of values, padded.
+
+        A look-up takes four neighbouring bytes of a row from one thread. Of fewer rows a warp, each
+        with 8 bytes, a thread has only two.
+        """
+        return max(16 * self.warps, power_of_two(self.value_channels[group]))
 
     @property
     def columns(self) -> int:
@@ -157,13 +177,16 @@ def _side_by_side(tiles: list[jax.Array | None]) -> jax.Array:
     return beside([jnp.zeros_like(like) if tile is None else tile for tile in tiles])
 
 
-def value_exponent(words: list[jax.Array]) -> jax.Array:
+def value_exponent(words: list[Word]) -> jax.Array:
     """int32 e with |scale| < BOUND * 2**(e - BIAS) for the value scales of all groups.
 
     NOT_FINITE if one of them is not.
     """
-    found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
+    shape = words[0].value.shape if isinstance(words[0], ShortScales) else words[0].shape
+    found = jnp.full(shape, MIN_EXPONENT, jnp.int32)
     for word in words:
+        if isinstance(word, ShortScales) or word.dtype != jnp.uint32:  # no halves
+            word = lax.bitcast_convert_type(value_scale(word), jnp.uint32)
         found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))
     return found
 
@@ -218,11 +241,14 @@ def scores(
     state: Refs,
     page: jax.Array,
     token: jax.Array,
-    words: list[jax.Array],
+    words: list[Word],
     mean: tuple | None,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""
     terms = []
+    if plan.uncoded[0]:
+        scaled = uncoded.key_products(refs["keys"][0][0], state["uncoded_query"], page, token)
+        terms.append((scaled, jnp.full_like(scaled, plan.scale)))
     for number, keys in enumerate(plan.key_sums):
         product = key_products(plan, refs, state, number, page, token)
         scaled = product * key_scale(words[keys.word])[:, None]

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import EMPTY
 from pallas_kernels.decode_attention.scores import (
+    BIAS,
     BOUND,
     NOT_FINITE,
     DecodePlan,
@@ -14,8 +16,7 @@ from pallas_kernels.decode_attention.scores import (
     value_exponent,
 )
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import value_scale
-from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.blocks import load_scales, value_scale
 from pallas_kernels.primitives.digits import PHASES, interleave, total, weighted
 
 
@@ -29,7 +30,7 @@ def pick(pages: list[jax.Array], which: jax.Array) -> jax.Array:
 
 def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
     """Page and token of each row of a phase."""
-    order = plan.value_decoders[0]
+    order = plan.value_order
     column = PHASES * jnp.arange(order.columns // PHASES) + phase
     which, token, _ = order.elements(column)
     return which, token
@@ -38,9 +39,10 @@ def place_of(plan: DecodePlan, phase: int) -> tuple[jax.Array, jax.Array]:
 def tile_scores(
     plan: DecodePlan, refs: Refs, state: Refs, block: jax.Array, pages: list[jax.Array], digits
 ):
-    """For each phase: logits + exponent [rows, heads], EMPTY where unseen, and the scale words.
+    """For each phase: logits + exponent [rows, heads], EMPTY where unseen, the exponent, the scale
 
-    Row r of phase j is the token in column 2 r + j of the values' operand.
+    words, and (page, token, seen) of the rows. Row r of phase j is the token in column 2 r + j of
+    the values' operand.
     """
     found = []
     for phase in range(PHASES):
@@ -51,16 +53,20 @@ def tile_scores(
         if "start" in state:
             seen = seen & (place >= state["start"])
         # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
-        places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
-        words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
+        count = len(refs["scales"])
+        words = [load_scales(refs, number, (page, token), seen) for number in range(count)]
         mean = state.get("mean")
         if digits is not None:
             mean = state["turning"].product(phase, digits)
-        exponent = value_exponent(words[: max(plan.value_words) + 1])
+        if plan.uncoded[1]:
+            exponent = jnp.full(page.shape, BIAS, jnp.int32)
+        else:
+            exponent = value_exponent(words[: max(plan.value_words) + 1])
         bound = exponent.astype(jnp.float32)[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
             bound = triton.fma(x, y, bound)
-        found.append((jnp.where(seen[:, None], bound, EMPTY), exponent, words))
+        bound = jnp.where(seen[:, None], bound, EMPTY)
+        found.append((bound, exponent, words, (page, token, seen)))
     return found
 
 
@@ -86,20 +92,24 @@ def attend(
     peak, weight, mass, outputs = carry
     tile = tile_scores(plan, refs, state, block, pages, digits)
     highest = tile[0][0]
-    for bound, _, _ in tile[1:]:
+    for bound, *_ in tile[1:]:
         highest = jnp.maximum(highest, bound)
     tile_peak = highest.max(axis=0)
     new_peak = jnp.maximum(peak, tile_peak)
     old, new = (triton.exp2(x - new_peak)[None, :] for x in (peak, tile_peak))
 
     terms = []
-    for bound, exponent, _ in tile:
+    for bound, exponent, *_ in tile:
         down = lax.bitcast_convert_type((NOT_FINITE - 1 - exponent) << 23, jnp.float32)
         terms.append(triton.exp2(bound - tile_peak[None, :]) * down[:, None])
     weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
+    if plan.uncoded[1]:
+        product = uncoded.value_products(refs["values"][0][0], [x[3] for x in tile], terms)
+        outputs = [triton.fma(product, jnp.broadcast_to(new, product.shape), outputs[0] * old)]
+        return new_peak, weight, mass, tuple(outputs)
     mass, outputs = list(mass), list(outputs)
     for g, decoder in enumerate(plan.value_decoders):
-        scales = [value_scale(words[plan.value_words[g]]) for _, _, words in tile]
+        scales = [value_scale(words[plan.value_words[g]]) for _, _, words, _ in tile]
         shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
         if decoder.centre:
             mass[g] = triton.fma(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)
@@ -112,7 +122,7 @@ def value_products(plan: DecodePlan, refs: Refs, state: Refs, group: int, pages,
     """float32 [channels, heads]: level times share, summed over the tokens of a tile."""
     decoder = plan.value_decoders[group]
     count = plan.value_channels[group]
-    channel = jnp.arange(max(16, power_of_two(count)))
+    channel = jnp.arange(plan.value_rows(group))
     exists = None if count == channel.shape[0] else (channel < count)[:, None]
     planes = refs["values"][group]
 

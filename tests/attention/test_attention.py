@@ -38,6 +38,15 @@ OTHERS = {  # what no setting of the design has
         key=CODEC(((8, 3), (24, 2)), "block_hadamard", code="trellis", scales="joint_products"),
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
     ),
+    "short scales": dict(
+        head_dim=16, key=CODEC(((8, 3), (8, 2))), value=CODEC(3, code="trellis"), scale_bits=8
+    ),
+    "keys in full precision": dict(
+        head_dim=16, key=CODEC(16), value=CODEC(3, code="trellis"), dtype="bfloat16"
+    ),
+    "values in full precision": dict(
+        head_dim=16, key=CODEC(((8, 3), (8, 2))), value=CODEC(16), dtype="float16", scale_bits=8
+    ),
 }
 BATCH = 4
 attend_one = jax.jit(attend, compiler_options=QUICK)
@@ -81,7 +90,7 @@ def test_it_is_so_with_every_bit_width_and_without_blocks(name):
     out = np.asarray(attend_one(state, 1, q, k, v))
     for row in range(BATCH):
         tokens, length = decoded(state, 1, row), int(state.lengths[row])
-        tokens[length] = [np.asarray(x[row, 0], float) for x in (k, v)]
+        tokens[length] = [np.asarray(x[row, 0].astype(config.dtype), float) for x in (k, v)]
         query = np.asarray(q[row, 0], float)
         want = crossed.softmax_attention(config, tokens, query, length, Scores(), None)
         np.testing.assert_allclose(out[row, 0], want, rtol=0, atol=3e-5)

@@ -27,6 +27,12 @@ CONFIGS = {
     ),
     "local": cache.CacheConfig(2, 1, 16, CODEC(4), CODEC(4), block=16, window=8, sliding_window=50),
     "prod": cache.CacheConfig(2, 2, 40, CODEC(3, "haar", code="prod"), CODEC(2, "haar"), window=8),
+    "short scales": cache.CacheConfig(
+        2, 2, 64, CODEC(((16, 4), (48, 1)), "haar"), CODEC(2), scale_bits=8
+    ),
+    "short scales of one side": cache.CacheConfig(2, 2, 32, CODEC(16), CODEC(4), scale_bits=8),
+    "keys in full precision": cache.CacheConfig(2, 3, 64, CODEC(16), CODEC(3)),
+    "values in full precision": cache.CacheConfig(2, 2, 32, CODEC(4), CODEC(16), window=8),
     "float32": cache.CacheConfig(1, 1, 8, block=8, window=16, dtype="float32"),
 }
 
@@ -48,19 +54,23 @@ def by_hand(config, capacity):
     c, layers, heads, dim = config, config.num_layers, config.num_kv_heads, config.head_dim
     pages = (capacity - c.sinks - c.window) // c.block
     vectors = layers * pages * c.block * heads
+    sketched = c.key.code == "prod"
     item = {"float32": 4, "bfloat16": 2}[c.dtype]
     return {
         "key_codes": vectors * dim * c.key.bits // 8,
         "value_codes": vectors * dim * c.value.bits // 8,
-        "scales": vectors * (6 if c.key.code == "prod" else 4),
+        "scales": vectors * {16: 2}.get(max(c.key.bits, c.value.bits), 4 + 2 * sketched),
         "window": 2 * layers * (c.window + c.block) * heads * dim * item,
         "sinks": 2 * layers * c.sinks * heads * dim * item,
-        "key_mean": layers * heads * dim * 4,
+        "key_mean": 0 if c.key.bits == 16 else layers * heads * dim * 4,
         "tables": 12 * pages + 4 + 4 + 1,
     }
 
 
-@pytest.mark.parametrize("name", ["default", "uneven", "prod", "float32"])
+@pytest.mark.parametrize(
+    "name",
+    ["default", "uneven", "prod", "keys in full precision", "values in full precision", "float32"],
+)
 def test_the_parts_are_what_the_layout_says(name):
     config = CONFIGS[name]
     planned = planned_bytes(config, 1, 1000)
@@ -75,6 +85,10 @@ def test_bytes_of_a_further_token():
     assert bytes_per_compressed_token(config) == 32 * 8 * 2 * 66 + 12 / 64
     sketched = replace(config, key=CODEC(4, code="prod"))  # a norm more, the signs are a bit of 4
     assert bytes_per_compressed_token(sketched) == 32 * 8 * (66 + 68) + 12 / 64
+    for sides in (dict(key=CODEC(16)), dict(value=CODEC(16))):  # one scale, of the other side
+        assert bytes_per_compressed_token(replace(config, **sides)) == 32 * 8 * (256 + 66) + 12 / 64
+    short = replace(config, scale_bits=8)  # a byte a vector, and 2 of its base a page
+    assert bytes_per_compressed_token(short) == 32 * 8 * 2 * (65 + 2 / 64) + 12 / 64
     ring = cache.CacheConfig(32, 8, 128, sliding_window=4096)
     assert bytes_per_compressed_token(ring) == 0
 

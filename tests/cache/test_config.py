@@ -87,12 +87,38 @@ def _seen_blocks(config, length):
             dict(key=CodecConfig(code="prod", scales="joint")),
             "key.scales: got joint, expected group",
         ),
+        (
+            dict(key=CodecConfig(16), value=CodecConfig(16)),
+            "key.bits and value.bits: got 16 and 16, expected one of them coded",
+        ),
+        (dict(key=CodecConfig(16), dtype="float32"), "dtype beside key.bits of 16: got float32"),
+        (dict(key=CodecConfig(16, code="prod")), "key.code beside key.bits of 16: got prod"),
+        (dict(value=CodecConfig(16, scales="joint")), "scales beside value.bits of 16: got joint"),
+        (
+            dict(value=CodecConfig(16), allocation=Allocation((1,), (1,))),
+            "allocation beside value.bits of 16",
+        ),
+        (dict(scale_bits=4), "scale_bits: got 4, expected 8 or 16"),
+        (
+            dict(scale_bits=8, key=CodecConfig(4, code="prod")),
+            "scale_bits: got 8, expected 16, where the code is prod",
+        ),
         (dict(num_layers=0), "num_layers: got 0, expected at least 1"),
     ],
 )
 def test_what_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
         CacheConfig(**dict(num_layers=1, num_kv_heads=1, head_dim=8) | change)
+
+
+def test_torch_says_that_it_has_no_scales_of_8_bits():
+    with pytest.raises(ValueError, match="scale_bits: got 8, expected 16"):
+        codecs_of(CacheConfig(1, 1, 8, scale_bits=8), 0)
+
+
+def test_torch_says_that_it_has_no_side_in_full_precision():
+    with pytest.raises(ValueError, match="bits: got 16, expected between 1 and 8"):
+        codecs_of(CacheConfig(1, 1, 8, CodecConfig(16)), 0)
 
 
 def test_torch_says_that_it_has_no_sketches():

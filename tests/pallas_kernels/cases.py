@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.speed.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend, schedule_of
+from experiments.speed import calibrated_blocks, decode_speed
+from experiments.speed.decode_schedules import schedule_of
+from experiments.speed.decode_speed import BITS, SHAPES, TRELLIS_BITS, attend
 from pallas_kernels.decode_attention import (
     BlocksOperand,
     CodebookOperand,
@@ -178,6 +180,13 @@ def _calibrated(head_dim) -> Case:
     return of_cache(2, head_dim, "hadamard", "bfloat16", (1.0, 0.1), key=keys)["step"]
 
 
+def _seven_times(name) -> Case:
+    """As the benchmark calls it: heads of four calibrated formats, whose mean turns."""
+    case = decode_speed.Case(name, calibrated_blocks.MEAN_BITS, SHAPES[1], mean="pre_rope")
+    q, (held, *_) = jax.eval_shape(case.make)
+    return Case(case.step, (q, *held))
+
+
 def _formats(part) -> Case:
     """Heads of two formats in a layer; what compresses them is XLA."""
     bits = cache.Allocation((4, (2, 3)), (2, (2, 2)))
@@ -190,6 +199,20 @@ def _formats(part) -> Case:
         return triton.decode_pages(state, rows, state.table.page_table, np.arange(2))
 
     return Case(pages, found["commit"].arguments, ("decode",))
+
+
+def _uncoded(side) -> Case:
+    """A decoding step over keys, or values, that blocks hold in full precision."""
+    full = {side: cache.CodecConfig(16)}
+    return of_cache(4, 128, "hadamard", "bfloat16", (1.0, 0.1), **full)["step"]
+
+
+def _uncoded_pages() -> Case:
+    """Pages whose keys are in full precision, decoded."""
+    case = _uncoded("key")
+    pages = partial(triton.decode_pages, heads=np.arange(2))
+    call = lambda state: pages(state, rows_of(state, 1), state.table.page_table)  # noqa: E731
+    return Case(call, case.arguments[:1], ("decode",))
 
 
 def _name(*parts) -> str:
@@ -231,6 +254,9 @@ MAKERS: dict[str, Callable[[], Case]] = {
     },
     **{f"groups {channels}": partial(_calibrated, channels) for channels in (64, 128)},
     **{f"formats {part}": partial(_formats, part) for part in ("step", "projected step", "pages")},
+    **{f"{side} of 16 bits": partial(_uncoded, side) for side in ("key", "value")},
+    "pages with keys of 16 bits": _uncoded_pages,
+    **{name: partial(_seven_times, name) for name in calibrated_blocks.CODES},
     "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

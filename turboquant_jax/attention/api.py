@@ -53,8 +53,6 @@ def attend(
     rows = rows_of(cache, layer)
     _check(cache, q, k, v)
     chosen = choose_attention(cache, q.shape[1], scores.softcap, implementation)
-    if chosen.attend == "pallas":
-        return triton.attend(cache, rows, (q, k, v), scores, sink_logits, write=False)[0]
     return _attend(cache, rows, (q, k, v), scores, sink_logits, chosen)
 
 
@@ -98,13 +96,13 @@ def attend_projection(
     definition.check_window(cache, projection)
     scores = projection.scores
     chosen = choose_attention(cache, projection.qkv.shape[1], scores.softcap, implementation)
-    if chosen.attend == "pallas" and triton.turns(projection):
+    if chosen.attend == "pallas" and triton.turns(projection) and cache.scratch is None:
         return triton.attend_projection(cache, rows, projection, sink_logits)
     return _attend_and_write(cache, rows, projection.heads(), scores, sink_logits, chosen)
 
 
 def _attend_and_write(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
-    if chosen.attend == "pallas":
+    if chosen.attend == "pallas" and cache.scratch is None:
         return triton.attend(cache, rows, heads, scores, sink_logits, write=True)
     _, k, v = heads
     # A single token overwrites nothing that is visible. Written first, it is written in place: with
@@ -120,6 +118,8 @@ def _attend_and_write(cache: Cache, rows, heads, scores, sink_logits, chosen: At
 
 def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
     q, k, v = heads
+    if chosen.attend == "pallas":
+        return triton.attend(cache, rows, heads, scores, sink_logits, write=False)[0]
     if chosen.attend == "xla":
         return definition.attend(cache, rows, q, k, v, scores, sink_logits)
     return cudnn.attend(cache, rows, q, k, v, scores, sink_logits, decode_by=chosen.pages)

@@ -37,7 +37,7 @@ from turboquant_jax.attention import (
 from turboquant_jax.attention.segments import Scores, SegmentPart, merge, sink_part
 from turboquant_jax.cache import blocks, pre_rope
 from turboquant_jax.cache.layout import locate
-from turboquant_jax.cache.state import Cache, LayerRows, Rows
+from turboquant_jax.cache.state import Cache, LayerRows
 from turboquant_jax.implementation import Implementation
 
 # Tokens of a tile. Longer ones are merged less often; what no whole tile covers is masked.
@@ -111,7 +111,9 @@ def _over_past(
     parts = [segment(queries, *held)]
     if cache.layout.slots:
         parts.append(_over_blocks(cache, rows, queries, segment, scale, decode))
-        reach = jnp.maximum(reach, _reach_of_blocks(cache, rows))
+        reach = jnp.maximum(reach, not_finite.reach_of_blocks(cache, rows))
+        if not cache.config.value.coded:
+            bad = bad | not_finite.bad_values_of_blocks(cache, rows)
     return parts, reach, bad
 
 
@@ -189,6 +191,10 @@ def _over_blocks(
         parts = []
         for q, g in zip(by_group, own, strict=True):
             keys, values = decode(page, g)
+            if not config.key.coded:
+                keys = jnp.where(jnp.isfinite(keys), keys, 0)
+            if not config.value.coded:
+                values = jnp.where(jnp.isfinite(values), values, 0)
             if cache.phases is not None:
                 keys = keys + _rotated_means(cache, rows, i * size + jnp.arange(size), g)
                 keys = keys.astype(values.dtype)
@@ -213,34 +219,6 @@ def _over_blocks(
     lse = jnp.where(jnp.isneginf(lse), lse, lse + scale * _mean_products(cache, rows, queries))
     unrotate = partial(tensor_cores.unrotate, dtype=config.dtype)
     return head_rotation.rotate_by_member(unrotate, rows, values_of, output, kv_heads), lse
-
-
-def _reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
-    """Of the compressed keys that are seen in the rotated space; infinity if a value is not finite.
-
-    What a query's largest magnitude may be multiplied by on its way there is counted in here.
-    """
-    tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
-
-    def of_member(member: Rows) -> Float[Array, "B K"]:
-        part, own = cache.parts[member.part], member.of(cache.kv_heads)
-        place = own[:, None, None], jnp.maximum(table, 0)[None]
-        pages = jax.tree.map(lambda x: x[place], part.pool)
-        keys = blocks.largest_key(part.codecs[0], pages)
-        keys = keys.reshape(*keys.shape[:2], -1)  # [K, B, tokens]
-        seen = jnp.arange(keys.shape[2])[None, :] < tokens[:, None]
-        largest = jnp.max(jnp.where(seen[None], keys, 0.0), axis=2).T
-        return largest * part.codecs[0].query_gain(own)[None]
-
-    reach = rows.join([of_member(member) for member in rows.members], axis=1)
-    if cache.key_mean is None:
-        return reach
-    mean = not_finite.reach(cache.key_mean[rows.layer])
-    if cache.phases is None:
-        reach = jnp.maximum(reach, mean)
-    else:  # a part of the keys; each channel of the rotated one at most sqrt(H) times as large
-        reach = reach + mean * cache.config.head_dim
-    return jnp.where((tokens > 0)[:, None], reach, 0.0)
 
 
 def _groups(kv_heads: int, query_rows: int, rows: int) -> int:

@@ -85,9 +85,11 @@ def _blocks(cache: Cache, rows: LayerRows, decode):
     config, heads = cache.config, np.arange(cache.kv_heads, dtype=np.int32)
     found = decode(jnp.maximum(cache.table.page_table, 0), heads)
     unrotate = partial(tensor_cores.unrotate, dtype=config.dtype)
+    # of coded vectors the whole is NaN, or nothing of it is
+    spread = (nan_unless_finite, nan_unless_finite if config.value.coded else jnp.asarray)
     keys, values = (
         head_rotation.rotate_by_member(
-            unrotate, rows, triton.codecs_of(cache, rows, side), nan_unless_finite(x), len(heads)
+            unrotate, rows, triton.codecs_of(cache, rows, side), spread[side](x), len(heads)
         )
         for side, x in enumerate(found)
     )
@@ -96,4 +98,4 @@ def _blocks(cache: Cache, rows: LayerRows, decode):
         keys = keys + jax.vmap(lambda mean, index: pre_rope.mean_at(mean, cache.phases, index))(
             cache.key_mean[rows.layer], position - config.sinks
         )
-    return keys.astype(config.dtype), nan_unless_finite(values).astype(config.dtype)
+    return keys.astype(config.dtype), spread[1](values).astype(config.dtype)

@@ -3,9 +3,13 @@
 The rule is that of `segments`: of a key all channels are spoilt, of a value the own.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
+
+from turboquant_jax.cache import blocks
+from turboquant_jax.cache.state import Cache, LayerRows, Rows
 
 Seen = tuple[Float[Array, "B T K"], Bool[Array, "B T K H"]]
 """Of all tokens that each query sees: the largest reach of a key, which values are not finite."""
@@ -74,3 +78,43 @@ def seen_in_window(
     first = jnp.min(jnp.where(bad[:, 1:], place, window), axis=2, keepdims=True)
     last = jnp.max(jnp.where(bad[:, :-1], place, -1), axis=2, keepdims=True)
     return whole(largest), whole((place >= first) | (place < last))
+
+
+def reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
+    """Of the compressed keys that are seen in the rotated space; infinity if a value is coded so.
+
+    What a query's largest magnitude may be multiplied by on its way there is counted in here.
+    """
+    tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
+
+    def of_member(member: Rows) -> Float[Array, "B K"]:
+        part, own = cache.parts[member.part], member.of(cache.kv_heads)
+        place = own[:, None, None], jnp.maximum(table, 0)[None]
+        pages = jax.tree.map(lambda x: x[place], part.pool)
+        keys = blocks.largest_key(part.codecs[0], pages)
+        keys = keys.reshape(*keys.shape[:2], -1)  # [K, B, tokens]
+        seen = jnp.arange(keys.shape[2])[None, :] < tokens[:, None]
+        largest = jnp.max(jnp.where(seen[None], keys, 0.0), axis=2).T
+        return largest * part.codecs[0].query_gain(own)[None]
+
+    found = rows.join([of_member(member) for member in rows.members], axis=1)
+    if cache.key_mean is None:
+        return found
+    mean = reach(cache.key_mean[rows.layer])
+    if cache.phases is None:
+        found = jnp.maximum(found, mean)
+    else:  # a part of the keys; each channel of the rotated one at most sqrt(H) times as large
+        found = found + mean * cache.config.head_dim
+    return jnp.where((tokens > 0)[:, None], found, 0.0)
+
+
+def bad_values_of_blocks(cache: Cache, rows: LayerRows) -> Bool[Array, "B K H"]:
+    """Where a value in full precision that is seen is not finite."""
+    (member,) = rows.members
+    values = cache.parts[member.part].pool.values[0][0]
+    table = jnp.maximum(cache.table.page_table, 0)
+    bad = ~jnp.isfinite(values[member.of(cache.kv_heads)[:, None, None], table[None]])
+    bad = bad.reshape(*bad.shape[:2], -1, bad.shape[-1])  # [K, B, tokens, H]
+    tokens = cache.config.compressed_tokens(cache.lengths)
+    seen = jnp.arange(bad.shape[2])[None, :] < tokens[:, None]
+    return jnp.swapaxes(jnp.any(bad & seen[None, :, :, None], axis=2), 0, 1)

@@ -12,7 +12,7 @@ def rotate(
     codec: Codec, rows: Int[Array, " K"], query: Float[Array, "B T N H"]
 ) -> Float[Array, "B T N H"]:
     """Queries in the rotated space of the keys, float32; on the tensor cores from bfloat16."""
-    if query.dtype != jnp.bfloat16:
+    if query.dtype != jnp.bfloat16 or codec.uncoded is not None:
         return head_rotation.rotate_queries(codec, rows, query)
     rotation = kernel_operands.of_codec(codec, rows)
     if rotation.signs is not None:
@@ -24,7 +24,7 @@ def unrotate(
     codec: Codec, rows: Int[Array, " K"], output: Float[Array, "B T N H"], dtype: str
 ) -> Float[Array, "B T N H"]:
     """Outputs back from the rotated space, float32; on the tensor cores to bfloat16."""
-    if dtype != "bfloat16":
+    if dtype != "bfloat16" or codec.uncoded is not None:
         return head_rotation.unrotate_outputs(codec, rows, output)
     rotation = kernel_operands.of_codec(codec, rows)
     rotated = _products("kji,btkgj->btkgi", output.astype(jnp.bfloat16), rotation.parts)

@@ -135,6 +135,8 @@ def _rotation_of_values(cache: Cache, rows: LayerRows) -> RotationOperand | None
 def _rotate(cache: Cache, rows: LayerRows, query: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
     """One query per sequence in the rotated space of the keys, float32."""
     codecs = codecs_of(cache, rows, 0)
+    if not cache.config.key.coded:
+        return query.astype(jnp.float32)
     if query.dtype != jnp.bfloat16:
         return rotate_by_member(rotate_queries, rows, codecs, query[:, None], cache.kv_heads)[:, 0]
     return rotate_in_kernel(query, kernel_operands.of_layer(rows, codecs, cache.kv_heads))
@@ -188,7 +190,7 @@ def _written(cache: Cache, exact: ExactOperand) -> Cache:
 
 
 def blocks_of(part: Part) -> BlocksOperand:
-    """The blocks of all rows, as the kernels read them."""
+    """Blocks of all rows, as the kernels read them; no codebooks of a side in full precision."""
     pool, sides = part.pool, []
     for codec in part.codecs:
         books = [kernel_operands.codebook_of(group) for group in codec.groups]
@@ -197,4 +199,5 @@ def blocks_of(part: Part) -> BlocksOperand:
             raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
         sides.append(served)
     key, value = (codec.transform is not None for codec in part.codecs)
-    return BlocksOperand(pool.keys, pool.values, pool.scales, sides[0], sides[1], (key, value))
+    joint = key, value
+    return BlocksOperand(pool.keys, pool.values, pool.scales, sides[0], sides[1], joint, pool.bases)

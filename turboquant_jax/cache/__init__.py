@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.cache.presets import Preset, preset
     from turboquant_jax.cache.sharing import fork, free, free_pages
     from turboquant_jax.cache.state import Cache, create
-    from turboquant_jax.cache.updating import append, begin, commit, write
+    from turboquant_jax.cache.updating import append, begin, commit, propose, write
 else:  # loaded when they are first used: the configuration alone needs no JAX
     from turboquant_jax import lazy
 
@@ -22,7 +22,7 @@ else:  # loaded when they are first used: the configuration alone needs no JAX
         "presets": ("Preset", "preset"),
         "sharing": ("fork", "free", "free_pages"),
         "state": ("Cache", "create"),
-        "updating": ("append", "begin", "commit", "write"),
+        "updating": ("append", "begin", "commit", "propose", "write"),
     }
     __getattr__, __dir__ = lazy.names(
         __name__,
@@ -47,6 +47,7 @@ __all__ = [
     "free_pages",
     "load_calibration",
     "preset",
+    "propose",
     "save_calibration",
     "write",
 ]

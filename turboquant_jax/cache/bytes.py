@@ -17,7 +17,8 @@ from turboquant_jax.cache.state import Cache, nbytes_of
 class Bytes:
     """Bytes of a cache by part; `total` is the sum over every array of its pytree.
 
-    The signs of a sketch are codes of the keys, its norms scales.
+    The signs of a sketch are codes of the keys, its norms scales. The window counts the scratch of
+    proposed tokens, where there is one.
     """
 
     key_codes: int
@@ -42,8 +43,10 @@ def count_bytes(cache: Cache) -> Bytes:
     return Bytes(
         key_codes=nbytes_of([(pool.keys, sketch and sketch.signs) for pool, sketch in pools]),
         value_codes=nbytes_of([pool.values for pool, _ in pools]),
-        scales=nbytes_of([(pool.scales, sketch and sketch.norms) for pool, sketch in pools]),
-        window=nbytes_of(cache.window),
+        scales=nbytes_of(
+            [(pool.scales, pool.bases, sketch and sketch.norms) for pool, sketch in pools]
+        ),
+        window=nbytes_of((cache.window, cache.scratch)),
         sinks=nbytes_of(cache.sinks),
         key_mean=nbytes_of(cache.key_mean),
         phases=nbytes_of(cache.phases),

@@ -124,6 +124,8 @@ def _compression(cache: Cache) -> str | None:
         return f"blocks of {cache.config.block} tokens, served are {PAGE_TOKENS}"
     if _sketched(cache):
         return SKETCHED
+    if not (cache.config.key.coded and cache.config.value.coded):
+        return "keys or values in full precision beside coded ones"
     for codec in (codec for part in cache.parts for codec in part.codecs):
         if codec.transform is not None:
             return JOINT

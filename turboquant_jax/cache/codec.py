@@ -1,6 +1,6 @@
 """From full-precision vectors of a layer to the quantizers' codes, group by group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,22 @@ from turboquant_jax.quantizers.channels import Basis, Transform
 from turboquant_jax.quantizers.qjl import Sketch
 from turboquant_jax.quantizers.quantizer import Quantizer
 
-Group = tuple[UInt8[Array, "*vectors _"], Float[Array, "*vectors"] | None]
+Group = tuple[
+    UInt8[Array, "*vectors _"] | Float[Array, "*vectors H"], Float[Array, "*vectors"] | None
+]
 """Indices and scales of a group of channels; no scale where the first group's is that of all.
 
 Behind those of the channels a sketch has one more: packed signs, and the norm of what they tell of.
+Vectors in full precision are a group themselves, without a scale.
 """
+
+
+@dataclass(frozen=True)
+class Uncoded:
+    """Vectors in full precision: how many channels they have, and their dtype."""
+
+    dim: int
+    dtype: str
 
 
 @register_dataclass
@@ -36,12 +47,15 @@ class Codec:
     A `sketch` keeps what the groups leave of a vector, r = y - s c in the rotated space: the signs
     of S r, and |r|. They have a linear reconstruction, f |r| S^T sign(S r), which is added to s c:
     its product with a query is the unbiased estimate itself (`quantizers.qjl`).
+
+    An `uncoded` codec has no groups: vectors stay what and where they are.
     """
 
     groups: tuple[Quantizer, ...]
     order: Int[Array, "rows H"] | None
     transform: Transform | None = None
     sketch: Sketch | None = None
+    uncoded: Uncoded | None = field(default=None, metadata={"static": True})
 
     @property
     def scale_count(self) -> int:
@@ -52,6 +66,8 @@ class Codec:
         self, rows: Int[Array, " K"], x: Float[Array, "*batch K H"]
     ) -> Float[Array, "*batch K H"]:
         """What meets the vectors into their rotated space, float32: scores are computed there."""
+        if self.uncoded is not None:
+            return x.astype(jnp.float32)
         if self.transform is not None:
             return channels.apply(self.transform.dual[rows], x)
         parts = self._split(self._reorder(rows, x.astype(jnp.float32)))
@@ -63,6 +79,8 @@ class Codec:
         self, rows: Int[Array, " K"], y: Float[Array, "*batch K H"]
     ) -> Float[Array, "*batch K H"]:
         """Vectors, or a sum of them, back from the rotated space, float32."""
+        if self.uncoded is not None:
+            return y.astype(jnp.float32)
         if self.transform is not None:
             return channels.apply(jnp.swapaxes(self.transform.dual[rows], 1, 2), y)
         parts = self._split(y)
@@ -80,6 +98,8 @@ class Codec:
 
         Of each head if they differ, in the order of their channels or calibrated, else of all.
         """
+        if self.uncoded is not None:
+            return jnp.eye(self.uncoded.dim)[None]
         if self.transform is not None:
             return self.transform.dual[rows]
         matrix = linalg.block_diag(*(group.rotation.matrix for group in self.groups))
@@ -89,6 +109,8 @@ class Codec:
 
     def query_gain(self, rows: Int[Array, " K"]) -> Float[Array, "#K"]:
         """How many times its largest magnitude a query's may be in the rotated space."""
+        if self.uncoded is not None:
+            return jnp.ones(1)
         if self.transform is None:
             return jnp.full(1, sum(group.dim for group in self.groups) ** 0.5)
         return jnp.max(jnp.sum(jnp.abs(self.transform.dual[rows]), axis=2), axis=1)
@@ -110,6 +132,8 @@ class Codec:
         search: Implementation | None = None,
     ) -> tuple[Group, ...]:
         """Indices and scales of each group of channels; `search` finds the path of a trellis."""
+        if self.uncoded is not None:
+            return ((x.astype(self.uncoded.dtype), None),)
         if self.transform is not None:
             own = jax.tree.map(lambda leaf: leaf[rows], self.transform)
             indices, scale = channels.quantize(self.groups, own, x, implementation=search)
@@ -130,6 +154,8 @@ class Codec:
         return self._of_groups(groups)
 
     def _of_groups(self, groups: tuple[Group, ...]) -> Float[Array, "*vectors H"]:
+        if self.uncoded is not None:
+            return groups[0][0].astype(jnp.float32)
         scales = [scale for _, scale in groups if scale is not None]
         scales = scales * (len(groups) // len(scales))
         parts = [
@@ -170,6 +196,11 @@ class Codec:
             parts.append(x[..., edges : edges + group.dim])
             edges += group.dim
         return parts
+
+
+def uncoded(dim: int, dtype: str) -> Codec:
+    """The codec of vectors in full precision."""
+    return Codec((), None, uncoded=Uncoded(dim, dtype))
 
 
 def create(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.cache import blocks, encoding, pre_rope
 from turboquant_jax.cache.blocks import Blocks
@@ -26,9 +26,26 @@ from turboquant_jax.implementation import Implementation
 
 def compress_single(cache: Cache, by: Compression) -> Cache:
     """Compress what the sequences with one pending token completed, in all layers."""
+    table = cache.table
+    slot, filled = cache.layout.completed(table.lengths, table.pending, 1)
+    return _compress_window(cache, slot, filled[:, 0] & (table.pending == 1), by)
+
+
+def compress_kept(cache: Cache, by: Compression) -> Cache:
+    """Compress what the pending tokens completed, at most a block a sequence, in all layers.
+
+    The block is whole in the window: no token behind it has been written there.
+    """
+    table = cache.table
+    slot, filled = cache.layout.completed(table.lengths, table.pending, 1)
+    return _compress_window(cache, slot, filled[:, 0], by)
+
+
+def _compress_window(
+    cache: Cache, slot: Int[Array, "B 1"], complete: Bool[Array, " B"], by: Compression
+) -> Cache:
+    """Compress the oldest block of the window of some sequences, to the page pending in `slot`."""
     config, table, layout = cache.config, cache.table, cache.layout
-    slot, filled = layout.completed(table.lengths, table.pending, 1)
-    complete = filled[:, 0] & (table.pending == 1)
     pages = jnp.take_along_axis(table.pending_pages, slot, axis=1)[:, 0]
     first = config.num_blocks(table.lengths)
     start, opens = layout.window_slot(layout.block_start(first)), first == 0
@@ -184,4 +201,5 @@ def _encode(
         part.codecs,
         key_codec.quantize(rows, keys, search),
         value_codec.quantize(rows, block.values, search),
+        scale_bits=8 if part.pool.bases else 16,
     )

@@ -13,6 +13,8 @@ from turboquant_jax.quantizers.formats import Code, Codebook, RotationKind, Scal
 
 CodecCode = Literal["scalar", "trellis", "prod"]
 Scales = Literal["group", "joint", "joint_products"]
+UNCODED = 16
+"""Bits of keys, or of values, that blocks hold in full precision."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class CodecConfig:
     Attributes:
       bits: bits per channel; or ((channels, bits), ...) to split the channels, outliers first:
         each group has its own rotation, codebook and scale. ((32, 3), (96, 2)) is what the paper
-        calls 2.5 bits. Of "prod", one of each channel's bits is a sign of the sketch.
+        calls 2.5 bits. Of "prod", one of each channel's bits is a sign of the sketch. 16: the
+        vectors in the cache's 16-bit dtype, as they are; the other fields say nothing then.
       rotation: see `rotation.create`.
       codebook: see `quantizer.create`; "grid" is what the GPU kernels serve at full speed.
       code: "scalar", "trellis", or of keys "prod": a scalar code of one bit less, and the signs and
@@ -54,6 +57,11 @@ class CodecConfig:
                 f"bits: got {groups!r}, expected an integer or ((channels, bits), ...)"
             )
         return groups
+
+    @property
+    def coded(self) -> bool:
+        """False for vectors in full precision."""
+        return self.bits != UNCODED
 
     def of(self, bits: Bits) -> "CodecConfig":
         """The codec of a head of an allocation: without groups it has no use for a basis."""
@@ -97,13 +105,15 @@ class CacheConfig:
       window: newest tokens that always stay in full precision.
       sinks: first tokens that always stay in full precision.
       center_keys: subtract the mean key of the first block (of each sequence and head) from the
-        keys that are compressed, and add its product with the query to their scores.
+        keys that are coded, and add its product with the query to their scores.
       rope_frequencies: radians per position of the model's rotary embedding, a number for each pair
         (c, c + R / 2) of its first R channels: the mean is that of the keys before it, and is
         turned to every place (`pre_rope`). None: the mean of the keys as they are stored.
       sliding_window: tokens that a query sees, itself included, in models with local attention;
         None = all of them. Blocks beyond it are given up and their pages used again.
       dtype: of everything in full precision.
+      scale_bits: of a vector's scale: 16, a bfloat16, or 8 below a base for the tokens of a block
+        (`short_scales`).
       allocation: bits of every layer, or of every head, in the place of the codecs' own; scales of
         several groups of channels are as the codecs have them.
     """
@@ -121,6 +131,7 @@ class CacheConfig:
     sliding_window: int | None = None
     dtype: str = "bfloat16"
     allocation: Allocation | None = None
+    scale_bits: int = 16
 
     def __post_init__(self):
         for name in ("num_layers", "num_kv_heads", "head_dim", "block"):
@@ -140,7 +151,39 @@ class CacheConfig:
             object.__setattr__(self, "rope_frequencies", self._checked_frequencies())
         if self.allocation is not None:
             self.allocation.check(self.num_layers, self.num_kv_heads, self.head_dim)
+        self._check_uncoded()
         self._check_codecs()
+        _require(self.scale_bits in (8, 16), "scale_bits", "8 or 16", self.scale_bits)
+        _require(
+            self.scale_bits == 16 or self.key.code != "prod",
+            "scale_bits",
+            "16, where the code is prod: its norms are of what such scales leave",
+            self.scale_bits,
+        )
+
+    def _check_uncoded(self) -> None:
+        names = [name for name in ("key", "value") if not getattr(self, name).coded]
+        if not names:
+            return
+        _require(
+            len(names) == 1,
+            "key.bits and value.bits",
+            "one of them coded: full precision of both is a window of the capacity",
+            f"{UNCODED} and {UNCODED}",
+        )
+        what = f"{names[0]}.bits of {UNCODED}"
+        size = np.dtype(self.dtype).itemsize
+        _require(size == 2, f"dtype beside {what}", "one of 16 bits", self.dtype)
+        codec = getattr(self, names[0])
+        _require(codec.code != "prod", f"{names[0]}.code beside {what}", "no sketch", codec.code)
+        _require(codec.scales == "group", f"scales beside {what}", "group", codec.scales)
+        allocated = self.allocation is not None
+        _require(not allocated, f"allocation beside {what}", "none", "bits of layers or heads")
+
+    @property
+    def centred(self) -> bool:
+        """Whether keys are coded without their mean; of those in full precision none is taken."""
+        return self.center_keys and self.key.coded
 
     def _check_codecs(self) -> None:
         for name, codes in (("key", get_args(CodecCode)), ("value", get_args(Code))):
@@ -174,8 +217,8 @@ class CacheConfig:
                 f"groups of channels that add up to head_dim {self.head_dim}",
                 groups,
             )
-            for _, bits in groups:
-                _require(1 <= bits <= 8, f"{name}.bits", "between 1 and 8", bits)
+            for _, bits in groups if codec.coded else ():
+                _require(1 <= bits <= 8, f"{name}.bits", f"between 1 and 8, or {UNCODED}", bits)
         for form in self.formats:
             for _, bits in form.key.first_stage(self.head_dim):
                 _require(bits >= 1, "key.bits", "at least 2, one of them a sign of prod", bits + 1)

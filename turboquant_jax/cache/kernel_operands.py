@@ -48,6 +48,8 @@ def of_rotation(rotation: Rotation, dtype: DTypeLike) -> RotationOperand:
 
 def of_codec(codec: Codec, rows: Int[Array, " K"]) -> RotationOperand:
     """`Codec.matrix` of some rows in bfloat16 parts: for queries, or transposed for outputs."""
+    if codec.uncoded is not None:  # what rotates queries on their way has to be given one
+        return RotationOperand(jnp.eye(codec.uncoded.dim, dtype=jnp.bfloat16)[None, None])
     if len(codec.groups) == 1 and codec.order is None and codec.transform is None:
         return of_rotation(codec.groups[0].rotation, jnp.bfloat16)
     return _split(codec.matrix(rows), jnp.bfloat16)

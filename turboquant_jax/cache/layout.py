@@ -117,6 +117,11 @@ class Layout:
         window = jnp.where(valid & behind & newest, self.window_slot(position), self.ring)
         return sink, window
 
+    def until_block(self, length: Int[Array, " B"]) -> Int[Array, " B"]:
+        """How many more tokens complete a block: all of them see the same C(L)."""
+        block, config = self.config.num_blocks(length) + 1, self.config
+        return self.block_start(block) + config.window - length
+
     def completed(
         self, length: Int[Array, " B"], counts: Int[Array, " B"], most: int
     ) -> tuple[Int[Array, "B n"], Bool[Array, "B n"]]:

@@ -58,7 +58,7 @@ def create(config: CacheConfig, capacity: int) -> Phases | None:
 
     Tokens beyond its end have the last coarse angle: exact all the same, but less is taken off.
     """
-    if not config.center_keys or config.rope_frequencies is None:
+    if not config.centred or config.rope_frequencies is None:
         return None
     coarse, fine, within = angle_tables(config, capacity)
     return Phases(

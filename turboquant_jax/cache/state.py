@@ -83,6 +83,7 @@ class Cache:
       key_mean: float32 [layers, B, K, H], or None without key centring.
       phases: the angles that turn the mean to its places, or None where it is that of stored keys.
       parts: the compressed blocks, by format.
+      scratch: pending tokens between `propose` and `commit`, which may take them back; else None.
     """
 
     config: CacheConfig = field(metadata={"static": True})
@@ -93,6 +94,7 @@ class Cache:
     key_mean: Float[Array, "layers B K H"] | None
     phases: Phases | None
     parts: tuple[Part, ...]
+    scratch: Exact | None = None
 
     @property
     def table(self) -> Table:
@@ -331,10 +333,14 @@ def create(
             codec.create(
                 own, codecs, dim, *jax.tree.map(lambda x: jnp.asarray(x)[layer, head], of_heads)
             )
+            if codecs.coded
+            else codec.uncoded(dim, config.dtype)
             for own, codecs, *of_heads in sides
         )
         codecs = key_codec, value_codec
-        return Part(codecs, blocks.empty(codecs, (len(rows), num_pages), config.block))
+        return Part(
+            codecs, blocks.empty(codecs, (len(rows), num_pages), config.block, config.scale_bits)
+        )
 
     def exact(count: int) -> Exact:
         shape = (config.num_layers, batch, count, heads, dim)
@@ -356,7 +362,7 @@ def create(
         tables=(table,),
         sinks=exact(min(config.sinks, capacity)),
         window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
-        key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.center_keys else None,
+        key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.centred else None,
         phases=pre_rope.create(config, capacity),
         parts=tuple(part(number, form) for number, form in enumerate(config.formats)),
     )

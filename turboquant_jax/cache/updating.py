@@ -6,6 +6,13 @@
 
 and `append` does all of it. Nothing is ever overwritten for lack of room: a sequence that does not
 fit is left as it was, and `overflow` says so.
+
+Tokens that may be taken back, as those of a draft, are proposed: they wait in a scratch of their
+own, pages are given when it is known which stay, and the others leave no trace in any bit.
+
+    cache = propose(cache, counts, most)         # how many tokens come; a scratch for them
+    cache = write(cache, layer, k, v)            # as before
+    cache = commit(cache, accepted)              # of each sequence the first `accepted` stay
 """
 
 from dataclasses import replace
@@ -43,6 +50,25 @@ def begin(cache: Cache, counts: Int[Array, " B"], most: int) -> Cache:
         references=references,
         pending_pages=table.pending_pages.at[row, slot].set(page, mode="drop"),
     )
+
+
+def propose(cache: Cache, counts: Int[Array, " B"], most: int) -> Cache:
+    """Announce `counts` tokens (at most `most`, static) of which `commit` keeps the first ones.
+
+    What does not fit is as in `begin`, but pages: those are given, or missing, at `commit`.
+
+    Raises:
+      ValueError: more tokens than a block, or fewer than one.
+    """
+    if not 1 <= most <= cache.config.block:
+        raise ValueError(f"most: got {most} tokens, expected 1 to a block's {cache.config.block}")
+    counts = counts.astype(jnp.int32)
+    table, shape = cache.table, (*cache.window.keys.shape[:2], most, *cache.window.keys.shape[3:])
+    fits = (counts >= 0) & (counts <= most) & (table.lengths + counts <= cache.capacity)
+    fits = fits & ~table.overflow
+    empty = jnp.zeros(shape, cache.config.dtype)
+    cache = replace(cache, scratch=Exact(empty, empty))
+    return cache.with_table(pending=jnp.where(fits, counts, 0), overflow=table.overflow | ~fits)
 
 
 def write(
@@ -83,6 +109,8 @@ def write_layer(
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"keys and values: got {k.shape} and {v.shape}, expected {expected}")
     new = Exact(k.astype(dtype), v.astype(dtype))
+    if cache.scratch is not None:
+        return replace(cache, scratch=_put_aside(cache.scratch, rows.layer, new))
     if cache.layout.slots and k.shape[1] > 1:
         cache = compression.compress_chunk(cache, rows, new, by)
     token = jnp.arange(k.shape[1])[None, :]
@@ -94,9 +122,26 @@ def write_layer(
     )
 
 
-def commit(cache: Cache, *, implementation: Implementation | None = None) -> Cache:
-    """Count the pending tokens, which every layer has now written; see `write`."""
-    if cache.layout.slots:
+def commit(
+    cache: Cache,
+    accepted: Int[Array, " B"] | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Cache:
+    """Count the pending tokens, which every layer has now written; see `write`.
+
+    Of proposed ones the first `accepted` of each sequence (all, unless given): the cache is, bit by
+    bit, the one that they alone were appended to. More than are pending, or fewer than 0, raise
+    `overflow`, as pages do that are not there.
+
+    Raises:
+      ValueError: `accepted` of tokens that were not proposed.
+    """
+    if cache.scratch is not None:
+        cache = _keep(cache, cache.scratch, accepted, implementation)
+    elif accepted is not None:
+        raise ValueError("accepted: got it for tokens that are written, expected proposed ones")
+    elif cache.layout.slots:
         by = choose_compression(cache, implementation)
         cache = compression.compress_single(cache, by)
     table = cache.table
@@ -145,8 +190,44 @@ def append(
     return commit(cache, implementation=implementation)
 
 
+def _keep(
+    cache: Cache,
+    scratch: Exact,
+    accepted: Int[Array, " B"] | None,
+    implementation: Implementation | None,
+) -> Cache:
+    """Move what stays from the scratch to where pending tokens lie before `commit` counts them."""
+    table, layout, most = cache.table, cache.layout, scratch.keys.shape[2]
+    accepted = table.pending if accepted is None else accepted.astype(jnp.int32)
+    counts = jnp.where(accepted > table.pending, -1, accepted)
+    cache = begin(replace(cache, scratch=None), counts, most)
+    length, pending = cache.lengths, cache.table.pending
+    token = jnp.arange(most, dtype=jnp.int32)[None, :]
+    sink, window = layout.written(length[:, None], pending[:, None], token)
+    cache = replace(cache, sinks=_put(cache.sinks, slice(None), sink, scratch))
+    if not layout.slots:
+        return replace(cache, window=_put(cache.window, slice(None), window, scratch))
+    # tokens behind the one that completes a block may belong where it begins: they come after it
+    late = token >= layout.until_block(length)[:, None]
+    early = jnp.where(late, layout.ring, window)
+    cache = replace(cache, window=_put(cache.window, slice(None), early, scratch))
+    cache = compression.compress_kept(cache, choose_compression(cache, implementation))
+    late = jnp.where(late, window, layout.ring)
+    return replace(cache, window=_put(cache.window, slice(None), late, scratch))
+
+
+def _put_aside(scratch: Exact, layer: Int[Array, ""], new: Exact) -> Exact:
+    """The tokens of a layer, in a scratch."""
+    if new.keys.shape[1] != scratch.keys.shape[2]:
+        raise ValueError(
+            f"tokens: got {new.keys.shape[1]} of each sequence, expected the "
+            f"{scratch.keys.shape[2]} that were proposed"
+        )
+    return Exact(scratch.keys.at[layer].set(new.keys), scratch.values.at[layer].set(new.values))
+
+
 def _put(old: Exact, layer, slot: Int[Array, "B T"], new: Exact) -> Exact:
-    """old[layer, b, slot[b, i]] = new[b, i]; slots past the end are dropped."""
+    """old[layer, b, slot[b, i]] = new[b, i], of a layer or of a slice; none past the end."""
     row = jnp.broadcast_to(jnp.arange(slot.shape[0])[:, None], slot.shape)
     return Exact(
         old.keys.at[layer, row, slot].set(new.keys, mode="drop"),

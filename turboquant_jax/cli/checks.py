@@ -38,8 +38,10 @@ def generate(arguments: argparse.Namespace) -> None:
         if getattr(arguments, flag) is not None:
             _stored(arguments, f"--{flag.replace('_', '-')}", many)
     _answers(arguments, least_tokens=1 if arguments.save_cache is None else 0)
+    arguments.drafts = flags.drafts(arguments)
     arguments.rows = texts.read(arguments)
     _model(arguments)
+    arguments.draft = models.resolve(arguments.draft)
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -97,7 +99,7 @@ def _answers(arguments: argparse.Namespace, least_tokens: int) -> None:
 def _stored(arguments: argparse.Namespace, flag: str, many: bool) -> None:
     if many:
         raise ValueError(f"{flag} is for one prompt, got --prompts with many")
-    if choices.FULL in flags.bits(arguments).values():
+    if set(flags.bits(arguments).values()) == {choices.FULL}:
         raise ValueError(f"{flag} is for a compressed cache, got {choices.FULL} bits")
     path = getattr(arguments, flag[2:].replace("-", "_"))
     if flag == "--save-cache":

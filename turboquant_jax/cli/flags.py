@@ -31,8 +31,10 @@ def add_cache(parser: argparse.ArgumentParser, window: int) -> None:
         default=argparse.SUPPRESS,
         help="bits per channel of the cache (default: 4)",
     )
-    parser.add_argument("--bits-k", type=int, help="bits of the keys, if not --bits")
-    parser.add_argument("--bits-v", type=int, help="bits of the values, if not --bits")
+    for flag, side in (("--bits-k", "keys"), ("--bits-v", "values")):
+        parser.add_argument(
+            flag, type=int, help=f"bits of the {side}, if not --bits; 16: in full precision"
+        )
     add_segments(parser, window)
 
 
@@ -94,6 +96,43 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
 
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """Drafts, which make an answer take fewer passes."""
+    parser.add_argument(
+        "--speculate",
+        metavar="WAY[:K]",
+        help=f"draft K tokens a pass (default: {choices.DRAFTED}) and keep those that the model "
+        f"agrees with: {choices.NGRAM} copies what followed the same words before, "
+        f"{choices.MODEL} is --draft",
+    )
+    parser.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokens, which drafts"
+    )
+
+
+def drafts(arguments: argparse.Namespace) -> tuple[str, int] | None:
+    """The way of drafts and their tokens, or None without them.
+
+    Raises:
+      ValueError: another way, a number that no draft has, or flags that do not go together.
+    """
+    if arguments.speculate is None and arguments.draft is None:
+        return None
+    way, _, number = (arguments.speculate or choices.MODEL).partition(":")
+    if way not in (choices.NGRAM, choices.MODEL):
+        expected = f"expected {choices.NGRAM} or {choices.MODEL}, and :K for its tokens"
+        raise ValueError(f"--speculate: got {arguments.speculate}, {expected}")
+    if number and not (number.isdecimal() and 1 <= int(number) <= 7):
+        raise ValueError(f"--speculate: got {number} tokens of a draft, expected 1 to 7")
+    if (way == choices.MODEL) != (arguments.draft is not None):
+        beside = "nothing" if arguments.draft is None else "--draft"
+        raise ValueError(f"--speculate {way}: got {beside} beside it, expected --draft for model")
+    for name in ("stream", "stop"):
+        if getattr(arguments, name):
+            raise ValueError(f"drafts are for whole answers, got --{name} beside them")
+    return way, int(number or choices.DRAFTED)
+
+
 def add_compile_cache(parser: argparse.ArgumentParser) -> None:
     """Where compiled programs are kept."""
     parser.add_argument(
@@ -114,7 +153,7 @@ def check_at_least(arguments: argparse.Namespace, least: int, *names: str) -> No
 
 
 def check_cache(arguments: argparse.Namespace, *, full: bool = False) -> None:
-    """What is wrong with the flags of a cache; `full` allows 16 bits of keys and values.
+    """What is wrong with the flags of a cache; `full` allows 16 bits of both keys and values.
 
     Raises:
       FileNotFoundError: no such allocation or calibration.
@@ -122,9 +161,14 @@ def check_cache(arguments: argparse.Namespace, *, full: bool = False) -> None:
     """
     check_segments(arguments)
     given = bits(arguments)
-    if not (full and set(given.values()) == {choices.FULL}):
-        for name, value in given.items():
-            check_bits(f"{name}.bits", [value])
+    coded = {name: value for name, value in given.items() if value != choices.FULL}
+    if not coded and not full:
+        raise ValueError(
+            f"key.bits and value.bits: got {choices.FULL} and {choices.FULL}, expected one of them "
+            "coded"
+        )
+    for name, value in coded.items():
+        check_bits(f"{name}.bits", [value])
 
 
 def check_segments(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from scipy import linalg, optimize, special, stats
 
 Levels = Float[np.ndarray, " levels"]
+Codebooks = Float[np.ndarray, "*codebooks levels"]
 
 
 def _density(z: np.ndarray, dim: int | None) -> np.ndarray:
@@ -47,21 +48,18 @@ def _check(bits: int, dim: int | None) -> None:
         raise ValueError(f"dim: got {dim}, expected at least 2, or None for the Gaussian limit")
 
 
-def _moments(levels: Levels, dim: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Probability and first moment of each cell of a codebook."""
+def _moments(levels: Codebooks, dim: int | None) -> tuple[Codebooks, Codebooks]:
+    """Probability and first moment of each cell of codebooks."""
     edges = thresholds(levels)
-    tail = np.where(edges >= 0, _tail(np.abs(edges), dim), 1 - _tail(np.abs(edges), dim))
+    tail = _tail(np.abs(edges), dim)
+    tail = np.where(edges >= 0, tail, 1 - tail)
     mean = _tail_mean(np.abs(edges), dim)
-    ends = [1.0], [0.0]
-    return (
-        -np.diff(np.concatenate([ends[0], tail, [0.0]])),
-        -np.diff(np.concatenate([ends[1], mean, [0.0]])),
-    )
+    return -np.diff(tail, prepend=1.0, append=0.0), -np.diff(mean, prepend=0.0, append=0.0)
 
 
-def thresholds(levels: Levels) -> Float[np.ndarray, " levels-1"]:
+def thresholds(levels: Codebooks) -> Float[np.ndarray, "*codebooks levels-1"]:
     """Decision thresholds of a nearest-level quantizer: the midpoints of neighbouring levels."""
-    return (levels[1:] + levels[:-1]) / 2
+    return (levels[..., 1:] + levels[..., :-1]) / 2
 
 
 def distortion(levels: Levels, dim: int | None) -> float:
@@ -195,12 +193,12 @@ def _on_grid(levels: tuple[float, ...], dim: int | None) -> Levels:
     exact = np.asarray(levels)
     finest = exact[-1] / grid_limit(len(levels).bit_length() - 1)
 
-    def rounded(step: float) -> Levels:
-        return np.round(exact / step) * step
-
     # the loss has many small local minima in the step: a scan, then nothing more to gain
-    steps = np.linspace(finest, 1.25 * finest, 1001)
-    return rounded(min(steps, key=lambda step: distortion(rounded(step), dim)))
+    steps = np.linspace(finest, 1.25 * finest, 1001)[:, None]
+    rounded = np.round(exact / steps) * steps
+    probability, mean = _moments(rounded, dim)
+    loss = np.sum(rounded**2 * probability - 2 * rounded * mean, axis=1)
+    return rounded[np.argmin(loss)].copy()
 
 
 def grid_integers(

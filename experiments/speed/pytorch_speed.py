@@ -137,7 +137,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     made = []
     for row in timed:
         case = {name: row[name] for name in ("batch", "context")}
-        name = f"{row['batch']} x {row['context']}, {row['cache']}" + ", compiled" * row["compiled"]
+        name = f"{row['batch']} x {row['context']}, {row['cache']}" + ", compiled" * row.get("compiled", 0)
         if not row["captured"] or row["cache"] in ("static", "dynamic"):
             continue
         own = row["milliseconds_per_step"]

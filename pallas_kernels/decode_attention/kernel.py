@@ -33,7 +33,7 @@ from pallas_kernels.primitives.digits import PHASES, UNITS
 from pallas_kernels.primitives.period import PERIOD
 
 # What a pool has of its own among the inputs.
-POOL = ("keys", "values", "scales", "key_tables", "value_tables")
+POOL = ("keys", "values", "scales", "bases", "key_tables", "value_tables")
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:

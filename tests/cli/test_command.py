@@ -66,10 +66,11 @@ def log_probabilities(model, hidden):
     return special.log_softmax(np.asarray(hidden, np.float64)[0, :-1] @ matrix.T, axis=1)
 
 
-@pytest.fixture
-def broken(tmp_path):
-    whole = packaged_smollm2().read_bytes()
-    (tmp_path / "truncated.gguf").write_bytes(whole[: 20 * 2**20])
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("broken")
+    with packaged_smollm2().open("rb") as whole:
+        (tmp_path / "truncated.gguf").write_bytes(whole.read(20 * 2**20))
     (tmp_path / "foreign.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     (tmp_path / "folder").mkdir()
@@ -83,7 +84,6 @@ def broken(tmp_path):
         (["--bits-v", "0"], "value.bits: got 0, expected between 1 and 8"),
         (["--preset", "max", "--bits-v", "3"], "--preset max says the bits, got --bits-v beside"),
         (["--window", "-1"], "window: got -1, expected at least 0"),
-        (["--tokens", "9000"], "at most 8192"),
         (["--context", "1"], "--context must be at least 2"),
         (["--text", "{}/missing.txt"], "no such file"),
         (["--text", "{}/binary.txt"], "expected UTF-8 text"),
@@ -103,6 +103,13 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, says, broken, capsys):
     assert says in error
     assert error.count("\n") == 1
     assert not list(broken.glob("*.json"))
+
+
+def test_an_answer_that_does_not_fit_is_refused(folder, capsys):
+    assert cli.main(["demo", "--model", str(folder()), "--tokens", "9000"]) == 2
+    error = capsys.readouterr().err
+    assert "the answer up to 9000, expected at most" in error
+    assert error.count("\n") == 1
 
 
 def test_unknown_rotation_is_refused_by_the_parser(capsys):
@@ -141,6 +148,36 @@ def test_a_prompt_of_a_file_draws_what_it_would_alone(tiny, tmp_path, capsys):
     (streamed,) = json.loads(out.read_text())["answers"]
     assert streamed["tokens"] == second["tokens"] != first["tokens"]
     assert capsys.readouterr().out.strip() == second["text"]
+
+
+def test_drafts_change_no_answer_and_are_counted(tiny, tmp_path, capsys):
+    """By look-up and by a second model, with a compressed and with a dense cache."""
+    out = tmp_path / "answers.json"
+    (tmp_path / "prompts.txt").write_text("again and again and again\nonce\n")
+    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--model", tiny, "--json", str(out)]
+    flags = ["generate", *flags, "--tokens", "40", "--window", "16"]
+
+    def answers(*more):
+        assert cli.main([*flags, *more]) == 0
+        found = json.loads(out.read_text())
+        return [row["tokens"] for row in found["answers"]], found["speculation"]
+
+    plain, nothing = answers()
+    assert nothing is None
+    capsys.readouterr()
+    for more, name, tokens in (
+        (["--speculate", "ngram:6"], "ngram", 6),
+        (["--draft", tiny, "--bits", "16"], tiny, 4),
+    ):
+        found, took = answers(*more)
+        exact = answers("--bits", "16")[0] if "16" in more else plain
+        assert found == exact
+        assert took["draft"] == name and took["tokens"] == tokens
+        counts = np.array([len(row) for row in found])
+        for number, row in enumerate(counts):
+            assert row - 1 - took["accepted"][number] <= took["passes"][number] < row
+        assert f"{sum(took['accepted'])} of {sum(took['drafted'])}" in capsys.readouterr().err
+    assert took["accepted"] == took["drafted"], "the model agrees with itself"
 
 
 def test_bench_writes_what_it_measures(tiny, tmp_path, capsys):
@@ -314,6 +351,12 @@ def test_bits_of_each_layer_that_cannot_be(command, text, beside, says, tiny, tm
     [
         (["generate", "x", "--model", "random:nothing"], "expected one of llama-2-7b"),
         (["generate", "x", "--tokens", "0"], "--tokens must be at least 1"),
+        (["generate", "x", "--speculate", "beams"], "expected ngram or model"),
+        (["generate", "x", "--speculate", "ngram:8"], "got 8 tokens of a draft, expected 1 to 7"),
+        (["generate", "x", "--speculate", "model"], "expected --draft"),
+        (["generate", "x", "--speculate", "ngram", "--draft", "y"], "got --draft beside it"),
+        (["generate", "x", "--speculate", "ngram", "--stream"], "got --stream beside them"),
+        (["generate", "x", "--draft", "nowhere.gguf"], "no such file"),
         (["generate", "--prompts", "nowhere.txt"], "expected a prompt a line"),
         (["generate", "--prompts", "{}", "--stream"], "got --prompts with many"),
         (["generate", "--prompts", "{}"], "got no prompt"),

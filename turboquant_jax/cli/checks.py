@@ -38,8 +38,10 @@ def generate(arguments: argparse.Namespace) -> None:
         if getattr(arguments, flag) is not None:
             _stored(arguments, f"--{flag.replace('_', '-')}", many)
     _answers(arguments, least_tokens=1 if arguments.save_cache is None else 0)
+    arguments.drafts = flags.drafts(arguments)
     arguments.rows = texts.read(arguments)
     _model(arguments)
+    arguments.draft = models.resolve(arguments.draft)
 
 
 def chat(arguments: argparse.Namespace) -> None:

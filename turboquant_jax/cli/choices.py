@@ -3,6 +3,12 @@
 PRESETS = ("lossless", "balanced", "compact", "max")
 CENTRINGS = ("pre_rope", "stored", "none")
 ROTATIONS = ("haar", "hadamard", "block_hadamard", "identity")
+NGRAM = "ngram"
+"""Drafts by prompt look-up."""
+MODEL = "model"
+"""Drafts by a second model."""
+DRAFTED = 4
+"""Tokens of a draft, unless said."""
 FULL = 16
 """Bits of a cache in full precision."""
 _DTYPES = {

@@ -96,6 +96,43 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
 
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """Drafts, which make an answer take fewer passes."""
+    parser.add_argument(
+        "--speculate",
+        metavar="WAY[:K]",
+        help=f"draft K tokens a pass (default: {choices.DRAFTED}) and keep those that the model "
+        f"agrees with: {choices.NGRAM} copies what followed the same words before, "
+        f"{choices.MODEL} is --draft",
+    )
+    parser.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokens, which drafts"
+    )
+
+
+def drafts(arguments: argparse.Namespace) -> tuple[str, int] | None:
+    """The way of drafts and their tokens, or None without them.
+
+    Raises:
+      ValueError: another way, a number that no draft has, or flags that do not go together.
+    """
+    if arguments.speculate is None and arguments.draft is None:
+        return None
+    way, _, number = (arguments.speculate or choices.MODEL).partition(":")
+    if way not in (choices.NGRAM, choices.MODEL):
+        expected = f"expected {choices.NGRAM} or {choices.MODEL}, and :K for its tokens"
+        raise ValueError(f"--speculate: got {arguments.speculate}, {expected}")
+    if number and not (number.isdecimal() and 1 <= int(number) <= 7):
+        raise ValueError(f"--speculate: got {number} tokens of a draft, expected 1 to 7")
+    if (way == choices.MODEL) != (arguments.draft is not None):
+        beside = "nothing" if arguments.draft is None else "--draft"
+        raise ValueError(f"--speculate {way}: got {beside} beside it, expected --draft for model")
+    for name in ("stream", "stop"):
+        if getattr(arguments, name):
+            raise ValueError(f"drafts are for whole answers, got --{name} beside them")
+    return way, int(number or choices.DRAFTED)
+
+
 def add_compile_cache(parser: argparse.ArgumentParser) -> None:
     """Where compiled programs are kept."""
     parser.add_argument(

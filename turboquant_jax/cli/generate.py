@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from turboquant_jax.cli import compiling, settings
+from turboquant_jax.cli import compiling, settings, speculation
 from turboquant_jax.cli.texts import Row
 from turboquant_jax.models import Checkpoint, load, stops, stored
 from turboquant_jax.models.decoding import read, refuse_overflow, stream
@@ -32,7 +32,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     prompts = [_encode(checkpoint.tokenizer, row, arguments.plain) for row in arguments.rows]
     begin = time.perf_counter()
     call, loaded = _read(arguments, checkpoint, prompts)
-    rows = _tokens(call, checkpoint, arguments) if arguments.tokens else []
+    rows: list[list[int]] = []
+    took = None
+    if arguments.tokens:
+        rows, took = _tokens(call, checkpoint, arguments, prompts)
     seconds = time.perf_counter() - begin
     texts = [_cut(checkpoint.tokenizer.decode(row), arguments.stop).strip() for row in rows]
     for prompt, text in zip(arguments.rows, [] if arguments.stream else texts, strict=False):
@@ -44,6 +47,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         "seconds": seconds,  # of the answers, compilation included
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "loaded_tokens": loaded,
+        "speculation": took,
         "answers": [
             {"prompt": p, "text": t, "tokens": row, "seed": arguments.seed + i}
             for i, (p, t, row) in enumerate(zip(arguments.rows, texts, rows, strict=bool(rows)))
@@ -137,23 +141,33 @@ def _kept(tokenizer: Tokenizer, arguments: argparse.Namespace, prompt: list[int]
     return min(shared, len(prompt) - 1)  # the last one is read again, for what follows it
 
 
-def _tokens(call: tuple, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[list[int]]:
-    """The tokens of each row, a stop token left out and what makes a stop string left in."""
+def _tokens(
+    call: tuple, checkpoint: Checkpoint, arguments: argparse.Namespace, prompts: list[list[int]]
+) -> tuple[list[list[int]], dict | None]:
+    """The tokens of each row, a stop token left out and what makes a stop string left in.
+
+    Beside them what drafts took, where there were any.
+    """
     tokenizer = checkpoint.tokenizer
     options: dict[str, Any] = dict(
         max_tokens=arguments.tokens,
         sampling=replace(arguments.sampling, eos_ids=tuple(tokenizer.eos_ids)),
     )
     if arguments.stream:
-        return [_stream(stream(*call, **options), tokenizer, arguments.stop)]
+        return [_stream(stream(*call, **options), tokenizer, arguments.stop)], None
+    took = None
     with compiling.shown("answer, and compile"):
         if arguments.stop:
-            return _until(stream(*call, **options), tokenizer, arguments.stop)
-        made = decode(*call, **options)
+            return _until(stream(*call, **options), tokenizer, arguments.stop), None
+        if arguments.drafts is None:
+            made = decode(*call, **options)
+        else:
+            drafts = speculation.prepare(arguments, checkpoint, prompts, call[4])
+            made, took = speculation.answer(call, drafts, **options)
         counted = zip(np.asarray(made.tokens), np.asarray(made.counts), strict=True)
         refuse_overflow(made.state)
     ended = (*tokenizer.eos_ids, NO_TOKEN)
-    return [[int(t) for t in row[:count] if int(t) not in ended] for row, count in counted]
+    return [[int(t) for t in row[:count] if int(t) not in ended] for row, count in counted], took
 
 
 def _stream(steps: Iterator[np.ndarray], tokenizer: Tokenizer, ends: list[str]) -> list[int]:

@@ -108,13 +108,19 @@ def attend(
     return out.astype(q.dtype), state
 
 
-def commit(state: Dense) -> Dense:
-    """Count the pending tokens, which every layer has now written."""
-    lengths = state.lengths + state.pending
+def commit(state: Dense, accepted: Int[Array, " B"] | None = None) -> Dense:
+    """Count the pending tokens, which every layer has now written; of each row the first ones."""
+    kept = state.pending if accepted is None else jnp.minimum(accepted, state.pending)
+    lengths = state.lengths + kept
     return replace(state, lengths=lengths, pending=jnp.zeros_like(state.pending))
 
 
-DENSE = Past(begin, attend, commit)
+def room(state: Dense) -> Int[Array, " B"]:
+    """Tokens that still fit: whatever they are, they see the same of the past."""
+    return state.capacity - state.lengths
+
+
+DENSE = Past(begin, attend, commit, begin, room)
 """For a decoder that is unstacked; look at `overflow` afterwards."""
 
 

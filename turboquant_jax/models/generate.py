@@ -37,11 +37,17 @@ class Past(Generic[State]):
     which also stores the new keys and values, then `commit(state)`. The first `counts[b]` tokens
     of row b are real, the rest is padding whose outputs are ignored; none are where a row has
     stopped. Compilation is cached by the identity of the functions: make them once, not per call.
+
+    Of a past that can take tokens back, `propose` is `begin` of tokens of which `commit(state,
+    accepted)` keeps the first ones of each row, and `room(state)` says how many of them, at least
+    one, see what they would see one by one. So many single tokens less one `with_lengths` undoes.
     """
 
     begin: Callable[[State, Int[Array, "B"], int], State]
     attend: Attend[State]
-    commit: Callable[[State], State]
+    commit: Callable[..., State]
+    propose: Callable[[State, Int[Array, "B"], int], State] | None = None
+    room: Callable[[State], Int[Array, "B"]] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +124,7 @@ def compiled_prefill(
         tokens, offset = chunk_and_offset
         counts = jnp.clip(lengths - offset, 0, chunk)
         positions = (start + offset)[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        hidden, state = _forward(model, tokens, positions, counts, state, past)
+        hidden, state = forward(model, tokens, positions, counts, state, past)
         final = lengths - 1 - offset
         row = jnp.take_along_axis(hidden, jnp.clip(final, 0, chunk - 1)[:, None, None], axis=1)
         ends_here = (final >= 0) & (final < chunk)
@@ -178,7 +184,7 @@ def decode(
     return Generation(tokens, counts, state)
 
 
-def _forward(
+def forward(
     model: Llama,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -204,7 +210,7 @@ def _step(
 ) -> tuple[Int[Array, "B"], State]:
     """Feed each row its token at its position; draw the next."""
     counts = active.astype(jnp.int32)
-    hidden, state = _forward(model, token[:, None], position[:, None], counts, state, past)
+    hidden, state = forward(model, token[:, None], position[:, None], counts, state, past)
     return draw(model.logits(hidden)[:, 0], keys, position + 1, sampling), state
 
 
@@ -223,6 +229,6 @@ def draw(
     return sample(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
 
-def is_in(token: Int[Array, "B"], ids: tuple[int, ...]) -> Bool[Array, "B"]:
+def is_in(token: Int[Array, "*batch"], ids: tuple[int, ...]) -> Bool[Array, "*batch"]:
     """Whether each token is one of `ids`."""
     return jnp.isin(token, jnp.array(ids, jnp.int32))

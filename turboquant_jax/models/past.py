@@ -34,7 +34,12 @@ def compressed(implementation: Implementation | None = None) -> Past[Cache]:
         return attend_rows(state, rows_of(state, layer), projection)
 
     compress: Implementation | None = "xla" if implementation == "xla" else None
-    return Past(cache.begin, attend, functools.partial(cache.commit, implementation=compress))
+    commit = functools.partial(cache.commit, implementation=compress)
+    return Past(cache.begin, attend, commit, cache.propose, _room)
+
+
+def _room(state: Cache) -> Int[Array, " B"]:
+    return state.layout.until_block(state.lengths)
 
 
 COMPRESSED = compressed()

@@ -13,7 +13,7 @@ import turboquant_jax as tq
 from docs import notebooks
 from experiments import __main__ as experiments
 from experiments import front
-from turboquant_jax import cache, models
+from turboquant_jax import cache, cli, models
 from turboquant_jax.cli import parsers
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,7 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - MADE)
 TEXTS = {path: path.read_text() for path in PAGES}
 
 
+GUIDE = TEXTS[ROOT / "docs/guides/command.md"]
 HAVE_DATA = {
     f"turboquant_jax.{name}" for name in ("cache.presets", "models.presets", "models.model")
 }
@@ -82,6 +83,16 @@ def test_commands_are_known(line):
         parsers.build().parse_args(words)  # exits if a flag is unknown
     elif not {"NAME", "[--check]"} & {*words}:  # those are grammar
         experiments._parser().parse_args(words[2:])
+
+
+def test_plan_prints_what_the_guide_shows(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (shown,) = re.findall(
+        r"^\$ turboquant-jax (plan .*?)\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE
+    )
+    assert cli.main(shown[0].split()) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in printed if line] == [line for line in shown[1].splitlines() if line]
 
 
 def test_python_that_is_shown_is_python():

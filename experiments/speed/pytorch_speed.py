@@ -49,7 +49,9 @@ class Config:
     cases: tuple[str, ...] = option(
         ("32x4096", "8x32768", "1x4096", "8x4096", "1x32768", "32x32768"), "batch x context"
     )
-    caches: tuple[str, ...] = option(CACHES, "caches, the first one the baseline; also '4 bits, compiled'")
+    caches: tuple[str, ...] = option(
+        CACHES, "caches, the first one the baseline; also '4 bits, compiled'"
+    )
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     steps: int = option(64, "steps of a loop, a whole number of blocks")
@@ -137,7 +139,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     made = []
     for row in timed:
         case = {name: row[name] for name in ("batch", "context")}
-        name = f"{row['batch']} x {row['context']}, {row['cache']}" + ", compiled" * row.get("compiled", 0)
+        name = f"{row['batch']} x {row['context']}, {row['cache']}" + ", compiled" * row.get(
+            "compiled", 0
+        )
         if not row["captured"] or row["cache"] in ("static", "dynamic"):
             continue
         own = row["milliseconds_per_step"]

@@ -21,10 +21,13 @@ from experiments.harness.experiment import QUESTION, Claim, Row, Track, distinct
 from experiments.harness.plotting import Figure, label, panels
 from experiments.tasks.answers import FULL, Answers, Asked, Asking, ask_all
 from experiments.tasks.prompts import Prompts, load, pack, random_prompts
-from turboquant_jax.models import Llama, dense
+from turboquant_jax import cache
+from turboquant_jax.cache import CacheConfig
+from turboquant_jax.models import Llama
 from turboquant_jax.models.decoding import generate
 from turboquant_jax.models.model import Layer, unstack
 from turboquant_jax.models.options import Sampling
+from turboquant_jax.models.past import compressed
 
 NEEDS = prepared.NEEDS
 _ROWS = 16  # of a batch that is answered
@@ -79,15 +82,19 @@ def _greedy(
     model: Llama, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], most: int
 ) -> Iterator[list[int]]:
     """The answers to the first `lengths` tokens of each row."""
-    capacity = tokens.shape[1] + most
-    state = dense.create(model.config, len(tokens), capacity, jnp.float32)
+    sizes, capacity = model.config, tokens.shape[1] + most
+    config = CacheConfig(
+        *(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim),
+        window=capacity, sinks=0, dtype="float32",
+    )  # fmt: skip
+    state = cache.create(config, len(tokens), capacity, key=jax.random.key(0))  # never compresses
     made = generate(
         model,
         jnp.asarray(tokens),
         jnp.asarray(lengths, jnp.int32),
         jax.random.split(jax.random.key(0), len(tokens)),
         state,
-        dense.DENSE,
+        compressed("xla"),
         max_tokens=most,
         sampling=Sampling(eos_ids=tuple(model.config.eos_ids)),
     )

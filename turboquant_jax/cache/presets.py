@@ -21,6 +21,7 @@ the GPU kernels, for less than 0.03 % more error of the codes.
 
 Beside a calibration of the model (`fitting.fit_preset`, docs/calibration.md) a preset stands for
 its bytes at 65,536 tokens, which heads share as they lose least; "max" is 7.0 times smaller then.
+Judged at 8,192 tokens, SmolLM2's committed calibration loses no less than the presets without it.
 """
 
 from typing import Literal

@@ -118,8 +118,9 @@ def calibrate(
     formats = menu(config.head_dim)
     key = partial(jax.random.fold_in, jax.random.key(plan.seed))
     gathered = Gathered(
-        out.with_name(out.name + ".partial"), _facts(checkpoint, texts, plan), config, formats
-    )
+        out.with_name(out.name + ".partial"), _facts(checkpoint, texts, plan), config, formats,
+        min(plan.capacity, checkpoint.config.max_position),
+    )  # fmt: skip
     steps = 2 * len(choosing) + len(judging)
     for done, tokens in gathered.rest("read", choosing):
         progress("moments of keys and queries", done, steps)
@@ -197,7 +198,8 @@ def judge(
 
 def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:
     """What has to be the same for a call to go on where another stopped; the target may change."""
-    named = replace(plan, ratio=None, kl=1.0, capacity=0)
+    positions = min(plan.capacity, checkpoint.config.max_position)
+    named = replace(plan, ratio=None, kl=1.0, capacity=positions)
     said = [asdict(named), menu(plan.config.head_dim), [[t.name, t.digest] for t in texts]]
     said += [checkpoint.name, key_digest(checkpoint.model), version("turboquant-jax")]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,9 @@ gradients g of the keys, S_g, which know how much depends on a key. Heads take t
 
     S_q / tr S_q + 3 S_g / tr S_g.
 
+RoPE turns keys and queries with their position, and a basis has to serve all of them: so every text
+starts at a random position of those that the cache, and the model, may have.
+
 What that is worth beside S_q alone is in `docs/calibration.md`: something to most heads, nothing to
 the sum over them.
 
@@ -46,8 +49,11 @@ class Gathered:
         facts: str,
         config: CacheConfig,
         formats: tuple[tuple[Bits, ...], tuple[Bits, ...]],
+        positions: int = 1,
     ):
+        """Texts start at random places of so many `positions`."""
         self.path, self.facts, self.config, self.formats = path, facts, config, formats
+        self.positions = positions
         heads, dim = (config.num_layers, config.num_kv_heads), config.head_dim
         moments = ("of_keys", "of_queries", "of_gradients")
         self.sums: dict[str, np.ndarray] = {n: np.zeros((*heads, dim, dim)) for n in moments}
@@ -80,7 +86,9 @@ class Gathered:
 
     def moments(self, model: Llama, tokens: Array, key: Array) -> None:
         """Add those of a text."""
-        for layer, seen, (g, _) in look_back(model, tokens, self.config, key):
+        for layer, seen, (g, _) in look_back(
+            model, tokens, self.config, key, self._start(tokens, key)
+        ):
             first = self.config.sinks  # what is never compressed says nothing
             of_keys, of_queries = _moments(seen.q[first:], seen.k[first:])
             _, of_gradients = _moments(g[first:], g[first:])
@@ -92,7 +100,8 @@ class Gathered:
     def losses(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
         """Add what every format loses on a text."""
         drawn, *rotations = jax.random.split(jax.random.fold_in(key, 1), 3)
-        for layer, seen, gradients in look_back(model, tokens, self.config, drawn):
+        start = self._start(tokens, key)
+        for layer, seen, gradients in look_back(model, tokens, self.config, drawn, start):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
             for side, turn, x, g, menu, which in zip(
                 ("key", "value"), rotations, (seen.k, seen.v), gradients, self.formats, (own, None),
@@ -103,6 +112,11 @@ class Gathered:
                     squares, square = _products(error(form, turn, which, x), g)
                     self.sums[f"{side}s.squares"][layer, :, column] += np.asarray(squares)
                     self.sums[f"{side}s.square"][layer, :, column] += np.asarray(square)
+
+    def _start(self, tokens: Array, key: Array) -> int:
+        """The position of the first token of a text."""
+        most = max(1, self.positions - tokens.shape[0] + 1)
+        return int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, most))
 
     def summed(self) -> Losses:
         """Losses in nats a token: squares, scaled by the layer's squares of sums."""

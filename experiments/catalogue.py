@@ -20,7 +20,7 @@ from experiments.speed import (
     pytorch_speed,
     step_speed,
 )
-from experiments.tasks import needle, questions
+from experiments.tasks import greedy, needle, questions
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     distortion,
@@ -35,6 +35,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     pytorch_greedy,
     needle,
     questions,
+    greedy,
     decode_speed,
     step_speed,
     encode_speed,

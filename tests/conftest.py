@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-# what was compiled is kept for the next run; a folder for each worker, since writes are not atomic
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
-PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs" / WORKER
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+# what was compiled is kept for the other workers and the next run; apart from that of commands that
+# tests start, whose writes are not atomic
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+COMMANDS = str(PROGRAMS / "commands")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMMANDS)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # XLA's older emitter and one module a program compile in 0.4 of the time. They are options of this
@@ -20,9 +21,23 @@ if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+from jax._src.lru_cache import LRUCache  # noqa: E402  (no public way to where programs are kept)
 
 from tests import shapes  # noqa: E402
+
+
+def put_whole(self, key: str, value: bytes) -> None:
+    """A program appears at once, or another worker would read half of it."""
+    path = self.path / f"{key}-cache"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(value)
+        part.replace(path)
+
+
+LRUCache.put = put_whole
+if os.environ["JAX_COMPILATION_CACHE_DIR"] == COMMANDS:
+    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / "tests"))
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,7 +47,7 @@ if jax.default_backend() == "cpu":  # compiling costs more than what is compiled
 
 gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: look at them less often
 
-install_import_hook(shapes.CHECKED, "tests.shapes.check")  # before anything imports them
+shapes.install()
 
 # functions whose cases take 2.5 s or more together, as `pytest --durations=0` says
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())

@@ -40,6 +40,7 @@ IN_TESTS = {  # each code, allocation and way of appending is met
     "before RoPE": "chunks",
     "prod keys, paged": "chunks",
     "keys in full precision, paged": "chunks",
+    "short scales, paged": "singles",
 }
 
 
@@ -143,6 +144,10 @@ SETTINGS: dict[str, Setting] = {
         2, 2, 64, {"bits": 3, "code": "prod", "scale": "norm", "sketch": "gaussian"}, 2,
         num_pages=12,
     ),
+    "short scales, paged": _setting(
+        2, 2, 64, _trellis(((16, 4), (16, 2), (32, 1)), scales="joint"), 3, num_pages=12,
+        config={"scale_bits": 8, "rope_frequencies": (1.0, 0.1)},
+    ),
     "keys in full precision, paged": _setting(2, 2, 32, 16, _trellis(2), num_pages=12),
     "values in full precision, sliding": _setting(
         2, 2, 32, 3, 16, config={"sliding_window": 30, "dtype": "float16"}
@@ -199,7 +204,7 @@ def arrays(state) -> dict[str, list[np.ndarray]]:
     return {
         "keys": pages("keys") + pages("sketches"),
         "values": pages("values"),
-        "scales": pages("scales"),
+        "scales": pages("scales") + pages("bases"),
         "sinks": exact("sinks"),
         "window": exact("window"),
         "means": exact("key_mean"),

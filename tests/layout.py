@@ -49,9 +49,12 @@ def random_parts(state, rng):
         if leaf.dtype == jnp.uint32:  # two bfloat16 scales between 0.5 and 2
             scales = rng.uniform(0.5, 2, (2, *leaf.shape)).astype(jnp.bfloat16).view(np.uint16)
             return jnp.asarray(scales[0].astype(np.uint32) << 16 | scales[1])
+        if leaf.dtype in (jnp.uint8, jnp.uint16) and leaf.ndim == 3:  # codes of scales
+            high, low = (rng.integers(200, 255, leaf.shape) for _ in range(2))
+            return jnp.asarray(high << 8 | low if leaf.dtype == jnp.uint16 else low, leaf.dtype)
         if leaf.dtype == jnp.uint8:
             return jnp.asarray(rng.integers(0, 256, leaf.shape, dtype=np.uint8))
-        if leaf.dtype == jnp.bfloat16 and leaf.ndim == 3:  # norms of sketches, by H**0.5 a scale
+        if leaf.dtype == jnp.bfloat16 and leaf.ndim < 4:  # norms of sketches, by H**0.5 a scale
             return jnp.asarray(rng.uniform(1, 4, leaf.shape), leaf.dtype)
         return jnp.asarray(rng.normal(0, 1, leaf.shape), leaf.dtype)
 
@@ -133,12 +136,7 @@ def decoded_row(state, part, row, page, values):
         planes = [np.asarray(p)[row, page] for p in held[g]]
         index = unpack(planes, widths(group), block if values else group.dim)
         index = np.swapaxes(index, -1, -2) if values else index
-        word = np.asarray(part.pool.scales[g if codec.transform is None else 0])[row, page]
-        if word.dtype == jnp.bfloat16:  # beside a side in full precision
-            scale = word.astype(np.float64)
-        else:
-            half = (word >> 16 if values else word & 0xFFFF).astype(np.uint16)
-            scale = half.view(jnp.bfloat16).astype(np.float64)
+        scale = scale_of(part.pool, g if codec.transform is None else 0, (row, page), values)
         parts.append(scale[..., None] * levels_of(group, index))
     turned = np.concatenate(parts, axis=-1)
     if codec.sketch is not None:
@@ -152,6 +150,26 @@ def decoded_row(state, part, row, page, values):
     natural = np.empty_like(ordered)
     natural[:, np.asarray(codec.order)[row]] = ordered
     return natural
+
+
+def scale_of(pool, number, place, values):
+    """Scales of keys, or of values: two bfloat16 in a word, or one that stands alone; or codes c of
+
+    8 bits, base 2^((c - 254) / 32).
+    """
+
+    def half(x):
+        x = np.asarray(x)
+        if x.dtype not in (np.uint16, np.uint32):
+            return x
+        width = 4 * x.dtype.itemsize
+        x = x >> width if values else x & (2**width - 1)
+        return x.astype(np.uint16).view(jnp.bfloat16) if width == 16 else x
+
+    found = half(pool.scales[number][place]).astype(np.float64)
+    if not pool.bases:
+        return found
+    return half(pool.bases[number][place]).astype(np.float64) * 2 ** ((found - 254) / 32)
 
 
 def of_signs(sketch, held, row, page):

@@ -7,8 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
+from experiments.fidelity.calibrated import by_head
 from experiments.fidelity.codecs import Turbo
 from experiments.fidelity.forcing import Trip, Trips
 from experiments.fidelity.rule import Rule
@@ -75,7 +76,7 @@ class Mixed:
         bits = np.reshape(self.bits, (2, model.num_layers, -1))
 
         def at(layer: int) -> tuple[Trip, Trip]:
-            key, value = (_by_head(trips, bits[i, layer]) for i, trips in enumerate(both))
+            key, value = (by_head(trips, bits[i, layer].tolist()) for i, trips in enumerate(both))
             return key, value
 
         return at
@@ -137,22 +138,7 @@ def _only(trip: Trip, chosen: Array, x: Array) -> Array:
     return jnp.where(chosen[None, None, :, None], trip(x), x)
 
 
-def _by_head(trips: Mapping[int, Trip], bits: Int[np.ndarray, " heads"]) -> Trip:
-    """Every head through the trip of its bits; one number of bits is that of all heads."""
-    if len(set(bits.tolist())) == 1:
-        return trips[int(bits[0])]
-
-    def trip(x: Array) -> Array:
-        out = x  # whole arrays, so that nothing is compiled for some of the heads
-        for width in set(bits.tolist()):
-            chosen = jnp.asarray(bits == width)[None, None, :, None]
-            out = jnp.where(chosen, trips[width](x), out)
-        return out
-
-    return trip
-
-
-def by_head(
+def shared_by_heads(
     shares: Sequence[Mapping[int, float]], parts: Sequence[Sequence[float]]
 ) -> list[dict[int, float]]:
     """Losses of heads: those of a part split as those of its heads at one number of bits.

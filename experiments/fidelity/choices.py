@@ -154,3 +154,12 @@ def curves() -> list[Setting]:
     made += [turbo(k, v, "trellis") for k in (1, 2, 3, 4) for v in (1, 2, 3, 4)]
     made += [turbo(((32, 4), (32, 3)), 3), turbo(((32, 3), (32, 2)), 2)]
     return unique(made)
+
+
+def describe(row: Row) -> str:
+    """A row in words."""
+    return (
+        f"{row['preset']} ({row['ratio']:.2f}x here, {row['ratio_64k']:.2f}x at 64K): perplexity "
+        f"{row['perplexity_change']:+.2%} ± {row['perplexity_change_se']:.2%}, "
+        f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}"
+    )

@@ -62,7 +62,7 @@ class Turbo:
 
     def trip(self, key: Array, dim: int) -> Trip:
         """Through the library's codec with a rotation of this key."""
-        return partial(_through, codecs.create(key, self.config, dim), short=self.short_scale)
+        return partial(through, codecs.create(key, self.config, dim), short=self.short_scale)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class VllmKey:
         )
         made = quantizers.create(key, dim, self.bits, **options)
         made = replace(made, rotation=Hadamard(jnp.ones(dim), dim))
-        return partial(_through, codecs.Codec((made,), None), short=False)
+        return partial(through, codecs.Codec((made,), None))
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,18 @@ Coder = Turbo | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
 
 
 @partial(_compiled, static_argnames="short")
-def _through(codec, x: Float[Array, "B T K H"], short: bool) -> Float[Array, "B T K H"]:
-    rows = jnp.arange(x.shape[2])
+def through(
+    codec: codecs.Codec, x: Float[Array, "B T K H"], short: bool = False, first: int = 0
+) -> Float[Array, "B T K H"]:
+    """Through a codec of the library and back; the heads are its rows from the `first` on."""
+    rows = first + jnp.arange(x.shape[2], dtype=jnp.int32)
     groups = codec.quantize(rows, x)
     if short:
         groups = tuple(
-            (indices, lax.reduce_precision(scale.astype(jnp.float32), 5, 3))
+            (
+                indices,
+                None if scale is None else lax.reduce_precision(scale.astype(jnp.float32), 5, 3),
+            )
             for indices, scale in groups
         )
     return codec.unrotate(rows, codec.dequantize(groups))

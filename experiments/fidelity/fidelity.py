@@ -28,17 +28,20 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from experiments.fidelity import calibrated as calibrations
 from experiments.fidelity import choices, judgement, losses
 from experiments.fidelity import figure as drawing
+from experiments.fidelity.calibrated import Calibrated
 from experiments.fidelity.forcing import Forcing, cut
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting, peers, turbo, unique
 from experiments.harness import prepared
 from experiments.harness.experiment import Row, Track, option, where
 from experiments.harness.journal import Journal, open_journal
-from experiments.harness.prepared import CALIBRATION, TEST
+from experiments.harness.prepared import CALIBRATION, LANGUAGE, TEST
 
 NEEDS = prepared.NEEDS
+Held = Setting | Calibrated
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ class Config:
     lengths: tuple[int, ...] = option((1024, 2048, 4096, 8192), "tokens up to the ends of texts")
     last: int = option(512, "tokens at the ends that are judged over length")
     parts: tuple[str, ...] = option(
-        ("candidate", "chosen", "peer", "noise", "curve", "context", "centring", "length"),
+        (
+            *("candidate", "chosen", "peer", "noise", "curve", "context", "centring", "length"),
+            *("calibrating", "calibrated", "language"),
+        ),
         "what is measured, in order",
     )
     rows: int = option(0, "texts of each name, 0 for all")
     settings: int = option(0, "settings of each part, 0 for all")
     seeds: int = option(3, "draws of the rotations")
     precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
+    calibrations: tuple[str, ...] = option(
+        ("experiments/calibrations/smollm2-135m.safetensors",),
+        "files of turboquant-jax calibrate whose presets are judged",
+    )
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
@@ -72,13 +82,13 @@ def run(config: Config, track: Track) -> list[Row]:
     """Candidates on the calibration texts, the best and the peers on the test texts, curves."""
     if unknown := {*config.parts} - {*Config().parts}:
         raise ValueError(f"parts: got {sorted(unknown)}, expected some of {Config().parts}")
-    journal = open_journal("fidelity", config, ("parts", "settings"))
+    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations"))
     forcing = cut(prepared.model(config.model), config.precision)
     layers = forcing.model.config.num_layers
     seeds = list(range(config.seeds))
 
     def measure(
-        part: str, split: str, context: int, settings: Sequence[Setting], last: int = 0
+        part: str, split: str, context: int, settings: Sequence[Held], last: int = 0
     ) -> list[Row]:
         found: list[Row] = []
         held = Lazy(forcing, config, split, context, last)
@@ -87,7 +97,8 @@ def run(config: Config, track: Track) -> list[Row]:
 
             def make(setting=setting) -> list[Row]:
                 made = losses.measure(held.subject, setting, seeds, errors=part == "curve")
-                head: Row = {"model": config.model, "kind": part, "split": split}
+                judging = TEST if split == LANGUAGE else split  # no text of it chose anything
+                head: Row = {"model": config.model, "kind": part, "split": judging}
                 head |= {"last": last} if last else {}
                 return list(_rows(held.subject, setting, made.last(last) if last else made, head))
 
@@ -98,6 +109,11 @@ def run(config: Config, track: Track) -> list[Row]:
         names = choices.chosen(where(rows, kind="candidate", text="all"))
         candidates = {setting.preset: setting for setting in choices.candidates()}
         return [*choices.judged(), *(candidates[name] for name in names)]
+
+    def calibrated() -> list[Held]:
+        files = config.calibrations if config.model != "tiny" else ()
+        found = [one for file in files for one in calibrations.presets_of(file, forcing.model)]
+        return [*found, *calibrations.uniform()]
 
     long, short, rows = config.context, config.screen, []
     made = {
@@ -117,6 +133,9 @@ def run(config: Config, track: Track) -> list[Row]:
             for length in config.lengths
             for row in measure("length", TEST, length, choices.over_length(), config.last)
         ],
+        "calibrating": lambda: measure("calibrating", CALIBRATION, long, calibrated()),
+        "calibrated": lambda: measure("calibrated", TEST, long, calibrated()),
+        "language": lambda: measure("language", LANGUAGE, long, calibrated()),
     }
     for part in config.parts:
         rows += made[part]()
@@ -156,7 +175,7 @@ def _ends(config: Config, split: str, context: int) -> Mapping[str, np.ndarray]:
     return {name: tokens[:, -context:] for name, tokens in texts.items()}
 
 
-def _rows(subject: Subject, setting: Setting, made: losses.Losses, labels: Row) -> Iterator[Row]:
+def _rows(subject: Subject, setting: Held, made: losses.Losses, labels: Row) -> Iterator[Row]:
     """A row for all texts of the split together, then one for each."""
     context = subject.batches[0].shape[1]
     sizes = setting.sizes(subject.forcing.model.config, context)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from experiments.fidelity.choices import best
+from experiments.fidelity.calibrated_claims import calibrated_claims
+from experiments.fidelity.choices import best, describe
 from experiments.harness.experiment import QUESTION, Claim, Row, Verdict, distinct, where
 from experiments.harness.statistics import is_below, is_less, of_aim
 
@@ -20,18 +21,9 @@ LENGTHS = {"ratio": "at the texts' length", "ratio_64k": "at 65,536 tokens"}
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Everything that can be said from whatever rows there are, model by model."""
-    judges = _targets, _peers, _pairs, _noise, _centring, _lengths
+    judges = _targets, _peers, _pairs, _noise, _centring, _lengths, calibrated_claims
     models = [where(rows, model=model) for model in distinct(rows, "model")]
     return [claim for of_model in models for judge in judges for claim in judge(of_model)]
-
-
-def describe(row: Row) -> str:
-    """A row in words."""
-    return (
-        f"{row['preset']} ({row['ratio']:.2f}x here, {row['ratio_64k']:.2f}x at 64K): perplexity "
-        f"{row['perplexity_change']:+.2%} ± {row['perplexity_change_se']:.2%}, "
-        f"KL {row['kl']:.4f} ± {row['kl_se']:.4f}"
-    )
 
 
 def _targets(rows: Sequence[Row]) -> Iterator[Claim]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from experiments.fidelity import losses
-from experiments.fidelity.allocation import Mixed, One, by_head
+from experiments.fidelity.allocation import Mixed, One, shared_by_heads
 from experiments.fidelity.choices import pre_rope
 from experiments.fidelity.codecs import Mean
 from experiments.fidelity.forcing import Forcing, cut
@@ -131,7 +131,7 @@ def _mixed(config: Config, journal: Journal, forcing: Forcing, rows: list[Row]) 
         bits, total = allocate(shares, budget)
         yield "mixed", Mixed(bits, rule, short), total
         if heads is not None:
-            bits, total = allocate(by_head(shares, heads), budget * model.num_kv_heads)
+            bits, total = allocate(shared_by_heads(shares, heads), budget * model.num_kv_heads)
             yield "by head", Mixed(bits, rule, short), total
 
     for words in config.uniform:

@@ -35,11 +35,11 @@ def _greedy(rows: Sequence[Row]) -> Iterator[Claim]:
             )
         yield Claim(
             AIM,
-            f"SmolLM2 in {row['dtype']}, {row['preset']}: transformers' generate chooses the tokens "
-            "of our own decoder, or another at a near-tie",
+            f"SmolLM2 in {row['dtype']}, {row['preset']}: transformers' generate chooses the "
+            "tokens of our own decoder, or another at a near-tie",
             measured,
             met(near_tie),
-            topic="under PyTorch, greedy tokens of SmolLM2 are those of our own decoder, or near-ties",
+            topic="under PyTorch, greedy tokens of SmolLM2 are our own decoder's, or near-ties",
             short=f"{row['dtype']}, {row['preset']}: {row['tokens_agreeing']} of {count}",
         )
 

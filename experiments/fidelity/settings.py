@@ -1,9 +1,9 @@
 """Settings of a cache: coders of keys and values, window, sinks, block, centring; their bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -23,6 +23,8 @@ from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
 from turboquant_jax.models import LlamaConfig
 from turboquant_jax.models.rope import inverse_frequencies
 from turboquant_jax.quantizers.quantizer import Code
+
+Held = TypeVar("Held", bound=Hashable)
 
 LONG = 65536
 """Tokens of a long context, for which bytes are counted too."""
@@ -209,7 +211,7 @@ def peers(layers: int) -> list[Setting]:
     return made
 
 
-def unique(settings: Sequence[Setting]) -> list[Setting]:
+def unique(settings: Sequence[Held]) -> list[Held]:
     """Each setting once, in order."""
     return list(dict.fromkeys(settings))
 

@@ -27,7 +27,8 @@ PASS_TOKENS = 65536
 NEEDS = "token ids in .data/ by python -m experiments.tasks.pack_data, and for its full size a GPU"
 """Of experiments on them."""
 
-CALIBRATION, TEST = "calibration", "test"
+CALIBRATION, TEST, LANGUAGE = "calibration", "test", "language"
+"""Splits: what chooses, what judges, and what judges apart: a text that is not in English."""
 
 
 def texts_file(model: str) -> Path:

@@ -132,9 +132,7 @@ def device() -> str:
     return jax.devices()[0].device_kind
 
 
-def describe(
-    command: str, config: dict[str, Any], device: str, seconds: float
-) -> dict[str, Any]:
+def describe(command: str, config: dict[str, Any], device: str, seconds: float) -> dict[str, Any]:
     """The meta data of a run on this machine, whose load says how far its times can be trusted."""
     return {
         "command": command,

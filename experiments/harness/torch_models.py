@@ -50,7 +50,9 @@ def model_of_gguf(path: Path, dtype: torch.dtype, where: torch.device) -> Any:
 
 def _empty(config: LlamaConfig, architecture: str, dtype: torch.dtype) -> Any:
     if architecture not in _FAMILIES or any(getattr(config, name) for name in _PLAIN):
-        raise ValueError(f"model: got {architecture!r} with {config}, expected plain Llama or Qwen2")
+        raise ValueError(
+            f"model: got {architecture!r} with {config}, expected plain Llama or Qwen2"
+        )
     described = getattr(transformers, f"{_FAMILIES[architecture]}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -68,6 +68,7 @@ class Config:
     )
     shapes: str = option("", "batch x tokens instead of all, such as 32x4096,1x8192")
     bits: str = option("", "of keys / of values instead of all, such as 4/4,3/2")
+    only: tuple[str, ...] = option((), "implementations instead of all, and cudnn")
     sweep: tuple[str, ...] = option((), "schedules too: programs;pages;warps;stages")
     calls: int = option(8, "calls of a chain at least")
     turn: float = option(200.0, "megabytes of caches in turn, more than L2 holds")
@@ -256,6 +257,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         bits, cases = ((4, 4),), mean_cases()
     if config.cases == "calibrated":
         bits, cases = ((2, 2),), calibrated_cases(pairs(config.shapes, "x") or SHAPES[:2])
+    names = {*config.only, "cudnn"} if config.only else {case.name for case in cases}
+    cases = [case for case in cases if case.name in names]
     least = config.calls, config.turn * 1e6
     cases = [dataclasses.replace(case, least=least) for case in cases]
     codes: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
@@ -264,7 +267,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     if config.cases == "calibrated":
         checks = [
             partial(check, calibrated_blocks.config_of(codes), calibrated_blocks.calibration())
-            for codes in calibrated_blocks.CODES.values()
+            for name, codes in calibrated_blocks.CODES.items()
+            if name in names
         ]
     with ThreadPoolExecutor() as pool:
         chains = pool.map(compiled, cases)

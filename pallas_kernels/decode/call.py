@@ -35,9 +35,8 @@ def decode(
     if (numbers is None) != (len(pools) == 1):
         raise ValueError(f"numbers: got {numbers} of {len(pools)} pools, expected them of several")
     ((tokens, channels),) = shapes
-    inputs = [
-        {"keys": list(x.keys), "values": list(x.values), "scales": list(x.scales)} for x in pools
-    ]
+    names = ("keys", "values", "scales", "bases")
+    inputs = [{name: list(getattr(pool, name)) for name in names} for pool in pools]
     tables = [
         {
             "keys": [_table(book) for book in pool.key_codebooks],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import BlocksOperand, key_scale, value_scale
+from pallas_kernels.primitives.blocks import BlocksOperand, key_scale, load_scales, value_scale
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.dequantize import divide, power_of_two
 from pallas_kernels.primitives.trellis import code_number
@@ -42,7 +42,7 @@ def _decode(
 
     @cache
     def scales_of(number: int) -> tuple[jax.Array, jax.Array]:
-        word = triton.load(pool["scales"][number].at[row, page, token])
+        word = load_scales(pool, number, (row, page, token))
         return key_scale(word), value_scale(word)
 
     sides = (

@@ -120,6 +120,7 @@ def _of_pools(
         "keys": [[tuple(map(flat, x)) for x in pool.keys] + signs for pool in pools],
         "values": [[tuple(map(flat, x)) for x in pool.values] for pool in pools],
         "scales": [[*map(flat, pool.scales), *norms] for pool in pools],
+        "bases": [[*map(flat, pool.bases)] for pool in pools],
         "key_tables": [[group.decoder.tables() for group in plan.key_groups] for plan in plans],
         "value_tables": [[x.tables() for x in plan.value_decoders] for plan in plans],
     }
@@ -149,7 +150,7 @@ def run(
             (*x.shape[:-2], None, x.shape[-1]), lambda i, h, j: (0,) * (x.ndim - 2) + (h, 0)
         )
 
-    pool = dict.fromkeys(("keys", "values", "scales"), shared)
+    pool = dict.fromkeys(("keys", "values", "scales", "bases"), shared)
     kinds = pool | {"queries": of_head, "key_tables": shared, "value_tables": shared}
     kinds |= {"place": shared, "heads": shared}
     in_specs = {

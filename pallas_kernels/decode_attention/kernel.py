@@ -29,12 +29,11 @@ from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs
 from pallas_kernels.decode_attention.tile import attend, place_of
 from pallas_kernels.decode_attention.uncoded import PARTS
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.digits import PHASES, UNITS
 from pallas_kernels.primitives.period import PERIOD
 
 # What a pool has of its own among the inputs.
-POOL = ("keys", "values", "scales", "key_tables", "value_tables")
+POOL = ("keys", "values", "scales", "bases", "key_tables", "value_tables")
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:
@@ -203,7 +202,8 @@ def attend_format(
     columns = plan.columns
     zeros = jnp.zeros((plan.value_order.columns // PHASES, columns), jnp.float32)
     accumulators = tuple(
-        jnp.zeros((max(16, power_of_two(n)), columns), jnp.float32) for n in plan.value_channels
+        jnp.zeros((plan.value_rows(g), columns), jnp.float32)
+        for g in range(len(plan.value_channels))
     )
     carry = (
         jnp.full((columns,), EMPTY, jnp.float32),

@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import capped
 from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import key_scale, value_scale
+from pallas_kernels.primitives.blocks import ShortScales, Word, key_scale, value_scale
 from pallas_kernels.primitives.dequantize import MIN_COLUMNS, beside, divide, power_of_two
 from pallas_kernels.primitives.digits import UNITS, digits, weighted
 from pallas_kernels.primitives.gather import Decoder
@@ -117,6 +117,14 @@ class DecodePlan:
             return self.value_decoders[0]
         return TokenOrder(self.tokens, self.pages)
 
+    def value_rows(self, group: int) -> int:
+        """Channels of a group of values, padded.
+
+        A look-up takes four neighbouring bytes of a row from one thread. Of fewer rows a warp, each
+        with 8 bytes, a thread has only two.
+        """
+        return max(16 * self.warps, power_of_two(self.value_channels[group]))
+
     @property
     def columns(self) -> int:
         """Query heads of a group, padded: twice as many columns fill a product of 8."""
@@ -169,14 +177,15 @@ def _side_by_side(tiles: list[jax.Array | None]) -> jax.Array:
     return beside([jnp.zeros_like(like) if tile is None else tile for tile in tiles])
 
 
-def value_exponent(words: list[jax.Array]) -> jax.Array:
+def value_exponent(words: list[Word]) -> jax.Array:
     """int32 e with |scale| < BOUND * 2**(e - BIAS) for the value scales of all groups.
 
     NOT_FINITE if one of them is not.
     """
-    found = jnp.full(words[0].shape, MIN_EXPONENT, jnp.int32)
+    shape = words[0].value.shape if isinstance(words[0], ShortScales) else words[0].shape
+    found = jnp.full(shape, MIN_EXPONENT, jnp.int32)
     for word in words:
-        if word.dtype != jnp.uint32:  # of the value alone
+        if isinstance(word, ShortScales) or word.dtype != jnp.uint32:  # no halves
             word = lax.bitcast_convert_type(value_scale(word), jnp.uint32)
         found = jnp.maximum(found, ((word >> 23) & 255).astype(jnp.int32))
     return found
@@ -232,7 +241,7 @@ def scores(
     state: Refs,
     page: jax.Array,
     token: jax.Array,
-    words: list[jax.Array],
+    words: list[Word],
     mean: tuple | None,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Logits in base 2 of tokens in these places, [tokens, heads], as (x, y) of a sum of x * y."""

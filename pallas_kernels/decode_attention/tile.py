@@ -16,8 +16,7 @@ from pallas_kernels.decode_attention.scores import (
     value_exponent,
 )
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.blocks import value_scale
-from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.blocks import load_scales, value_scale
 from pallas_kernels.primitives.digits import PHASES, interleave, total, weighted
 
 
@@ -54,8 +53,8 @@ def tile_scores(
         if "start" in state:
             seen = seen & (place >= state["start"])
         # what lies in an unseen place may be NaN, as a scale, which a score of EMPTY would not stop
-        places = [(ref, ref.at[page, token]) for ref in refs["scales"]]
-        words = [triton.load(at, mask=seen, other=jnp.zeros((), ref.dtype)) for ref, at in places]
+        count = len(refs["scales"])
+        words = [load_scales(refs, number, (page, token), seen) for number in range(count)]
         mean = state.get("mean")
         if digits is not None:
             mean = state["turning"].product(phase, digits)
@@ -123,7 +122,7 @@ def value_products(plan: DecodePlan, refs: Refs, state: Refs, group: int, pages,
     """float32 [channels, heads]: level times share, summed over the tokens of a tile."""
     decoder = plan.value_decoders[group]
     count = plan.value_channels[group]
-    channel = jnp.arange(max(16, power_of_two(count)))
+    channel = jnp.arange(plan.value_rows(group))
     exists = None if count == channel.shape[0] else (channel < count)[:, None]
     planes = refs["values"][group]
 

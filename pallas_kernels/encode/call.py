@@ -118,6 +118,7 @@ def encode(
         scales=tuple(map(as_before, written["scales"], pool.scales)),
         key_mean=written.get("key_mean"),
         rotated_mean=None if pool.rotated_mean is None else written["rotated_mean"],
+        scales_by_job=pool.scales_by_job,
     )
 
 

@@ -26,9 +26,10 @@ def encode_kernel(
 ) -> None:  # fmt: skip
     """One program of the grid (kv head, programs): as many jobs as any other, or one less."""
     jobs, program = constants["jobs"], triton.program_id(1)
-    _, pages, tokens = pool.scales[0].shape
+    pages, tokens = pool.pages[1], pool.scales[0].shape[2]
     first_page = triton.program_id(0) * pages  # here: in a branch an interpreter does not know it
     total = jobs.shape[0]
+    first_job = triton.program_id(0) * total if pool.scales_by_job else None
     begin, stop = (lax.div((program + i) * total, jnp.int32(programs)) for i in (0, 1))
     job = begin + jnp.arange(power_of_two(-(-total // programs)))
 
@@ -51,6 +52,7 @@ def encode_kernel(
             tokens=tokens,
             jobs=jobs,
             first_page=first_page,
+            first_job=first_job,
             vectors=source[side],
             parts=constants[side][g].parts,
             packing=constants["packing"][g] if side == "values" else None,

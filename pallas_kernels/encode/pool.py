@@ -53,6 +53,8 @@ class PreRopeOperand:
 class Pool:
     """Where the blocks go: groups of keys and of values, and their scales.
 
+    scales: the words of 16-bit scales, as `BlocksOperand` has them; or [K, jobs, T], of each head
+    and job, for a caller that makes something else of them (`scales_by_job`).
     rotated_mean: what `rotated_means` makes of the key_mean, for callers that hold it; it is kept
     true as key_mean is.
     """
@@ -63,11 +65,22 @@ class Pool:
     key_mean: Float[Array, "means K H"] | None
     pre_rope: PreRopeOperand | None = None
     rotated_mean: Float[Array, "means K H"] | None = None
+    scales_by_job: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Rows, and pages of each."""
+        rows, pages = self.keys[0].planes[0].shape[:2]
+        return rows, pages
 
 
 def check(keys: jax.Array, values: jax.Array, jobs: jax.Array, pool: Pool) -> int:
     """Tokens of a page, after the shapes were seen to fit."""
-    rows, pages, tokens = pool.scales[0].shape
+    (rows, pages), tokens = pool.pages, pool.scales[0].shape[2]
+    lead = (keys.shape[2], jobs.shape[0]) if pool.scales_by_job else (rows, pages)
+    for scales in pool.scales:
+        if scales.shape != (*lead, tokens):
+            raise ValueError(f"scales: got {list(scales.shape)}, expected {[*lead, tokens]}")
     if tokens not in PAGE_TOKENS:
         raise NotImplementedError(f"pages: got {tokens} tokens, served are {PAGE_TOKENS}")
     if keys.shape != values.shape or keys.dtype != values.dtype:

@@ -57,7 +57,8 @@ class GroupTask:
     jobs [jobs, 5]; `first_page` of the kv head, among those of the first one's row; vectors [rows,
     slots, H]; parts [parts, 1, H, H] of the rotation; packing
     matrices of the planes, of values only; centre, or None where nothing is taken off; `scales`
-    [pages, tokens], of which another part has the other half if `shared`.
+    [pages, tokens], of which another part has the other half if `shared`; [jobs, tokens] of all
+    heads where there is a `first_job` of this one.
     """
 
     group: GroupOperand
@@ -66,6 +67,7 @@ class GroupTask:
     tokens: int
     jobs: Any
     first_page: jax.Array
+    first_job: jax.Array | None
     vectors: Any
     parts: Any
     packing: list[Any] | None
@@ -96,6 +98,10 @@ class GroupTask:
         page = self.of_job(number, 2)
         return jnp.where(page < 0, page, page + self.first_page)
 
+    def line(self, first: jax.Array, turn: jax.Array, page: jax.Array) -> jax.Array:
+        """Of the scales of job `first` + `turn`."""
+        return page if self.first_job is None else self.first_job + first + turn
+
     def tile(self, place: JobPlace, token: jax.Array) -> Tile:
         """Some tokens of a block."""
         periods = -(-self.tokens // PERIOD)
@@ -115,12 +121,12 @@ class GroupTask:
             place=place.place,
         )
 
-    def other_scales(self, page: jax.Array) -> list[jax.Array]:
+    def other_scales(self, line: jax.Array) -> list[jax.Array]:
         """What has to stay in the words of the scales."""
         if not self.shared:
             return [jnp.zeros(token.shape, jnp.uint32) for token in self.tiles]
         at = self.scales.at
-        words = [triton.load(at[jnp.maximum(page, 0), token]) for token in self.tiles]
+        words = [triton.load(at[jnp.maximum(line, 0), token]) for token in self.tiles]
         return [word & jnp.uint32(0xFFFF) for word in words]
 
     def packing_weights(self) -> list[list[jax.Array]]:
@@ -130,6 +136,7 @@ class GroupTask:
     def store(
         self,
         page: jax.Array,
+        line: jax.Array,
         others: list[jax.Array],
         weights: list[list[jax.Array]],
         rotate: Callable[[jax.Array], Rotated],
@@ -148,7 +155,7 @@ class GroupTask:
             word = bits.astype(jnp.uint32)
             if self.packing is not None:  # values have the high half
                 word = other | (word << jnp.uint32(16))
-            triton.store(self.scales.at[page, token], word)
+            triton.store(self.scales.at[line, token], word)
             for i, width in enumerate(widths):
                 fields = [field_of(index, i, code.bits) for index in indices]
                 if self.packing is None:
@@ -173,7 +180,8 @@ def compress(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
         place, missed = carry
         # a turn ahead, so that the vectors do not wait for it
         ahead, page = part.place(first + i + 1), part.page(first + i)
-        others = part.other_scales(page)
+        line = part.line(first, i, page)
+        others = part.other_scales(line)
 
         def rotate(token: jax.Array) -> Rotated:
             return rotated(part.tile(place, token), rotation)
@@ -183,7 +191,7 @@ def compress(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
         known = (lambda _: only) if len(part.tiles) == 1 else rotate
         found = lax.cond(
             triton.uniform(page) >= 0,
-            lambda: part.store(page, others, packing, known),
+            lambda: part.store(page, line, others, packing, known),
             lambda: nothing,
         )
         return ahead, missed | (found << (i & 31))
@@ -197,9 +205,11 @@ def compress(part: GroupTask, first: jax.Array, count: jax.Array) -> None:
         @triton.when(triton.uniform(jnp.where(page >= 0, found, 0)) > 0)
         def again() -> None:
             place = part.place(first + i)
+            line = part.line(first, i, page)
             part.store(
                 page,
-                part.other_scales(page),
+                line,
+                part.other_scales(line),
                 part.packing_weights(),
                 lambda token: scaled(part.tile(place, token)),
             )

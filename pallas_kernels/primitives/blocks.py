@@ -1,15 +1,18 @@
 """Pages of compressed keys and values as the kernels read them, and the check of their shapes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Shaped, UInt32
+from jaxtyping import Array, Shaped
 
+from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.limits import PAGE_TOKENS
 
+Refs = dict[str, Any]
 Planes = tuple[Shaped[Array, "rows pages _ _"], ...]
 
 
@@ -25,16 +28,20 @@ class BlocksOperand:
     group g; or `scales[0]` has that of all groups of the sides in `joint`, (keys, values). A value
     is scale * step * level[code].
 
+    With `bases` [rows, pages] scales are codes of 8 bits (`ShortScales`): scales[g] uint16, the
+    code of the value << 8 | that of the key, bases[g] uint32, two bf16 numbers in the same order.
+
     A side without codebooks is in full precision: one group of one plane, the vectors [rows, pages,
-    T, H] in 16 bits. The scales are bf16 then, those of the other side.
+    T, H] in 16 bits. The scales are those of the other side then: bf16, or uint8 and bf16 bases.
     """
 
     keys: tuple[Planes, ...]
     values: tuple[Planes, ...]
-    scales: tuple[UInt32[Array, "rows pages T"] | BFloat16[Array, "rows pages T"], ...]
+    scales: tuple[Shaped[Array, "rows pages T"], ...]
     key_codebooks: tuple[CodebookOperand, ...] = dataclasses.field(metadata=dict(static=True))
     value_codebooks: tuple[CodebookOperand, ...] = dataclasses.field(metadata=dict(static=True))
     joint: tuple[bool, bool] = dataclasses.field(default=(False, False), metadata=dict(static=True))
+    bases: tuple[Shaped[Array, "rows pages"], ...] = ()
 
     @property
     def key_channels(self) -> tuple[int, ...]:
@@ -67,15 +74,60 @@ def flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def key_scale(word: jax.Array) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class ShortScales:
+    """Scales that were codes of 8 bits, float32: base * 2^((c - 254) / 32), 0 and NaN apart."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+Word = jax.Array | ShortScales
+"""The scales of tokens: two in a word, one that stands alone, or both by themselves."""
+
+
+def load_scales(refs: Refs, number: int, place: tuple, mask: jax.Array | None = None) -> Word:
+    """Those of number `number` of tokens in (page, token) `place`; 0 where masked.
+
+    refs: "scales", and "bases" where there are any.
+    """
+    ref = refs["scales"][number]
+    at = ref.at[place]
+    if mask is None:
+        word = triton.load(at)
+    else:
+        word = triton.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
+    if number >= len(refs["bases"]):
+        return word
+    base = triton.load(refs["bases"][number].at[place[:-1]])
+    code = word.astype(jnp.int32)
+    if ref.dtype == jnp.uint8:
+        scale = _short_scale(code, base.astype(jnp.float32))
+        return ShortScales(scale, scale)
+    return ShortScales(
+        _short_scale(code & 255, key_scale(base)), _short_scale(code >> 8, value_scale(base))
+    )
+
+
+def _short_scale(code: jax.Array, base: jax.Array) -> jax.Array:
+    power = triton.exp2((code - 254).astype(jnp.float32) * (1 / 32))
+    found = jnp.where(code == 0, 0.0, base * power)
+    return jnp.where(code == 255, jnp.nan, found)
+
+
+def key_scale(word: Word) -> jax.Array:
     """The key's scale: the low half of the token's word, or a scale that stands alone."""
+    if isinstance(word, ShortScales):
+        return word.key
     if word.dtype == jnp.uint32:
         return lax.bitcast_convert_type(word << 16, jnp.float32)
     return word.astype(jnp.float32)
 
 
-def value_scale(word: jax.Array) -> jax.Array:
+def value_scale(word: Word) -> jax.Array:
     """The value's scale: the high half of the token's word, or a scale that stands alone."""
+    if isinstance(word, ShortScales):
+        return word.value
     if word.dtype != jnp.uint32:
         return word.astype(jnp.float32)
     return lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -114,14 +166,23 @@ def check_pool(blocks: BlocksOperand) -> tuple[int, int, int]:
             f"channels: got {blocks.key_channels} of keys and {blocks.value_channels} of values, "
             "expected as many"
         )
-    dtype = jnp.dtype(jnp.uint32 if all(coded) else jnp.bfloat16)
-    for scales in blocks.scales:
-        if scales.shape != (*place, tokens) or scales.dtype != dtype:
-            raise ValueError(
-                f"scales: got {scales.dtype}{list(scales.shape)}, "
-                f"expected {dtype}{[*place, tokens]}"
-            )
+    _check_scales(blocks, all(coded), (*place, tokens))
     return rows, pages, tokens
+
+
+def _check_scales(blocks: BlocksOperand, both: bool, shape: tuple[int, ...]) -> None:
+    """Raises where scales, or bases, are not those of these tokens, of `both` sides or one."""
+    types = (jnp.uint32, None) if both else (jnp.bfloat16, None)
+    if blocks.bases:
+        types = (jnp.uint16, jnp.uint32) if both else (jnp.uint8, jnp.bfloat16)
+        if len(blocks.bases) != len(blocks.scales):
+            raise ValueError(f"bases: got {len(blocks.bases)} of {len(blocks.scales)} scales")
+    arrays = [(x, types[0], shape) for x in blocks.scales]
+    for x, dtype, expected in arrays + [(x, types[1], shape[:-1]) for x in blocks.bases]:
+        if x.shape != expected or x.dtype != dtype:
+            raise ValueError(
+                f"scales: got {x.dtype}{list(x.shape)}, expected {jnp.dtype(dtype)}{list(expected)}"
+            )
 
 
 def _check_vectors(side: tuple[Planes, ...], place: tuple[int, ...]) -> None:

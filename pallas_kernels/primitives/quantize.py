@@ -117,7 +117,8 @@ def scaled(tile: Tile) -> Rotated:
 
     def load(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Columns, what is rotated there, and the vectors less their mean."""
-        within = (i + triton.hidden_zero(i)) * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
+        first = i + triton.hidden_zero(i) if tile.has_turned_mean else i
+        within = first * FEW_COLUMNS + jnp.arange(FEW_COLUMNS)
         wide = tile.centred(within).astype(jnp.float32)
         return within, wide, wide - tile.mean(within)[None, :] if tile.has_rotated_mean else wide
 

@@ -108,9 +108,14 @@ class Tile:
         return self.centre is not None and self.centre.rotated is not None
 
     @property
+    def has_turned_mean(self) -> bool:
+        """Whether a mean before RoPE comes off before the rotation."""
+        return self.centre is not None and self.centre.turned is not None
+
+    @property
     def pieces(self) -> list[jax.Array]:
         """Columns that are taken off and rotated at a time: more would not fit into registers."""
-        if self.centre is None or self.centre.turned is None:
+        if not self.has_turned_mean:
             return [self.column.within]
         size = min(PIECE, self.column.count // 2 if self.has_pairs else self.column.count)
         starts = range(0, self.column.count // (1 + self.has_pairs), size)

@@ -38,11 +38,14 @@ OTHERS = {  # what no setting of the design has
         key=CODEC(((8, 3), (24, 2)), "block_hadamard", code="trellis", scales="joint_products"),
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
     ),
+    "short scales": dict(
+        head_dim=16, key=CODEC(((8, 3), (8, 2))), value=CODEC(3, code="trellis"), scale_bits=8
+    ),
     "keys in full precision": dict(
         head_dim=16, key=CODEC(16), value=CODEC(3, code="trellis"), dtype="bfloat16"
     ),
     "values in full precision": dict(
-        head_dim=16, key=CODEC(((8, 3), (8, 2))), value=CODEC(16), dtype="float16"
+        head_dim=16, key=CODEC(((8, 3), (8, 2))), value=CODEC(16), dtype="float16", scale_bits=8
     ),
 }
 BATCH = 4

@@ -72,7 +72,23 @@ UNCODED = {
         block=64,
     ),
 }
-SETTINGS |= UNCODED
+SHORT = {
+    "short scales": dict(
+        head_dim=64, key=TRELLIS(((32, 2), (32, 1))), value=TRELLIS(2), scale_bits=8, sinks=3
+    ),
+    "short scales beside keys in full precision": dict(
+        head_dim=32, key=CODEC(16), value=CODEC(3), scale_bits=8
+    ),
+    "short scales of calibrated heads": dict(
+        head_dim=64,
+        key=CODEC(scales="joint"),
+        value=CODEC(rotation="haar"),
+        allocation=cache.Allocation((2, (((16, 4), (16, 2), (32, 1)), 2)), (3, (2, 3))),
+        rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
+        scale_bits=8,
+    ),
+}
+SETTINGS |= UNCODED | SHORT
 COMPILED = SETTINGS | {
     "trellis of groups": dict(
         head_dim=64,
@@ -145,7 +161,7 @@ def test_the_fused_kernel_is_attention_over_the_decoded_vectors(name, monkeypatc
 @pytest.mark.parametrize(
     ("name", "interpret"),
     [
-        *((name, True) for name in ("heads of several bits", *UNCODED)),
+        *((name, True) for name in ("heads of several bits", *UNCODED, *SHORT)),
         *(pytest.param(name, False, marks=GPU) for name in COMPILED),
     ],
 )
@@ -289,7 +305,7 @@ def test_a_step_that_turns_its_own_queries(name):
         ("calibrated", True),
         ("heads of several bits", True),
         ("layers of several bits", True),
-        *((name, True) for name in UNCODED),
+        *((name, True) for name in (*UNCODED, *SHORT)),
         *(pytest.param(n, False, marks=GPU) for n in COMPILED if "prod" not in n),
     ],
 )

@@ -37,6 +37,7 @@ SETTINGS = {
         value=CODEC(((16, 3), (8, 2), (8, 1)), scales="joint"),
     ),
     "prod": dict(head_dim=64, key=CODEC(((32, 4), (32, 3)), code="prod"), value=CODEC(2, "haar")),
+    "short scales": dict(head_dim=32, key=CODEC(4), value=CODEC(2, "haar"), scale_bits=8),
     "keys in full precision": dict(head_dim=32, key=CODEC(16), value=CODEC(2, "haar")),
     "values in full precision": dict(head_dim=32, key=CODEC(4), value=CODEC(16)),
 }  # fmt: skip
@@ -64,6 +65,7 @@ RAGGED, LONG = ((0, 3, 367), 10**6), ((399, 300, 331), 1)
         ("calibrated", "xla", LONG),
         ("heads", "xla", LONG),
         ("prod", "xla", RAGGED),
+        ("short scales", "xla", RAGGED),
         ("keys in full precision", "xla", RAGGED),
         ("values in full precision", "xla", LONG),
         *(pytest.param(n, "cudnn", p, marks=GPU) for n in SETTINGS for p in (RAGGED, LONG)),

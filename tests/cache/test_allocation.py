@@ -14,8 +14,9 @@ from tests.layout import QUICK, decoded, random_parts, row_of_head
 from turboquant_jax import cache
 from turboquant_jax.attention import Scores, attend, attend_and_write
 from turboquant_jax.cache import Allocation, CodecConfig
-from turboquant_jax.cache.allocation import Losses, choose, mean_bits
+from turboquant_jax.cache.allocation import Losses, mean_bits
 from turboquant_jax.cache.bytes import bytes_per_compressed_token, count_bytes, planned_bytes
+from turboquant_jax.cache.choice import choose
 from turboquant_jax.cache.state import rows_of
 from turboquant_jax.cache.storage import restore, save
 
@@ -404,11 +405,11 @@ def test_a_layer_has_few_formats():
     """Of 12 heads that want everything; one format is the best that all can share."""
     losses = random_losses(np.random.default_rng(3), 2, 12, (1, 2, 3, 4), (1, 2, 3, 4))
     costs = ([1.0, 2.0, 3.0, 4.0],) * 2
-    free = choose(losses, costs, 100, most=16)
+    free = choose(losses, costs, 100, most=16, kinds=16)
     assert max(len(set(layer)) for layer in free.layers) > 4
     previous = losses.of(free)
     for most in (4, 2, 1):
-        found = choose(losses, costs, 100, most=most)
+        found = choose(losses, costs, 100, most=most, kinds=16)
         assert max(len(set(layer)) for layer in found.layers) <= most
         assert losses.of(found) >= previous
         previous = losses.of(found)
@@ -420,6 +421,37 @@ def test_a_layer_has_few_formats():
     both = of_layers[0].ravel()[:, None] + of_layers[1].ravel()[None]
     fits = cost.ravel()[:, None] + cost.ravel()[None] <= 100
     assert previous <= both[fits].min() * 1.3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cache_has_few_formats(seed):
+    """Two for all heads: against the best pair of them by brute force, a step of one head apart."""
+    losses = random_losses(np.random.default_rng(seed), 5, 2, (1, 2, 3), (1, 2))
+    menus = list(itertools.product((1, 2, 3), (1, 2)))
+    costs = ([10.0, 20.0, 30.0], [10.0, 20.0])
+    of_heads = np.reshape([losses.keys[i][h] for i in range(5) for h in (0, 1)], (10, 3, 1))
+    of_heads = of_heads + np.reshape(
+        [losses.values[i][h] for i in range(5) for h in (0, 1)], (10, 1, 2)
+    )
+    cost, of_heads = 10.0 * np.asarray([k + v for k, v in menus]), of_heads.reshape(10, 6)
+
+    def best(budget):
+        found = []
+        for i, j in itertools.combinations(range(6), 2):
+            dear, cheap = (i, j) if cost[i] > cost[j] else (j, i)
+            gains = np.sort(of_heads[:, cheap] - of_heads[:, dear])[::-1]
+            step = cost[dear] - cost[cheap]
+            rest = budget - 10 * cost[cheap]
+            gains = gains[: int(rest // step)] if step else gains
+            if rest >= 0:
+                found.append(of_heads[:, cheap].sum() - np.maximum(gains, 0).sum())
+        return min(found)
+
+    for budget in (230, 300, 370):
+        allocation = choose(losses, costs, budget, kinds=2)
+        assert len(allocation.kinds) <= 2
+        assert best(budget) - 1e-12 <= losses.of(allocation) <= 1.05 * best(budget - 10)
+    assert len(choose(losses, costs, 300).kinds) > 2
 
 
 def test_it_prints_a_summary():

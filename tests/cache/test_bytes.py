@@ -27,6 +27,10 @@ CONFIGS = {
     ),
     "local": cache.CacheConfig(2, 1, 16, CODEC(4), CODEC(4), block=16, window=8, sliding_window=50),
     "prod": cache.CacheConfig(2, 2, 40, CODEC(3, "haar", code="prod"), CODEC(2, "haar"), window=8),
+    "short scales": cache.CacheConfig(
+        2, 2, 64, CODEC(((16, 4), (48, 1)), "haar"), CODEC(2), scale_bits=8
+    ),
+    "short scales of one side": cache.CacheConfig(2, 2, 32, CODEC(16), CODEC(4), scale_bits=8),
     "keys in full precision": cache.CacheConfig(2, 3, 64, CODEC(16), CODEC(3)),
     "values in full precision": cache.CacheConfig(2, 2, 32, CODEC(4), CODEC(16), window=8),
     "float32": cache.CacheConfig(1, 1, 8, block=8, window=16, dtype="float32"),
@@ -83,6 +87,8 @@ def test_bytes_of_a_further_token():
     assert bytes_per_compressed_token(sketched) == 32 * 8 * (66 + 68) + 12 / 64
     for sides in (dict(key=CODEC(16)), dict(value=CODEC(16))):  # one scale, of the other side
         assert bytes_per_compressed_token(replace(config, **sides)) == 32 * 8 * (256 + 66) + 12 / 64
+    short = replace(config, scale_bits=8)  # a byte a vector, and 2 of its base a page
+    assert bytes_per_compressed_token(short) == 32 * 8 * 2 * (65 + 2 / 64) + 12 / 64
     ring = cache.CacheConfig(32, 8, 128, sliding_window=4096)
     assert bytes_per_compressed_token(ring) == 0
 

@@ -98,12 +98,22 @@ def _seen_blocks(config, length):
             dict(value=CodecConfig(16), allocation=Allocation((1,), (1,))),
             "allocation beside value.bits of 16",
         ),
+        (dict(scale_bits=4), "scale_bits: got 4, expected 8 or 16"),
+        (
+            dict(scale_bits=8, key=CodecConfig(4, code="prod")),
+            "scale_bits: got 8, expected 16, where the code is prod",
+        ),
         (dict(num_layers=0), "num_layers: got 0, expected at least 1"),
     ],
 )
 def test_what_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
         CacheConfig(**dict(num_layers=1, num_kv_heads=1, head_dim=8) | change)
+
+
+def test_torch_says_that_it_has_no_scales_of_8_bits():
+    with pytest.raises(ValueError, match="scale_bits: got 8, expected 16"):
+        codecs_of(CacheConfig(1, 1, 8, scale_bits=8), 0)
 
 
 def test_torch_says_that_it_has_no_side_in_full_precision():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from functools import partial
+from pathlib import Path
 
 import chex
 import jax
@@ -196,9 +197,9 @@ def test_keys_and_values_of_other_shapes_are_refused():
             jax.eval_shape(cache.append, state, k, v)
 
 
+GUIDE = Path(__file__).parents[2] / "docs/guides/several-gpus.md"
 SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+import jax.numpy as jnp, numpy as np
 from turboquant_jax import cache
 from turboquant_jax.attention import attend
 assert jax.device_count() == 2
@@ -207,14 +208,7 @@ config = cache.CacheConfig(
     1, 2, 8, cache.CodecConfig(2), cache.CodecConfig(1), block=8, window=5, sinks=1
 )
 empty = cache.create(config, 2, 40, key=jax.random.key(0))
-
-def spec(path, leaf):
-    name = jax.tree_util.keystr(path)
-    axis = {".parts[0].pool": 0, ".window": 3, ".sinks": 3, ".key_mean": 2}
-    axis = next((a for n, a in axis.items() if name.startswith(n)), None)
-    return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, "heads"))
-
-shardings = jax.tree_util.tree_map_with_path(spec, empty)
+shardings = shardings(empty, mesh)
 step = jax.jit(lambda s, q, k: (cache.append(s, k, k), attend(s, 0, q, k[0], k[0])))
 one, two = empty, jax.device_put(empty, shardings)
 k = np.random.default_rng(1).normal(size=(1, 2, 30, 2, 8)).astype(np.float32)
@@ -233,7 +227,8 @@ for (path, a), b, s in zip(
 
 
 def test_heads_on_two_devices():
-    """In a process of its own: the number of devices is fixed when JAX starts."""
+    """As the guide has it, in a process of its own: JAX has a fixed number of devices."""
+    shown = GUIDE.read_text().split("```python\n")[1].split("```")[0]
     flags = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
@@ -241,6 +236,9 @@ def test_heads_on_two_devices():
         "NPROC": "8",
     }
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
+        [sys.executable, "-c", shown + SHARDED],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

@@ -68,6 +68,15 @@ def test_keys_with_a_sketch_come_back(tmp_path, same_bits):
         restore(jax.eval_shape(lambda: make(gaussian)), tmp_path / "prod", model="m")
 
 
+def test_scales_of_8_bits_come_back(tmp_path, same_bits):
+    config = replace(CONFIG, scale_bits=8)
+    state = filled(make(config))
+    save(state, tmp_path / "short", model="m")
+    same_bits(restore(make(config), tmp_path / "short", model="m"), state)
+    with pytest.raises(ValueError, match="got config"):
+        restore(jax.eval_shape(make), tmp_path / "short", model="m")
+
+
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_a_side_in_full_precision_comes_back(side, tmp_path, same_bits):
     config = replace(CONFIG, **{side: cache.CodecConfig(16)})
@@ -80,7 +89,7 @@ def test_a_side_in_full_precision_comes_back(side, tmp_path, same_bits):
 
 def test_what_a_file_says_of_other_codes_does_not_know_of_sketches(saved):
     header = saved[1].read_bytes()
-    assert b"scalar" in header and b"sketch" not in header
+    assert b"scalar" in header and b"sketch" not in header and b"scale_bits" not in header
 
 
 @pytest.mark.parametrize(

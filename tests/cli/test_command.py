@@ -22,6 +22,8 @@ from turboquant_jax.quantizers.bounds import lloyd_max_distortion
 
 def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(settings, "TABLE_BITS", (2,))
+    few = partial(demonstration.theory_row, vectors=2000)
+    monkeypatch.setattr(demonstration, "theory_row", few)
     passes = []  # every pass over the text: the model, the tokens and the final hidden vectors
 
     def kept(run, model, tokens, *rest):
@@ -66,10 +68,11 @@ def log_probabilities(model, hidden):
     return special.log_softmax(np.asarray(hidden, np.float64)[0, :-1] @ matrix.T, axis=1)
 
 
-@pytest.fixture
-def broken(tmp_path):
-    whole = packaged_smollm2().read_bytes()
-    (tmp_path / "truncated.gguf").write_bytes(whole[: 20 * 2**20])
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("broken")
+    with packaged_smollm2().open("rb") as whole:
+        (tmp_path / "truncated.gguf").write_bytes(whole.read(20 * 2**20))
     (tmp_path / "foreign.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     (tmp_path / "folder").mkdir()
@@ -83,7 +86,6 @@ def broken(tmp_path):
         (["--bits-v", "0"], "value.bits: got 0, expected between 1 and 8"),
         (["--preset", "max", "--bits-v", "3"], "--preset max says the bits, got --bits-v beside"),
         (["--window", "-1"], "window: got -1, expected at least 0"),
-        (["--tokens", "9000"], "at most 8192"),
         (["--context", "1"], "--context must be at least 2"),
         (["--text", "{}/missing.txt"], "no such file"),
         (["--text", "{}/binary.txt"], "expected UTF-8 text"),
@@ -103,6 +105,13 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, says, broken, capsys):
     assert says in error
     assert error.count("\n") == 1
     assert not list(broken.glob("*.json"))
+
+
+def test_an_answer_that_does_not_fit_is_refused(folder, capsys):
+    assert cli.main(["demo", "--model", str(folder()), "--tokens", "9000"]) == 2
+    error = capsys.readouterr().err
+    assert "the answer up to 9000, expected at most" in error
+    assert error.count("\n") == 1
 
 
 def test_unknown_rotation_is_refused_by_the_parser(capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.fidelity import judgement
-from experiments.fidelity.allocation import Mixed, allocated, by_head, remembered
+from experiments.fidelity.allocation import Mixed, allocated, remembered, shared_by_heads
 from experiments.fidelity.choices import best
 from experiments.fidelity.codecs import Mean
 from experiments.fidelity.rule import Rule
@@ -55,7 +55,7 @@ def test_nothing_holds_on_the_texts_that_chose(loss, on_calibration, on_test):
 
 
 def test_heads_share_a_part_s_loss_as_they_do_at_one_number_of_bits():
-    made = by_head([{1: 0.8, 2: 0.2}], [[0.3, 0.1]])
+    made = shared_by_heads([{1: 0.8, 2: 0.2}], [[0.3, 0.1]])
     assert made == [
         {1: pytest.approx(0.6), 2: pytest.approx(0.15)},
         {1: pytest.approx(0.2), 2: pytest.approx(0.05)},

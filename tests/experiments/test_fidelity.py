@@ -77,3 +77,24 @@ def test_every_setting_has_both_means():
 def test_a_part_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"parts: got \['centering'\], expected some of"):
         fidelity.run(fidelity.Config("tiny", parts=("centering",)), lambda items, text: items)
+
+
+def test_calibrated_presets_are_held_against_aims_and_uniform_bits_of_their_bytes():
+    def one(preset, ratio, kl, size, **labels):
+        sizes = {"ratio": ratio - 1, "ratio_64k": ratio, "bytes_per_token_64k": size}
+        return row("calibrated", preset, kl, **sizes, **labels)
+
+    rows = [
+        one("max by a", 7.01, 0.006, 3280.0),
+        one("lossless by a", 3.7, 0.001, 6000.0),
+        one("K2 V2 trellis w128 pre-RoPE", 6.98, 0.04, 3300.0),
+        one("K3 V2 trellis w128 pre-RoPE", 5.73, 0.0009, 4018.0),
+        one("max by a", 7.01, 0.05, 3280.0, text="code"),
+        one("K2 V2 trellis w128 pre-RoPE", 6.98, 0.04, 3300.0, text="code"),
+    ]
+    found = [(claim.verdict, claim.measured) for claim in fidelity.claims(rows)]
+    verdicts = [verdict for verdict, words in found if words.startswith("max by a")]
+    # 3.5, 4.8, 5.7 and 7.0 times, its aim, uniform bits of its bytes: on all texts, and on code
+    assert verdicts == ["missed", "missed", "missed", "holds", "missed", "holds", "does not hold"]
+    # no uniform bits are as large as "lossless", and here it is only 2.7 times
+    assert len(found) == len(verdicts)

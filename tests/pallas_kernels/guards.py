@@ -84,14 +84,23 @@ def compile_for_h100(lowered, dump: str = ""):
     return lowered.compile(compiler_options=options)
 
 
-def resources(function, *arguments) -> dict[str, list[int]]:
+def _ptxas(*options) -> subprocess.CompletedProcess:
+    (root,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
+    command = [Path(root) / "bin" / "ptxas", *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def toolchain() -> dict[str, str]:
+    """What decides, beside its IR, what a kernel compiles to: jax's Triton, and ptxas."""
+    release = re.search(r"V[\d.]+", _ptxas("--version").stdout)[0]
+    return {"jax": jax.__version__, "assembler": release}
+
+
+def resources(lowered) -> dict[str, list[int]]:
     """[registers a thread, bytes of spills] of each Triton kernel, as ptxas says.
 
     Two calls of a kernel in one program are `encode` and `encode__1`.
     """
-    (root,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
-    ptxas = Path(root) / "bin" / "ptxas"
-    lowered = lower_for_h100(function, *arguments)
     kernels = {re.search(r'\bname = "(\w+)"', x)[1] for x in _configs(lowered.as_text())}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -99,10 +108,7 @@ def resources(function, *arguments) -> dict[str, list[int]]:
         for ptx in Path(folder).glob("*.ptx"):
             if ".entry" not in ptx.read_text():
                 continue
-            said = subprocess.run(
-                [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, ptx],
-                check=True, capture_output=True, text=True,
-            ).stderr  # fmt: skip
+            said = _ptxas("-v", "-arch=sm_90a", "-o", os.devnull, ptx).stderr
             for name, stores, loads, registers in re.findall(
                 r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, "
                 r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -134,11 +140,11 @@ def smallest_stored(state) -> int:
 def main() -> None:
     from tests.pallas_kernels import cases
 
-    recorded = {"jax": jax.__version__, "ir": {}, "ptxas": {}}
+    recorded = {**toolchain(), "ir": {}, "ptxas": {}}
     for name, make in cases.MAKERS.items():
         case = make()
         recorded["ir"][name] = digests(cases.lower(case.function, *case.arguments).as_text())
-        recorded["ptxas"][name] = resources(case.function, *case.arguments)
+        recorded["ptxas"][name] = resources(lower_for_h100(case.function, *case.arguments))
         print(name, recorded["ptxas"][name], flush=True)
     FILE.write_text(json.dumps(recorded, indent=1) + "\n")
 

@@ -58,6 +58,13 @@ def assert_alike(name, got, want, apart):
             assert (x != y).mean() <= apart, name
 
 
+def turned_of(given):
+    """Memory that `encode` turns its means in, and that jax gives back as it was."""
+    pool = given[0][-1]
+    before_rope = pool.fields.get("pre_rope") if isinstance(pool, operands.Operand) else None
+    return None if before_rope is None else before_rope.turned
+
+
 def test_an_operator_is_the_interpreted_kernel(call):
     operator, given = call
     spec, read, written, outputs = tensors_of(operator, given)
@@ -66,6 +73,9 @@ def test_an_operator_is_the_interpreted_kernel(call):
     operator.run(spec, *other)
     torch.cuda.synchronize()
     want = [x if x.is_floating_point() else x.numpy() for x in (*other[1], *other[2])]
+    for i, x in enumerate(written):
+        if x is turned_of(given):
+            want[i] = None
     # sums in another order: outputs in bfloat16, and now and then a code at a tie
     assert_alike(operator.__name__, [*written, *outputs], want, 5e-3)
 
@@ -134,6 +144,7 @@ def test_a_bound_call_takes_other_tensors(real):
         bound.rebind("read", 0, other.float())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 def test_operators_compile_whole_on_a_gpu(real):
     query, rotation = on_gpu(real["rotate"])[0]
     compiled = torch.compile(lambda q: operators.rotate(q, rotation) * 2, fullgraph=True)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
 from turboquant_jax.attention.definition import check_heads
 from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
-from turboquant_jax.cache import CacheConfig, pre_rope
+from turboquant_jax.cache import CacheConfig, pre_rope, short_scales
 from turboquant_jax.cache.choose import choose_compression
 from turboquant_jax.cache.layout import edge, sees
 from turboquant_jax.cache.state import Cache, LayerRows, Rows, rows_of
@@ -106,7 +106,7 @@ def center_keys(
 def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     """Keys and values [B, T, K, H] as they come back from the codecs."""
     config = cache.config
-    centred, taken = k, jnp.zeros_like(k[:, :1])
+    centred, taken = k, jnp.zeros(k[:, :1].shape, jnp.float32)
     if config.centred:
         first = k[:, config.sinks : config.sinks + config.block]
         phases = pre_rope.create(config, k.shape[1])  # the cache's end with its capacity
@@ -115,10 +115,24 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     def through(member: Rows, values: bool):
         codec, own = cache.parts[member.part].codecs[values], member.of(cache.kv_heads)
         x = member.pick(v if values else centred, axis=2)
-        return codec.unrotate(own, codec.dequantize(codec.quantize(own, x, search)))
+        groups = codec.quantize(own, x, search)
+        if config.scale_bits == 8:
+            groups = tuple((codes, None if s is None else _short(s, config)) for codes, s in groups)
+        return codec.unrotate(own, codec.dequantize(groups))
 
     keys, values = (
         rows.join([through(member, which) for member in rows.members], axis=2)
         for which in (False, True)
     )
     return keys + taken, values
+
+
+def _short(scale: BFloat16[Array, "B T K"], config: CacheConfig) -> Float[Array, "B T K"]:
+    """Scales as they come back from 8 bits, block by block; those of the sinks are never seen."""
+    count = scale.shape[1]
+    tail = -(count - config.sinks) % config.block
+    behind = jnp.pad(scale, ((0, 0), (0, tail), (0, 0)))[:, config.sinks :]
+    split = behind.reshape(behind.shape[0], -1, config.block, behind.shape[2])
+    codes = short_scales.encode_scales(jnp.moveaxis(split, 2, 3))
+    found = jnp.moveaxis(short_scales.decode_scales(*codes), 3, 2).reshape(behind.shape)
+    return jnp.pad(found, ((0, 0), (config.sinks, 0), (0, 0)))[:, :count]

@@ -264,4 +264,5 @@ def blocks_of(part: Part) -> BlocksOperand:
             raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
         sides.append(served)
     key, value = (codec.transform is not None for codec in part.codecs)
-    return BlocksOperand(pool.keys, pool.values, pool.scales, sides[0], sides[1], (key, value))
+    joint = key, value
+    return BlocksOperand(pool.keys, pool.values, pool.scales, sides[0], sides[1], joint, pool.bases)

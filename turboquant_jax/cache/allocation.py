@@ -8,8 +8,6 @@ from typing import TypeGuard, cast
 
 import numpy as np
 
-from pallas_kernels.primitives.limits import MAX_FORMATS
-
 Groups = tuple[tuple[int, int], ...]
 Bits = int | Groups
 """Bits of every channel; or ((channels, bits), ...), which split the channels, largest first."""
@@ -192,94 +190,6 @@ class Losses:
 def nested(array: np.ndarray) -> tuple:
     """The numbers of an array as tuples of tuples."""
     return tuple(map(nested, array)) if array.ndim > 1 else tuple(array.tolist())
-
-
-def choose(
-    losses: Losses,
-    costs: tuple[Sequence[float], Sequence[float]],
-    budget: float,
-    most: int = MAX_FORMATS,
-) -> Allocation:
-    """The formats of every head that lose least for what they cost, at most `budget` in all.
-
-    With a price per cost, every layer takes for each head what is cheapest, price and loss added:
-    no choice of the same cost loses less. The lowest price that the budget allows is found by
-    halving; what it leaves of the budget goes to heads one by one, the most useful first.
-
-    Args:
-      losses: of all formats.
-      costs: of the formats of keys and of values, for one head: bytes, for example.
-      budget: of all heads.
-      most: different (keys, values) formats in a layer; where its heads want more, they share.
-
-    Raises:
-      ValueError: a budget below the cheapest choice.
-    """
-    loss = np.asarray(losses.keys)[..., :, None] + np.asarray(losses.values)[..., None, :]
-    cost = np.add.outer(*(np.asarray(side, float) for side in costs)).ravel()
-    loss = loss.reshape(*loss.shape[:2], -1)  # of every head by (format of keys, of values)
-
-    def at(price: float) -> np.ndarray:
-        # a format must not win by a tie in its loss alone: the cheaper of two has it
-        return np.stack([_few(of_layer + price * cost, most) for of_layer in loss])
-
-    def spent(chosen: np.ndarray) -> float:
-        return float(cost[chosen].sum())
-
-    low, high = 0.0, 1.0
-    chosen = at(low)
-    if spent(chosen) > budget:
-        while spent(chosen := at(high)) > budget:
-            low, high = high, 4 * high
-            if high > 1e30:
-                raise ValueError(
-                    f"budget: got {budget:,.0f}, expected at least {spent(chosen):,.0f}"
-                )
-        for _ in range(100):
-            middle = (low + high) / 2
-            if spent(found := at(middle)) > budget:
-                low = middle
-            else:
-                high, chosen = middle, found
-    chosen = _spend(loss, cost, chosen, budget - spent(chosen), most)
-    pairs = [
-        [(losses.key_formats[i], losses.value_formats[j]) for i, j in zip(*where, strict=True)]
-        for where in (np.unravel_index(row, tuple(map(len, costs))) for row in chosen)
-    ]
-    keys, values = (tuple(tuple(p[side] for p in row) for row in pairs) for side in (0, 1))
-    return Allocation(keys, values)
-
-
-def _few(of_heads: np.ndarray, most: int) -> np.ndarray:
-    """For every head the column of its least number; of at most so many different columns."""
-    best = np.argmin(of_heads, axis=1)
-    if len(set(best.tolist())) <= most:
-        return best
-    kept: list[int] = []
-    least = np.full(len(of_heads), np.inf)
-    for _ in range(most):  # the column that helps most, again and again
-        kept.append(int(np.argmin(np.minimum(of_heads, least[:, None]).sum(axis=0))))
-        least = np.minimum(least, of_heads[:, kept[-1]])
-    return np.asarray(kept)[np.argmin(of_heads[:, kept], axis=1)]
-
-
-def _spend(
-    loss: np.ndarray, cost: np.ndarray, chosen: np.ndarray, rest: float, most: int
-) -> np.ndarray:
-    """Give single heads dearer formats while the rest of the budget lasts."""
-    chosen = chosen.copy()
-    while True:
-        own = np.take_along_axis(loss, chosen[..., None], axis=2)
-        gain, more = own - loss, cost - cost[chosen][..., None]
-        for layer, heads in enumerate(chosen):
-            if len(kinds := set(heads.tolist())) == most:
-                gain[layer][:, [c for c in range(len(cost)) if c not in kinds]] = 0
-        worth = np.where((gain > 0) & (more <= rest), gain / np.maximum(more, 1e-300), 0)
-        where = np.unravel_index(np.argmax(worth), worth.shape)
-        if worth[where] <= 0:
-            return chosen
-        rest -= float(more[where])
-        chosen[where[0], where[1]] = where[2]
 
 
 def _pairs(layer: Sequence, heads: int) -> tuple:

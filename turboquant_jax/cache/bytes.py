@@ -43,7 +43,9 @@ def count_bytes(cache: Cache) -> Bytes:
     return Bytes(
         key_codes=nbytes_of([(pool.keys, sketch and sketch.signs) for pool, sketch in pools]),
         value_codes=nbytes_of([pool.values for pool, _ in pools]),
-        scales=nbytes_of([(pool.scales, sketch and sketch.norms) for pool, sketch in pools]),
+        scales=nbytes_of(
+            [(pool.scales, pool.bases, sketch and sketch.norms) for pool, sketch in pools]
+        ),
         window=nbytes_of((cache.window, cache.scratch)),
         sinks=nbytes_of(cache.sinks),
         key_mean=nbytes_of(cache.key_mean),

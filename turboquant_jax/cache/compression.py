@@ -201,4 +201,5 @@ def _encode(
         part.codecs,
         key_codec.quantize(rows, keys, search),
         value_codec.quantize(rows, block.values, search),
+        scale_bits=8 if part.pool.bases else 16,
     )

@@ -112,6 +112,8 @@ class CacheConfig:
       sliding_window: tokens that a query sees, itself included, in models with local attention;
         None = all of them. Blocks beyond it are given up and their pages used again.
       dtype: of everything in full precision.
+      scale_bits: of a vector's scale: 16, a bfloat16, or 8 below a base for the tokens of a block
+        (`short_scales`).
       allocation: bits of every layer, or of every head, in the place of the codecs' own; scales of
         several groups of channels are as the codecs have them.
     """
@@ -129,6 +131,7 @@ class CacheConfig:
     sliding_window: int | None = None
     dtype: str = "bfloat16"
     allocation: Allocation | None = None
+    scale_bits: int = 16
 
     def __post_init__(self):
         for name in ("num_layers", "num_kv_heads", "head_dim", "block"):
@@ -150,6 +153,13 @@ class CacheConfig:
             self.allocation.check(self.num_layers, self.num_kv_heads, self.head_dim)
         self._check_uncoded()
         self._check_codecs()
+        _require(self.scale_bits in (8, 16), "scale_bits", "8 or 16", self.scale_bits)
+        _require(
+            self.scale_bits == 16 or self.key.code != "prod",
+            "scale_bits",
+            "16, where the code is prod: its norms are of what such scales leave",
+            self.scale_bits,
+        )
 
     def _check_uncoded(self) -> None:
         names = [name for name in ("key", "value") if not getattr(self, name).coded]

@@ -5,11 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from pallas_kernels import encode as kernel
 from turboquant_jax.cache import kernel_operands, pre_rope
-from turboquant_jax.cache.blocks import Blocks
+from turboquant_jax.cache.blocks import Blocks, shortened
 from turboquant_jax.cache.kernel_operands import flat
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part, heads_of
 from turboquant_jax.quantizers.quantizer import Quantizer
@@ -64,28 +64,49 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
     Jobs (row, slot, page, mean, block of the sequence): see `kernel.encode`.
     """
     part, dtype = cache.parts[number], source.keys.dtype
+    short, scales = bool(part.pool.bases), part.pool.scales
+    if short:
+        shape = (source.keys.shape[2], jobs.shape[0], scales[0].shape[2])
+        scales = tuple(jnp.zeros(shape, jnp.uint32) for _ in scales)
     pool = kernel.Pool(
         keys=_groups(part.codecs[0].groups, part.pool.keys, dtype),
         values=_groups(part.codecs[1].groups, part.pool.values, dtype),
-        scales=part.pool.scales,
+        scales=scales,
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         pre_rope=_pre_rope(cache, jobs),
+        scales_by_job=short,
     )
     index = jobs[:, 4:] * cache.config.block
     columns = jobs[:, :4], index == 0, index % pre_rope.PERIOD
     jobs = jnp.concatenate([column.astype(jnp.int32) for column in columns], axis=1)
     made = kernel.encode(source.keys, source.values, jobs, pool)
-    found = Blocks(
-        tuple(group.planes for group in made.keys),
-        tuple(group.planes for group in made.values),
-        made.scales,
-    )
+    written, bases = made.scales, part.pool.bases
+    if short:
+        written, bases = _put_short_scales(part.pool, made.scales, jobs[:, 2])
+    keys, values = (tuple(group.planes for group in side) for side in (made.keys, made.values))
+    found = Blocks(keys, values, written, bases=bases)
     parts = list(cache.parts)
     parts[number] = Part(part.codecs, found)
     cache = replace(cache, parts=tuple(parts))
     if cache.key_mean is None or made.key_mean is None:
         return cache
     return replace(cache, key_mean=made.key_mean.reshape(cache.key_mean.shape))
+
+
+def _put_short_scales(
+    pool: Blocks, words: tuple[UInt32[Array, "K jobs T"], ...], page: Int[Array, " jobs"]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Scales and bases of the pool with those of these words in the pages of the jobs."""
+    heads, (rows, pages, _) = words[0].shape[0], pool.scales[0].shape
+    place = page[None, :] + pages * jnp.arange(heads, dtype=jnp.int32)[:, None]
+    place = jnp.where(page[None, :] < 0, rows * pages, place)  # past the end: dropped
+
+    def put(old: Array, new: Array) -> Array:
+        lines = old.reshape(rows * pages, *old.shape[2:])
+        return lines.at[place].set(new, mode="drop").reshape(old.shape)
+
+    scales, bases = zip(*map(shortened, words), strict=True)
+    return tuple(map(put, pool.scales, scales)), tuple(map(put, pool.bases, bases))
 
 
 def _pre_rope(cache: Cache, jobs: Int[Array, "jobs 5"]) -> kernel.PreRopeOperand | None:

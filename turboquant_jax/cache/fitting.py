@@ -3,12 +3,13 @@
 from dataclasses import replace
 from typing import Literal
 
-from turboquant_jax.cache.allocation import Allocation, Bits, Losses, choose
+from turboquant_jax.cache.allocation import Allocation, Bits, Losses
 from turboquant_jax.cache.bytes import (
     compression_ratio,
     exact_bytes_per_token,
     planned_bytes,
 )
+from turboquant_jax.cache.choice import choose
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset, codecs
 
@@ -62,7 +63,7 @@ def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> All
     low, high = (float(heads * sum(map(which, costs))) for which in (min, max))
     if losses.of(choose(losses, costs, high)) > kl:
         raise ValueError(f"kl: got {kl}, expected one that the most bits reach")
-    for _ in range(40):
+    for _ in range(20):
         middle = (low + high) / 2
         fits = losses.of(choose(losses, costs, middle)) <= kl
         low, high = (low, middle) if fits else (middle, high)

@@ -338,7 +338,9 @@ def create(
             for own, codecs, *of_heads in sides
         )
         codecs = key_codec, value_codec
-        return Part(codecs, blocks.empty(codecs, (len(rows), num_pages), config.block))
+        return Part(
+            codecs, blocks.empty(codecs, (len(rows), num_pages), config.block, config.scale_bits)
+        )
 
     def exact(count: int) -> Exact:
         shape = (config.num_layers, batch, count, heads, dim)

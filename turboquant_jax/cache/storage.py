@@ -86,6 +86,8 @@ def _describe(cache: Cache) -> str:
     config = asdict(cache.config)
     if config["rope_frequencies"] is None:  # so are files that know nothing of them
         del config["rope_frequencies"]
+    if config["scale_bits"] == 16:  # and no other scales
+        del config["scale_bits"]
     for side in ("key", "value"):
         if config[side]["scales"] == "group":  # so are files that know no other
             del config[side]["scales"]

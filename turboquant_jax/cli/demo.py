@@ -15,6 +15,7 @@ from turboquant_jax.models import load
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Measure and print."""
     asked = settings.asked_bits(arguments)
+    text = demonstration.read_text(arguments.text)
     pairs = {} if arguments.calibration is not None else settings.table(arguments)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         found = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
         if found is not None:
             kinds = {asked: found}
-        tokens = demonstration.text_tokens(checkpoint, arguments.text, arguments.context)
+        tokens = demonstration.text_tokens(checkpoint, text, arguments.context)
         prompt = arguments.prompt or demonstration.default_prompt()
         answers = []
         exact = demonstration.full_precision(kinds[asked].config, checkpoint.config.max_position)

@@ -99,22 +99,32 @@ def default_text() -> str:
     return resources.files("turboquant_jax").joinpath("texts/persuasion.txt").read_text("utf-8")
 
 
-def text_tokens(checkpoint: Checkpoint, path: Path | None, count: int) -> jax.Array:
-    """The first `count` tokens of a text, [1, count].
+def read_text(path: Path | None) -> str:
+    """A file, or the default text.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a file that is not UTF-8 text, or a text of fewer than 2 tokens.
+      ValueError: a file that is not UTF-8 text.
     """
-    if path is not None and not path.is_file():
+    if path is None:
+        return default_text()
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a text")
     try:
-        text = default_text() if path is None else path.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: got {error}, expected UTF-8 text") from error
+
+
+def text_tokens(checkpoint: Checkpoint, text: str, count: int) -> jax.Array:
+    """The first `count` tokens of a text, [1, count].
+
+    Raises:
+      ValueError: a text of fewer than 2 tokens.
+    """
     ids = checkpoint.tokenizer.encode(text)[:count]
     if len(ids) < 2:
-        raise ValueError(f"{path or 'the text'}: got {len(ids)} tokens, expected at least 2")
+        raise ValueError(f"the text: got {len(ids)} tokens, expected at least 2")
     return jnp.asarray([ids], jnp.int32)
 
 

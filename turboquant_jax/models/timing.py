@@ -27,7 +27,8 @@ from turboquant_jax.models.generate import Past, compiled_prefill, decode
 from turboquant_jax.models.model import Llama
 
 _PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past would take too long
-_ONES = 0x3F803F80  # a scale word: 1.0 for the key and for the value
+# scales of 1 for the key and for the value, by the type of a word; codes of 8 bits below a base
+_ONES = {"uint32": 0x3F803F80, "uint16": 0xFEFE, "uint8": 0xFE}
 
 
 def filled_cache(
@@ -54,12 +55,11 @@ def filled_cache(
         return _spread(segment, token)
 
     def some(leaf: Array) -> Array:
-        if leaf.dtype == jnp.uint8:
+        if leaf.dtype == jnp.uint8 and leaf.ndim == 4:
             return codes(leaf)
         if leaf.ndim == 4:  # vectors in full precision: a page of them, over and over
             return _spread(leaf, jax.random.normal(next(keys), leaf.shape[2:], leaf.dtype))
-        one = _ONES if leaf.dtype == jnp.uint32 else 1
-        return _spread(leaf, jnp.asarray(one, leaf.dtype))
+        return _spread(leaf, jnp.asarray(_ONES.get(leaf.dtype.name, 1), leaf.dtype))
 
     pools = tuple(jax.tree.map(some, part.pool) for part in state.parts)
     state = dataclasses.replace(

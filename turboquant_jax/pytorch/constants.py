@@ -72,6 +72,8 @@ def codecs_of(config: CacheConfig, seed: int) -> tuple[tuple[CodecConstants, Cod
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: got {seed}, expected 0 to {2**32 - 1}")
+    if config.scale_bits != 16:
+        raise ValueError(f"scale_bits: got {config.scale_bits}, expected 16: torch has no others")
     keys = split(np.array([0, seed], np.uint32), 2)
     return tuple(
         (

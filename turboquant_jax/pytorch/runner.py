@@ -6,6 +6,7 @@ cannot be captured in a CUDA graph; later ones launch on the current stream and 
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -120,10 +121,10 @@ class Program:
     def launches(self, pointers: Sequence[int]) -> list[cuda_driver.Launch]:
         """Its kernels with the pointers of all buffers."""
         found = []
-        for kernel, (function, count) in zip(self.plan.kernels, self._kernels, strict=True):
+        for kernel, (function, binary) in zip(self.plan.kernels, self._kernels, strict=True):
             own = [pointers[i] for i in kernel.arguments]
-            own += [0] * (count - len(own))  # scratch of Triton's, of no bytes
-            found.append(cuda_driver.Launch(function, kernel.grid, 32 * kernel.warps, own))
+            own += [0] * (binary.pointers - len(own))  # scratch of Triton's, of no bytes
+            found.append(cuda_driver.Launch(function, kernel.grid, 32 * binary.warps, own))
         return found
 
 
@@ -132,9 +133,10 @@ def _program(name: str, spec: str, read: Shapes, written: Shapes, device: int) -
     return Program(plan_store.plan_of(name, spec, read, written), device)
 
 
-def _load(triton_compile, kernel, capability: int) -> tuple[cuda_driver.Function, int]:
+def _load(triton_compile, kernel, capability: int) -> tuple[cuda_driver.Function, Any]:
+    """The kernel on the GPU, and what it was compiled to."""
     binary = triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, capability)
-    return cuda_driver.Function(binary.cubin, binary.name, binary.shared), binary.pointers
+    return cuda_driver.Function(binary.cubin, binary.name, binary.shared), binary
 
 
 def shapes_of(tensors: Sequence[torch.Tensor]) -> Shapes:

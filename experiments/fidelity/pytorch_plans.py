@@ -1,6 +1,6 @@
-"""Compile ahead, on a CPU, what `pytorch_speed` and `pytorch_greedy` launch: a process for each call.
+"""Compile ahead, on a CPU, what `pytorch_speed` and `pytorch_greedy` launch.
 
-python -m experiments.speed.pytorch_plans 90
+python -m experiments.fidelity.pytorch_plans 90
 
 The number is the GPU's compute capability. Plans and machine code go where a run finds them: into
 the cache of launch plans, and into that of Triton.
@@ -92,8 +92,9 @@ def compiled(job: tuple, capability: int) -> str:
             words.append(f"{kernel.name} {time.perf_counter() - begin:.0f} s")
             words += [f"({binary.spilled} bytes spilled)"] * bool(binary.spilled)
     model, config, batch, capacity, dtype = job
-    return f"{model} {config.key.code} {config.key.bits} {batch} x {capacity} {dtype}: " + ", ".join(
-        words
+    return (
+        f"{model} {config.key.code} {config.key.bits} {batch} x {capacity} {dtype}: "
+        + ", ".join(words)
     )
 
 

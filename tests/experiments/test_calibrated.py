@@ -1,0 +1,69 @@
+"""Calibrated caches in the experiments' engine against the library's, and so the real cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.fidelity import calibrated
+from experiments.fidelity.calibrated import Calibrated
+from experiments.fidelity.forcing import Tiling, cut
+from experiments.harness import prepared
+from turboquant_jax import cache
+from turboquant_jax.cache import Allocation, CacheConfig, Calibration, CodecConfig
+from turboquant_jax.cache.bytes import count_bytes
+from turboquant_jax.cache.calibration import from_moments
+from turboquant_jax.models.evaluate import compressed_hidden
+from turboquant_jax.models.model import unstack
+from turboquant_jax.models.rope import inverse_frequencies
+
+CONTEXT = 90
+SPLIT = ((32, 3), (32, 1))
+
+
+@pytest.fixture(scope="module")
+def held():
+    """Two layers of two heads in three formats, one of them of both heads of a layer."""
+    draws = np.random.default_rng(0).normal(size=(2, 2, 2, 90, 64))
+    draws *= np.geomspace(4, 0.2, 64)
+    known = Calibration(keys=from_moments(*np.einsum("...ti,...tj->...ij", draws, draws)))
+    codec = CodecConfig(code="trellis", scales="joint_products")
+    frequencies = tuple(inverse_frequencies(prepared.TINY))
+    config = CacheConfig(
+        *(2, 2, 64), codec, codec, block=16, window=20, sinks=5, rope_frequencies=frequencies,
+        allocation=Allocation((SPLIT, (2, SPLIT)), (2, (2, 1))),
+    )  # fmt: skip
+    return Calibrated("held", config, known)
+
+
+def test_it_is_the_library_s_teacher_forcing(held):
+    model, tokens = prepared.model("tiny"), prepared.random_texts(2, CONTEXT)
+    config = dataclasses.replace(held.config, dtype="float32")
+    state = cache.create(config, 2, CONTEXT, key=jax.random.key(5), calibration=held.known)
+    expected = compressed_hidden(unstack(model), jnp.asarray(tokens), state)
+    forcing = cut(model, dtype="float32", tiling=Tiling(queries=40, reach=40, sinks=6))
+    made = forcing.run(tokens, held.rule, held.trips(5, model.config))
+    np.testing.assert_allclose(made.hidden, expected, atol=2e-5)
+    assert np.abs(forcing.full(tokens).hidden - expected).max() > 1e-2, "nothing was compressed"
+
+
+def test_bytes_are_those_of_the_cache_and_its_matrices(held):
+    sizes = held.sizes(prepared.TINY, 200)
+    state = cache.create(held.config, 1, 200, key=jax.random.key(0), calibration=held.known)
+    counted = count_bytes(state)
+    assert sizes["bytes_per_token"] * 200 == counted.total
+    assert counted.codecs > 3 * 2 * 64 * 64 * 4  # two matrices of each of three heads
+
+
+def test_smollm2_s_presets_take_the_bytes_of_the_uniform_ones():
+    file = "experiments/calibrations/smollm2-135m.safetensors"
+    model = prepared.model(prepared.SMOLLM2)
+    found = calibrated.presets_of(file, model)
+    for one, uniform in zip(found, calibrated.uniform(), strict=True):
+        assert len(one.config.formats) <= 6
+        ratio, same = (each.sizes(model.config, 8192)["ratio_64k"] for each in (one, uniform))
+        assert ratio >= same and ratio >= 7.0 * (one.preset == "max by smollm2-135m")
+    with pytest.raises(ValueError, match="calibration of Smollm2"):
+        calibrated.presets_of(file, prepared.model("tiny"))

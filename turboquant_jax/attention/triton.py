@@ -97,7 +97,8 @@ def attend_several(
             return x.reshape(batch, shape[2], total, *x.shape[4:])
 
         parts.append((by_token(output), by_token(lse)))
-    past = tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    outputs, lses = zip(*parts, strict=True)
+    past = jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
     dtype, token = cache.config.dtype, jnp.arange(count)
     causal = jnp.broadcast_to(token[:, None] >= token[None, :], (batch, count, count))
     own = attend_segment(q, k.astype(dtype), v.astype(dtype), causal, scores)

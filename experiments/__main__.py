@@ -192,8 +192,7 @@ def _report(args: argparse.Namespace) -> int:
     report.write(EXPERIMENTS, args.out, args.file)
     if committed:
         front.write(args.file.parent, args.out)
-    if committed and args.redraw:
-        front.draw(args.file.parent, args.out)
+        front.draw(args.file.parent, args.out, args.redraw)
     print(args.file)
     return 0
 

@@ -22,7 +22,6 @@ if version("jaxlib").startswith("0.10."):
 
 import jax  # noqa: E402
 from jax._src.lru_cache import LRUCache  # noqa: E402  (no public way to where programs are kept)
-from jaxtyping import install_import_hook  # noqa: E402
 
 from tests import shapes  # noqa: E402
 
@@ -48,7 +47,7 @@ if jax.default_backend() == "cpu":  # compiling costs more than what is compiled
 
 gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: look at them less often
 
-install_import_hook(shapes.CHECKED, "tests.shapes.check")  # before anything imports them
+shapes.install()
 
 # functions whose cases take 2.5 s or more together, as `pytest --durations=0` says
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())

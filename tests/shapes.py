@@ -9,6 +9,7 @@ from types import FrameType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import jax
+import jaxtyping
 import numpy as np
 from beartype import beartype
 from jax.experimental import pallas
@@ -37,6 +38,29 @@ CHECKED = (
     "pallas_kernels.rope.call",
     "pallas_kernels.trellis.call",
 )
+
+
+def install() -> None:
+    """Before anything imports `CHECKED`.
+
+    jaxtyping's decorator binds the arguments of every call, arrays or not: a checkpoint is read by
+    hundreds of thousands of calls. Functions and dataclasses without a hint of an array stay bare.
+    """
+    decorator = jaxtyping.jaxtyped
+
+    def of_arrays_alone(*, typechecker: Callable) -> Callable:
+        def decorate(made: Any) -> Any:
+            hints = getattr(
+                made.__init__ if isinstance(made, type) else made, "__annotations__", {}
+            )
+            if any(isinstance(x, str) or of_arrays(x) is not None for x in hints.values()):
+                return decorator(typechecker=typechecker)(made)
+            return made
+
+        return decorate
+
+    jaxtyping.jaxtyped = of_arrays_alone
+    jaxtyping.install_import_hook(CHECKED, "tests.shapes.check")
 
 
 def check(function: Callable) -> Callable:

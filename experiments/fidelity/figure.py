@@ -7,30 +7,32 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.fidelity.pareto import pareto
 from experiments.harness.experiment import Row, distinct, where
-from experiments.harness.plotting import bar_groups, label, panels
+from experiments.harness.plotting import OURS, PLAIN, SCALAR, bar_groups, label, panels
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """A panel for whatever was measured."""
+    """Loss against bytes, large; below it a panel for whatever else was measured."""
     drawn = list(_panels(rows))
-    made, axes = panels(max(1, math.ceil(len(drawn) / 3)), 3, 4.8, 3.6)
-    for axis, draw in zip(axes.ravel(), drawn, strict=False):
+    large = bool({"chosen", "candidate"} & {*distinct(rows, "kind")})
+    lines = max(1, math.ceil(len(drawn) / 3)) + 2 * large
+    made, axes = panels(lines, 3, 4.8, 3.6)
+    if large:
+        grid = axes[0, 0].get_gridspec()
+        for axis in axes[:2].ravel():
+            axis.remove()
+        pareto(made.add_subplot(grid[:2, :]), rows)
+    small = axes[2 * large :].ravel()
+    for axis, draw in zip(small, drawn, strict=False):
         draw(axis)
-    for axis in axes.ravel()[len(drawn) :]:
+    for axis in small[len(drawn) :]:
         axis.remove()
     return made
 
 
 def _panels(rows: Sequence[Row]) -> Iterator[Callable[[Axes], None]]:
     kinds = distinct(rows, "kind")
-    if {"chosen", "candidate"} & {*kinds}:
-        for size, loss, words in (
-            ("bytes_per_token", "kl", "KL, nats a token"),
-            ("bytes_per_token_64k", "kl", "KL, nats a token"),
-            ("bytes_per_token", "perplexity_change", "change of perplexity"),
-        ):
-            yield partial(_pareto, rows=rows, size=size, loss=loss, y=words)
     if "curve" in kinds:
         yield from (partial(draw, rows=rows) for draw in (_bits, _windows))
     if "context" in kinds:
@@ -38,47 +40,6 @@ def _panels(rows: Sequence[Row]) -> Iterator[Callable[[Axes], None]]:
     for kind, draw in (("centring", _centring), ("length", _over_length)):
         for model in distinct(where(rows, kind=kind), "model"):
             yield partial(draw, rows=where(rows, model=model, kind=kind, text="all"))
-
-
-_KINDS = {
-    "ours": "the library's, test texts",
-    "more": "what it lacks (8-bit scales)",
-    "peer": "peers, test texts",
-    "candidate": "candidates, calibration texts",
-}
-
-
-def _group(row: Row) -> str:
-    if row["kind"] == "chosen":
-        return "more" if "scale8" in row["preset"] else "ours"
-    return row["kind"]
-
-
-def _pareto(axis, rows: Sequence[Row], size: str, loss: str, y: str) -> None:
-    """The test texts, or the calibration texts where these were not reached."""
-    shown = [r for r in rows if r["kind"] in ("chosen", "peer") and r["text"] == "all"]
-    shown = shown or where(rows, kind="candidate", text="all")
-    for kind, words in _KINDS.items():
-        points = [row for row in shown if _group(row) == kind]
-        if not points:
-            continue
-        axis.errorbar(
-            [row[size] for row in points],
-            [row[loss] for row in points],
-            [row[f"{loss}_se"] for row in points],
-            fmt="o",
-            markersize=3,
-            linewidth=0.7,
-            label=words,
-        )
-        for row in points:
-            if kind != "more":
-                axis.annotate(row["preset"], (row[size], row[loss]), fontsize=4)
-    axis.set_xscale("log")
-    if any(row[loss] > 0 for row in shown):  # all of few tokens may gain by chance
-        axis.set_yscale("log")
-    when = "65,536 tokens" if size.endswith("64k") else "the texts' length"
-    label(axis, f"bytes at {when}", "bytes a token, everything counted", y)
 
 
 def _bits(axis, rows: Sequence[Row]) -> None:
@@ -126,8 +87,11 @@ def _centring(axis, rows: Sequence[Row]) -> None:
     found = {row["preset"]: row["kl"] for row in rows}
     names = [row["preset"] for row in rows if row["centred"] == 1]
     bars = {w: [found.get(f"{name}{end}", math.nan) for name in names] for w, end in ways.items()}
+    axis.set_prop_cycle(color=(SCALAR, OURS, PLAIN))
     bar_groups(axis, [name.removesuffix(" w128") for name in names], bars)
     axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
     label(axis, f"{rows[0]['model']}: keys centred", "", "KL, nats a token")
 
 

@@ -6,6 +6,7 @@ python -m experiments.fidelity.greedy_in_jax model.gguf folder gpu
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ def _logits(checkpoint: models.Checkpoint, held: dict[str, np.ndarray], dtype: s
     sizes = checkpoint.config
     frequencies = tuple(inverse_frequencies(sizes).tolist())
     heads = sizes.num_layers, sizes.num_kv_heads, sizes.head_dim
-    config = replace(preset_config(str(held["preset"]), *heads, frequencies), dtype=dtype)
+    name: Any = str(held["preset"])
+    config = replace(preset_config(name, *heads, frequencies), dtype=dtype)
     if repr(config) != str(held["config"]):
         raise ValueError(f"cache: got {config}, expected that of torch, {held['config']}")
     prompt, tokens = (jnp.asarray(held[name], jnp.int32) for name in ("prompt", "tokens"))

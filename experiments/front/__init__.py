@@ -36,9 +36,11 @@ def write(root: Path, out: Path) -> None:
         path.write_text(fill(path.read_text(), out))
 
 
-def draw(root: Path, out: Path) -> None:
-    """The pictures, each for light and for dark pages."""
+def draw(root: Path, out: Path, everything: bool = False) -> None:
+    """The pictures whose rows have changed, or all, each for light and for dark pages."""
     for name, (make, _) in PICTURES.items():
+        if not everything and not _stale(name, root, out):
+            continue
 
         def drawn(make: Callable[[Path], Figure] = make) -> Figure:
             return make(out)
@@ -61,8 +63,14 @@ def check(root: Path, out: Path) -> list[str]:
         if fill(path.read_text(), out) != path.read_text():
             problems.append(f"{path}: a table disagrees with its rows; run report")
     for name in PICTURES:
-        for theme in plotting.INKS:
-            path = root / IMAGES / f"{name}-{theme}.svg"
-            if source(name, out) not in path.read_text():
-                problems.append(f"{path}: drawn from other rows; run report --redraw")
+        problems += [
+            f"{path}: drawn from other rows; run report" for path in _stale(name, root, out)
+        ]
     return problems
+
+
+def _stale(name: str, root: Path, out: Path) -> list[Path]:
+    """The files of a picture that are missing, or were drawn from other rows."""
+    paths = [root / IMAGES / f"{name}-{theme}.svg" for theme in plotting.INKS]
+    text = source(name, out)
+    return [path for path in paths if not path.exists() or text not in path.read_text()]

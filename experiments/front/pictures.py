@@ -10,13 +10,13 @@ from experiments.front.tables import (
     SHAPES,
     SMALL,
     centred,
-    limit_of,
     one,
     rows_of,
 )
 from experiments.harness import plotting
 from experiments.harness.experiment import Row, where
 from experiments.harness.plotting import Axes, Figure
+from experiments.speed.llama_figure import limit_of
 
 
 def loss(out: Path) -> Figure:

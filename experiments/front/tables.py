@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments.harness import results
 from experiments.harness.experiment import Row, where
+from experiments.speed.llama_figure import limit_of
 
 SMALL, BIASED = "smollm2-135m", "qwen2.5-coder-0.5b"
 PRESETS = {
@@ -63,7 +64,8 @@ def _headline(out: Path) -> Iterator[str]:
     first, last = (centred(loss, SMALL, PRESETS[name]) for name in ("lossless", "max"))
     times = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
     times += [t for shape in SHAPES[:3] if (t := _with_mean(out, shape)) is not None]
-    whole = [_decoder(rows_of("llama_speed", out), "8x32768", bits) for bits in (4, 2)]
+    mean = _decoder(rows_of("llama_speed.mean", out), "8x32768", 4)
+    whole = mean, _decoder(rows_of("llama_speed", out), "8x32768", 2)
     yield (
         f"- **{first['ratio']:.1f} to {last['ratio']:.1f} times smaller** at 8,192 tokens, every "
         f"byte counted, for {100 * first['perplexity_change']:.1f} to "
@@ -121,16 +123,20 @@ def _needles(out: Path) -> Iterator[str]:
 def _around(out: Path) -> Iterator[str]:
     """What surrounds the decode kernel, and prompts."""
     step = one(rows_of("step_speed", out), part="step", batch=8)
+    centred_step = one(rows_of("step_speed.mean", out), part="step", mean="pre_rope")
+    centred_prompt = one(rows_of("prefill_speed.mean", out), bits=4, mean="pre_rope")
     prompts = where(rows_of("prefill_speed", out), bits=4)
     whole = one(prompts, setting="whole: compressed", tokens=32768)
     chunked = one(prompts, setting="chunked: compressed", tokens=131072)
     yield (
         "- A whole step of a layer at 4 bits (rotations, sinks, window, the new token) takes "
-        f"{step['ratio_to_blocks']:.2f} times the kernel at 8 x 32,768."
+        f"{step['ratio_to_blocks']:.2f} times the kernel at 8 x 32,768; with the mean before RoPE "
+        f"{centred_step['ratio_to_blocks']:.2f} times."
     )
     yield (
         f"- A prompt of 32,768 tokens, compressed, takes {whole['ratio_to_cudnn']:.2f} times the "
-        "attention of cuDNN alone."
+        "attention of cuDNN alone; with the mean before RoPE "
+        f"{centred_prompt['ratio_to_cudnn']:.2f} times."
     )
     yield (
         f"- One of 131,072 tokens in chunks of 8,192 takes {chunked['ratio_to_cudnn']:.2f} times "
@@ -168,7 +174,9 @@ def _speeds(out: Path) -> Iterator[str]:
         lines.append([f"attention, {batch} x {tokens:,}", four, default, three, two])
     for case, name in zip(DECODERS, ("32 x 4,096", "8 x 32,768", "1 x 4,096"), strict=False):
         four, three, two = (f"{_decoder(decoder, case, b):.2f}x" for b in (4, 3, 2))
-        lines.append([f"8B decoder, {name}", four, "", three, two])
+        mean = _decoder(rows_of("llama_speed.mean", out), case, 4)
+        default = "" if mean is None else f"{mean:.2f}x"
+        lines.append([f"8B decoder, {name}", four, default, three, two])
     base, *fitting = (one(decoder, case="largest4096", bits_k=b) for b in (16, 4, 2))
     most, more = (f"{r['ratio_to_baseline']:.2f}x ({r['batch']})" for r in fitting)
     lines.append([f"8B decoder, as many as fit ({base['batch']}) x 4,096", most, "", "", more])
@@ -252,15 +260,6 @@ def _allowed(out: Path) -> Iterator[str]:
             limit = limit_of(row, base)
             lines.append([*cells, f"{row['ratio_to_baseline']:.2f}x", f"{limit:.2f}x"])
     yield from _table(["sequences x tokens", "cache", "tokens a second", "allowed"], lines)
-
-
-def limit_of(row: Row, base: Row) -> float:
-    """Tokens a second over those of the baseline, if time were bytes of weights and cache read."""
-    least, cost = (
-        r["fraction_of_roofline"] * r["copy_gigabytes_per_second"] / r["tokens_per_second"]
-        for r in (row, base)
-    )
-    return cost / least
 
 
 TABLES: dict[str, Callable[[Path], Iterator[str]]] = {

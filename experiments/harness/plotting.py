@@ -28,7 +28,10 @@ def save_themes(folder: Path, name: str, draw: Callable[[], Figure], source: str
     about = {"Date": None} | ({"Source": source} if source else {})
     folder.mkdir(exist_ok=True)
     for theme, ink in INKS.items():
-        style = dict.fromkeys(inked, ink) | {"svg.hashsalt": name, "svg.fonttype": "none"}
+        style: dict[Any, Any] = dict.fromkeys(inked, ink) | {
+            "svg.hashsalt": name,
+            "svg.fonttype": "none",
+        }
         with matplotlib.rc_context(style):
             path = folder / f"{name}-{theme}.svg"
             draw().savefig(path, transparent=True, metadata=about)

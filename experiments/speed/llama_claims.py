@@ -1,10 +1,9 @@
-"""What the rows of `llama_speed` say about our aims, and their figure."""
+"""What the rows of `llama_speed` say about our aims."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 
 from experiments.harness.experiment import Claim, Row, Verdict, distinct, where
-from experiments.harness.plotting import Figure, bar_groups, label, panels
 from experiments.harness.statistics import met
 
 FULL = 16
@@ -123,35 +122,3 @@ def _greedy(rows: Sequence[Row]) -> Iterator[Claim]:
             measured,
             met(same == row["tokens"] or near_tie),
         )
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Tokens per second by case, and contexts that fit."""
-    import numpy as np
-
-    figure, axes = panels(1, 2)
-    timed = [r for r in rows if r["case"] not in ("longest", "greedy")]
-    cases, caches = distinct(timed, "case"), distinct(timed, "cache")
-    speed = {
-        cache: [
-            next((r["tokens_per_second"] for r in where(timed, case=c, cache=cache)), np.nan)
-            for c in cases
-        ]
-        for cache in caches
-    }
-    if cases:
-        bar_groups(axes[0, 0], cases, speed)
-    label(axes[0, 0], "decoding", "batch x context", "tokens / s")
-    long = where(rows, case="longest")
-    limits = distinct(long, "memory_limit")
-    tokens = {
-        cache: [
-            next((r["context"] for r in where(long, cache=cache, memory_limit=m)), np.nan)
-            for m in limits
-        ]
-        for cache in distinct(long, "cache")
-    }
-    if limits:
-        bar_groups(axes[0, 1], [f"{m / 1e9:.0f} GB" for m in limits], tokens)
-    label(axes[0, 1], "longest sequence", "memory", "tokens", legend=bool(limits))
-    return figure

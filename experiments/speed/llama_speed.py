@@ -21,7 +21,7 @@ import jax
 
 from experiments.harness.experiment import Row, Track, option, where
 from experiments.harness.journal import open_journal
-from experiments.speed import greedy_generation, llama_claims, llama_sizes
+from experiments.speed import greedy_generation, llama_claims, llama_figure, llama_sizes
 from experiments.speed.device_time import copy_bandwidth
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.models import PRESETS, Llama, LlamaConfig, timing
@@ -233,4 +233,4 @@ class Bench:
         }
 
 
-claims, figure = llama_claims.claims, llama_claims.figure
+claims, figure = llama_claims.claims, llama_figure.figure

@@ -6,10 +6,12 @@ with random tokens, ours with random codes, at full length: a step takes the sam
 say. `dynamic` and `static` are transformers' own caches with its implementation "sdpa",
 `dynamic flash` the first with flash attention, `quantized` transformers' QuantizedCache; ours are
 `4 bits` (scalar codes for keys and values) and the preset `balanced` (a trellis of 3 bits).
-`captured` steps are replayed from a CUDA graph.
+`captured` steps are replayed from a CUDA graph; `compiled` ones are captured of a model whose
+`forward` is that of `torch.compile`.
 
 A time is that of consecutive steps by CUDA events, over their number, the median over loops. Loops
-of ours are whole blocks long, so that they compress what they complete. `cache_bytes` counts all
+of ours are whole blocks long, so that they compress what they complete: `milliseconds_longest` is
+the step that does, `milliseconds_median` one that does not. `cache_bytes` counts all
 tensors of the cache, `peak_bytes` all memory that torch held meanwhile. `ratio_to_dynamic`: the
 time of `dynamic` over this one. What could not be measured has a `note` that says why. Needs the
 extra `torch`; the GPU must be left to torch: `JAX_PLATFORMS=cpu`.
@@ -33,7 +35,7 @@ from turboquant_jax.models import PRESETS
 
 NEEDS = "the extra torch, and an NVIDIA GPU of 80 GB for its full size"
 CACHES = (
-    *("dynamic", "static, captured", "4 bits, captured", "4 bits", "balanced, captured"),
+    *("dynamic", "static, captured", "4 bits, captured", "balanced, captured", "4 bits"),
     *("dynamic flash", "quantized"),
 )
 WITHIN = 1.1
@@ -47,7 +49,9 @@ class Config:
     cases: tuple[str, ...] = option(
         ("32x4096", "8x32768", "1x4096", "8x4096", "1x32768", "32x32768"), "batch x context"
     )
-    caches: tuple[str, ...] = option(CACHES, "caches, the first one the baseline")
+    caches: tuple[str, ...] = option(
+        CACHES, "caches, the first one the baseline; also '4 bits, compiled'"
+    )
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     steps: int = option(64, "steps of a loop, a whole number of blocks")
@@ -107,15 +111,16 @@ def _row(config: Config, model: Any, cache: str, batch: int, context: int) -> Ro
 
     from experiments.speed import pytorch_steps
 
-    name, _, captured = cache.partition(", ")
-    head: Row = {"cache": name, "captured": int(bool(captured)), "batch": batch, "context": context}
+    name, _, how = cache.partition(", ")
+    head: Row = {"cache": name, "captured": int(bool(how)), "compiled": int(how == "compiled")}
+    head |= {"batch": batch, "context": context}
     if (missing := pytorch_steps.missing(name)) is not None:
         return head | {"note": missing}
     loop = config.steps if name in pytorch_steps.OURS else config.baseline_steps
     try:
         with torch.no_grad():
             make: Callable[..., Any] = pytorch_steps.MAKERS[name]
-            made = make(model, name, (batch, context, loop + 1), bool(captured))
+            made = make(model, name, (batch, context, loop + 1), how)
             row = head | pytorch_steps.time_steps(made, batch, loop, config.repeats)
             del made
     except torch.OutOfMemoryError as error:
@@ -134,7 +139,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     made = []
     for row in timed:
         case = {name: row[name] for name in ("batch", "context")}
-        name = f"{row['batch']} x {row['context']}, {row['cache']}"
+        name = f"{row['batch']} x {row['context']}, {row['cache']}" + ", compiled" * row.get(
+            "compiled", 0
+        )
         if not row["captured"] or row["cache"] in ("static", "dynamic"):
             continue
         own = row["milliseconds_per_step"]

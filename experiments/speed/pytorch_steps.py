@@ -3,8 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def missing(name: str) -> str | None:
     return None
 
 
-def dynamic(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -> Steps:
+def dynamic(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
     """transformers' DynamicCache, which grows with every step."""
     batch, context, _ = sizes
     flash = name == "dynamic flash"
@@ -63,7 +63,7 @@ def dynamic(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) 
     return Steps(step, lambda: None, nbytes)
 
 
-def static(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -> Steps:
+def static(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
     """transformers' StaticCache, with room for all steps."""
     batch, context, room = sizes
     model.set_attn_implementation("sdpa")
@@ -81,7 +81,7 @@ def static(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -
         for layer in cache.layers:
             layer.cumulative_length.fill_(context)
 
-    run = _graph(forward, rewind) if captured and model.device.type == "cuda" else forward
+    run = _graph(forward, rewind) if how and model.device.type == "cuda" else forward
 
     def step(new: Tensor) -> Tensor:
         ids.copy_(new)
@@ -95,7 +95,7 @@ def static(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -
     return Steps(step, rewind, nbytes)
 
 
-def quantized(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -> Steps:
+def quantized(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
     """transformers' QuantizedCache at 4 bits, which appends to what it dequantizes."""
     batch, context, _ = sizes
     model.set_attn_implementation("sdpa")
@@ -109,7 +109,7 @@ def quantized(model: Any, name: str, sizes: tuple[int, int, int], captured: bool
     return Steps(step, lambda: None, lambda: 0)
 
 
-def ours(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -> Steps:
+def ours(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
     """A TurboQuantCache, whose lengths are set back after a loop."""
     batch, context, room = sizes
     model.set_attn_implementation("turboquant")
@@ -130,8 +130,12 @@ def ours(model: Any, name: str, sizes: tuple[int, int, int], captured: bool) -> 
         steps.seen = steps.unpadded = context
 
     rewind()
-    if captured:
-        return Steps(cache.capture(model), rewind, lambda: cache.nbytes)
+    if how:
+        if how == "compiled":
+            model.forward = torch.compile(model.forward)
+        captured = cache.capture(model)
+        vars(model).pop("forward", None)
+        return Steps(captured, rewind, lambda: cache.nbytes)
 
     def step(ids: Tensor) -> Tensor:
         return model(ids, use_cache=True, **{supported.CACHE: cache}).logits
@@ -149,22 +153,26 @@ def time_steps(made: Steps, batch: int, count: int, repeats: int) -> Row:
     on_gpu = torch.cuda.is_available()
     ids = torch.zeros((batch, 1), dtype=torch.long, device="cuda" if on_gpu else "cpu")
 
-    def loop() -> float:
+    def loop() -> list[float]:
         made.rewind()
         token = ids
-        with _clock(on_gpu) as found:
-            for _ in range(count):
-                token = made.step(token)[:, -1].argmax(dim=-1, keepdim=True)
-        return found[0] / count
+        clock = _Clock(on_gpu)
+        for _ in range(count):
+            token = made.step(token)[:, -1].argmax(dim=-1, keepdim=True)
+            clock.mark()
+        return clock.times()
 
     begin = time.perf_counter()
     loop()
     prepared = time.perf_counter() - begin
-    times = [loop() for _ in range(repeats)]
+    loops = [loop() for _ in range(repeats)]
+    times = [statistics.mean(steps) for steps in loops]
     return {
         "milliseconds_per_step": statistics.median(times),
         "milliseconds_min": min(times),
         "milliseconds_max": max(times),
+        "milliseconds_median": statistics.median(statistics.median(steps) for steps in loops),
+        "milliseconds_longest": statistics.median(max(steps) for steps in loops),
         "cache_bytes": made.nbytes(),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "first_loop_seconds": prepared,
@@ -178,22 +186,30 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-@contextmanager
-def _clock(on_gpu: bool):
-    """Milliseconds of what is inside, once it is over."""
-    found: list[float] = []
-    if not on_gpu:
-        begin = time.perf_counter()
-        yield found
-        found.append((time.perf_counter() - begin) * 1e3)
-        return
-    torch.cuda.synchronize()
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    yield found
-    last.record()
-    torch.cuda.synchronize()
-    found.append(first.elapsed_time(last))
+class _Clock:
+    """Milliseconds between marks, the first of which is its making; on a GPU by events."""
+
+    def __init__(self, on_gpu: bool):
+        self.on_gpu = on_gpu
+        self.marks: list[Any] = []
+        if on_gpu:
+            torch.cuda.synchronize()
+        self.mark()
+
+    def mark(self) -> None:
+        """Now, in the order of what runs."""
+        if not self.on_gpu:
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
+
+    def times(self) -> list[float]:
+        """What passed from mark to mark, once all is done."""
+        if not self.on_gpu:
+            return [1e3 * (b - a) for a, b in pairwise(self.marks)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(self.marks)]
 
 
 def _graph(forward: Callable[[], Tensor], rewind: Callable[[], None]) -> Callable[[], Tensor]:

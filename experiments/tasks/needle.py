@@ -130,27 +130,28 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Heat maps of depth over length; grey where full precision finds nothing."""
     rows = _latest(rows)
     shown = distinct(rows, "preset")
-    tasks = distinct(rows, "task")
-    columns = min(7, len(shown))
-    lines = -(-len(shown) // columns)  # of a task
-    made, axes = panels(lines * len(tasks), columns, 2.0, 2.0)
-    for unused in axes.ravel():
-        unused.set_axis_off()
-    for i, task in enumerate(tasks):
-        for j, preset in enumerate(shown):
-            cells = where(rows, task=task, preset=preset)
-            lengths, depths = distinct(cells, "context"), sorted(distinct(cells, "depth"))
-            grid = np.full((len(depths), len(lengths)), np.nan)
-            for cell in cells:
-                if cell["found_full"]:
-                    place = depths.index(cell["depth"]), lengths.index(cell["context"])
-                    grid[place] = cell["kept"] / cell["found_full"]
-            axis = axes[i * lines + j // columns, j % columns]
-            axis.set_axis_on()
-            axis.grid(False)
-            axis.set_facecolor("#b0b0b0")
-            axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            axis.set_title(f"{preset}\n{task}", fontsize=6)
-            axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" for n in lengths], fontsize=6)
-            axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=5)
+    panels_of = [(task, preset) for task in distinct(rows, "task") for preset in shown]
+    columns = max(n for n in range(1, 7) if len(shown) % n == 0)
+    made, axes = panels(len(panels_of) // columns, columns, 2.3, 2.3)
+    for number, ((task, preset), axis) in enumerate(zip(panels_of, axes.ravel(), strict=True)):
+        cells = where(rows, task=task, preset=preset)
+        lengths, depths = distinct(cells, "context"), sorted(distinct(cells, "depth"))
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for cell in cells:
+            if cell["found_full"]:
+                place = depths.index(cell["depth"]), lengths.index(cell["context"])
+                grid[place] = cell["kept"] / cell["found_full"]
+        kept, found = (sum(cell[name] for cell in cells) for name in ("kept", "found_full"))
+        axis.grid(False)
+        axis.set_facecolor("#b0b0b0")
+        axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_title(f"{preset}\n{task}: {kept} of {found}", fontsize=8)
+        axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" for n in lengths], fontsize=7)
+        left = number % columns == 0
+        names = [f"{d:.0%}" for d in depths] if left else []
+        axis.set_yticks(range(len(depths)) if left else [], names, fontsize=7)
+        if left:
+            axis.set_ylabel("depth of the needle", fontsize=7)
+        if number >= len(panels_of) - columns:
+            axis.set_xlabel("tokens", fontsize=7)
     return made

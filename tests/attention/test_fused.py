@@ -194,6 +194,49 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, written, definition)
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "interpret"),
+    [
+        ("centred before RoPE", 8, True),
+        ("heads of several bits", 3, True),
+        *(
+            pytest.param(name, count, False, marks=GPU)
+            for name, shape in COMPILED.items()
+            if "sliding_window" not in shape
+            for count in (2, 4, 8)
+        ),
+    ],
+)
+def test_several_queries_are_one_reading_of_the_cache(name, count, interpret, monkeypatch):
+    """Causal among themselves; three heads of 8 tokens are more than one call takes."""
+    monkeypatch.setattr(schedule, "MIN_TILES", 2)
+    config = cache.CacheConfig(**SHAPE | COMPILED[name])
+    rng = np.random.default_rng(7)
+    state, heads = random_cache(config, rng), config.num_kv_heads
+    q, k, v = (
+        jnp.asarray(rng.normal(0, 1, (3, count, n, config.head_dim)), jnp.float32)
+        for n in (3 * heads, heads, heads)
+    )
+    sinks = jnp.asarray(rng.normal(0, 1, 3 * heads), jnp.float32)
+
+    @jax.jit
+    def both(state, q, k, v):
+        with jax.default_matmul_precision("highest"):
+            want = attend(state, 1, q, k, v, sink_logits=sinks, implementation="xla")
+        proposed = cache.propose(state, jnp.full(3, count, jnp.int32), count)
+        options = dict(sink_logits=sinks, implementation="pallas")
+        return want, *attend_and_write(proposed, 1, q, k, v, **options)
+
+    with interpreted(interpret):
+        want, got, proposed = both(state, q, k, v)
+    assert np.isfinite(got).all()
+    for t in range(count):
+        assert np.linalg.norm((got - want)[:, t]) <= 2e-3 * np.linalg.norm(want[:, t])
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # nothing but the tokens themselves
+    np.testing.assert_array_equal(proposed.scratch.keys[1], k.astype(config.dtype))
+    jax.tree.map(np.testing.assert_array_equal, proposed.window, state.window)
+
+
 def random_projection(config, rng):
     """Of one token a sequence, three query heads a kv head."""
     qkv = jnp.asarray(

@@ -19,6 +19,8 @@ CHANGES = {
         value=CODEC(((16, 8), (8, 8), (8, 7)), scales="joint_products"),
     ),
     "prod": dict(key=CODEC(7, "haar", code="prod", sketch="gaussian")),
+    "short scales": dict(scale_bits=8, sinks=3, block=16),
+    "keys in full precision": dict(key=CODEC(16), value=CODEC(8), dtype="bfloat16"),
     "heads of several bits": dict(allocation=cache.Allocation((7, (6, 7)), (8, (7, 8)))),
 }
 

@@ -52,7 +52,9 @@ def refused(words):
         (1, dict(dtype="float32"), None),
         (1, dict(key=GROUPS, value=GROUPS), None),
         (1, dict(allocation=LAYERS), None),
-        (2, {}, "'pallas' got 2 query tokens per sequence, served is 1"),
+        (8, {}, None),
+        (9, {}, "'pallas' got 9 query tokens per sequence, served are up to 8"),
+        (2, dict(sliding_window=90), "2 query tokens per sequence behind a sliding window"),
         (1, dict(dtype="float8_e4m3fn"), "a full precision of float8_e4m3fn"),
         (1, dict(window=100), "a cache without blocks"),
         (1, dict(allocation=HEADS), None),
@@ -140,9 +142,11 @@ def test_compression_to_other_scales(on_gpu):
 def test_the_first_that_serves_is_taken(on_gpu):
     kernel = Compression("pallas", "pallas")
     state = shapes({})
-    assert choose_attention(state, 1, None, None) == Attention("pallas", "pallas", kernel)
-    assert choose_attention(state, 4, None, None) == Attention("cudnn", "pallas", kernel)
-    assert choose_attention(state, 4, 5.0, None) == Attention(
+    for queries in (1, 8):
+        got = choose_attention(state, queries, None, None)
+        assert got == Attention("pallas", "pallas", kernel)
+    assert choose_attention(state, 9, None, None) == Attention("cudnn", "pallas", kernel)
+    assert choose_attention(state, 9, 5.0, None) == Attention(
         "xla", "xla", Compression("xla", "xla")
     )
     # the paths of a trellis are searched by a kernel where the blocks are not made by one
@@ -150,10 +154,10 @@ def test_the_first_that_serves_is_taken(on_gpu):
     assert choose_compression(trellis, None) == Compression("xla", "pallas")
     # and the vendor reads pages that only XLA decodes
     off_grid = shapes(dict(key=CODEC(codebook="gaussian")))
-    assert choose_attention(off_grid, 4, None, None) == Attention("cudnn", "xla", kernel)
+    assert choose_attention(off_grid, 9, None, None) == Attention("cudnn", "xla", kernel)
     # signs have a linear reconstruction, which XLA multiplies out; decoding needs none
     sketched, plain = shapes(dict(key=CODEC(code="prod"))), Compression("xla", "pallas")
-    assert choose_attention(sketched, 4, None, None) == Attention("cudnn", "xla", plain)
+    assert choose_attention(sketched, 9, None, None) == Attention("cudnn", "xla", plain)
     assert choose_attention(sketched, 1, None, None) == Attention("pallas", "xla", plain)
 
 

@@ -22,6 +22,8 @@ from turboquant_jax.quantizers.bounds import lloyd_max_distortion
 
 def test_demo_measures_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(settings, "TABLE_BITS", (2,))
+    few = partial(demonstration.theory_row, vectors=2000)
+    monkeypatch.setattr(demonstration, "theory_row", few)
     passes = []  # every pass over the text: the model, the tokens and the final hidden vectors
 
     def kept(run, model, tokens, *rest):

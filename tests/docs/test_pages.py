@@ -1,6 +1,7 @@
 """What a reader can click, copy or look up in README.md and docs/ is there."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ import turboquant_jax as tq
 from docs import notebooks
 from experiments import __main__ as experiments
 from experiments import front
+from turboquant_jax import cache, cli, models
 from turboquant_jax.cli import parsers
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,12 @@ NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 MADE = {path.with_suffix(".md") for path in NOTEBOOKS}  # for the site, by `make docs`
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - MADE)
 TEXTS = {path: path.read_text() for path in PAGES}
+
+
+GUIDE = TEXTS[ROOT / "docs/guides/command.md"]
+HAVE_DATA = {
+    f"turboquant_jax.{name}" for name in ("cache.presets", "models.presets", "models.model")
+}
 
 
 def names(path):
@@ -77,6 +85,16 @@ def test_commands_are_known(line):
         experiments._parser().parse_args(words[2:])
 
 
+def test_plan_prints_what_the_guide_shows(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (shown,) = re.findall(
+        r"^\$ turboquant-jax (plan .*?)\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE
+    )
+    assert cli.main(shown[0].split()) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in printed if line] == [line for line in shown[1].splitlines() if line]
+
+
 def test_python_that_is_shown_is_python():
     shown = [code for text in TEXTS.values() for code in blocks(text, ("python", "py"))]
     assert shown
@@ -85,14 +103,19 @@ def test_python_that_is_shown_is_python():
             ast.parse(code)
 
 
-def test_every_public_name_is_in_the_reference():
+@pytest.mark.parametrize("package", [tq, cache, models], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_reference(package):
     reference = "".join(text for path, text in TEXTS.items() if path.parent.name == "api")
-    modules = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
+    shown = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
     aliases = set(re.findall(r"`tq\.(\w+)`", reference))
-    for name in tq.__all__:
-        found = getattr(tq, name)
-        assert found.__module__ in modules, f"{name} of {found.__module__}"
-        assert found.__name__ == name or name in aliases, name
+    for name in package.__all__:
+        found = getattr(package, name)
+        module = getattr(found, "__module__", None)
+        if module is None or not module.startswith("turboquant_jax"):  # data, or a type's alias
+            assert any(hasattr(importlib.import_module(each), name) for each in HAVE_DATA & shown)
+        else:
+            assert module in shown, f"{name} of {module}"
+            assert found.__name__ == name or name in aliases, name
 
 
 def test_readme_is_a_first_page():

@@ -62,6 +62,8 @@ def on_a_gpu(experiment, monkeypatch):
 
 @by_name
 def test_smoke(experiment, on_a_gpu, tmp_path):
+    if "extra torch" in needs_of(experiment):
+        pytest.importorskip("transformers", reason="needs torch: make test-torch")
     assert command.main(["run", name_of(experiment), "--smoke", "--out", str(tmp_path)]) == 0
     (found,) = results.find(tmp_path, name_of(experiment))
     assert found.rows and found.intact

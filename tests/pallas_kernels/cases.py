@@ -256,7 +256,13 @@ MAKERS: dict[str, Callable[[], Case]] = {
     **{f"formats {part}": partial(_formats, part) for part in ("step", "projected step", "pages")},
     **{f"{side} of 16 bits": partial(_uncoded, side) for side in ("key", "value")},
     "pages with keys of 16 bits": _uncoded_pages,
-    **{name: partial(_seven_times, name) for name in calibrated_blocks.CODES},
+    **{name: partial(_seven_times, name) for name in ("pallas-7x", "pallas-7x-scalar")},
+    **{
+        f"scales of 8 bits {part}": (
+            lambda part=part: of_cache(4, 128, "hadamard", "bfloat16", scale_bits=8)[part]
+        )
+        for part in ("step", "commit")
+    },
     "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
     **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
 }

@@ -7,6 +7,7 @@ import pytest
 
 from tests.layout import calibration
 from tests.pytorch.skip import torch
+from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.cache.config import CacheConfig, CodecConfig
 from turboquant_jax.pytorch import choose, creation, updating
 from turboquant_jax.pytorch.segments import Scores
@@ -20,6 +21,11 @@ CASES = {
     "trellis": replace(
         PLAIN, key=CodecConfig(2, code="trellis"), value=CodecConfig(2, code="trellis")
     ),
+    "heads of several formats": replace(
+        PLAIN,
+        allocation=Allocation(((4, ((16, 4), (16, 2))), 8), ((2, 2), 5)),
+        rope_frequencies=FREQUENCIES,
+    ),
     "calibrated": replace(
         PLAIN,
         key=CodecConfig(((16, 4), (16, 2)), scales="joint_products"),
@@ -32,7 +38,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_the_definition(name):
     """A prompt, then single tokens until a block is full: one cache by each, from the same bits."""
-    config, scalar = CASES[name], name not in ("trellis", "calibrated")
+    config, scalar = CASES[name], name not in ("trellis", "heads of several formats", "calibrated")
     known = calibration(config)
     ours, other = (creation.create(config, 2, 120, seed=1, calibration=known) for _ in "ab")
     generator = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ def attend(
       scores: scale and soft cap.
       sink_logits: one learned logit per query head that takes part in the softmax without a value
         (GPT-OSS).
-      implementation: "xla" is the definition; "pallas" the GPU kernel, for T = 1; "cudnn" the
+      implementation: "xla" is the definition; "pallas" the GPU kernel, for T = 1 to 8; "cudnn" the
         vendor's attention over the chunk and over tiles of the past, for T > 1. None takes what
         the device and the call are served by.
 
@@ -96,18 +96,19 @@ def attend_projection(
     definition.check_window(cache, projection)
     scores = projection.scores
     chosen = choose_attention(cache, projection.qkv.shape[1], scores.softcap, implementation)
-    if chosen.attend == "pallas" and triton.turns(projection) and cache.scratch is None:
+    single = projection.qkv.shape[1] == 1 and cache.scratch is None
+    if chosen.attend == "pallas" and single and triton.turns(projection):
         return triton.attend_projection(cache, rows, projection, sink_logits)
     return _attend_and_write(cache, rows, projection.heads(), scores, sink_logits, chosen)
 
 
 def _attend_and_write(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
-    if chosen.attend == "pallas" and cache.scratch is None:
-        return triton.attend(cache, rows, heads, scores, sink_logits, write=True)
     _, k, v = heads
+    single = k.shape[1] == 1
+    if chosen.attend == "pallas" and single and cache.scratch is None:
+        return triton.attend(cache, rows, heads, scores, sink_logits, write=True)
     # A single token overwrites nothing that is visible. Written first, it is written in place: with
     # the read first, XLA copies the whole window for every layer that is not part of a loop.
-    single = k.shape[1] == 1
     if single:
         cache = write_layer(cache, rows, k, v, chosen.compression)
     output = _attend(cache, rows, heads, scores, sink_logits, chosen)
@@ -118,8 +119,10 @@ def _attend_and_write(cache: Cache, rows, heads, scores, sink_logits, chosen: At
 
 def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
     q, k, v = heads
-    if chosen.attend == "pallas":
+    if chosen.attend == "pallas" and q.shape[1] == 1:
         return triton.attend(cache, rows, heads, scores, sink_logits, write=False)[0]
+    if chosen.attend == "pallas":
+        return triton.attend_several(cache, rows, heads, scores, sink_logits)
     if chosen.attend == "xla":
         return definition.attend(cache, rows, q, k, v, scores, sink_logits)
     return cudnn.attend(cache, rows, q, k, v, scores, sink_logits, decode_by=chosen.pages)

@@ -106,7 +106,7 @@ def center_keys(
 def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
     """Keys and values [B, T, K, H] as they come back from the codecs."""
     config = cache.config
-    centred, taken = k, jnp.zeros_like(k[:, :1])
+    centred, taken = k, jnp.zeros(k[:, :1].shape, jnp.float32)
     if config.centred:
         first = k[:, config.sinks : config.sinks + config.block]
         phases = pre_rope.create(config, k.shape[1])  # the cache's end with its capacity

@@ -22,11 +22,12 @@ from pallas_kernels.decode_attention import (
     Softmax,
     decode_attention,
 )
+from pallas_kernels.primitives.limits import MAX_HEADS
 from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
 from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_queries
 from turboquant_jax.attention.projection import Heads, Projection
-from turboquant_jax.attention.segments import Scores
+from turboquant_jax.attention.segments import Scores, attend_segment, merge, sink_part
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.kernel_operands import flat
@@ -64,6 +65,63 @@ def attend(
         dtype=query.dtype,
     )
     return output[:, None], cache if exact is None or not write else _written(cache, exact)
+
+
+def attend_several(
+    cache: Cache,
+    rows: LayerRows,
+    heads: Heads,
+    scores: Scores,
+    sink_logits: Float[Array, " N"] | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of a few queries per sequence over a layer, and causally over their own tokens.
+
+    To the kernel, which reads the cache once for them, they are query heads: what they see of it is
+    the same. Their own tokens are a segment beside it.
+    """
+    q, k, v = heads
+    batch, count, total, dim = q.shape
+    group = total // cache.kv_heads
+    most = max(1, MAX_HEADS // group)
+    calls = -(-count // most)
+    most = -(-count // calls)
+    parts = []
+    for start in range(0, count, most):
+        some = q[:, start : start + most].reshape(batch, -1, cache.kv_heads, group, dim)
+        by_head = jnp.moveaxis(some, 1, 2)  # [B, K, T, G, H]
+        flat_heads = by_head.reshape(batch, -1, dim)
+        output, lse = _over_cache(cache, rows, flat_heads, scores)
+
+        def by_token(x, shape=by_head.shape):
+            x = jnp.moveaxis(x.reshape(*shape[:4], *x.shape[2:]), 2, 1)
+            return x.reshape(batch, shape[2], total, *x.shape[4:])
+
+        parts.append((by_token(output), by_token(lse)))
+    past = tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    dtype, token = cache.config.dtype, jnp.arange(count)
+    causal = jnp.broadcast_to(token[:, None] >= token[None, :], (batch, count, count))
+    own = attend_segment(q, k.astype(dtype), v.astype(dtype), causal, scores)
+    sinks = [] if sink_logits is None else [sink_part(sink_logits, q.shape)]
+    return merge([past, own, *sinks])[0].astype(q.dtype)
+
+
+def _over_cache(
+    cache: Cache, rows: LayerRows, query: Float[Array, "B N H"], scores: Scores
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+    """Queries that see all of the cache and nothing else: float32 output and log-sum-exp."""
+    batch, _, dim = query.shape
+    nothing = jnp.zeros((batch, 1, cache.kv_heads, dim), cache.config.dtype)
+    rotated = _rotate(cache, rows, query)
+    exact = _exact_operand(cache, rows.layer, query, Exact(nothing, nothing), False)
+    output, lse, _ = decode_attention(
+        rotated,
+        _paged(cache, rows),
+        Softmax(scores.factor(cache.config.head_dim), scores.softcap),
+        exact=replace(exact, places=partial(held_places, cache.layout)),
+        sketch=_sketch(cache.parts[rows.members[0].part], rotated),
+        rotation=_rotation_of_values(cache, rows),
+    )
+    return output, lse
 
 
 def turns(projection: Projection) -> bool:
@@ -175,6 +233,12 @@ def exact_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
     if layout.ring:
         segments.append((*place.window, place.window_slot))
     return ExactPlaces(place.blocks, (*segments, (0, 1, 0)))
+
+
+def held_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
+    """`exact_places` without the newest token."""
+    places = exact_places(layout, length, pending)
+    return places._replace(segments=(*places.segments[:-1], (0, 0, 0)))
 
 
 def _written(cache: Cache, exact: ExactOperand) -> Cache:

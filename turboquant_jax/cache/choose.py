@@ -14,6 +14,8 @@ from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation, no_gpu, resolve
 
+MAX_QUERIES = 8
+"""Tokens of a sequence that one pass of the decode kernel attends for: those of a draft."""
 JOINT = "calibrated channels with one scale for all groups"
 SKETCHED = "keys of the code prod, with a sketch of what their codes leave"
 
@@ -71,8 +73,10 @@ def choose_attention(
 
 def _decode(cache: Cache, queries: int) -> str | None:
     """Why the fused kernel does not attend, or None if it does."""
-    if queries != 1:
-        return f"{queries} query tokens per sequence, served is 1"
+    if queries > MAX_QUERIES:
+        return f"{queries} query tokens per sequence, served are up to {MAX_QUERIES}"
+    if queries > 1 and cache.config.sliding_window is not None:
+        return f"{queries} query tokens per sequence behind a sliding window, served is 1"
     if jnp.dtype(cache.config.dtype).itemsize not in (2, 4):
         return f"a full precision of {cache.config.dtype}, served are 16 and 32 bits"
     return _blocks(cache)

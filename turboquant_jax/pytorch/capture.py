@@ -4,7 +4,8 @@
         model.generate(**inputs, cache=cache)
 
 Single tokens are replayed from two graphs: one for steps in which no sequence completes a block,
-one that also compresses what is complete. The host knows which, so that it never waits. Prompts and
+one that also compresses what is complete. A `model.forward` that `torch.compile` made is captured
+as it is. The host knows which, so that it never waits. Prompts and
 other caches run as before. On a CPU the same step runs without a graph.
 """
 
@@ -38,6 +39,7 @@ class CapturedStep:
     def __init__(self, cache: "TurboQuantCache", model: Any):
         self.cache, self.model = cache, model
         self.forward: Callable[..., Any] = model.forward
+        self.before = vars(model).get("forward")  # one that was compiled, say
         self.graphs: dict[bool, tuple[Any, Tensor]] = {}
         self.ids: Tensor | None = None
         self.state: State | None = None
@@ -60,7 +62,10 @@ class CapturedStep:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del self.model.forward  # the class has its own
+        if self.before is None:
+            del self.model.forward  # the class has its own
+        else:
+            self.model.forward = self.before
 
     def __call__(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [B, 1, V] of one token [B, 1] a sequence, which is in the cache then.

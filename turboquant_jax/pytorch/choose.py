@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pallas_kernels.primitives.limits import MAX_HEADS, PAGE_TOKENS
+from pallas_kernels.primitives.limits import MAX_FORMATS, MAX_HEADS, PAGE_TOKENS
 from turboquant_jax.pytorch import codec, definition, updating
 from turboquant_jax.pytorch.compression import DEFINITION, Compression
 from turboquant_jax.pytorch.segments import Scores
@@ -89,8 +89,6 @@ def _resolve(state: State, asked: Implementation | None, reason: str | None) -> 
 def _why_no_kernels(state: State) -> str | None:
     if state.device.type not in ("cuda", "cpu"):
         return f"a cache on {state.device.type!r}, served are 'cuda' and 'cpu'"
-    if any(len(place) > 1 for place in state.config.places):
-        return "heads of one layer in several formats"
     return None
 
 
@@ -101,6 +99,8 @@ def _why_not_attend(state: State, q: Tensor) -> str | None:
         return f"{q.shape[1]} query tokens per sequence, served is 1"
     if q.shape[2] > MAX_HEADS * state.config.num_kv_heads:
         return f"{q.shape[2]} query heads, served are {MAX_HEADS} a kv head"
+    if (count := max(map(len, state.members))) > MAX_FORMATS:
+        return f"heads of {count} formats in a layer, served are {MAX_FORMATS}"
     if not state.layout.slots:
         return "a cache without blocks"
     if state.config.block not in PAGE_TOKENS:
@@ -116,6 +116,8 @@ def _why_not_compress(state: State) -> str | None:
         return reason
     if state.config.block not in PAGE_TOKENS:
         return f"blocks of {state.config.block} tokens, served are {PAGE_TOKENS}"
+    if any(len(members) > 1 for members in state.members):
+        return "heads of one layer in several formats"
     for own in (own for part in state.parts for own in part.codecs):
         if own.transform is not None:
             return "calibrated channels with one scale for all groups"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turboquant_jax.pytorch import operands, pre_rope
 from turboquant_jax.pytorch.codec import Codec, Group, grid_of
-from turboquant_jax.pytorch.state import Member, Part
+from turboquant_jax.pytorch.state import Member, Part, State
 
 _MADE: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()  # of owners, see `once`
 
@@ -48,6 +48,28 @@ def of_codec(codec: Codec, member: Member) -> operands.Operand:
 
     of_each = codec.order is not None or codec.transform is not None
     return once(codec, ("rotation", rows.start if of_each else None), make)
+
+
+def of_layer(state: State, layer: int, side: int) -> operands.Operand:
+    """`of_codec` of all heads of a layer, be they of one format or of several."""
+    members = state.members[layer]
+    codecs = [state.parts[member.part].codecs[side] for member in members]
+    if len(members) == 1:
+        return of_codec(codecs[0], members[0])
+
+    def make() -> operands.Operand:
+        matrices = {}
+        for codec, member in zip(codecs, members, strict=True):
+            own = of_codec(codec, member)
+            signs = 1.0 if own.signs is None else own.signs
+            # exact: three parts of 8 bits of a mantissa are one of 24
+            whole = own.parts.float().sum(dim=0) * (signs * own.fields.get("gain", 1.0))
+            for row, head in enumerate(member.heads):
+                matrices[head] = whole[row % whole.shape[0]]
+        stacked = torch.stack([matrices[head] for head in sorted(matrices)])
+        return operands.RotationOperand(parts=_split(stacked), signs=None)
+
+    return once(state, ("rotation", layer, side), make)
 
 
 def of_phases(phases: pre_rope.Phases) -> operands.Operand:

@@ -13,7 +13,7 @@ from pallas_kernels.primitives.period import PERIOD
 from turboquant_jax.pytorch import kernel_operands, operands, operators, pre_rope
 from turboquant_jax.pytorch.codec import Codec
 from turboquant_jax.pytorch.segments import Scores
-from turboquant_jax.pytorch.state import Member, Part, State
+from turboquant_jax.pytorch.state import Part, State
 
 
 def attend_and_write(
@@ -27,32 +27,29 @@ def attend_and_write(
 
     Queries [B, 1, N, H], keys and values [B, 1, K, H]; the output has the dtype of the queries.
     """
-    (member,) = state.members[layer]
-    part = state.parts[member.part]
     query = heads[0][:, 0].contiguous()
     new = [x.to(state.window.keys.storage.dtype).contiguous() for x in heads[1:]]
-    key_codec, value_codec = part.codecs
-    turned = value_codec.order is not None or value_codec.transform is not None
-    turned = turned or any(group.matrix is not None for group in value_codec.groups)
+    values = codecs_of(state, layer, 1)
+    turned = any(codec.order is not None or codec.transform is not None for codec in values)
+    turned = turned or any(group.matrix is not None for codec in values for group in codec.groups)
     output, _ = operators.decode_attention(
-        _rotated(key_codec, member, query),
-        operands.PagedBlocks(
-            pools=(kernel_operands.blocks_of(part, member.rows),),
-            page_table=state.table.page_table,
-            lengths=state.table.lengths,
-            row=None,
-            kv_heads=state.config.num_kv_heads,
-        ),
+        _rotated(state, layer, query),
+        _paged(state, layer),
         operands.Softmax(
             scale=scores.factor(state.config.head_dim),
             soft_cap=scores.softcap,
             sink_logits=sink_logits,
         ),
         exact=_exact(state, layer, query, new),
-        rotation=kernel_operands.of_codec(value_codec, member) if turned else None,
+        rotation=kernel_operands.of_layer(state, layer, 1) if turned else None,
         dtype=query.dtype,
     )
     return output[:, None]
+
+
+def codecs_of(state: State, layer: int, side: int) -> list[Codec]:
+    """Those of the keys (0), or of the values (1), of each format of a layer."""
+    return [state.parts[member.part].codecs[side] for member in state.members[layer]]
 
 
 def trellis_search(y: Tensor, levels: Tensor, numbers: tuple[float, ...]) -> Tensor:
@@ -87,6 +84,22 @@ def encode_chunk(
     # a sequence's first block alone: the kernel takes its mean, which the next ones need
     for some in (slice(1), slice(1, None))[:count]:
         _encode_jobs(state, part, source, [column[:, some] for column in columns])
+
+
+def _paged(state: State, layer: int) -> operands.Operand:
+    """The blocks of a layer; of heads of several formats each has its pool and its row there."""
+    members = state.members[layer]
+    pools = tuple(kernel_operands.blocks_of(state.parts[m.part], m.rows) for m in members)
+    table = dict(page_table=state.table.page_table, lengths=state.table.lengths, row=None)
+    if len(members) == 1:
+        return operands.PagedBlocks(pools=pools, kv_heads=state.config.num_kv_heads, **table)
+
+    def places() -> Tensor:
+        found = {h: (pool, row) for pool, m in enumerate(members) for row, h in enumerate(m.heads)}
+        return torch.tensor([found[h] for h in sorted(found)], device=state.device).int()
+
+    heads = kernel_operands.once(state, ("places", layer), places)
+    return operands.PagedBlocks(pools=pools, kv_heads=None, heads=heads, **table)
 
 
 def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operands.Operand:
@@ -185,12 +198,17 @@ def _layers(part: Part) -> Tensor:
     return part.layer[part.head == 0][:, None]
 
 
-def _rotated(codec: Codec, member: Member, query: Tensor) -> Tensor:
+def _rotated(state: State, layer: int, query: Tensor) -> Tensor:
     """One query per sequence [B, N, H] in the rotated space of the keys, float32."""
     if query.dtype == torch.bfloat16:
-        return operators.rotate(query, kernel_operands.of_codec(codec, member))
-    grouped = query.unflatten(1, (len(member.heads), -1)).transpose(1, 2)
-    return codec.rotate_query(member.rows, grouped).transpose(1, 2).flatten(1, 2).contiguous()
+        return operators.rotate(query, kernel_operands.of_layer(state, layer, 0))
+    grouped = query.unflatten(1, (state.config.num_kv_heads, -1)).transpose(1, 2)  # [B, G, K, H]
+    found = torch.empty_like(grouped, dtype=torch.float32)
+    for member, codec in zip(state.members[layer], codecs_of(state, layer, 0), strict=True):
+        for row, head in enumerate(member.heads):
+            rows = slice(member.rows.start + row, member.rows.start + row + 1)
+            found[:, :, head : head + 1] = codec.rotate_query(rows, grouped[:, :, head : head + 1])
+    return found.transpose(1, 2).flatten(1, 2).contiguous()
 
 
 def _through_rows(state: State, row: Tensor, page: Tensor) -> Tensor:

@@ -102,7 +102,10 @@ def _decode_attention(query, blocks, softmax, exact, schedule, **options) -> tup
 
 def _schedule(query, blocks, exact) -> pallas_kernels.decode_attention.Schedule:
     """The default one, but a power of two of splits: few variants, and none that spills."""
-    kv_heads = blocks.kv_heads or blocks.pools[0].scales[0].shape[0]
+    kv_heads = blocks.kv_heads
+    if kv_heads is None:
+        rows = blocks.pools[0].scales[0] if blocks.heads is None else blocks.heads
+        kv_heads = rows.shape[0]
     found = schedule_of(blocks, exact, kv_heads, query.shape[1] // kv_heads)
     return replace(found, splits=1 << (found.splits.bit_length() - 1))
 

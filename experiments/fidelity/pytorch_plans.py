@@ -1,6 +1,6 @@
 """Compile ahead, on a CPU, what `pytorch_speed` and `pytorch_greedy` launch.
 
-python -m experiments.speed.pytorch_plans 90
+python -m experiments.fidelity.pytorch_plans 90
 
 The number is the GPU's compute capability. Plans and machine code go where a run finds them: into
 the cache of launch plans, and into that of Triton.

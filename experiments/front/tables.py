@@ -102,7 +102,7 @@ def _presets(out: Path) -> Iterator[str]:
 
 def _needles(out: Path) -> Iterator[str]:
     """How many needles are found of those that full precision finds."""
-    rows = where(rows_of("needle", out), task="single")
+    rows = where(rows_of("needle", out), task="single", model=None)  # of the first run
     kept = [
         sum(row["kept"] for row in where(rows, preset=preset))
         for preset in (

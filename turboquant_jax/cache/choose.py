@@ -58,7 +58,7 @@ def choose_attention(
       ValueError: an unknown implementation.
       NotImplementedError: one that this device, cache or call is not served by.
     """
-    served: dict[str, str | None] = {
+    served: dict[Implementation, str | None] = {
         "cudnn": _prefill(cache, queries, softcap),
         "xla": None,
         "pallas": _decode(cache, queries),

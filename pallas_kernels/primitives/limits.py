@@ -4,5 +4,7 @@
 PAGE_TOKENS = (32, 64, 128)
 # Query heads of a kv head.
 MAX_HEADS = 16
+# Tokens of a sequence that decoding attends for in one pass: those of a draft.
+MAX_QUERIES = 8
 # Formats of the heads of one call of decoding: each is a loop of its own in the kernel.
 MAX_FORMATS = 4

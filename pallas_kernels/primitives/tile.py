@@ -127,10 +127,10 @@ class Tile:
     @property
     def has_pairs(self) -> bool:
         """Whether the columns are those of a head in which RoPE turns all channels."""
-        centre, channels = self.centre, self.column.count
-        if centre is None or centre.turned is None:
+        if not self.has_turned_mean:
             return False
-        whole = channels == self.column.dim == self.source.shape[2] == centre.rotary
+        channels, rotary = self.column.count, self.known_centre.rotary
+        whole = channels == self.column.dim == self.source.shape[2] == rotary
         return whole and channels >= 32  # a product takes 16 columns
 
     def all_centred(self) -> list[jax.Array]:
@@ -155,8 +155,8 @@ class Tile:
         A mean before RoPE is taken off: numbers whose products are exact in float32, so that it is
         what `pre_rope.center` gives.
         """
-        centre, x = self.centre, self.vectors(within)
-        if centre is None or centre.turned is None:
+        x = self.vectors(within)
+        if not self.has_turned_mean:
             return x.astype(self.parts.dtype)
         own, other = (self._turned(i, within, x.shape) for i in (0, 1))
         cos, sin = self._angles(within)
@@ -182,9 +182,10 @@ class Tile:
 
     def stored_keys(self, channel: jax.Array) -> jax.Array:
         """[tokens, channels] of which a mean is taken, float32: turned back where it is turned."""
-        centre, x = self.centre, self.of_all_groups(channel).astype(jnp.float32)
-        if centre is None or centre.turned is None:
+        x = self.of_all_groups(channel).astype(jnp.float32)
+        if not self.has_turned_mean:
             return x
+        centre = self.known_centre
         exists = jnp.broadcast_to((channel < self.source.shape[2])[None, :], x.shape)
         cos, sin = (
             triton.load(

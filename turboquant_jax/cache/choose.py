@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.primitives.limits import MAX_FORMATS, PAGE_TOKENS
+from pallas_kernels.primitives.limits import MAX_FORMATS, MAX_QUERIES, PAGE_TOKENS
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation, no_gpu, resolve
 
-MAX_QUERIES = 8
-"""Tokens of a sequence that one pass of the decode kernel attends for: those of a draft."""
 JOINT = "calibrated channels with one scale for all groups"
 SKETCHED = "keys of the code prod, with a sketch of what their codes leave"
 
@@ -58,14 +56,14 @@ def choose_attention(
       ValueError: an unknown implementation.
       NotImplementedError: one that this device, cache or call is not served by.
     """
-    served: dict[Implementation, str | None] = {
+    reasons: dict[Implementation, str | None] = {
+        "pallas": _decode(cache, queries),
         "cudnn": _prefill(cache, queries, softcap),
         "xla": None,
-        "pallas": _decode(cache, queries),
     }
-    if queries == 1:  # of several tokens the kernel is not timed yet: it has to be asked for
-        served = {"pallas": served.pop("pallas"), **served}
-    attend = resolve(implementation, served)
+    if queries > 1:  # where the kernel is not timed yet, and has to be asked for
+        reasons["pallas"] = reasons.pop("pallas")
+    attend = resolve(implementation, reasons)
     below: Implementation | None = "xla" if attend == "xla" else None
     pages = resolve(below, {"pallas": _pages(cache), "xla": None})
     return Attention(attend, pages, choose_compression(cache, below))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from pallas_kernels.primitives.limits import MAX_QUERIES
 from turboquant_jax.cli import choices
 
 MODEL = "GGUF file, Hugging Face folder, or random:PRESET for random weights"
@@ -122,8 +123,9 @@ def drafts(arguments: argparse.Namespace) -> tuple[str, int] | None:
     if way not in (choices.NGRAM, choices.MODEL):
         expected = f"expected {choices.NGRAM} or {choices.MODEL}, and :K for its tokens"
         raise ValueError(f"--speculate: got {arguments.speculate}, {expected}")
-    if number and not (number.isdecimal() and 1 <= int(number) <= 7):
-        raise ValueError(f"--speculate: got {number} tokens of a draft, expected 1 to 7")
+    most = MAX_QUERIES - 1  # and the token before the draft
+    if number and not (number.isdecimal() and 1 <= int(number) <= most):
+        raise ValueError(f"--speculate: got {number} tokens of a draft, expected 1 to {most}")
     if (way == choices.MODEL) != (arguments.draft is not None):
         beside = "nothing" if arguments.draft is None else "--draft"
         raise ValueError(f"--speculate {way}: got {beside} beside it, expected --draft for model")

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from pallas_kernels.primitives.limits import MAX_QUERIES
 from turboquant_jax.models.generate import Past, draw, forward
 from turboquant_jax.models.options import Sampling
 
 LONGEST = 32
 """Most tokens of the text's end that are looked for before it."""
 
-MOST = 7
-"""Tokens of a draft, at most: with the one before them they are 8 queries of a sequence."""
+MOST = MAX_QUERIES - 1
+"""Tokens of a draft, at most: the one before them is a query too."""
 
 _DRAFTING = 1 << 30  # no position: keys of drafts are others than those of answers
 
@@ -87,7 +88,10 @@ def look_up(tokens: int) -> Drafter:
         most = jnp.clip(turn.most - 1, 0, tokens)
         return Draft(found, jnp.where(begin < 0, 0, most), None), text
 
-    return Drafter(tokens, draft, _write)
+    def keep(text, made, position, counts):
+        return put(text, made, position + 1, counts)
+
+    return Drafter(tokens, draft, keep)
 
 
 def continuation(text: Int[Array, "B S"], last: Int[Array, "B"]) -> Int[Array, "B"]:
@@ -158,13 +162,14 @@ def by_model(tokens: int, past: Past) -> Drafter:
     )
 
 
-def _write(
-    text: Int[Array, "B S"],
-    tokens: Int[Array, "B T"],
-    position: Int[Array, "B"],
-    counts: Int[Array, "B"],
+def put(
+    tokens: Int[Array, "B S"],
+    made: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
 ) -> Int[Array, "B S"]:
-    step = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    place = jnp.where(step < counts[:, None], position[:, None] + 1 + step, text.shape[1])
-    row = jnp.broadcast_to(jnp.arange(text.shape[0])[:, None], place.shape)
-    return text.at[row, place].set(tokens, mode="drop")
+    """The first `count` tokens made of each row, put from `start` on; none past the end."""
+    step = jnp.arange(made.shape[1], dtype=jnp.int32)[None, :]
+    place = jnp.where(step < count[:, None], start[:, None] + step, tokens.shape[1])
+    row = jnp.broadcast_to(jnp.arange(tokens.shape[0])[:, None], place.shape)
+    return tokens.at[row, place].set(made, mode="drop")

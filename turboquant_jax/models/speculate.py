@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from turboquant_jax.models.drafts import Draft, Drafter, Turn
+from turboquant_jax.models.drafts import Draft, Drafter, Turn, put
 from turboquant_jax.models.generate import NO_TOKEN, Generation, Past, draw, is_in
 from turboquant_jax.models.model import Llama, State
 from turboquant_jax.models.options import GREEDY, Sampling
@@ -141,7 +141,7 @@ def _turn(
         token=jnp.where(carry.active, last, carry.token),
         position=carry.position + count,
         active=carry.active & ~ended & (carry.counts + count < max_tokens),
-        tokens=_put(carry.tokens, made, carry.counts, count),
+        tokens=put(carry.tokens, made, carry.counts, count),
         counts=carry.counts + count,
         work=carry.work + jnp.where(carry.active, jnp.stack(work), 0),
         state=past.commit(state, count),  # the newest token's key and value come with the next pass
@@ -207,15 +207,3 @@ def _end(
     stops = is_in(made, sampling.eos_ids) & (step < count[:, None])
     ended = jnp.any(stops, axis=1)
     return jnp.where(ended, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count), ended
-
-
-def _put(
-    tokens: Int[Array, "B max_tokens"],
-    made: Int[Array, "B T"],
-    start: Int[Array, "B"],
-    count: Int[Array, "B"],
-) -> Int[Array, "B max_tokens"]:
-    step = jnp.arange(made.shape[1], dtype=jnp.int32)[None, :]
-    place = jnp.where(step < count[:, None], start[:, None] + step, tokens.shape[1])
-    row = jnp.broadcast_to(jnp.arange(tokens.shape[0])[:, None], place.shape)
-    return tokens.at[row, place].set(made, mode="drop")

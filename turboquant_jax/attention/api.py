@@ -96,33 +96,37 @@ def attend_projection(
     definition.check_window(cache, projection)
     scores = projection.scores
     chosen = choose_attention(cache, projection.qkv.shape[1], scores.softcap, implementation)
-    single = projection.qkv.shape[1] == 1 and cache.scratch is None
-    if chosen.attend == "pallas" and single and triton.turns(projection):
-        return triton.attend_projection(cache, rows, projection, sink_logits)
+    if chosen.attend == "pallas" and triton.turns(projection):
+        heads, rotated = triton.turn(cache, rows, projection)
+        return _attend_and_write(cache, rows, heads, scores, sink_logits, chosen, rotated)
     return _attend_and_write(cache, rows, projection.heads(), scores, sink_logits, chosen)
 
 
-def _attend_and_write(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
+def _attend_and_write(
+    cache: Cache, rows, heads, scores, sink_logits, chosen: Attention, rotated=None
+):
     _, k, v = heads
     single = k.shape[1] == 1
     if chosen.attend == "pallas" and single and cache.scratch is None:
-        return triton.attend(cache, rows, heads, scores, sink_logits, write=True)
+        written = dict(write=True, rotated=rotated)
+        return triton.attend(cache, rows, heads, scores, sink_logits, **written)
     # A single token overwrites nothing that is visible. Written first, it is written in place: with
     # the read first, XLA copies the whole window for every layer that is not part of a loop.
     if single:
         cache = write_layer(cache, rows, k, v, chosen.compression)
-    output = _attend(cache, rows, heads, scores, sink_logits, chosen)
+    output = _attend(cache, rows, heads, scores, sink_logits, chosen, rotated)
     if not single:
         cache = write_layer(cache, rows, k, v, chosen.compression)
     return output, cache
 
 
-def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
+def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention, rotated=None):
     q, k, v = heads
+    call = cache, rows, heads, scores, sink_logits
     if chosen.attend == "pallas" and q.shape[1] == 1:
-        return triton.attend(cache, rows, heads, scores, sink_logits, write=False)[0]
+        return triton.attend(*call, write=False, rotated=rotated)[0]
     if chosen.attend == "pallas":
-        return triton.attend_several(cache, rows, heads, scores, sink_logits)
+        return triton.attend_several(*call, rotated)
     if chosen.attend == "xla":
         return definition.attend(cache, rows, q, k, v, scores, sink_logits)
     return cudnn.attend(cache, rows, q, k, v, scores, sink_logits, decode_by=chosen.pages)

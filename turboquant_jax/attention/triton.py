@@ -27,7 +27,7 @@ from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
 from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_queries
 from turboquant_jax.attention.projection import Heads, Projection
-from turboquant_jax.attention.segments import Scores, attend_segment, merge, sink_part
+from turboquant_jax.attention.segments import Scores
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.kernel_operands import flat
@@ -44,7 +44,7 @@ def attend(
     sink_logits: Float[Array, " N"] | None,
     *,
     write: bool,
-    rotated: Float[Array, "B N H"] | None = None,
+    rotated: Float[Array, "B 1 N H"] | None = None,
 ) -> tuple[Float[Array, "B 1 N H"], Cache]:
     """Attention of one query per sequence over a layer and over the new token's key and value.
 
@@ -53,18 +53,37 @@ def attend(
     """
     dtype = cache.config.dtype
     query, new = heads[0][:, 0], Exact(heads[1].astype(dtype), heads[2].astype(dtype))
+    turned = None if rotated is None else rotated[:, 0]
+    output, exact = _attend(
+        cache, rows, query, new, scores, sink_logits, rotated=turned, write=write
+    )
+    return output[:, None], cache if exact is None or not write else _written(cache, exact)
+
+
+def _attend(
+    cache: Cache,
+    rows: LayerRows,
+    query: Float[Array, "B N H"],
+    new: Exact,
+    scores: Scores,
+    sink_logits: Float[Array, " N"] | None,
+    *,
+    rotated: Float[Array, "B N H"] | None = None,
+    **newest: Any,
+) -> tuple[Float[Array, "B N H"], ExactOperand | None]:
+    """The kernel over all segments and the newest tokens; `newest` as `ExactOperand` has it."""
     if rotated is None:
         rotated = _rotate(cache, rows, query)
     output, _, exact = decode_attention(
         rotated,
         _paged(cache, rows),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
-        exact=_exact_operand(cache, rows.layer, query, new, write),
+        exact=_exact_operand(cache, rows.layer, query, new, **newest),
         sketch=_sketch(cache.parts[rows.members[0].part], rotated),
         rotation=_rotation_of_values(cache, rows),
         dtype=query.dtype,
     )
-    return output[:, None], cache if exact is None or not write else _written(cache, exact)
+    return output, exact
 
 
 def attend_several(
@@ -73,56 +92,38 @@ def attend_several(
     heads: Heads,
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
+    rotated: Float[Array, "B T N H"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of a few queries per sequence over a layer, and causally over their own tokens.
 
-    To the kernel, which reads the cache once for them, they are query heads: what they see of it is
-    the same. Their own tokens are a segment beside it.
+    To the kernel, which reads the cache once for as many as it has columns, they are query heads.
     """
     q, k, v = heads
+    dtype = cache.config.dtype
+    new = Exact(k.astype(dtype), v.astype(dtype))
     batch, count, total, dim = q.shape
     group = total // cache.kv_heads
-    most = max(1, MAX_HEADS // group)
-    calls = -(-count // most)
-    most = -(-count // calls)
-    parts = []
+    calls = -(-count // max(1, MAX_HEADS // group))
+    most, outputs = -(-count // calls), []
     for start in range(0, count, most):
-        some = q[:, start : start + most].reshape(batch, -1, cache.kv_heads, group, dim)
-        by_head = jnp.moveaxis(some, 1, 2)  # [B, K, T, G, H]
-        flat_heads = by_head.reshape(batch, -1, dim)
-        output, lse = _over_cache(cache, rows, flat_heads, scores)
+        tokens = min(most, count - start)
 
-        def by_token(x, shape=by_head.shape):
-            x = jnp.moveaxis(x.reshape(*shape[:4], *x.shape[2:]), 2, 1)
-            return x.reshape(batch, shape[2], total, *x.shape[4:])
+        def by_head(x, start=start, tokens=tokens):  # of a kv head its tokens' queries in turn
+            some = x[:, start : start + tokens].reshape(batch, tokens, cache.kv_heads, group, dim)
+            return jnp.moveaxis(some, 1, 2).reshape(batch, -1, dim)
 
-        parts.append((by_token(output), by_token(lse)))
-    outputs, lses = zip(*parts, strict=True)
-    past = jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
-    dtype, token = cache.config.dtype, jnp.arange(count)
-    causal = jnp.broadcast_to(token[:, None] >= token[None, :], (batch, count, count))
-    own = attend_segment(q, k.astype(dtype), v.astype(dtype), causal, scores)
-    sinks = [] if sink_logits is None else [sink_part(sink_logits, q.shape)]
-    return merge([past, own, *sinks])[0].astype(q.dtype)
-
-
-def _over_cache(
-    cache: Cache, rows: LayerRows, query: Float[Array, "B N H"], scores: Scores
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
-    """Queries that see all of the cache and nothing else: float32 output and log-sum-exp."""
-    batch, _, dim = query.shape
-    nothing = jnp.zeros((batch, 1, cache.kv_heads, dim), cache.config.dtype)
-    rotated = _rotate(cache, rows, query)
-    exact = _exact_operand(cache, rows.layer, query, Exact(nothing, nothing), False)
-    output, lse, _ = decode_attention(
-        rotated,
-        _paged(cache, rows),
-        Softmax(scores.factor(cache.config.head_dim), scores.softcap),
-        exact=replace(exact, places=partial(held_places, cache.layout)),
-        sketch=_sketch(cache.parts[rows.members[0].part], rotated),
-        rotation=_rotation_of_values(cache, rows),
-    )
-    return output, lse
+        logits = None
+        if sink_logits is not None:
+            of_group = sink_logits.reshape(cache.kv_heads, 1, group)
+            logits = jnp.broadcast_to(of_group, (cache.kv_heads, tokens, group)).ravel()
+        output, _ = _attend(
+            cache, rows, by_head(q), new, scores, logits,
+            rotated=None if rotated is None else by_head(rotated),
+            queries=tokens, later=count - start - tokens,
+        )  # fmt: skip
+        output = output.reshape(batch, cache.kv_heads, tokens, group, dim)
+        outputs.append(jnp.moveaxis(output, 2, 1))
+    return jnp.concatenate(outputs, axis=1).reshape(q.shape)
 
 
 def turns(projection: Projection) -> bool:
@@ -134,19 +135,15 @@ def turns(projection: Projection) -> bool:
     return whole and projection.qkv.dtype == jnp.bfloat16
 
 
-def attend_projection(
-    cache: Cache,
-    rows: LayerRows,
-    projection: Projection,
-    sink_logits: Float[Array, " N"] | None,
-) -> tuple[Float[Array, "B 1 N H"], Cache]:
-    """`attend` of a projection of one token per sequence, in bfloat16; the token is written."""
+def turn(
+    cache: Cache, rows: LayerRows, projection: Projection
+) -> tuple[Heads, Float[Array, "B T N H"]]:
+    """Heads of a projection in bfloat16, and the queries in the rotated space of the keys."""
     operand = kernel_operands.of_layer(rows, codecs_of(cache, rows, 0), cache.kv_heads)
-    qkv, cos, sin = (x[:, 0] for x in (projection.qkv, projection.cos, projection.sin))
-    q, k, v, rotated = rope_and_rotate(qkv, cos, sin, operand)
-    heads = q[:, None], k[:, None], v[:, None]
-    scores = projection.scores
-    return attend(cache, rows, heads, scores, sink_logits, write=True, rotated=rotated)
+    shape = projection.qkv.shape[:2]
+    tokens = (x.reshape(-1, *x.shape[2:]) for x in (projection.qkv, projection.cos, projection.sin))
+    q, k, v, rotated = (x.reshape(*shape, *x.shape[1:]) for x in rope_and_rotate(*tokens, operand))
+    return (q, k, v), rotated
 
 
 def decode_pages(
@@ -209,7 +206,7 @@ def _sketch(part: Part, rotated: Float[Array, "B N H"]) -> Sketch | None:
 
 
 def _exact_operand(
-    cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool
+    cache: Cache, layer: Int[Array, ""], query, new: Exact, **newest: Any
 ) -> ExactOperand:
     held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
     return ExactOperand(
@@ -217,15 +214,15 @@ def _exact_operand(
         keys=(*(flat(part.keys) for part in held), new.keys),
         values=(*(flat(part.values) for part in held), new.values),
         pending=cache.table.pending,
-        places=partial(exact_places, cache.layout),
+        places=partial(exact_places, cache.layout, newest=new.keys.shape[1]),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
         phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
-        write=write,
         layer=layer,
+        **newest,
     )
 
 
-def exact_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
+def exact_places(layout: Layout, length: Any, pending: Any, newest: int = 1) -> ExactPlaces:
     """Where the tokens of a sequence lie, as the kernel asks it: of the segments that there are."""
     place = locate(layout, length, pending)
     segments: list[tuple[Any, Any, Any]] = []
@@ -233,13 +230,7 @@ def exact_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
         segments.append((*place.sinks, place.sink_slot))
     if layout.ring:
         segments.append((*place.window, place.window_slot))
-    return ExactPlaces(place.blocks, (*segments, (0, 1, 0)))
-
-
-def held_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
-    """`exact_places` without the newest token."""
-    places = exact_places(layout, length, pending)
-    return places._replace(segments=(*places.segments[:-1], (0, 0, 0)))
+    return ExactPlaces(place.blocks, (*segments, (0, newest, 0)))
 
 
 def _written(cache: Cache, exact: ExactOperand) -> Cache:

@@ -137,7 +137,8 @@ class Case:
             return attend_with_newest(q, *cache)
         if self.name == "pallas-exact":
             held = PagedBlocks((cache[0],), *cache[1:3])
-            return attend_with_newest(q, held, *cache[3:], self.schedule, self.newest)
+            mean, phases = cache[3:]
+            return attend_with_newest(q, held, mean, phases, self.schedule, self.newest)
         return attend(q, *cache, self.schedule)
 
     def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:

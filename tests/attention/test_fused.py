@@ -208,10 +208,8 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
     ],
 )
 def test_several_queries_are_one_reading_of_the_cache(name, count, interpret, monkeypatch):
-    """Causal among themselves; where calls take few heads, those of 8 tokens are two."""
+    """Causal among themselves; three heads of 8 tokens are two calls where a mean turns."""
     monkeypatch.setattr(schedule, "MIN_TILES", 2)
-    if interpret:
-        monkeypatch.setattr(triton, "MAX_HEADS", 12)
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
     rng = np.random.default_rng(7)
     state, heads = random_cache(config, rng), config.num_kv_heads

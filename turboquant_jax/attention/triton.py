@@ -22,7 +22,7 @@ from pallas_kernels.decode_attention import (
     Softmax,
     decode_attention,
 )
-from pallas_kernels.primitives.limits import MAX_HEADS
+from pallas_kernels.primitives.limits import MAX_HEADS, MAX_TURNED_HEADS
 from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
 from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_queries
@@ -103,7 +103,8 @@ def attend_several(
     new = Exact(k.astype(dtype), v.astype(dtype))
     batch, count, total, dim = q.shape
     group = total // cache.kv_heads
-    calls = -(-count // max(1, MAX_HEADS // group))
+    columns = MAX_HEADS if cache.phases is None else MAX_TURNED_HEADS
+    calls = -(-count // max(1, columns // group))
     most, outputs = -(-count // calls), []
     for start in range(0, count, most):
         tokens = min(most, count - start)
@@ -141,8 +142,10 @@ def turn(
     """Heads of a projection in bfloat16, and the queries in the rotated space of the keys."""
     operand = kernel_operands.of_layer(rows, codecs_of(cache, rows, 0), cache.kv_heads)
     shape = projection.qkv.shape[:2]
-    tokens = (x.reshape(-1, *x.shape[2:]) for x in (projection.qkv, projection.cos, projection.sin))
-    q, k, v, rotated = (x.reshape(*shape, *x.shape[1:]) for x in rope_and_rotate(*tokens, operand))
+    tokens = (projection.qkv, projection.cos, projection.sin)
+    qkv, cos, sin = (x.reshape(-1, *x.shape[2:]) for x in tokens)
+    turned = rope_and_rotate(qkv, cos, sin, operand)
+    q, k, v, rotated = (x.reshape(*shape, *x.shape[1:]) for x in turned)
     return (q, k, v), rotated
 
 

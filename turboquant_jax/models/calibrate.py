@@ -1,7 +1,7 @@
 """Calibration of a model: bases of its heads, what every format loses, the allocation for a target.
 
-`models.gathered` reads the texts, twice. What it gathers is saved after every text: the same call
-goes on from there.
+`models.gathered` reads the texts, some of them twice. What it gathers is saved after every text:
+the same call goes on from there.
 """
 
 import hashlib
@@ -50,8 +50,8 @@ class Plan:
       capacity: tokens of the cache whose bytes count.
       context: tokens of a text: of the windows that the texts are cut into.
       windows: most of them, spread evenly over the texts; one more is kept to judge.
-      alone: windows among them on which layers are compressed alone, in every format: as many
-        passes, halved, as layers and formats together.
+      alone: windows among them on which layers and heads are compressed alone. For each window that
+        takes layers x (formats + 2 heads) passes through half of the layers.
       seed: of rotations and of what is drawn.
     """
 
@@ -82,8 +82,9 @@ def menu(head_dim: int) -> tuple[tuple[Bits, ...], tuple[Bits, ...]]:
     if head_dim % 4:
         return bits, bits
     splits = (
-        ((2 * quarter, 2), (2 * quarter, 1)),
+        ((quarter, 3), (quarter, 1), (2 * quarter, 1)),
         ((quarter, 4), (quarter, 2), (2 * quarter, 1)),
+        ((quarter, 4), (2 * quarter, 2), (quarter, 1)),
         ((quarter, 4), (quarter, 3), (2 * quarter, 2)),
     )
     return (*bits, *splits), bits
@@ -125,17 +126,14 @@ def calibrate(
         min(plan.capacity, checkpoint.config.max_position),
     )  # fmt: skip
     alone = choosing[np.unique(np.linspace(0, len(choosing) - 1, plan.alone).astype(int))]
-    read = 2 * len(choosing) + len(alone)
+    read = len(choosing) + len(alone)
     steps = read + len(judging)
     for done, tokens in gathered.rest("read", choosing):
         progress("moments of keys and queries", done, steps)
         gathered.moments(model, tokens, key(done))
     basis = gathered.basis()
-    for done, tokens in gathered.rest("heard", choosing):
-        progress("shares of the heads", len(choosing) + done, steps)
-        gathered.squares(model, tokens, basis, key(done))
     for done, tokens in gathered.rest("alone", alone):
-        progress("losses of every layer alone", 2 * len(choosing) + done, steps)
+        progress("losses of every layer and head alone", len(choosing) + done, steps)
         gathered.alone(model, tokens, basis, key(done))
     losses = gathered.losses()
     known, scale = Calibration(keys=basis), 1.0

@@ -1,8 +1,8 @@
 """What a calibration gathers of a model on texts, and keeps in a file between them.
 
-The texts are read twice, both times back through the layers (`sensitivity`). The first reading
-sums the second moments of centred keys, and of what meets them: of the queries, S_q, and of the
-gradients g of the keys, S_g, which know how much depends on a key. Heads take their basis from
+The first reading goes back through the layers (`sensitivity`). It sums the second moments of
+centred keys, and of what meets them: of the queries, S_q, and of the gradients g of the keys, S_g,
+which know how much depends on a key. Heads take their basis from
 
     S_q / tr S_q + 3 S_g / tr S_g.
 
@@ -12,11 +12,9 @@ starts at a random position of those that the cache, and the model, may have.
 What that is worth beside S_q alone is in `docs/calibration.md`: something to most heads, nothing to
 the sum over them.
 
-The second reading asks what every format of a head's keys, or values, loses. With d its errors and
-g the gradients, the sum of the squares of <g, d> over the tokens tells heads apart, with little
-spread. It is no loss: errors of the same token agree, and errors of few bits are not small. So the
-keys, or values, of whole layers are compressed alone, format by format, and the loss that is
-measured is shared out to the heads as their squares are.
+The second reading asks what bits lose. The keys, or the values, of a layer are compressed alone, in
+every format, and then those of one head at 2 bits: what a format of the layer loses is shared out
+to its heads as theirs at 2 bits are.
 """
 
 from collections.abc import Iterator
@@ -32,11 +30,13 @@ from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files
 from turboquant_jax.cache import calibration as calibrations
 from turboquant_jax.cache.allocation import Bits, Losses, nested
 from turboquant_jax.models.model import Llama
-from turboquant_jax.models.sensitivity import Seen, alone, look_back
+from turboquant_jax.models.sensitivity import alone, look_back
 from turboquant_jax.quantizers.channels import Basis
 
 _SIDES = ("keys", "values")
 
+HEADS = 2
+"""Bits of the format whose losses tell the heads of a layer apart."""
 GRADIENTS = 3.0
 """Weight of the gradients' moment beside the queries', both of trace 1."""
 
@@ -59,9 +59,9 @@ class Gathered:
         moments = ("of_keys", "of_queries", "of_gradients")
         self.sums: dict[str, np.ndarray] = {n: np.zeros((*heads, dim, dim)) for n in moments}
         for side, names in zip(_SIDES, formats, strict=True):
-            self.sums[f"{side}.squares"] = np.zeros((*heads, len(names)))
-            self.sums[f"{side}.alone"] = np.zeros((config.num_layers, len(names)))
-        self.sums |= {name: np.zeros(1, np.int64) for name in ("read", "heard", "alone")}
+            self.sums[f"{side}.layers"] = np.zeros((config.num_layers, len(names)))
+            self.sums[f"{side}.heads"] = np.zeros(heads)
+        self.sums |= {name: np.zeros(1, np.int64) for name in ("read", "alone")}
         if self.path.is_file():
             found, arrays = files.read(self.path, "what a calibration gathered")
             if found.get("facts") != facts:
@@ -98,31 +98,25 @@ class Gathered:
             ):  # fmt: skip
                 self.sums[name][layer] += np.asarray(moment, np.float64)
 
-    def squares(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
-        """Add those of <g, d> on a text, for every format of every head."""
-        start = self._start(tokens, key)
-        for layer, seen, gradients in look_back(model, tokens, self.config, key, start):
-            for side, column, off in self._errors(layer, seen, basis, key):
-                found = _squares(off, gradients[side])
-                self.sums[f"{_SIDES[side]}.squares"][layer, :, column] += np.asarray(found)
-
     def alone(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
-        """Add what every format of the keys, and of the values, of every layer loses on a text."""
-        with jax.default_matmul_precision("highest"):  # losses are near what other products round
-            for layer, seen, loses in alone(model, tokens, self.config, self._start(tokens, key)):
-                for side, column, off in self._errors(layer, seen, basis, key):
-                    nothing = jnp.zeros_like(off)
-                    both = (off, nothing) if side == 0 else (nothing, off)
-                    self.sums[f"{_SIDES[side]}.alone"][layer, column] += loses(both)
-
-    def _errors(self, layer: int, seen: Seen, basis: Basis, key: Array):
-        """(side, number of the format, errors of all heads) of every format in a layer."""
-        own = jax.tree.map(lambda leaf: leaf[layer], basis)
+        """Add what every format of every layer, and every head at 2 bits, loses on a text."""
         turns = jax.random.split(jax.random.fold_in(key, 1))
-        for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
-            codec = (self.config.key, self.config.value)[side]
-            for column, bits in enumerate(self.formats[side]):
-                yield side, column, error(codec.of(bits), turns[side], which, x)
+        start = self._start(tokens, key)
+        with jax.default_matmul_precision("highest"):  # losses are near what other products round
+            for layer, seen, lose in alone(model, tokens, self.config, start):
+                own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
+                for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
+                    codec = (self.config.key, self.config.value)[side]
+                    menu = self.formats[side]
+                    made = {bits: error(codec.of(bits), turns[side], which, x) for bits in menu}
+                    heads = jnp.eye(x.shape[1])[:, None, :, None]
+                    off = jnp.concatenate(
+                        [jnp.stack(list(made.values())), made[HEADS][None] * heads]
+                    )
+                    nothing = jnp.zeros_like(off)
+                    lost = lose((off, nothing) if side == 0 else (nothing, off))
+                    self.sums[f"{_SIDES[side]}.layers"][layer] += lost[: len(menu)]
+                    self.sums[f"{_SIDES[side]}.heads"][layer] += lost[len(menu) :]
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""
@@ -130,15 +124,15 @@ class Gathered:
         return int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, most))
 
     def losses(self) -> Losses:
-        """Of every head in nats a token: those of whole layers, shared out as the squares are."""
+        """Of every head in nats a token."""
         found = []
         for side in _SIDES:
-            squares = self.sums[f"{side}.squares"]
-            whole = self.sums[f"{side}.alone"] / max(1, self.sums["alone"][0])
-            all_heads = squares.sum(axis=1, keepdims=True)
-            even = np.full_like(squares, 1 / squares.shape[1])
-            share = np.divide(squares, all_heads, out=even, where=all_heads > 0)
-            found.append(share * whole[:, None, :])
+            heads = self.sums[f"{side}.heads"]
+            layers = self.sums[f"{side}.layers"] / max(1, self.sums["alone"][0])
+            whole = heads.sum(axis=1, keepdims=True)
+            even = np.full_like(heads, 1 / heads.shape[1])
+            share = np.divide(heads, whole, out=even, where=whole > 0)
+            found.append(share[:, :, None] * layers[:, None, :])
         return Losses(*self.formats, *map(nested, found))
 
 
@@ -159,8 +153,3 @@ def _normed(moment: np.ndarray) -> np.ndarray:
 
 
 _moments = jax.jit(calibrations.moments)
-
-
-@jax.jit
-def _squares(off: Float[Array, "T K H"], g: Float[Array, "T K H"]) -> Float[Array, " K"]:
-    return jnp.sum(jnp.sum(off * g, axis=2) ** 2, axis=0)

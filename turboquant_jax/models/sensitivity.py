@@ -8,9 +8,8 @@ where g_j is the gradient of the log-likelihood of a text that is drawn, token b
 itself. Only the queries that find token j compressed count. So one pass back over a text says what
 any error of any head would cost, and no pass is made with it.
 
-That is for small errors. Those of 1 to 3 bits are not: in the first layers they cost up to three
-times as much, in the last a third. So what a whole layer loses is measured (`alone`), and gradients
-only tell its heads and formats apart.
+That is for small errors. Those of 1 to 3 bits are not: they cost more than that in the first layers
+and less in the last. So what bits lose is measured (`alone`).
 
 The decoder is run layer by layer: a layer is compiled once, whatever their number.
 """
@@ -36,6 +35,10 @@ _ROWS = 256  # of the logits at a time
 
 Errors = tuple[Float[Array, "T K H"], Float[Array, "T K H"]]
 """Of keys and of values: what comes back from compression, less what went in."""
+
+
+ManyErrors = tuple[Float[Array, "P T K H"], Float[Array, "P T K H"]]
+"""P of them."""
 
 
 @register_dataclass
@@ -95,24 +98,25 @@ def look_back(
 
 def alone(
     model: Llama, tokens: Int[Array, " T"], config: CacheConfig, start: int = 0
-) -> Iterator[tuple[int, Seen, Callable[[Errors], float]]]:
+) -> Iterator[tuple[int, Seen, Callable[[ManyErrors], list[float]]]]:
     """Every layer's number, what it saw, and what errors of its keys and values alone would lose.
 
-    That is the KL divergence in nats a token, of a pass from this layer on.
+    That is the KL divergence in nats a token for each of P errors, of passes from this layer on.
     """
     layers = _layers(model)
     hidden, angles = _embed(model, tokens, start)
     entering = [hidden, *(after for _, after in read(model, tokens, config, start=start))]
     exact = final(model, entering.pop())
 
-    def loses(index: int, off: Errors) -> float:
-        hidden = _forward(layers[index], entering[index], angles, off, config)
+    def lose(index: int, off: ManyErrors) -> list[float]:
+        found = _first(layers[index], entering[index], angles, off, config)
         for layer in layers[index + 1 :]:
-            hidden = _forward(layer, hidden, angles, None, config)
-        return float(np.mean(compare(model, tokens[None], exact, final(model, hidden)).kl))
+            found = _next(layer, found, angles, config)
+        compared = (compare(model, tokens[None], exact, final(model, one)) for one in found)
+        return [float(np.mean(one.kl)) for one in compared]
 
     for index, hidden in enumerate(entering):
-        yield index, _see(layers[index], hidden, angles, config), partial(loses, index)
+        yield index, _see(layers[index], hidden, angles, config), partial(lose, index)
 
 
 def _layers(model: Llama) -> list[Layer]:
@@ -145,6 +149,16 @@ def _forward(layer, hidden, angles, off, config):
         return _attend(projection, off, config), state
 
     return layer(hidden, *angles, jnp.int32(0), (), attend)[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def _first(layer, hidden, angles, off: ManyErrors, config):
+    return lax.map(lambda own: _forward(layer, hidden, angles, own, config), off)
+
+
+@partial(jax.jit, static_argnames="config")
+def _next(layer, hidden, angles, config):
+    return lax.map(lambda own: _forward(layer, own, angles, None, config), hidden)
 
 
 def _attend(projection, off: Errors | None, config: CacheConfig):

@@ -51,6 +51,8 @@ def attend(
     """
     dtype, query = cache.config.dtype, heads[0]
     new = Exact(heads[1].astype(dtype), heads[2].astype(dtype))
+    if shared and rotated is None:  # once
+        rotated = rotate_query(cache, rows, query[:, 0])[:, None]
     turned = None if rotated is None else rotated[:, 0]
     output, lse, exact = _attend(
         cache, rows, query[:, 0], new, scores, sink_logits, turned, shared, write=write

@@ -72,8 +72,6 @@ def choose_attention(
         "cudnn": "shared blocks" if shared else _prefill(cache, queries, softcap),
         "xla": None,
     }
-    if queries > 1:  # where the kernel is not timed yet, and has to be asked for
-        reasons["pallas"] = reasons.pop("pallas")
     attend = resolve(implementation, reasons)
     below: Implementation | None = "xla" if attend == "xla" else None
     pages = resolve(below, {"pallas": _pages(cache), "xla": None})

@@ -31,7 +31,9 @@ from experiments.harness.statistics import met
 from experiments.speed import constructed_drafts
 from experiments.speed.repeating_prompts import PROMPTS
 from experiments.speed.speed_claims import OURS
+from pallas_kernels.primitives.limits import MAX_QUERIES
 from turboquant_jax import cache
+from turboquant_jax.attention import Projection
 from turboquant_jax.cache import Cache, CacheConfig, CodecConfig
 from turboquant_jax.cache.choose import choose_attention
 from turboquant_jax.implementation import Implementation
@@ -60,7 +62,7 @@ class Config:
     context: int = option(8192, "tokens before constructed drafts")
     tokens: int = option(256, "most tokens of an answer")
     repeats: int = option(3, "timed answers")
-    attention: str = option("", "what attends to several tokens, if not what is chosen")
+    attention: str = option("", "what attends to tokens of a draft, if not what is chosen")
     checkpoint: str = option("", "GGUF file of the prompts' model, if not SmolLM2", path=True)
     seconds: float = option(0.0, "start no case after so long, 0 for never")
 
@@ -123,7 +125,7 @@ class Bench:
 
     def __init__(self, config: Config):
         self.config = config
-        self.past = compressed(_implementation(config.attention))
+        self.past = past_of(config.attention)
 
     def measure(self, task: str, p: float | None) -> list[Row]:
         """The row of a case.
@@ -224,6 +226,18 @@ def _median(
     answer()
     seconds, made = zip(*(answer() for _ in range(repeats)), strict=True)
     return statistics.median(seconds), made[0]
+
+
+@functools.cache
+def past_of(name: str) -> Past[Cache]:
+    """What is chosen, but for the tokens of a draft where there is a name."""
+    one, several = compressed(), compressed(_implementation(name))
+
+    def attend(state: Cache, layer: jax.Array, projection: Projection) -> tuple[jax.Array, Cache]:
+        count = projection.qkv.shape[1]
+        return (several if 1 < count <= MAX_QUERIES else one).attend(state, layer, projection)
+
+    return dataclasses.replace(one, attend=attend)
 
 
 def _implementation(name: str) -> Implementation | None:

@@ -6,7 +6,9 @@ import dataclasses
 # programs run slower by 3 to 15 % (docs/kernels.md).
 PROGRAMS = 1024
 # The same with more query heads of a kv head than this, two of whose programs fill the registers.
-WIDE, WIDE_PROGRAMS = 16, 256
+WIDE, WIDE_PROGRAMS = 8, 256
+# Bits of a token's keys, or values, of which a tile of twice the tokens still fits beside another.
+WIDE_BITS = 128 * 8
 # A split of fewer tiles than this spends its time on starting and on being merged.
 MIN_TILES = 4
 # Tokens of a tile: as many pages as it takes.
@@ -48,7 +50,7 @@ def default_schedule(
     those of four warps, which want as many rows of a tile: twice the tokens.
     """
     wide = heads > WIDE
-    size = TILE_TOKENS * (2 if wide else 1)
+    size = TILE_TOKENS * (2 if wide and channels * bits <= WIDE_BITS else 1)
     pages = max(1, size // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)

@@ -12,28 +12,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import decode as decode_in_kernel
-from pallas_kernels.decode_attention import (
-    BlocksOperand,
-    ExactOperand,
-    ExactPlaces,
-    PagedBlocks,
-    RotationOperand,
-    Sketch,
-    Softmax,
-    decode_attention,
-)
-from pallas_kernels.primitives.limits import MAX_HEADS, MAX_TURNED_HEADS
+from pallas_kernels.decode_attention import ExactOperand, ExactPlaces, Softmax, decode_attention
+from pallas_kernels.decode_attention.plan import schedule_of
 from pallas_kernels.rope import rope_and_rotate
-from pallas_kernels.rope import rotate as rotate_in_kernel
-from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_queries
+from turboquant_jax.attention.kernel_call import (
+    blocks_of,
+    codecs_of,
+    exact_operand,
+    exact_places,
+    paged_blocks,
+    rotate_query,
+    rotation_of_values,
+    sketch_of,
+    written,
+)
 from turboquant_jax.attention.projection import Heads, Projection
-from turboquant_jax.attention.segments import Scores
+from turboquant_jax.attention.segments import Scores, SegmentPart, merge
+from turboquant_jax.attention.together import Together
 from turboquant_jax.cache import kernel_operands
-from turboquant_jax.cache.codec import Codec
-from turboquant_jax.cache.kernel_operands import flat
-from turboquant_jax.cache.layout import Layout, locate
-from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part
-from turboquant_jax.quantizers.rotation import Identity
+from turboquant_jax.cache.state import Cache, Exact, LayerRows
 
 
 def attend(
@@ -45,19 +42,26 @@ def attend(
     *,
     write: bool,
     rotated: Float[Array, "B 1 N H"] | None = None,
+    shared: int = 0,
 ) -> tuple[Float[Array, "B 1 N H"], Cache]:
     """Attention of one query per sequence over a layer and over the new token's key and value.
 
     The output has the dtype of the query. `write` also writes the token where it is pending.
     `rotated`: the query in the rotated space of the keys, where that has been made already.
     """
-    dtype = cache.config.dtype
-    query, new = heads[0][:, 0], Exact(heads[1].astype(dtype), heads[2].astype(dtype))
+    dtype, query = cache.config.dtype, heads[0]
+    new = Exact(heads[1].astype(dtype), heads[2].astype(dtype))
+    if shared and rotated is None:  # once
+        rotated = rotate_query(cache, rows, query[:, 0])[:, None]
     turned = None if rotated is None else rotated[:, 0]
-    output, exact = _attend(
-        cache, rows, query, new, scores, sink_logits, rotated=turned, write=write
+    output, lse, exact = _attend(
+        cache, rows, query[:, 0], new, scores, sink_logits, turned, shared, write=write
     )
-    return output[:, None], cache if exact is None or not write else _written(cache, exact)
+    output = output[:, None]
+    if shared:
+        prefix = attend_prefix(cache, rows, query, rotated, scores, shared)
+        output = merge([prefix, (output, lse[:, None])])[0].astype(query.dtype)
+    return output, cache if exact is None or not write else written(cache, exact)
 
 
 def _attend(
@@ -67,23 +71,93 @@ def _attend(
     new: Exact,
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
-    *,
-    rotated: Float[Array, "B N H"] | None = None,
+    rotated: Float[Array, "B N H"] | None,
+    shared: int,
     **newest: Any,
-) -> tuple[Float[Array, "B N H"], ExactOperand | None]:
-    """The kernel over all segments and the newest tokens; `newest` as `ExactOperand` has it."""
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], ExactOperand | None]:
+    """The kernel over all segments and the newest tokens; `newest` as `ExactOperand` has it.
+
+    Without the first `shared` blocks, if there are any, and in float32 then.
+    """
     if rotated is None:
-        rotated = _rotate(cache, rows, query)
-    output, _, exact = decode_attention(
+        rotated = rotate_query(cache, rows, query)
+    exact = exact_operand(cache, rows.layer, query, new, **newest)
+    paged, schedule = paged_blocks(cache, rows), None
+    if shared:
+        exact = replace(
+            exact,
+            places=partial(exact_places, cache.layout, newest=new.keys.shape[1], shared=shared),
+        )
+        own = replace(paged, page_table=paged.page_table[:, shared:])
+        schedule = schedule_of(own, exact, cache.kv_heads, query.shape[1] // cache.kv_heads)
+    return decode_attention(
         rotated,
-        _paged(cache, rows),
+        paged,
         Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
-        exact=_exact_operand(cache, rows.layer, query, new, **newest),
-        sketch=_sketch(cache.parts[rows.members[0].part], rotated),
-        rotation=_rotation_of_values(cache, rows),
-        dtype=query.dtype,
+        exact=exact,
+        sketch=sketch_of(cache.parts[rows.members[0].part], rotated),
+        rotation=rotation_of_values(cache, rows),
+        dtype=jnp.float32 if shared else query.dtype,
+        schedule=schedule,
     )
-    return output, exact
+
+
+def attend_prefix(
+    cache: Cache,
+    rows: LayerRows,
+    q: Float[Array, "B T N H"],
+    rotated: Float[Array, "B T N H"] | None,
+    scores: Scores,
+    blocks: int,
+) -> SegmentPart:
+    """Attention of all queries over the first blocks, which all sequences share.
+
+    To the kernel, which reads them once for as many as it has columns, they are heads of one.
+    """
+    mean, layer = cache.key_mean, rows.layer
+    exact, end = None, blocks * cache.config.block
+    together = Together.of(cache, q.reshape(1, -1, *q.shape[2:]))
+    paged = replace(
+        paged_blocks(cache, rows),
+        page_table=cache.table.page_table[:1, :blocks],
+        lengths=jnp.full(1, end, jnp.int32),
+    )
+    found = []
+    for tokens in together.calls():
+        query = together.heads(q.reshape(1, -1, *q.shape[2:]), tokens)
+        turned = (
+            rotate_query(cache, rows, query)
+            if rotated is None
+            else together.heads(rotated.reshape(1, -1, *q.shape[2:]), tokens)
+        )
+        if mean is not None:
+            nothing = jnp.zeros((1, 1, cache.kv_heads, q.shape[3]), cache.config.dtype)
+            exact = ExactOperand(
+                query=query,
+                keys=(nothing,),
+                values=(nothing,),
+                pending=jnp.zeros(1, jnp.int32),
+                places=partial(_only_blocks, end),
+                key_mean=mean[layer, :1],
+                phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
+            )
+        output, lse, _ = decode_attention(
+            turned,
+            paged,
+            Softmax(scores.factor(cache.config.head_dim), scores.softcap),
+            exact=exact,
+            sketch=sketch_of(cache.parts[rows.members[0].part], turned),
+            rotation=rotation_of_values(cache, rows),
+        )
+        found.append((together.tokens(output, tokens), together.tokens(lse, tokens)))
+    output, lse = (jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+    return output.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _only_blocks(end: int, length: Any, pending: Any) -> ExactPlaces:
+    """Blocks up to a token, and nothing in full precision."""
+    del length, pending
+    return ExactPlaces((0, jnp.int32(end)), ((0, 0, 0),))
 
 
 def attend_several(
@@ -93,6 +167,7 @@ def attend_several(
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
     rotated: Float[Array, "B T N H"] | None = None,
+    shared: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Attention of a few queries per sequence over a layer, and causally over their own tokens.
 
@@ -101,30 +176,24 @@ def attend_several(
     q, k, v = heads
     dtype = cache.config.dtype
     new = Exact(k.astype(dtype), v.astype(dtype))
-    batch, count, total, dim = q.shape
-    group = total // cache.kv_heads
-    columns = MAX_HEADS if cache.phases is None else MAX_TURNED_HEADS
-    calls = -(-count // max(1, columns // group))
-    most, outputs = -(-count // calls), []
-    for start in range(0, count, most):
-        tokens = min(most, count - start)
-
-        def by_head(x, start=start, tokens=tokens):  # of a kv head its tokens' queries in turn
-            some = x[:, start : start + tokens].reshape(batch, tokens, cache.kv_heads, group, dim)
-            return jnp.moveaxis(some, 1, 2).reshape(batch, -1, dim)
-
+    together, outputs = Together.of(cache, q), []
+    for tokens in together.calls():
         logits = None
         if sink_logits is not None:
-            of_group = sink_logits.reshape(cache.kv_heads, 1, group)
-            logits = jnp.broadcast_to(of_group, (cache.kv_heads, tokens, group)).ravel()
-        output, _ = _attend(
-            cache, rows, by_head(q), new, scores, logits,
-            rotated=None if rotated is None else by_head(rotated),
-            queries=tokens, later=count - start - tokens,
+            each = jnp.broadcast_to(
+                sink_logits[None, None, :, None], (1, len(tokens), q.shape[2], 1)
+            )
+            logits = together.heads(each, range(len(tokens))).ravel()
+        output, lse, _ = _attend(
+            cache, rows, together.heads(q, tokens), new, scores, logits,
+            None if rotated is None else together.heads(rotated, tokens), shared,
+            queries=len(tokens), later=together.count - tokens.stop,
         )  # fmt: skip
-        output = output.reshape(batch, cache.kv_heads, tokens, group, dim)
-        outputs.append(jnp.moveaxis(output, 2, 1))
-    return jnp.concatenate(outputs, axis=1).reshape(q.shape)
+        outputs.append((together.tokens(output, tokens), together.tokens(lse, tokens)))
+    output, lse = (jnp.concatenate(x, axis=1) for x in zip(*outputs, strict=True))
+    if shared:
+        output, _ = merge([attend_prefix(cache, rows, q, rotated, scores, shared), (output, lse)])
+    return output.astype(q.dtype)
 
 
 def turns(projection: Projection) -> bool:
@@ -165,98 +234,3 @@ def decode_pages(
     )
     shape = (pages.shape[0], -1, *found[0].shape[2:])
     return found[0].reshape(shape), found[1].reshape(shape)
-
-
-def _paged(cache: Cache, rows: LayerRows) -> PagedBlocks:
-    """The blocks of a layer: rows of one part, or of some parts, each head with its own."""
-    pools = tuple(blocks_of(cache.parts[member.part]) for member in rows.members)
-    table, lengths, kv_heads = cache.table.page_table, cache.lengths, cache.kv_heads
-    if len(pools) == 1:
-        return PagedBlocks(pools, table, lengths, rows.members[0].first, kv_heads)
-    return PagedBlocks(pools, table, lengths, heads=rows.places(kv_heads))
-
-
-def codecs_of(cache: Cache, rows: LayerRows, side: int) -> list[Codec]:
-    """Those of the keys (0), or of the values (1), of each member of a layer."""
-    return [cache.parts[member.part].codecs[side] for member in rows.members]
-
-
-def _rotation_of_values(cache: Cache, rows: LayerRows) -> RotationOperand | None:
-    """None where the outputs of all heads are where they belong."""
-    codecs = codecs_of(cache, rows, 1)
-    groups = [group for codec in codecs for group in codec.groups]
-    moved = any(codec.order is not None or codec.transform is not None for codec in codecs)
-    if not moved and all(isinstance(group.rotation, Identity) for group in groups):
-        return None
-    return kernel_operands.of_layer(rows, codecs, cache.kv_heads)
-
-
-def _rotate(cache: Cache, rows: LayerRows, query: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
-    """One query per sequence in the rotated space of the keys, float32."""
-    codecs = codecs_of(cache, rows, 0)
-    if not cache.config.key.coded:
-        return query.astype(jnp.float32)
-    if query.dtype != jnp.bfloat16:
-        return rotate_by_member(rotate_queries, rows, codecs, query[:, None], cache.kv_heads)[:, 0]
-    return rotate_in_kernel(query, kernel_operands.of_layer(rows, codecs, cache.kv_heads))
-
-
-def _sketch(part: Part, rotated: Float[Array, "B N H"]) -> Sketch | None:
-    """What a sketch of the keys adds to their scores, for these queries in the rotated space."""
-    if (held := part.pool.sketches) is None:
-        return None
-    return Sketch(part.codecs[0].sketch_query(rotated), held.signs, held.norms)
-
-
-def _exact_operand(
-    cache: Cache, layer: Int[Array, ""], query, new: Exact, **newest: Any
-) -> ExactOperand:
-    held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
-    return ExactOperand(
-        query=query,
-        keys=(*(flat(part.keys) for part in held), new.keys),
-        values=(*(flat(part.values) for part in held), new.values),
-        pending=cache.table.pending,
-        places=partial(exact_places, cache.layout, newest=new.keys.shape[1]),
-        key_mean=None if cache.key_mean is None else flat(cache.key_mean),
-        phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
-        layer=layer,
-        **newest,
-    )
-
-
-def exact_places(layout: Layout, length: Any, pending: Any, newest: int = 1) -> ExactPlaces:
-    """Where the tokens of a sequence lie, as the kernel asks it: of the segments that there are."""
-    place = locate(layout, length, pending)
-    segments: list[tuple[Any, Any, Any]] = []
-    if layout.sinks:
-        segments.append((*place.sinks, place.sink_slot))
-    if layout.ring:
-        segments.append((*place.window, place.window_slot))
-    return ExactPlaces(place.blocks, (*segments, (0, newest, 0)))
-
-
-def _written(cache: Cache, exact: ExactOperand) -> Cache:
-    """The cache with the segments of `exact`, which hold the new token."""
-    stored = zip(exact.keys[:-1], exact.values[:-1], strict=True)
-    parts: dict[str, Any] = {}
-    for name in ("sinks", "window"):
-        old = getattr(cache, name)
-        if old.keys.shape[2]:
-            keys, values = next(stored)
-            parts[name] = Exact(keys.reshape(old.keys.shape), values.reshape(old.values.shape))
-    return replace(cache, **parts)
-
-
-def blocks_of(part: Part) -> BlocksOperand:
-    """Blocks of all rows, as the kernels read them; no codebooks of a side in full precision."""
-    pool, sides = part.pool, []
-    for codec in part.codecs:
-        books = [kernel_operands.codebook_of(group) for group in codec.groups]
-        served = tuple(book for book in books if book is not None)
-        if len(served) < len(books):
-            raise NotImplementedError("the kernel serves codebooks on its grid: codebook='grid'")
-        sides.append(served)
-    key, value = (codec.transform is not None for codec in part.codecs)
-    joint = key, value
-    return BlocksOperand(pool.keys, pool.values, pool.scales, sides[0], sides[1], joint, pool.bases)

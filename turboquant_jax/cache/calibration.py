@@ -38,8 +38,8 @@ class Study:
       weights: digest of the weights that make its keys.
       texts: (name, digest, tokens) of what it read.
       versions: (package, version) of what computed.
-      rule: (name, number) of what the cache was like: sinks, window, block, bits of scales, tokens
-        of a text.
+      rule: (name, number) of what the cache was like: sinks, window, block, bits of scales; and of
+        what was read: tokens of a window, windows, those on which parts were compressed alone.
       codec: (name, value) of `CodecConfig`, for all formats.
       centring: "pre_rope", "stored" or "none", of the keys.
       losses: of every format of every head.

@@ -212,8 +212,13 @@ def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:
 
 
 def _rule(config: CacheConfig, plan: Plan) -> tuple[tuple[str, int], ...]:
-    names = ("sinks", "window", "block", "scale_bits")
-    return (*((name, getattr(config, name)) for name in names), ("context", plan.context))
+    held = ("sinks", "window", "block", "scale_bits")
+    read = ("context", "windows", "alone")
+    return tuple(
+        (name, getattr(own, name))
+        for own, names in ((config, held), (plan, read))
+        for name in names
+    )
 
 
 def _centring(config: CacheConfig) -> str:

@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from turboquant_jax.cache import CacheConfig, pre_rope
 from turboquant_jax.cache.layout import edge
-from turboquant_jax.models.evaluate import compare
 from turboquant_jax.models.model import Layer, Llama, rms_norm, unstack
 from turboquant_jax.models.rope import rotation_angles
 
@@ -106,14 +105,13 @@ def alone(
     layers = _layers(model)
     hidden, angles = _embed(model, tokens, start)
     entering = [hidden, *(after for _, after in read(model, tokens, config, start=start))]
-    exact = final(model, entering.pop())
+    expected = _log_probabilities(model, entering.pop()[0])  # T x vocabulary numbers
 
     def lose(index: int, off: ManyErrors) -> list[float]:
         found = _first(layers[index], entering[index], angles, off, config)
         for layer in layers[index + 1 :]:
             found = _next(layer, found, angles, config)
-        compared = (compare(model, tokens[None], exact, final(model, one)) for one in found)
-        return [float(np.mean(one.kl)) for one in compared]
+        return np.asarray(_kl(model, expected, found[:, 0])).tolist()
 
     for index, hidden in enumerate(entering):
         yield index, _see(layers[index], hidden, angles, config), partial(lose, index)
@@ -159,6 +157,29 @@ def _first(layer, hidden, angles, off: ManyErrors, config):
 @partial(jax.jit, static_argnames="config")
 def _next(layer, hidden, angles, config):
     return lax.map(lambda own: _forward(layer, own, angles, None, config), hidden)
+
+
+@jax.jit
+def _log_probabilities(model, hidden):
+    def at(own):
+        return jax.nn.log_softmax(model.logits(final(model, own[None, None]))[0, 0])
+
+    return lax.map(at, hidden, batch_size=_ROWS)
+
+
+@jax.jit
+def _kl(model, expected, hidden):
+    """Of P texts, the mean over the predictions of all but the last token."""
+
+    def at(xs):
+        p, own = xs
+        q = _log_probabilities(model, own[None])[0]
+        return jnp.sum(jnp.exp(p) * (p - q))
+
+    def of_text(own):
+        return jnp.mean(lax.map(at, (expected[:-1], own[:-1]), batch_size=_ROWS))
+
+    return lax.map(of_text, hidden)
 
 
 def _attend(projection, off: Errors | None, config: CacheConfig):

@@ -241,7 +241,7 @@ def test_a_look_up_has_four_neighbouring_bytes(layout, whole):
 @pytest.mark.parametrize("name", ["scalar 2", "trellis 2"])
 @pytest.mark.parametrize("heads", [4, 16])
 def test_look_ups_of_narrow_rows_compile_right(name, heads):
-    """Rows of keys of 8 bytes; two pages of values in a tile, whose path's bytes are there twice."""
+    """Rows of keys of 8 bytes; two pages of values in a tile, paths there twice."""
     found = calls.recorded(calls.config_of(name, 32, block=32), heads=heads)["decode_attention"]
     for kernel in plan_store.plan_of(*calls.flat("decode_attention", found)).kernels:
         assert triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, 90)

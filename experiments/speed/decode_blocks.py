@@ -81,6 +81,7 @@ def _places(newest: int, length, pending) -> ExactPlaces:
     return ExactPlaces((0, length), ((0, newest, 0),))
 
 
+@partial(jax.jit, static_argnums=(4, 5))  # traced once for the calls of a chain
 def attend_with_newest(
     q: jax.Array,
     held: PagedBlocks,

@@ -182,8 +182,8 @@ def _cache(case: Case, key: jax.Array) -> tuple:
     return (*paged, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else paged
 
 
-def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
-    """The chain of a case, or why there is none: a schedule may not fit the device."""
+def compiled(case: Any) -> Callable[..., jax.Array] | Exception:
+    """The `chain` of a case on what it `make`s, or why not: a schedule may not fit the device."""
     try:
         return jax.jit(case.chain).lower(*jax.eval_shape(case.make)).compile()
     except Exception as error:

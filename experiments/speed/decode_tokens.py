@@ -13,7 +13,7 @@ for each.
 
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -90,22 +90,27 @@ class Prompt:
         ((state,),) = caches
         blocks = int(state.config.num_blocks(self.shape[1])) if self.shape[0] > 1 else 0
         new = jnp.zeros((q.shape[0], 1, KV_HEADS, CHANNELS), jnp.bfloat16)
+        call = jax.jit(partial(attend, shared_blocks=blocks))
         for layer in range(self.calls):
-            out = attend(state, layer, q[:, None], new, new, shared_blocks=blocks)
-            q = out[:, 0]
+            q = call(state, jnp.int32(layer), q[:, None], new, new)[:, 0]
         return q
 
 
 def cases_of(config: Config) -> list[Case]:
-    """The baseline of each number of tokens, then the kernel; one token first."""
+    """The baseline of each number of tokens, then the kernel; one token first.
+
+    Of shapes behind the first one the first bits alone, and no mean.
+    """
     least = config.calls, config.turn * 1e6
     found = []
-    for shape in pairs(config.shapes, "x"):
+    shapes = pairs(config.shapes, "x")
+    for shape in shapes:
         for count in sorted(config.queries):
             case = Case("cudnn", (16, 16), shape, queries=GROUP * count, newest=count, least=least)
             found.append(case)
-            for bits in config.bits:
-                for mean in config.means if bits == 4 else config.means[:1]:
+            first = shape == shapes[0]
+            for bits in config.bits if first else config.bits[:1]:
+                for mean in config.means if bits == 4 and first else config.means[:1]:
                     if mean and case.queries > MAX_TURNED_HEADS:  # two readings
                         continue
                     ours = replace(case, name="pallas-exact", bits=(bits, bits), mean=mean)
@@ -127,33 +132,34 @@ def prompts_of(config: Config) -> list[Case | Prompt]:
 
 
 def run(config: Config, track: Track) -> Iterator[Row]:
-    """Correctness first; what is measured is compiled ahead, several cases at a time."""
+    """Correctness first, of the most tokens; several cases are compiled at a time."""
     choosing = "shapes", "bits", "queries", "means", "sweep", "answers"
     journal = open_journal("decode_tokens", config, choosing)
     every = [*cases_of(config), *([] if config.sweep else prompts_of(config))]
     cases = {str(case): case for case in every}
     checks = [
-        partial(check, cache_config(1, bits, mean), tokens=count)
+        partial(check, cache_config(1, bits, mean), tokens=max(config.queries))
         for bits in config.bits
         for mean in (config.means if bits == 4 else config.means[:1])
-        for count in config.queries
-        if count > 1
     ]
     rows: list[Row] = []
     with ThreadPoolExecutor(_COMPILERS) as pool:
-        waiting = [case for name, case in cases.items() if name not in journal.held]
-        chains = dict(zip(map(str, waiting), pool.map(compiled, waiting), strict=True))
-        list(pool.map(lambda run: run(), checks))
-    for name in track(list(cases), "decode_tokens"):
-        measure = functools.partial(_measure, cases[name], chains.get(name), rows)
-        fresh = journal.measure(name, measure)
-        rows += fresh
-        yield from fresh
+        right = [pool.submit(run) for run in checks]
+        waiting = [name for name in cases if name not in journal.held]
+        chains = {name: pool.submit(compiled, cases[name]) for name in waiting}
+        for made in right:
+            made.result()
+        for name in track(list(cases), "decode_tokens"):
+            measure = functools.partial(_measure, cases[name], chains.get(name), rows)
+            fresh = journal.measure(name, measure)
+            rows += fresh
+            yield from fresh
 
 
-def _measure(case: Case | Prompt, chain, rows: Sequence[Row]) -> list[Row]:
+def _measure(case: Case | Prompt, made: Future | None, rows: Sequence[Row]) -> list[Row]:
     """The row of a case; none where it does not compile."""
-    if isinstance(chain, Exception):
+    assert made is not None, "a case that the journal does not hold"
+    if isinstance(chain := made.result(), Exception):
         print(f"{case} failed: {str(chain)[:200]}", flush=True)
         return []
     s, (q, caches) = case.schedule, case.make()

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness.experiment import Claim, Row, Track, option, where
+from experiments.harness.experiment import QUESTION, Claim, Row, Track, option, where
 from experiments.harness.journal import open_journal
 from experiments.harness.plotting import COLOURS, Figure, label, panels
 from experiments.harness.statistics import met
@@ -266,6 +266,18 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
                     met(ratio >= least),
                 )
             )
+    for row in where(rows, draft="ngram"):
+        ratio = row["ratio_to_plain"]
+        found.append(
+            Claim(
+                QUESTION,
+                f"{row['task']}: drafts by prompt look-up are faster than none",
+                f"{ratio:.2f} times, {row['tokens_per_second']:.0f} tokens a second; "
+                f"{row['acceptance']:.0%} of drafted tokens accepted, "
+                f"{row['tokens_per_pass']:.2f} tokens a pass",
+                "holds" if ratio > 1 else "does not hold",
+            )
+        )
     return found
 
 

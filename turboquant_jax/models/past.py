@@ -14,11 +14,11 @@ from turboquant_jax.models.generate import Past
 
 
 @functools.cache
-def compressed(implementation: Implementation | None = None) -> Past[Cache]:
+def compressed(implementation: Implementation | None = None, shared_blocks: int = 0) -> Past[Cache]:
     """Attend to the cache and the new tokens, then append these; look at `overflow` afterwards.
 
-    Where layers differ in their bits the decoder must be unstacked. `implementation` is that of
-    `attention.attend`. The same `Past` for the same argument.
+    Where layers differ in their bits the decoder must be unstacked. The arguments are those of
+    `attention.attend`. The same `Past` for the same arguments.
     """
 
     # compiled apart, so that the layers of an unstacked decoder are traced and lowered once
@@ -26,7 +26,9 @@ def compressed(implementation: Implementation | None = None) -> Past[Cache]:
     def attend_rows(
         state: Cache, rows: LayerRows, projection: Projection
     ) -> tuple[Float[Array, "B T N H"], Cache]:
-        return attend_projection(state, rows, projection, implementation=implementation)
+        return attend_projection(
+            state, rows, projection, implementation=implementation, shared_blocks=shared_blocks
+        )
 
     def attend(
         state: Cache, layer: Int[Array, ""], projection: Projection

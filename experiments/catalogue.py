@@ -18,6 +18,7 @@ from experiments.speed import (
     llama_speed,
     prefill_speed,
     pytorch_speed,
+    sharded_speed,
     step_speed,
 )
 from experiments.tasks import greedy, needle, questions
@@ -37,6 +38,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     questions,
     greedy,
     decode_speed,
+    sharded_speed,
     step_speed,
     encode_speed,
     prefill_speed,

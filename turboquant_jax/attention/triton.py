@@ -27,11 +27,17 @@ from pallas_kernels.rope import rope_and_rotate
 from pallas_kernels.rope import rotate as rotate_in_kernel
 from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_queries
 from turboquant_jax.attention.projection import Heads, Projection
-from turboquant_jax.attention.segments import Scores, attend_segment, merge, sink_part
+from turboquant_jax.attention.segments import (
+    Scores,
+    attend_segment,
+    merge,
+    over_shares,
+    sink_part,
+)
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.kernel_operands import flat
-from turboquant_jax.cache.layout import Layout, locate
+from turboquant_jax.cache.layout import Layout, Share, locate
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part
 from turboquant_jax.quantizers.rotation import Identity
 
@@ -55,16 +61,26 @@ def attend(
     query, new = heads[0][:, 0], Exact(heads[1].astype(dtype), heads[2].astype(dtype))
     if rotated is None:
         rotated = _rotate(cache, rows, query)
-    output, _, exact = decode_attention(
+    whole = cache.share is None
+    output, lse, exact = decode_attention(
         rotated,
         _paged(cache, rows),
-        Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
-        exact=_exact_operand(cache, rows.layer, query, new, write),
+        Softmax(
+            scores.factor(cache.config.head_dim), scores.softcap, sink_logits if whole else None
+        ),
+        exact=_exact_operand(cache, rows.layer, query, new, write, exact_places),
         sketch=_sketch(cache.parts[rows.members[0].part], rotated),
         rotation=_rotation_of_values(cache, rows),
-        dtype=query.dtype,
+        dtype=query.dtype if whole else jnp.float32,
     )
-    return output[:, None], cache if exact is None or not write else _written(cache, exact)
+    output, lse = output[:, None], lse[:, None]
+    if not whole:
+        output, lse = over_shares((output, lse), cache.share)
+        # the new token is seen: if nothing has a weight, all scores overflowed
+        parts = [(jnp.where(jnp.isneginf(lse)[..., None], jnp.nan, output), lse)]
+        parts += [] if sink_logits is None else [sink_part(sink_logits, output.shape)]
+        output = merge(parts)[0].astype(query.dtype)
+    return output, cache if exact is None or not write else _written(cache, exact)
 
 
 def attend_several(
@@ -99,6 +115,7 @@ def attend_several(
         parts.append((by_token(output), by_token(lse)))
     outputs, lses = zip(*parts, strict=True)
     past = jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
+    past = over_shares(past, cache.share)
     dtype, token = cache.config.dtype, jnp.arange(count)
     causal = jnp.broadcast_to(token[:, None] >= token[None, :], (batch, count, count))
     own = attend_segment(q, k.astype(dtype), v.astype(dtype), causal, scores)
@@ -113,12 +130,12 @@ def _over_cache(
     batch, _, dim = query.shape
     nothing = jnp.zeros((batch, 1, cache.kv_heads, dim), cache.config.dtype)
     rotated = _rotate(cache, rows, query)
-    exact = _exact_operand(cache, rows.layer, query, Exact(nothing, nothing), False)
+    exact = _exact_operand(cache, rows.layer, query, Exact(nothing, nothing), False, held_places)
     output, lse, _ = decode_attention(
         rotated,
         _paged(cache, rows),
         Softmax(scores.factor(cache.config.head_dim), scores.softcap),
-        exact=replace(exact, places=partial(held_places, cache.layout)),
+        exact=exact,
         sketch=_sketch(cache.parts[rows.members[0].part], rotated),
         rotation=_rotation_of_values(cache, rows),
     )
@@ -209,17 +226,24 @@ def _sketch(part: Part, rotated: Float[Array, "B N H"]) -> Sketch | None:
 
 
 def _exact_operand(
-    cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool
+    cache: Cache, layer: Int[Array, ""], query, new: Exact, write: bool, places: Any
 ) -> ExactOperand:
     held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
+    phases, layout, pending = cache.phases, cache.layout, cache.table.pending
+    if (share := cache.share) is not None:  # in one number, as the kernel takes no other
+        places, pending = (
+            partial(on_share, places, share.count),
+            share.index + pending * share.count,
+        )
+        layout = replace(layout, share=None)
     return ExactOperand(
         query=query,
         keys=(*(flat(part.keys) for part in held), new.keys),
         values=(*(flat(part.values) for part in held), new.values),
-        pending=cache.table.pending,
-        places=partial(exact_places, cache.layout),
+        pending=pending,
+        places=partial(places, layout),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
-        phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
+        phases=None if phases is None else kernel_operands.of_phases(phases, cache.share),
         write=write,
         layer=layer,
     )
@@ -233,13 +257,19 @@ def exact_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
         segments.append((*place.sinks, place.sink_slot))
     if layout.ring:
         segments.append((*place.window, place.window_slot))
-    return ExactPlaces(place.blocks, (*segments, (0, 1, 0)))
+    return ExactPlaces(place.blocks, (*segments, (0, layout.counted(1), 0)))
 
 
 def held_places(layout: Layout, length: Any, pending: Any) -> ExactPlaces:
     """`exact_places` without the newest token."""
     places = exact_places(layout, length, pending)
     return places._replace(segments=(*places.segments[:-1], (0, 0, 0)))
+
+
+def on_share(places: Any, shares: int, layout: Layout, length: Any, pending: Any) -> ExactPlaces:
+    """`places` on a share, whose number is in that of the pending tokens."""
+    here = replace(layout, share=Share(pending % shares, shares))
+    return places(here, length, pending // shares)
 
 
 def _written(cache: Cache, exact: ExactOperand) -> Cache:

@@ -1,6 +1,5 @@
 """A decoder on a mesh says what it says on one device, and gathers no vocabulary."""
 
-import re
 from functools import partial
 
 import jax

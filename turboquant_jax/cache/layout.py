@@ -120,11 +120,9 @@ class Layout:
 
     def counted(self, seen):
         """What is seen in full precision, a number or a mask: nothing but on the first share."""
-        return (
-            seen
-            if self.share is None
-            else jnp.where(self.share.index == 0, seen, jnp.zeros_like(seen))
-        )
+        if self.share is None:
+            return seen
+        return seen * jnp.asarray(self.share.index == 0, getattr(seen, "dtype", jnp.int32))
 
     def window_slot(self, position):
         """The slot of the window for a position behind the sinks."""

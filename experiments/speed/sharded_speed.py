@@ -29,6 +29,7 @@ from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, cache_config
 from turboquant_jax import attention, cache
 from turboquant_jax.attention import sharding as attention_sharding
 from turboquant_jax.cache import Cache, CacheConfig, CodecConfig, sharding
+from turboquant_jax.cache.mesh import make_mesh, on_shards
 from turboquant_jax.models import PRESETS, timing
 from turboquant_jax.models import sharding as model_sharding
 from turboquant_jax.models.generate import decode
@@ -65,7 +66,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     journal, base = open_journal("sharded_speed", config, ("cases", "devices")), dict[str, float]()
     most = max(config.devices)
     for axis in sorted({case.split()[1] for case in config.cases}) if most > 1 else ():
-        check(sharding.make_mesh(**{axis: most}))
+        check(make_mesh(**{axis: most}))
     every = [(case, devices) for case in config.cases for devices in config.devices]
     for case, devices in track(every, "sharded_speed"):
         measure = partial(_measured, config, case, devices, base)
@@ -78,7 +79,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
 def _measured(config: Config, case: str, devices: int, base: dict[str, float]) -> list[Row]:
     what, axis, size = case.split()
     batch, tokens = map(int, size.split("x"))
-    mesh = None if devices == 1 else sharding.make_mesh(**{axis: devices})
+    mesh = None if devices == 1 else make_mesh(**{axis: devices})
     timed = {"attention": attention_time, "decoder": decoder_time}[what]
     milliseconds = 1e3 * timed(config, mesh, batch, tokens)
     gc.collect()
@@ -101,7 +102,7 @@ def filled(config: CacheConfig, mesh: Mesh | None, batch: int, tokens: int, room
     if mesh is None:
         return timing.filled_cache(config, batch, tokens, tokens + room)
     state = sharding.create(mesh, config, batch, tokens + room, key=jax.random.key(0))
-    fill = sharding.on_shards(mesh, partial(timing.filled, context=tokens), ())
+    fill = on_shards(mesh, partial(timing.filled, context=tokens), ())
     return jax.jit(fill, donate_argnums=0)(state)
 
 

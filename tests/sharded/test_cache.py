@@ -14,6 +14,7 @@ from turboquant_jax import attention, cache
 from turboquant_jax.attention import sharding as attention_sharding
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, layout, sharding
 from turboquant_jax.cache.calibration import Calibration, from_moments
+from turboquant_jax.cache.mesh import make_mesh
 
 LAYERS, HEADS, DIM, BATCH = 2, 4, 16, 2
 CHUNK = (151, 27)  # the second one lacks a token to its first block
@@ -74,7 +75,7 @@ def filled(config, chunk, sizes=None, more=0):
     if sizes is None:
         held, append = made(config, **options_of(config)), jax.jit(cache.append)
     else:
-        mesh = sharding.make_mesh(*sizes)
+        mesh = make_mesh(*sizes)
         held = sharding.create(
             mesh, config, BATCH, CAPACITY, key=jax.random.key(0), **options_of(config)
         )
@@ -91,7 +92,7 @@ def attended(config, held, sizes=None):
     (k, v), sinks = tokens(1, seed=4)[:, 0], jnp.linspace(-1.0, 1.0, 2 * HEADS)
     call = attention.attend
     if sizes is not None:
-        call = partial(attention_sharding.attend, sharding.make_mesh(*sizes))
+        call = partial(attention_sharding.attend, make_mesh(*sizes))
     return jax.jit(call, static_argnums=1)(held, 0, q, k, v, sink_logits=sinks)
 
 

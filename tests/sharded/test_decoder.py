@@ -9,6 +9,7 @@ import pytest
 
 from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, sharding
+from turboquant_jax.cache.mesh import make_mesh
 from turboquant_jax.models import LlamaConfig
 from turboquant_jax.models import sharding as model_sharding
 from turboquant_jax.models.generate import decode, prefill
@@ -45,7 +46,7 @@ def generated(mesh, sampling):
 def test_the_same_tokens_as_on_one_device(sizes):
     sampling = Sampling(temperature=0.8)
     (expected, one), (logits, many) = (
-        generated(mesh, sampling) for mesh in (None, sharding.make_mesh(**sizes))
+        generated(mesh, sampling) for mesh in (None, make_mesh(**sizes))
     )
     np.testing.assert_allclose(logits, expected, atol=2e-5)  # sums in another order
     got, want = (call(max_tokens=STEPS).tokens for call in (many, one))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from turboquant_jax.attention import api
 from turboquant_jax.attention.projection import Projection
 from turboquant_jax.attention.segments import PLAIN, Scores
-from turboquant_jax.cache.sharding import (
+from turboquant_jax.cache.mesh import (
     DATA,
     TENSOR,
     TOKENS,

@@ -8,7 +8,7 @@ slot j modulo `slots` of the page table; position p lies in slot (p - sinks) mod
 window. All of it is int32 arithmetic on scalars or arrays: it runs inside a kernel and under `vmap`
 alike.
 
-Where several devices share the blocks of a sequence (`sharding`), stripes of `STRIPE` tokens are
+Where several devices share the blocks of a sequence (`mesh`), stripes of `STRIPE` tokens are
 dealt to them in turn. A share numbers its own blocks from 0 on, and they lie in its page table as
 those of a whole sequence do. Sinks and window are on every share, and count on the first.
 """

@@ -84,7 +84,7 @@ class Cache:
       phases: the angles that turn the mean to its places, or None where it is that of stored keys.
       parts: the compressed blocks, by format.
       scratch: pending tokens between `propose` and `commit`, which may take them back; else None.
-      share: which blocks of the sequences are here, inside `sharding.on_shards`; None for all.
+      share: which blocks of the sequences are here, inside `mesh.on_shards`; None for all.
     """
 
     config: CacheConfig = field(metadata={"static": True})

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from turboquant_jax.cache.sharding import TENSOR
+from turboquant_jax.cache.mesh import TENSOR
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.model import Llama
 

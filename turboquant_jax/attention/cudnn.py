@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.attention import (
     head_rotation,
+    kernel_call,
     local_past,
     not_finite,
     tensor_cores,
@@ -176,7 +177,7 @@ def _over_blocks(
     """The compressed blocks, tile by tile in the rotated space."""
     config, slots, kv_heads = cache.config, cache.layout.slots, cache.kv_heads
     batch, count, heads, dim = queries.shape
-    keys_of, values_of = (triton.codecs_of(cache, rows, side) for side in (0, 1))
+    keys_of, values_of = (kernel_call.codecs_of(cache, rows, side) for side in (0, 1))
     groups = _groups(kv_heads, batch * count * heads, ROWS)
     own = np.arange(kv_heads, dtype=np.int32).reshape(groups, -1)
     rotated = head_rotation.rotate_by_member(tensor_cores.rotate, rows, keys_of, queries, kv_heads)
@@ -248,7 +249,7 @@ def _rotated_means(
     assert cache.key_mean is not None
     means, own = cache.key_mean[rows.layer][:, heads], rows.only(heads)
     taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(means)
-    codecs = triton.codecs_of(cache, own, 0)
+    codecs = kernel_call.codecs_of(cache, own, 0)
 
     def turned(rotate, x):
         return head_rotation.rotate_by_member(rotate, own, codecs, x, len(heads))

@@ -132,7 +132,7 @@ def calibrated(
             f"bases of {path} are for"
         )
     options = segments(arguments, config.head_dim) | dict(known.study.codec)
-    made = cache_config(config, 4, 4, **options)
+    made = cache_config(config, 4, 4, **options, scale_bits=known.study.scale_bits)
     chosen, name = known.study.allocation, known.study.target
     if arguments.preset is not None:
         chosen = fitting.fit_preset(made, known.study.losses, arguments.preset)

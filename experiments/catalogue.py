@@ -19,6 +19,7 @@ from experiments.speed import (
     llama_speed,
     prefill_speed,
     pytorch_speed,
+    sharded_speed,
     speculation,
     step_speed,
 )
@@ -39,6 +40,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     questions,
     greedy,
     decode_speed,
+    sharded_speed,
     decode_tokens,
     step_speed,
     encode_speed,

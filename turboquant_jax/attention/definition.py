@@ -17,6 +17,7 @@ from turboquant_jax.attention.segments import (
     SegmentPart,
     attend_segment,
     merge,
+    over_shares,
     sink_part,
 )
 from turboquant_jax.cache import blocks as block_layout
@@ -48,6 +49,8 @@ def attend(
             for member in rows.members
         ]
         parts.append(head_rotation.join_heads(rows, own, cache.kv_heads))
+    if cache.share is not None:
+        parts = [over_shares(merge(parts), cache.share)]
     if sink_logits is not None:
         parts.append(sink_part(sink_logits, q.shape))
     return merge(parts)[0].astype(q.dtype)
@@ -62,7 +65,7 @@ def _exact(cache: Cache, rows: LayerRows, q, k, v, scores: Scores) -> SegmentPar
     query = lengths + jnp.arange(q.shape[1])[None, :]
     position, held = cache.layout.exact_positions(lengths)
     position = jnp.concatenate([position, query], axis=1)
-    held = jnp.concatenate([held, query >= 0], axis=1)
+    held = jnp.concatenate([held, cache.layout.counted(query >= 0)], axis=1)
     visible = held[:, None, :] & sees(cache.config, query, position)
     return attend_segment(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
 

@@ -20,7 +20,7 @@ from turboquant_jax.attention.head_rotation import rotate_by_member, rotate_quer
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.kernel_operands import flat
-from turboquant_jax.cache.layout import Layout, locate
+from turboquant_jax.cache.layout import Layout, Share, locate
 from turboquant_jax.cache.state import Cache, Exact, LayerRows, Part
 from turboquant_jax.quantizers.rotation import Identity
 
@@ -73,14 +73,18 @@ def exact_operand(
 ) -> ExactOperand:
     """Sinks, window and the newest tokens; `newest` as `ExactOperand` has it."""
     held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
+    pending, places = cache.table.pending, partial(exact_places, cache.layout)
+    if (share := cache.share) is not None:  # in one number, as the kernel takes no other
+        pending = share.index + pending * share.count
+        places = partial(places_on_share, share.count, replace(cache.layout, share=None))
     return ExactOperand(
         query=query,
         keys=(*(flat(part.keys) for part in held), new.keys),
         values=(*(flat(part.values) for part in held), new.values),
-        pending=cache.table.pending,
-        places=partial(exact_places, cache.layout, newest=new.keys.shape[1]),
+        pending=pending,
+        places=partial(places, newest=new.keys.shape[1]),
         key_mean=None if cache.key_mean is None else flat(cache.key_mean),
-        phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases),
+        phases=None if cache.phases is None else kernel_operands.of_phases(cache.phases, share),
         layer=layer,
         **newest,
     )
@@ -102,7 +106,15 @@ def exact_places(
         segments.append((*place.sinks, place.sink_slot))
     if layout.ring:
         segments.append((*place.window, place.window_slot))
-    return ExactPlaces((start, end), (*segments, (0, newest, 0)))
+    return ExactPlaces((start, end), (*segments, (0, layout.counted(newest), 0)))
+
+
+def places_on_share(
+    shares: int, layout: Layout, length: Any, pending: Any, newest: int
+) -> ExactPlaces:
+    """`exact_places` on a share, whose number is in that of the pending tokens."""
+    here = replace(layout, share=Share(pending % shares, shares))
+    return exact_places(here, length, pending // shares, newest)
 
 
 def written(cache: Cache, exact: ExactOperand) -> Cache:

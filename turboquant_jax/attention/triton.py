@@ -27,7 +27,7 @@ from turboquant_jax.attention.kernel_call import (
     written,
 )
 from turboquant_jax.attention.projection import Heads, Projection
-from turboquant_jax.attention.segments import Scores, SegmentPart, merge
+from turboquant_jax.attention.segments import Scores, SegmentPart, merge, over_shares, sink_part
 from turboquant_jax.attention.together import Together
 from turboquant_jax.cache import kernel_operands
 from turboquant_jax.cache.state import Cache, Exact, LayerRows
@@ -61,6 +61,7 @@ def attend(
     if shared:
         prefix = attend_prefix(cache, rows, query, rotated, scores, shared)
         output = merge([prefix, (output, lse[:, None])])[0].astype(query.dtype)
+    output = _joined(cache, (output, lse[:, None]), sink_logits).astype(query.dtype)
     return output, cache if exact is None or not write else written(cache, exact)
 
 
@@ -77,8 +78,10 @@ def _attend(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], ExactOperand | None]:
     """The kernel over all segments and the newest tokens; `newest` as `ExactOperand` has it.
 
-    Without the first `shared` blocks, if there are any, and in float32 then.
+    Without the first `shared` blocks, if there are any, and in float32 then; on a share in float32
+    too, and without the sinks.
     """
+    whole = cache.share is None
     if rotated is None:
         rotated = rotate_query(cache, rows, query)
     exact = exact_operand(cache, rows.layer, query, new, **newest)
@@ -93,13 +96,28 @@ def _attend(
     return decode_attention(
         rotated,
         paged,
-        Softmax(scores.factor(cache.config.head_dim), scores.softcap, sink_logits),
+        Softmax(
+            scores.factor(cache.config.head_dim), scores.softcap, sink_logits if whole else None
+        ),
         exact=exact,
         sketch=sketch_of(cache.parts[rows.members[0].part], rotated),
         rotation=rotation_of_values(cache, rows),
-        dtype=jnp.float32 if shared else query.dtype,
+        dtype=query.dtype if whole and not shared else jnp.float32,
         schedule=schedule,
     )
+
+
+def _joined(
+    cache: Cache, part: SegmentPart, sink_logits: Float[Array, " N"] | None
+) -> Float[Array, "B T N H"]:
+    """The output of all shares, with the sinks; of a whole cache as it is."""
+    if cache.share is None:
+        return part[0]
+    output, lse = over_shares(part, cache.share)
+    # the new token is seen: if nothing has a weight, all scores overflowed
+    parts = [(jnp.where(jnp.isneginf(lse)[..., None], jnp.nan, output), lse)]
+    parts += [] if sink_logits is None else [sink_part(sink_logits, output.shape)]
+    return merge(parts)[0]
 
 
 def attend_prefix(
@@ -193,7 +211,7 @@ def attend_several(
     output, lse = (jnp.concatenate(x, axis=1) for x in zip(*outputs, strict=True))
     if shared:
         output, _ = merge([attend_prefix(cache, rows, q, rotated, scores, shared), (output, lse)])
-    return output.astype(q.dtype)
+    return _joined(cache, (output, lse), sink_logits).astype(q.dtype)
 
 
 def turns(projection: Projection) -> bool:

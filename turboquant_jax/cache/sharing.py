@@ -24,7 +24,7 @@ def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | in
     """
     source, target = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
     table = cache.table
-    held = jnp.arange(cache.layout.slots) < cache.config.num_blocks(table.lengths[source])
+    held = jnp.arange(cache.layout.slots) < cache.layout.num_blocks(table.lengths[source])
     shared = jnp.where(held, table.page_table[source], pages.UNASSIGNED)
     references = pages.share(table.references, shared)
     references = pages.release(references, table.page_table[target])

@@ -102,21 +102,21 @@ class Gathered:
         """Add what every format of every layer, and every head at 2 bits, loses on a text."""
         turns = jax.random.split(jax.random.fold_in(key, 1))
         start = self._start(tokens, key)
-        with jax.default_matmul_precision("highest"):  # losses are near what other products round
-            for layer, seen, lose in alone(model, tokens, self.config, start):
-                own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
-                for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
-                    codec = (self.config.key, self.config.value)[side]
-                    menu = self.formats[side]
-                    made = {bits: error(codec.of(bits), turns[side], which, x) for bits in menu}
-                    heads = jnp.eye(x.shape[1])[:, None, :, None]
-                    off = jnp.concatenate(
-                        [jnp.stack(list(made.values())), made[HEADS][None] * heads]
-                    )
-                    nothing = jnp.zeros_like(off)
-                    lost = lose((off, nothing) if side == 0 else (nothing, off))
-                    self.sums[f"{_SIDES[side]}.layers"][layer] += lost[: len(menu)]
-                    self.sums[f"{_SIDES[side]}.heads"][layer] += lost[len(menu) :]
+        counts = [len(menu) + self.config.num_kv_heads for menu in self.formats]
+        for layer, seen, lose in alone(model, tokens, self.config, start):
+            own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
+            off = []
+            for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
+                codec = (self.config.key, self.config.value)[side]
+                made = {b: error(codec.of(b), turns[side], which, x) for b in self.formats[side]}
+                heads = jnp.eye(x.shape[1])[:, None, :, None]
+                every = jnp.concatenate([jnp.stack(list(made.values())), made[HEADS][None] * heads])
+                before, after = sum(counts[:side]), sum(counts[side + 1 :])
+                off.append(jnp.pad(every, ((before, after), (0, 0), (0, 0), (0, 0))))
+            lost = np.split(lose((off[0], off[1])), counts[:1])
+            for side, of_side, menu in zip(_SIDES, lost, self.formats, strict=True):
+                self.sums[f"{side}.layers"][layer] += of_side[: len(menu)]
+                self.sums[f"{side}.heads"][layer] += of_side[len(menu) :]
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""

@@ -97,21 +97,24 @@ def look_back(
 
 def alone(
     model: Llama, tokens: Int[Array, " T"], config: CacheConfig, start: int = 0
-) -> Iterator[tuple[int, Seen, Callable[[ManyErrors], list[float]]]]:
+) -> Iterator[tuple[int, Seen, Callable[[ManyErrors], Float[np.ndarray, " P"]]]]:
     """Every layer's number, what it saw, and what errors of its keys and values alone would lose.
 
     That is the KL divergence in nats a token for each of P errors, of passes from this layer on.
     """
     layers = _layers(model)
-    hidden, angles = _embed(model, tokens, start)
-    entering = [hidden, *(after for _, after in read(model, tokens, config, start=start))]
-    expected = _log_probabilities(model, entering.pop()[0])  # T x vocabulary numbers
+    exactly = partial(jax.default_matmul_precision, "highest")  # other products round as much
+    with exactly():
+        hidden, angles = _embed(model, tokens, start)
+        entering = [hidden, *(after for _, after in read(model, tokens, config, start=start))]
+        expected = _log_probabilities(model, entering.pop()[0])  # T x vocabulary numbers
 
-    def lose(index: int, off: ManyErrors) -> list[float]:
-        found = _first(layers[index], entering[index], angles, off, config)
-        for layer in layers[index + 1 :]:
-            found = _next(layer, found, angles, config)
-        return np.asarray(_kl(model, expected, found[:, 0])).tolist()
+    def lose(index: int, off: ManyErrors) -> Float[np.ndarray, " P"]:
+        with exactly():
+            found = _first(layers[index], entering[index], angles, off, config)
+            for layer in layers[index + 1 :]:
+                found = _next(layer, found, angles, config)
+            return np.asarray(_kl(model, expected, found[:, 0]), np.float64)
 
     for index, hidden in enumerate(entering):
         yield index, _see(layers[index], hidden, angles, config), partial(lose, index)

@@ -185,7 +185,7 @@ def _read(
 
     shapes = jax.tree.unflatten(structure, [leaf for _, leaf in leaves])
     places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh))
-    filled = [fill(*leaf, where) for leaf, where in zip(leaves, places, strict=True)]
+    filled = [fill(path, leaf, where) for (path, leaf), where in zip(leaves, places, strict=True)]
     return jax.tree.unflatten(structure, filled)
 
 

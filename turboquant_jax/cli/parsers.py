@@ -85,6 +85,7 @@ def _generate(commands) -> None:
     generate.add_argument(
         "--load-cache", type=Path, metavar="FILE", help="begin with this one's tokens, read before"
     )
+    flags.add_mesh(generate)
     flags.add_speculation(generate)
     flags.add_allocation(generate)
     flags.add_calibration(generate)

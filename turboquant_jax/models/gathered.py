@@ -114,9 +114,9 @@ class Gathered:
                 before, after = sum(counts[:side]), sum(counts[side + 1 :])
                 off.append(jnp.pad(every, ((before, after), (0, 0), (0, 0), (0, 0))))
             lost = np.split(lose((off[0], off[1])), counts[:1])
-            for side, of_side, menu in zip(_SIDES, lost, self.formats, strict=True):
-                self.sums[f"{side}.layers"][layer] += of_side[: len(menu)]
-                self.sums[f"{side}.heads"][layer] += of_side[len(menu) :]
+            for name, of_side, menu in zip(_SIDES, lost, self.formats, strict=True):
+                self.sums[f"{name}.layers"][layer] += of_side[: len(menu)]
+                self.sums[f"{name}.heads"][layer] += of_side[len(menu) :]
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""

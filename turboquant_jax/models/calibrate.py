@@ -50,7 +50,7 @@ class Plan:
       capacity: tokens of the cache whose bytes count.
       context: tokens of a text: of the windows that the texts are cut into.
       windows: most of them, spread evenly over the texts; one more is kept to judge.
-      alone: windows among them on which layers and heads are compressed alone. For each window that
+      alone: windows among them on which layers and heads are compressed alone. Each of them
         takes layers x (formats + 2 heads) passes through half of the layers.
       seed: of rotations and of what is drawn.
     """
@@ -59,9 +59,9 @@ class Plan:
     ratio: float | None = None
     kl: float | None = None
     capacity: int = 65_536
-    context: int = 2048
-    windows: int = 4
-    alone: int = 2
+    context: int = 1024
+    windows: int = 8
+    alone: int = 1
     seed: int = 0
 
     def __post_init__(self):

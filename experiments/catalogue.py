@@ -14,10 +14,13 @@ from experiments.quantizers import (
 from experiments.speed import (
     cpu_decode,
     decode_speed,
+    decode_tokens,
     encode_speed,
     llama_speed,
     prefill_speed,
     pytorch_speed,
+    sharded_speed,
+    speculation,
     step_speed,
 )
 from experiments.tasks import greedy, needle, questions
@@ -37,10 +40,13 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     questions,
     greedy,
     decode_speed,
+    sharded_speed,
+    decode_tokens,
     step_speed,
     encode_speed,
     prefill_speed,
     llama_speed,
+    speculation,
     pytorch_speed,
     cpu_decode,
     nearest_neighbor,

@@ -51,7 +51,7 @@ class Calibrated:
             "preset": self.preset,
             "bits_k": keys,
             "bits_v": values,
-            "code": self.config.key.code,
+            "code": self.config.key.code + ", scale in 8 bits" * (self.config.scale_bits == 8),
             "scale": self.config.key.scale,
             "rotation": self.config.key.rotation,
             "window": self.config.window,
@@ -80,6 +80,7 @@ class Calibrated:
         function serves it in every layer of every such cache.
         """
         heads, made = self._heads, []
+        short = (self.config.sinks, self.config.block) if self.config.scale_bits == 8 else False
         for side, key, basis in zip(
             ("key", "value"),
             jax.random.split(jax.random.key(seed)),
@@ -98,7 +99,7 @@ class Calibrated:
             key, value = (
                 by_head(
                     {
-                        form: partial(through, one, first=layer * model.num_kv_heads)
+                        form: partial(through, one, short=short, first=layer * model.num_kv_heads)
                         for form, one in formats.items()
                     },
                     [getattr(form, side) for form in heads[layer]],
@@ -154,7 +155,7 @@ def presets_of(file: str, model: Llama) -> list[Calibrated]:
     for name in _NAMES:
         plain = presets.preset(name, *sizes, tuple(inverse_frequencies(config)))
         key, value = (replace(own, **options) for own in (plain.key, plain.value))
-        held = replace(plain, key=key, value=value)
+        held = replace(plain, key=key, value=value, scale_bits=study.scale_bits)
         chosen = fitting.fit_preset(held, study.losses, name)
         label = f"{name} by {Path(file).stem}"
         made.append(Calibrated(label, replace(held, allocation=chosen), known))

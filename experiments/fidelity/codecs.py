@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from experiments.fidelity.forcing import ROUNDING, Trip
-from turboquant_jax.cache import CodecConfig
+from turboquant_jax.cache import CodecConfig, short_scales
 from turboquant_jax.cache import codec as codecs
 from turboquant_jax.quantizers import quantizer as quantizers
 from turboquant_jax.quantizers.rotation import Hadamard
@@ -173,20 +173,28 @@ Coder = Turbo | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
 
 @partial(_compiled, static_argnames="short")
 def through(
-    codec: codecs.Codec, x: Float[Array, "B T K H"], short: bool = False, first: int = 0
+    codec: codecs.Codec,
+    x: Float[Array, "B T K H"],
+    short: bool | tuple[int, int] = False,
+    first: int = 0,
 ) -> Float[Array, "B T K H"]:
-    """Through a codec of the library and back; the heads are its rows from the `first` on."""
+    """Through a codec of the library and back; the heads are its rows from the `first` on.
+
+    `short` scales have 3 bits of mantissa; or, with (sinks, block), are the cache's own of 8 bits.
+    """
     rows = first + jnp.arange(x.shape[2], dtype=jnp.int32)
     groups = codec.quantize(rows, x)
     if short:
         groups = tuple(
-            (
-                indices,
-                None if scale is None else lax.reduce_precision(scale.astype(jnp.float32), 5, 3),
-            )
-            for indices, scale in groups
+            (indices, None if scale is None else _short(scale, short)) for indices, scale in groups
         )
     return codec.unrotate(rows, codec.dequantize(groups))
+
+
+def _short(scale: Array, rule: bool | tuple[int, int]) -> Array:
+    if isinstance(rule, tuple):
+        return short_scales.through(scale, *rule)
+    return lax.reduce_precision(scale.astype(jnp.float32), 5, 3)
 
 
 @partial(_compiled, static_argnames=("bits", "group"))

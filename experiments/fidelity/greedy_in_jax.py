@@ -1,9 +1,12 @@
 """A program of its own beside `pytorch_greedy`: our own decoder given the tokens that torch chose.
 
-python -m experiments.fidelity.greedy_in_jax model.gguf folder gpu
+python -m experiments.fidelity.greedy_in_jax model.gguf lossless-float32.npz gpu 256 512 $$
 """
 
+import functools
+import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,38 +23,50 @@ from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.models.rope import inverse_frequencies
 
 
-def main(path: str, folder: str, backend: str) -> None:
-    """Logits of every file of the folder, `*.npz`, into `*.out.npz`."""
+def main(path: str, file: str, backend: str, tokens: str, prompt: str, parent: str) -> None:
+    """Logits of what comes as a file, `preset-dtype.npz`, into another, `.out.npz` for `.npz`.
+
+    They are compiled meanwhile, for so many tokens behind a prompt of so many; `parent` is torch's
+    process, without which there is nothing to wait for.
+    """
     if jax.default_backend() != backend:
         sys.exit(f"jax: got {jax.default_backend()!r}, expected {backend!r}, where torch ran")
-    for file in sorted(Path(folder).glob("*.npz")):
-        dtype = file.stem.rpartition("-")[2]
-        with np.load(file) as held, jax.default_matmul_precision("highest"):
-            checkpoint = models.load(path, dtype)
-            logits = _logits(checkpoint, {name: held[name] for name in held.files}, dtype)
-        np.savez(file.with_suffix(".out.npz"), logits=logits)
+    place = Path(file)
+    name, _, dtype = place.stem.rpartition("-")
+    with jax.default_matmul_precision("highest"):
+        checkpoint = models.load(path, dtype)
+        config = _config(checkpoint, name, dtype)
+        shapes = (
+            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, int(prompt)), (int(tokens),))
+        )
+        logits = jax.jit(functools.partial(_logits, config))
+        compiled = logits.lower(checkpoint.model, *shapes).compile()
+    print(f"{place.stem}: compiled in {time.process_time():.0f} s of a core", file=sys.stderr)
+    while not place.exists():
+        if os.getppid() != int(parent):
+            sys.exit("torch is gone")
+        time.sleep(0.1)
+    with np.load(place) as held:
+        if repr(config) != str(held["config"]):
+            raise ValueError(f"cache: got {config}, expected that of torch, {held['config']}")
+        given = (held[name].astype(np.int32) for name in ("prompt", "tokens"))
+        found = compiled(checkpoint.model, *given)
+    np.savez(place.with_suffix(".out.npz"), logits=np.asarray(found, np.float32))
 
 
-def _logits(checkpoint: models.Checkpoint, held: dict[str, np.ndarray], dtype: str) -> np.ndarray:
+def _config(checkpoint: models.Checkpoint, name: Any, dtype: str) -> cache.CacheConfig:
     sizes = checkpoint.config
     frequencies = tuple(inverse_frequencies(sizes).tolist())
     heads = sizes.num_layers, sizes.num_kv_heads, sizes.head_dim
-    name: Any = str(held["preset"])
-    config = replace(preset_config(name, *heads, frequencies), dtype=dtype)
-    if repr(config) != str(held["config"]):
-        raise ValueError(f"cache: got {config}, expected that of torch, {held['config']}")
-    prompt, tokens = (jnp.asarray(held[name], jnp.int32) for name in ("prompt", "tokens"))
+    return replace(preset_config(name, *heads, frequencies), dtype=dtype)
+
+
+def _logits(config: cache.CacheConfig, model: Any, prompt: jax.Array, tokens: jax.Array):
+    """[n, V] behind a prompt [1, T] and each of n tokens but the last, one a step."""
     length = jnp.full(1, prompt.shape[1], jnp.int32)
     capacity = prompt.shape[1] + len(tokens)
     state = cache.create(config, 1, capacity, key=jax.random.key(0))
-    logits, state = prefill(checkpoint.model, prompt, length, state, COMPRESSED)
-    more = _forced(checkpoint.model, tokens[:-1], length, state)
-    return np.asarray(jnp.concatenate([logits, more]), np.float32)
-
-
-@jax.jit
-def _forced(model, tokens, position, state):
-    """Logits [n, V] after each of n tokens, one a step."""
+    logits, state = prefill(model, prompt, length, state, COMPRESSED)
 
     def step(carry, token):
         position, state = carry
@@ -59,7 +74,8 @@ def _forced(model, tokens, position, state):
         hidden, state = model(token[None, None], position[:, None], state, COMPRESSED.attend)
         return (position + 1, COMPRESSED.commit(state)), model.logits(hidden)[0, 0]
 
-    return lax.scan(step, (position, state), tokens)[1]
+    more = lax.scan(step, (length, state), tokens[:-1])[1]
+    return jnp.concatenate([logits, more])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ in full precision.
 Needs the extra `torch`; the GPU must be left to torch at first: `JAX_PLATFORMS=cpu`.
 """
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from experiments.fidelity import pytorch_greedy_claims
 from experiments.harness import prepared
 from experiments.harness.data import MissingDataError, require_torch
 from experiments.harness.experiment import Row, Track, option
+from experiments.harness.journal import open_journal
 from experiments.speed import pytorch_speed
 from turboquant_jax.cache.presets import Preset
 from turboquant_jax.cli.demonstration import default_text
@@ -51,6 +54,7 @@ class Config:
     context: int = option(8192, "tokens of the texts, 0 for no perplexity")
     texts: str = option("test", "test texts, or the packaged novel", choices=("test", "novel"))
     checkpoint: str = option("", "GGUF file, if not the packaged SmolLM2", path=True)
+    seconds: float = option(0.0, "start nothing after so long, 0 for never")
 
 
 SMOKE = Config(("max",), ("float32",), 210, 3, 40, "novel")
@@ -58,7 +62,7 @@ device = pytorch_speed.device
 
 
 def run(config: Config, track: Track) -> Iterator[Row]:
-    """Generate, start our own decoder beside, measure perplexities, compare."""
+    """Generate beside our own decoder, which compiles meanwhile, and compare; then perplexities."""
     require_torch()
     import torch
 
@@ -69,26 +73,33 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     except FileNotFoundError as error:
         raise MissingDataError(str(error)) from error
     jobs = [(preset, dtype) for dtype in config.dtypes for preset in config.presets]
-    made, where = {}, torch_models.device()
-    with tempfile.TemporaryDirectory() as folder:
-        for preset, dtype in track(jobs, "pytorch_greedy"):
+    journal = open_journal("pytorch_greedy", config, ("presets", "dtypes"))
+    where = torch_models.device()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        file = {job: Path(folder, "-".join(job) + ".npz") for job in jobs}
+        theirs = {job: _start_jax(path, config, file[job], stack) for job in jobs}
+
+        def greedy(preset: Preset, dtype: str) -> list[Row]:
             model = torch_models.model_of_gguf(path, getattr(torch, dtype), where)
-            file = Path(folder, f"{preset}-{dtype}.npz")
-            made[preset, dtype] = _generate(config, model, preset, _prompt(path, config), file)
+            own = _generate(config, model, preset, _prompt(path, config), file[preset, dtype])
             del model
-        theirs = _start_jax(path, folder)
-        if config.context:
+            print(f"{preset} {dtype}: torch has chosen", file=sys.stderr, flush=True)
+            if theirs[preset, dtype].wait():
+                raise RuntimeError("our own decoder failed; its words are above")
+            with np.load(file[preset, dtype].with_suffix(".out.npz")) as held:
+                compared = _compared(own, held["logits"])
+            head = {"part": "greedy", "preset": preset, "dtype": dtype, "captured": 1}
+            return [head | {"context": config.prompt} | compared]
+
+        def perplexity(preset: Preset) -> list[Row]:
             model = torch_models.model_of_gguf(path, torch.float32, where)
-            for preset in config.presets:
-                yield _perplexity(config, model, preset, _texts(path, config))
-        if theirs.wait():
-            raise RuntimeError("our own decoder failed; its words are above")
-        for (preset, dtype), logits in made.items():
-            with np.load(Path(folder, f"{preset}-{dtype}.out.npz")) as held:
-                yield {
-                    "part": "greedy", "preset": preset, "dtype": dtype, "captured": 1,
-                    "context": config.prompt, **_compared(logits, held["logits"]),
-                }  # fmt: skip
+            return [_perplexity(config, model, preset, _texts(path, config))]
+
+        for preset, dtype in track(jobs, "pytorch_greedy"):
+            job = functools.partial(greedy, preset, dtype)
+            yield from journal.measure(f"{preset} {dtype}", job)
+        for preset in config.presets * bool(config.context):
+            yield from journal.measure(preset, functools.partial(perplexity, preset))
 
 
 def _tokenizer(path: Path):
@@ -123,20 +134,28 @@ def _generate(config: Config, model, preset: Preset, prompt: np.ndarray, file: P
             **{supported.CACHE: cache},
         )  # fmt: skip
     tokens = found.sequences[0, prompt.shape[1] :].cpu().numpy()
-    np.savez(file, prompt=prompt, tokens=tokens, config=repr(cache.config), preset=preset)
+    whole = file.with_suffix(".part.npz")
+    np.savez(whole, prompt=prompt, tokens=tokens, config=repr(cache.config))
+    whole.rename(file)
     return torch.stack([x[0].float() for x in found.logits]).cpu().numpy()
 
 
-def _start_jax(path: Path, folder: str) -> subprocess.Popen:
-    """Our own decoder over the files of a folder, in a process of its own."""
+def _start_jax(
+    path: Path, config: Config, file: Path, stack: contextlib.ExitStack
+) -> subprocess.Popen:
+    """Our own decoder in a process of its own, which compiles until the file is there."""
     import torch
 
     backend = "gpu" if torch.cuda.is_available() else "cpu"
     changes = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     changes |= {"JAX_PLATFORMS": "cpu" if backend == "cpu" else "cuda,cpu"}
+    sizes = str(config.tokens), str(config.prompt), str(os.getpid())
     module = "experiments.fidelity.greedy_in_jax"
-    program = [sys.executable, "-m", module, str(path), folder, backend]
-    return subprocess.Popen(program, env=os.environ | changes)
+    program = [sys.executable, "-m", module, str(path), str(file), backend, *sizes]
+    process = subprocess.Popen(program, env=os.environ | changes)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
 
 
 def _compared(torch_logits: np.ndarray, jax_logits: np.ndarray) -> Row:

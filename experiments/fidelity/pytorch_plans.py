@@ -1,9 +1,9 @@
 """Compile ahead, on a CPU, what `pytorch_speed` and `pytorch_greedy` launch.
 
-python -m experiments.fidelity.pytorch_plans 90
+python -m experiments.fidelity.pytorch_plans 90 smollm2-135m
 
-The number is the GPU's compute capability. Plans and machine code go where a run finds them: into
-the cache of launch plans, and into that of Triton.
+The number is the compute capability of the GPU; without names it is all models. Plans and machine
+code go where a run finds them: into the cache of launch plans, and into that of Triton.
 """
 
 import itertools
@@ -98,13 +98,14 @@ def compiled(job: tuple, capability: int) -> str:
     )
 
 
-def main(capability: int) -> None:
-    """All jobs, as many at a time as there are cores."""
+def main(capability: int, *names: str) -> None:
+    """The jobs of these models, or all, as many at a time as there are cores."""
     torch.set_num_threads(1)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for words in pool.map(compiled, jobs(), itertools.repeat(capability)):
+        some = [job for job in jobs() if not names or job[0] in names]
+        for words in pool.map(compiled, some, itertools.repeat(capability)):
             print(words, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.speed.common import CHANNELS, FREQUENCIES, KV_HEADS, Code
 from pallas_kernels.decode_attention import PagedBlocks
-from turboquant_jax.attention import triton
+from turboquant_jax.attention import kernel_call
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.cache import calibration as calibrations
 from turboquant_jax.cache import create as create_cache
@@ -69,7 +69,7 @@ def random_heads(key: jax.Array, codes: tuple[Code, Code], table: jax.Array, tok
     parts = [replace(part, pool=pool) for part, pool in zip(shapes.parts, pools, strict=True)]
     lengths = jnp.full((table.shape[0],), tokens, jnp.int32)
     rows = rows_of(shapes, 0)
-    pools = tuple(triton.blocks_of(parts[member.part]) for member in rows.members)
+    pools = tuple(kernel_call.blocks_of(parts[member.part]) for member in rows.members)
     return PagedBlocks(pools, table, lengths, heads=rows.places(KV_HEADS))
 
 

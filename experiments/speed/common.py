@@ -30,10 +30,10 @@ def cache_config(
     return CacheConfig(layers, KV_HEADS, CHANNELS, *codecs, rope_frequencies=turned)
 
 
-def check(config: CacheConfig, known: Calibration | None = None) -> None:
+def check(config: CacheConfig, known: Calibration | None = None, tokens: int = 1) -> None:
     """A kernel that is wrong is not timed: attention by it against the definition, on the device.
 
-    Three sequences that end inside a block, pages in random order.
+    So many new tokens of three sequences that end inside a block, pages in random order.
 
     Raises:
       ValueError: a relative error of the output that is not small.
@@ -43,14 +43,14 @@ def check(config: CacheConfig, known: Calibration | None = None) -> None:
     table = state.table.page_table
     table = jnp.where(table >= 0, pages.astype(table.dtype)[table], table)
     state = state.with_lengths(jnp.array([1000, 777, 220], jnp.int32)).with_table(page_table=table)
-    q = jax.random.normal(jax.random.key(2), (3, 1, HEADS, CHANNELS))
-    k, v = jax.random.normal(jax.random.key(3), (2, 3, 1, KV_HEADS, CHANNELS))
+    q = jax.random.normal(jax.random.key(2), (3, tokens, HEADS, CHANNELS))
+    k, v = jax.random.normal(jax.random.key(3), (2, 3, tokens, KV_HEADS, CHANNELS))
     run = jax.jit(attention.attend, static_argnames="implementation")
     with jax.default_matmul_precision("highest"):
         want = run(state, 0, q, k, v, implementation="xla")
     got = run(state, 0, q, k, v, implementation="pallas")
     error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-    what = f"check K{config.key.bits} V{config.value.bits} {config.key.code}"
+    what = f"check K{config.key.bits} V{config.value.bits} {config.key.code}, {tokens} new tokens"
     if config.allocation is not None:
         what = f"check heads of {len(config.formats)} formats, {config.key.code} keys"
     print(f"{what}: relative error {error:.1e}", flush=True)

@@ -1,5 +1,7 @@
 """Random compressed blocks in an 8B model's shapes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from pallas_kernels.decode_attention import (
     ExactPlaces,
     PagedBlocks,
     PhasesOperand,
+    Schedule,
     Softmax,
     decode_attention,
 )
@@ -73,27 +76,35 @@ def means(kind: str, batch: int, tokens: int) -> tuple[jax.Array | None, PhasesO
     return mean, None if phases is None else kernel_operands.of_phases(phases)
 
 
-def _places(length, pending) -> ExactPlaces:
+def _places(newest: int, length, pending) -> ExactPlaces:
     del pending
-    return ExactPlaces((0, length), ((0, 1, 0),))
+    return ExactPlaces((0, length), ((0, newest, 0),))
 
 
+@partial(jax.jit, static_argnums=(4, 5))  # traced once for the calls of a chain
 def attend_with_newest(
     q: jax.Array,
     held: PagedBlocks,
     mean: jax.Array | None,
     phases: PhasesOperand | None,
+    schedule: Schedule | None = None,
+    tokens: int = 1,
 ) -> jax.Array:
-    """The kernel over blocks and one newest token in full precision, on which a mean rides."""
+    """The kernel over blocks and the newest tokens in full precision, on which a mean rides.
+
+    The query heads of a kv head are those of so many `tokens`, one after the other.
+    """
     batch = q.shape[0]
-    newest = jnp.zeros((batch, 1, KV_HEADS, CHANNELS), jnp.bfloat16)
+    newest = jnp.zeros((batch, tokens, KV_HEADS, CHANNELS), jnp.bfloat16)
     exact = ExactOperand(
         query=q,
         keys=(newest,),
         values=(newest,),
         pending=jnp.zeros((batch,), jnp.int32),
-        places=_places,
+        places=partial(_places, tokens),
         key_mean=mean,
         phases=phases,
+        queries=tokens,
     )
-    return decode_attention(q, held, Softmax(SM_SCALE), exact=exact, dtype=q.dtype)[0]
+    softmax = Softmax(SM_SCALE)
+    return decode_attention(q, held, softmax, exact=exact, dtype=q.dtype, schedule=schedule)[0]

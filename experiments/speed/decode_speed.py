@@ -94,7 +94,8 @@ def attend(
 class Case:
     """A line to be measured; `code` and `schedule` are those of the kernel.
 
-    `least`: calls of a chain, and bytes that they read, at least.
+    `queries`: query heads of a kv head, those of as many new tokens as `newest` says. `least`:
+    calls of a chain, and bytes that they read, at least.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Case:
     paged: bool = True
     mean: str = ""
     queries: int = GROUP
+    newest: int = 1
     least: tuple[int, float] = (8, 200e6)
 
     @property
@@ -127,13 +129,16 @@ class Case:
     def step(self, q: jax.Array, *cache: Any) -> jax.Array:
         """A call."""
         if self.name == "cudnn":
-            return vendor(q[:, None], *cache)[:, 0]
+            by_token = q.reshape(q.shape[0], self.newest, -1, CHANNELS)
+            return vendor(by_token, *cache).reshape(q.shape)
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
         if self.name in calibrated_blocks.CODES:
             return attend_with_newest(q, *cache)
         if self.name == "pallas-exact":
-            return attend_with_newest(q, PagedBlocks((cache[0],), *cache[1:3]), *cache[3:])
+            held = PagedBlocks((cache[0],), *cache[1:3])
+            mean, phases = cache[3:]
+            return attend_with_newest(q, held, mean, phases, self.schedule, self.newest)
         return attend(q, *cache, self.schedule)
 
     def chain(self, q: jax.Array, caches: list[tuple]) -> jax.Array:
@@ -144,7 +149,8 @@ class Case:
 
     def make(self) -> tuple[jax.Array, list[tuple]]:
         """The first query, and caches that together are more than L2 holds."""
-        dtype = jnp.float32 if self.schedule else jnp.bfloat16
+        exact = self.name == "pallas-exact"
+        dtype = jnp.float32 if self.schedule and not exact else jnp.bfloat16
         q = jax.random.normal(
             jax.random.key(0), (self.shape[0], self.queries * KV_HEADS, CHANNELS), dtype
         )
@@ -176,8 +182,8 @@ def _cache(case: Case, key: jax.Array) -> tuple:
     return (*paged, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else paged
 
 
-def compiled(case: Case) -> Callable[..., jax.Array] | Exception:
-    """The chain of a case, or why there is none: a schedule may not fit the device."""
+def compiled(case: Any) -> Callable[..., jax.Array] | Exception:
+    """The `chain` of a case on what it `make`s, or why not: a schedule may not fit the device."""
     try:
         return jax.jit(case.chain).lower(*jax.eval_shape(case.make)).compile()
     except Exception as error:

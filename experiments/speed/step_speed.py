@@ -31,7 +31,7 @@ from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, LAYERS, cache_co
 from experiments.speed.device_time import device_time
 from pallas_kernels.decode_attention import PagedBlocks, Softmax, decode_attention
 from turboquant_jax import attention, cache
-from turboquant_jax.attention import triton
+from turboquant_jax.attention import kernel_call
 from turboquant_jax.cache import Cache
 from turboquant_jax.models.timing import filled_cache
 
@@ -86,7 +86,7 @@ def blocks_step(state: Cache, q: jax.Array, new: tuple) -> tuple[Cache, jax.Arra
         out, *_ = decode_attention(
             q[:, 0],
             PagedBlocks(
-                (triton.blocks_of(state.parts[0]),), state.table.page_table, tokens,
+                (kernel_call.blocks_of(state.parts[0]),), state.table.page_table, tokens,
                 layer * KV_HEADS, KV_HEADS,
             ),
             Softmax(CHANNELS**-0.5),

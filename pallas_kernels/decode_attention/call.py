@@ -43,7 +43,7 @@ def decode_attention(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], ExactOperand | None]:
     """One query token per sequence against its tokens: output, log-sum-exp, `exact` as it is then.
 
-    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 16 times as many. The
+    q [B, N, H]: rotated queries; N a multiple of the K kv heads, at most 32 times as many. The
     log-sum-exp is in nats, -inf for a sequence of no tokens, whose output is 0; parts merge by it.
     Queries and probabilities enter the products as 15-bit integers, levels are exact and sums are
     float32 or exact.
@@ -182,6 +182,8 @@ def run(
             key_mean=None if exact.key_mean is None else segment(exact.key_mean),
             phases=jax.tree.map(shared, exact.phases),
             write=exact.write,
+            queries=exact.queries,
+            later=exact.later,
         )
         inputs = inputs | {"exact": dataclasses.replace(exact, layer=None)}
         out_shape["exact"] = {name: of_part(shape) for name, shape in shapes.items()}

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.decode_attention.exact import EMPTY, LOG2E
@@ -14,6 +15,8 @@ from pallas_kernels.primitives.rotation import RotationOperand, load_parts, unro
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
+# Query heads of a program: of more there are several, so that few sequences occupy the device.
+HEADS = 8
 
 
 def combine_kernel(
@@ -24,7 +27,7 @@ def combine_kernel(
     heads: int,
     rows: int,
 ) -> None:
-    """One program of the grid (channel slice, kv head, sequence).
+    """One program of the grid (slice of channels and of heads, kv head, sequence).
 
     Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
     2**peak * sums, its softmax denominator 2**peak * weight. The splits are multiplied by the
@@ -36,8 +39,13 @@ def combine_kernel(
     """
     splits, columns = inputs["peak"].shape
     channels = outputs["out"].shape[-1]
-    head = jnp.arange(columns)
-    channel = triton.program_id(0) * rows + jnp.arange(rows)
+    slices, part = columns // HEADS, triton.program_id(0)
+    if slices > 1:
+        columns, head = HEADS, lax.rem(part, slices) * HEADS + jnp.arange(HEADS)
+        part = lax.div(part, slices)
+    else:
+        head = jnp.arange(columns)
+    channel = part * rows + jnp.arange(rows)
     inside = channel < channels
 
     def load(name: str, at: jax.Array, other: float) -> jax.Array:
@@ -109,6 +117,7 @@ def combine(
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
+    slices, columns = max(1, columns // HEADS), min(columns, HEADS)
     rows = max(16, power_of_two(channels))  # all of them: a rotation mixes them
     if rotation is None:
         rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
@@ -139,7 +148,7 @@ def combine(
             rows=rows,
             gain=1.0 if rotation is None else rotation.gain,
         ),
-        triton.Launch((-(-channels // rows), kv_heads, batch), warps=4, stages=1),
+        triton.Launch((slices * -(-channels // rows), kv_heads, batch), warps=4, stages=1),
         in_specs=(in_specs,),
         out_specs={
             "out": triton.BlockSpec((None, None, heads, channels), lambda i, h, j: (j, h, 0, 0)),

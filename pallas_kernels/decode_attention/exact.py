@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.phases import PhasesOperand, check_phases
 from pallas_kernels.primitives import triton
-from pallas_kernels.primitives.dequantize import power_of_two
+from pallas_kernels.primitives.dequantize import divide, power_of_two
+from pallas_kernels.primitives.limits import MAX_QUERIES
 from pallas_kernels.primitives.rotation import merge, split
 
 LOG2E = math.log2(math.e)
@@ -46,7 +47,9 @@ class ExactOperand:
 
     query [B, N, H], or [B, K, G, H]: before their rotation. keys, values: an array [layers
     * B, slots, K, H] per segment, of which this is the `layer`, or [B, slots, K, H] without one; of
-    the newest [B, 1, K, H]; what lies in slots that are not seen may be anything. key_mean [layers
+    the newest [B, T, K, H]; what lies in slots that are not seen may be anything. The heads of a kv
+    head are those of `queries` tokens one after the other, the last tokens of the T but `later`;
+    each sees of the T those up to itself. key_mean [layers
     * B, K, H]: was taken off the keys of the blocks, turned by the `phases` of each token if there
     are any; its product with the query is added to their scores. `places` says where the tokens of
     a sequence lie, from its length and its number of `pending` tokens; it runs inside the kernel,
@@ -63,6 +66,8 @@ class ExactOperand:
     phases: PhasesOperand | None = None
     write: bool = dataclasses.field(default=False, metadata=dict(static=True))
     layer: Int[Array, ""] | None = None
+    queries: int = dataclasses.field(default=1, metadata=dict(static=True))
+    later: int = dataclasses.field(default=0, metadata=dict(static=True))
 
 
 def check_exact(exact: ExactOperand, batch: int, heads: int, kv_heads: int) -> None:
@@ -83,8 +88,17 @@ def check_exact(exact: ExactOperand, batch: int, heads: int, kv_heads: int) -> N
             )
     if exact.phases is not None:
         check_phases(exact.phases, channels)
-    if exact.keys[-1].shape[1] != 1:
-        raise ValueError(f"newest tokens: got {exact.keys[-1].shape[1]}, expected 1")
+    newest = exact.keys[-1].shape[1]
+    if not exact.queries + exact.later <= newest <= (1 if exact.write else MAX_QUERIES):
+        raise ValueError(
+            f"newest tokens: got {newest}, expected at least the {exact.queries + exact.later} of "
+            f"the queries and later ones, at most {MAX_QUERIES}, and 1 that is written"
+        )
+    if heads // kv_heads % exact.queries:
+        raise ValueError(
+            f"query heads: got {heads // kv_heads} a kv head, expected as many of each of "
+            f"{exact.queries} tokens"
+        )
 
 
 def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
@@ -134,17 +148,29 @@ def attend_exact(
         v = triton.load(values.at[place], mask=mask, other=0.0)
         return seen, k, v
 
-    def attend(tile: tuple, carry: tuple) -> tuple:
+    def attend(tile: tuple, carry: tuple, causal: jax.Array | None = None) -> tuple:
         seen, k, v = tile
         peak, weight, sums = carry
+        visible = lambda: seen[:, None] if causal is None else causal  # noqa: E731
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
         scores = capped(nan_unless_finite(scores), soft_cap)
-        scores = jnp.where(seen[:, None], scores, EMPTY)
+        scores = jnp.where(visible(), scores, EMPTY)
         new_peak = jnp.maximum(peak, scores.max(axis=0))
-        share = jnp.where(seen[:, None], triton.exp2(scores - new_peak[None, :]), 0.0)
+        share = jnp.where(visible(), triton.exp2(scores - new_peak[None, :]), 0.0)
         old = triton.exp2(peak - new_peak)
+        spoilt = None
+        if causal is not None:  # 0 * NaN is NaN: of what some queries do not see
+            finite = jnp.abs(v.astype(jnp.float32)) < jnp.inf
+            counted = split(causal.astype(jnp.float32), dtype, parts)
+            lost = jnp.where(finite, 0.0, 1.0).astype(dtype)
+            spoilt = merge(triton.float_dot(lost, counted, 0, 0), parts)
+            v = jnp.where(finite, v, jnp.zeros_like(v))
         product = merge(triton.float_dot(v, split(share, dtype, parts), 0, 0), parts)
-        return new_peak, weight * old + share.sum(axis=0), sums * old[None, :] + product
+        weight = weight * old + share.sum(axis=0)
+        sums = sums * old[None, :] + product
+        if spoilt is not None:
+            sums = jnp.where(spoilt > 0, jnp.nan, sums)
+        return new_peak, weight, sums
 
     carry = (
         jnp.full((columns,), EMPTY, jnp.float32),
@@ -154,8 +180,9 @@ def attend_exact(
     # While the blocks saturate the memory a load takes as long as two tiles of them: few waits.
     slots = [keys.shape[1] for keys in refs.keys]
     short = [load(i, jnp.arange(TILE)) for i, n in enumerate(slots) if n <= TILE]
-    for tile in short:
+    for tile in short[:-1]:
         carry = attend(tile, carry)
+    carry = attend(short[-1], carry, _causal(refs, columns, heads))
     for segment, n in enumerate(slots):
         if n > TILE:
             carry = lax.fori_loop(
@@ -166,6 +193,16 @@ def attend_exact(
             )
     peak, weight, sums = carry
     return peak, weight, nan_unless_finite(sums)
+
+
+def _causal(refs: Any, columns: int, heads: int) -> jax.Array | None:
+    """bool [TILE, columns]: which of the newest tokens each head sees; None for the only one."""
+    count = refs.keys[-1].shape[1]
+    if count == 1:
+        return None
+    query = divide(jnp.arange(columns), heads // refs.queries)[0]
+    last = jnp.minimum(query + (count - refs.queries - refs.later), count - 1)  # of padding too
+    return jnp.arange(TILE)[:, None] <= last[None, :]
 
 
 def write_newest(

@@ -24,7 +24,7 @@ from pallas_kernels.decode_attention.exact import (
     query_parts,
     write_newest,
 )
-from pallas_kernels.decode_attention.phases import turning
+from pallas_kernels.decode_attention.phases import MANY, turning
 from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs, prepare_query
 from pallas_kernels.decode_attention.tile import attend, place_of
 from pallas_kernels.decode_attention.uncoded import PARTS
@@ -121,6 +121,7 @@ def attend_format(
     every = isinstance(start, int) and start == 0
     means = "exact" in inputs and inputs["exact"].key_mean is not None
     turns = means and inputs["exact"].phases is not None
+    many = turns and plan.columns > MANY
     first = seen_first = jnp.int32(0) if every else lax.div(start, plan.tokens)
     if turns and plan.tokens < PERIOD:  # tiles are whole turns
         first = first - lax.rem(first, PERIOD // plan.tokens)
@@ -152,7 +153,10 @@ def attend_format(
         # So are the angles, and the digits that they make.
         sums, pages, angles, digits = carry
         block, ahead = first + i * plan.pages, (pages_of(i + 1), None, None)
-        if turns:
+        if many:
+            digits = state["turning"].digits(angles)
+            ahead = ahead[0], state["turning"].angles(turn_of(i + 1)), None
+        elif turns:
             ahead = (
                 ahead[0],
                 state["turning"].angles(turn_of(i + 2)),
@@ -193,8 +197,10 @@ def attend_format(
             inputs["exact"], row, plan.scale, plan.heads, plan.columns, plan.warps,
             (plan.pages * plan.tokens, places),
         )  # fmt: skip
-        digits = state["turning"].digits(state["turning"].angles(turn_of(begin)))
-        angles = state["turning"].angles(turn_of(begin + 1))
+        angles = state["turning"].angles(turn_of(begin))
+        if not many:
+            digits = state["turning"].digits(angles)
+            angles = state["turning"].angles(turn_of(begin + 1))
     elif means:
         mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
         state["mean"] = mean[None, :], jnp.ones((1, 1))

@@ -21,6 +21,8 @@ from pallas_kernels.primitives.period import PERIOD, STEPS
 
 # Coefficients are integers up to this one: two signed digits in base 256.
 LIMIT = 32600.0
+# Columns of one head after the other; more are one array, whose code does not grow with them.
+MANY = 8
 
 
 @jax.tree_util.register_dataclass
@@ -61,14 +63,14 @@ class Turning:
     tables: of each phase of a tile, int8 [rows, 2 * pairs]. turns: of each phase, which of the
     tile's `count` turns a row is in, [rows]. coefficients: (A, B) of each head, in
     `warps` warps' registers; unit [columns] that of the products, NaN for a query or a mean that is
-    not finite.
+    not finite. Of many columns the coefficients are two arrays [pairs, columns].
     """
 
     phases: Any
     tables: list[jax.Array]
     turns: list[jax.Array]
     count: int
-    coefficients: list[tuple]
+    coefficients: list[tuple] | tuple[jax.Array, jax.Array]
     unit: jax.Array
     warps: int
 
@@ -78,6 +80,8 @@ class Turning:
 
     def digits(self, angles: list[list[jax.Array]]) -> list[jax.Array]:
         """int8 [2 * pairs, 2 * columns]: (A, B) turned back by the angles of each turn."""
+        if isinstance(self.coefficients, tuple):
+            return [_digits_of_many(*self.coefficients, x) for x in angles]
         columns = self.unit.shape[0]
         return [_digits(self.coefficients, x, columns, self.warps) for x in angles]
 
@@ -96,7 +100,11 @@ def turning(
     """Of an ExactOperand's references; `tile`: its tokens, and of each phase that of each row."""
     tokens, places = tile
     found = [divide(place, PERIOD) for place in places]
-    coefficients, unit = _coefficients(exact, row, heads, columns, warps)
+    coefficients: Any
+    if columns > MANY:
+        coefficients, unit = _coefficients_of_many(exact, row, heads, columns)
+    else:
+        coefficients, unit = _coefficients(exact, row, heads, columns, warps)
     return Turning(
         exact.phases,
         [_table(exact.phases, token) for _, token in found],
@@ -131,16 +139,45 @@ def _table(phases: Any, token: jax.Array) -> jax.Array:
     return _load(phases.within, (token[:, None], column[None, :]), inside)
 
 
+def _channels(phases: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The two channels of each pair, and which pairs there are, if not all."""
+    pair, count, inside = _pairs(phases)
+    half = phases.rotary // 2
+    if half == count:
+        return pair, pair + count, inside
+    first = jnp.where(pair < half, pair, pair + half)
+    return first, jnp.where(pair < half, pair + half, pair + count), inside
+
+
+def _coefficients_of_many(
+    exact: Any, row: jax.Array, heads: int, columns: int
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """`_coefficients` as two arrays [pairs, columns]."""
+    first, second, inside = _channels(exact.phases)
+    head = jnp.arange(columns)[None, :]
+    there = jnp.broadcast_to(head < heads, (first.shape[0], columns))
+    if inside is not None:
+        there = there & inside[:, None]
+
+    def load(ref: Any, channel: jax.Array, *place: Any) -> jax.Array:
+        at = tuple(jnp.broadcast_to(x, there.shape) for x in (*place, channel[:, None]))
+        return triton.load(ref.at[at], mask=there, other=jnp.zeros((), ref.dtype))
+
+    m1, m2 = (load(exact.key_mean, c, row).astype(jnp.float32) for c in (first, second))
+    q1, q2 = (load(exact.query, c, head).astype(jnp.float32) for c in (first, second))
+    a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
+    size = lax.bitcast_convert_type(jnp.abs(a) + jnp.abs(b), jnp.int32)
+    largest = lax.bitcast_convert_type(size.max(axis=0), jnp.float32)
+    largest = jnp.where(largest < jnp.inf, jnp.maximum(largest, 1e-30), jnp.nan)
+    factor = (LIMIT * STEPS / largest)[None, :]
+    return (a * factor, b * factor), largest / (LIMIT * STEPS)
+
+
 def _coefficients(
     exact: Any, row: jax.Array, heads: int, columns: int, warps: int
 ) -> tuple[list[tuple], jax.Array]:
     """(A, B) of each head as numbers up to LIMIT once they are turned, and the unit [columns]."""
-    pair, count, inside = _pairs(exact.phases)
-    half = exact.phases.rotary // 2
-    first, second = pair, pair + count
-    if half != count:
-        first = jnp.where(pair < half, pair, pair + half)
-        second = jnp.where(pair < half, pair + half, pair + count)
+    first, second, inside = _channels(exact.phases)
     m1, m2 = (_load(exact.key_mean, (row, c), inside).astype(jnp.float32) for c in (first, second))
     found, unit = [], jnp.zeros((columns,), jnp.float32)
     for head in range(heads):
@@ -198,6 +235,26 @@ def _digits(
         row += [jnp.zeros_like(row[0])] * (2 * columns - len(row))
     right = _last_axis([_last_axis(row) for row in rows])
     return right.transpose(0, 2, 1).reshape(-1, 2 * columns)
+
+
+def _digits_of_many(a: jax.Array, b: jax.Array, angles: list[jax.Array]) -> jax.Array:
+    """`_digits` of coefficients [pairs, columns]."""
+    c1, s1, c2, s2 = angles
+    cos, sin = (
+        jnp.broadcast_to(x[:, None], a.shape)
+        for x in (triton.fma(c1, c2, -(s1 * s2)), triton.fma(c1, s2, s1 * c2))
+    )
+    magic = jnp.full_like(a, MAGIC + 128.0)
+    rows = []
+    for turned in (
+        triton.fma(a, cos, triton.fma(b, sin, magic)),
+        triton.fma(b, cos, triton.fma(-a, sin, magic)),
+    ):
+        bits = lax.bitcast_convert_type(turned, jnp.int32)
+        both = jnp.stack([(bits >> 8).astype(jnp.int8), (bits ^ 128).astype(jnp.int8)], axis=-1)
+        rows.append(both.reshape(a.shape[0], -1))
+    right = jnp.stack(rows, axis=-1)
+    return right.transpose(0, 2, 1).reshape(2 * a.shape[0], -1)
 
 
 def _last_axis(parts: list[jax.Array]) -> jax.Array:

@@ -5,6 +5,10 @@ import dataclasses
 # Programs in one wave on an H100 (132 multiprocessors, 7 or 8 on each): fewer leave it idle, more
 # programs run slower by 3 to 15 % (docs/kernels.md).
 PROGRAMS = 1024
+# The same with more query heads of a kv head than this, two of whose programs fill the registers.
+WIDE, WIDE_PROGRAMS = 8, 256
+# Bits of a token's keys, or values, of which a tile of twice the tokens still fits beside another.
+WIDE_BITS = 128 * 8
 # A split of fewer tiles than this spends its time on starting and on being merged.
 MIN_TILES = 4
 # Tokens of a tile: as many pages as it takes.
@@ -42,16 +46,20 @@ def default_schedule(
 
     `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
     code; `exact`: tokens of the blocks that have the bytes of those in full precision beside them.
-    One warp needs no barrier, and suffices where its sums fit in the registers.
+    One warp needs no barrier, and suffices where its sums fit in the registers. Many heads fill
+    those of four warps, which want as many rows of a tile: twice the tokens.
     """
-    pages = max(1, TILE_TOKENS // tokens)
+    wide = heads > WIDE
+    size = TILE_TOKENS * (2 if wide and channels * bits <= WIDE_BITS else 1)
+    pages = max(1, size // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)
-    splits = min(PROGRAMS // (batch * kv_heads), tiles // MIN_TILES)
+    programs = WIDE_PROGRAMS if wide else PROGRAMS
+    splits = min(programs // (batch * kv_heads), tiles // MIN_TILES)
     return Schedule(
         splits=max(1, splits),
         pages=pages,
-        warps=1 if small else 2,
+        warps=4 if wide else 1 if small else 2,
         stages=3,
-        exact_tiles=exact // TILE_TOKENS + EXACT_START if exact else 0,
+        exact_tiles=exact // size + EXACT_START if exact else 0,
     )

@@ -161,7 +161,7 @@ def test_the_fused_kernel_is_attention_over_the_decoded_vectors(name, monkeypatc
 @pytest.mark.parametrize(
     ("name", "interpret"),
     [
-        *((name, True) for name in ("heads of several bits", *UNCODED, *SHORT)),
+        *((name, True) for name in (*UNCODED, *SHORT)),  # the last one: heads of several formats
         *(pytest.param(name, False, marks=GPU) for name in COMPILED),
     ],
 )
@@ -201,14 +201,14 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
         ("heads of several bits", 3, True),
         *(
             pytest.param(name, count, False, marks=GPU)
-            for name, shape in COMPILED.items()
+            for i, (name, shape) in enumerate(COMPILED.items())
             if "sliding_window" not in shape
-            for count in (2, 4, 8)
+            for count in {2 + 3 * i % 7, 8}
         ),
     ],
 )
 def test_several_queries_are_one_reading_of_the_cache(name, count, interpret, monkeypatch):
-    """Causal among themselves; three heads of 8 tokens are more than one call takes."""
+    """Causal among themselves; three heads of 8 tokens are two calls where a mean turns."""
     monkeypatch.setattr(schedule, "MIN_TILES", 2)
     config = cache.CacheConfig(**SHAPE | COMPILED[name])
     rng = np.random.default_rng(7)
@@ -217,6 +217,7 @@ def test_several_queries_are_one_reading_of_the_cache(name, count, interpret, mo
         jnp.asarray(rng.normal(0, 1, (3, count, n, config.head_dim)), jnp.float32)
         for n in (3 * heads, heads, heads)
     )
+    v = v.at[1, -1, :, 3].set(jnp.nan)  # which the last token alone sees
     sinks = jnp.asarray(rng.normal(0, 1, 3 * heads), jnp.float32)
 
     @jax.jit
@@ -229,7 +230,11 @@ def test_several_queries_are_one_reading_of_the_cache(name, count, interpret, mo
 
     with interpreted(interpret):
         want, got, proposed = both(state, q, k, v)
-    assert np.isfinite(got).all()
+    spoilt = np.zeros(got.shape, bool)
+    spoilt[1, -1, :, 3] = True
+    np.testing.assert_array_equal(np.isnan(got), spoilt)
+    np.testing.assert_array_equal(np.isnan(want), spoilt)
+    got, want = (np.where(spoilt, 0.0, x) for x in (got, want))
     for t in range(count):
         assert np.linalg.norm((got - want)[:, t]) <= 2e-3 * np.linalg.norm(want[:, t])
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # nothing but the tokens themselves

@@ -142,13 +142,19 @@ def spoilt(call, token):
         yield "overflow of the new token", new(large, "k", token, HEAD, 1e25)
 
 
-def expected(call, count):
+@lru_cache
+def expected_of_clean(name, count):
+    """Of the sequences that nothing spoils, too."""
+    return expected(clean(name), count, range(BATCH), np.zeros((BATCH, count, HEADS, 32)))
+
+
+def expected(call, count, rows, others):
     """Output [B, count, N, H] in float64, of scores that overflow as those in float32 do."""
-    state, found = call["state"], np.zeros((BATCH, count, HEADS, 32))
+    state, found = call["state"], others.copy()
     k, v = (np.asarray(call[n].astype(state.config.dtype), np.float64) for n in ("k", "v"))
     q, sinks = (np.asarray(call[n], np.float64) for n in ("q", "sinks"))
     with np.errstate(all="ignore"):
-        for row in range(BATCH):
+        for row in rows:
             start = LENGTHS[row]
             edge = 2 + 32 * max(0, (start - 7) // 32)
             tokens = decoded(state, LAYER, row)
@@ -227,9 +233,10 @@ def assert_follows(name, run, count, token, tolerance):
     whole_one = np.asarray(run(call))
     assert np.isfinite(whole_one).all()
     np.testing.assert_array_equal(np.asarray(run(unseen(call))), whole_one)
-    some = 0
+    some, others = 0, expected_of_clean(name, count)
     for what, bad in [("nothing", call), *spoilt(call, token)]:
-        want, got = expected(bad, count), np.asarray(run(bad), np.float64)
+        rows = range(BATCH) if what.startswith("sink logit") else [ROW]
+        want, got = expected(bad, count, rows, others), np.asarray(run(bad), np.float64)
         nan = np.isnan(want)
         some += nan.any()
         assert nan.any() or what in ("nothing", "sink logit -inf") or what.startswith("overflow")
@@ -254,7 +261,7 @@ def test_of_the_definition(name):
 @pytest.mark.parametrize(
     ("name", "interpret"),
     [
-        *((name, True) for name in SETTINGS),
+        *((name, True) for name in SETTINGS if name != "bfloat16"),  # prod's values are so coded
         *(pytest.param(name, False, marks=GPU) for name in SETTINGS),
     ],
 )
@@ -266,7 +273,8 @@ def test_of_the_decode_kernel(name, interpret):
 @pytest.mark.parametrize(
     ("name", "vendor"),
     [
-        *((n, "xla") for n in SETTINGS if n != "trellis"),  # no float16 on a CPU
+        # no float16 on a CPU; one scalar code is looked at behind a window
+        *((n, "xla") for n in SETTINGS if n not in ("trellis", "bfloat16")),
         *(pytest.param(n, "cudnn", marks=GPU) for n in SETTINGS if n != "groups"),
     ],
 )

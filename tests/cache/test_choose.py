@@ -142,10 +142,12 @@ def test_compression_to_other_scales(on_gpu):
 def test_the_first_that_serves_is_taken(on_gpu):
     kernel = Compression("pallas", "pallas")
     state = shapes({})
-    for queries, first in ((1, "pallas"), (8, "cudnn"), (9, "cudnn")):
+    for queries, first in ((1, "pallas"), (8, "pallas"), (9, "cudnn")):
         got = choose_attention(state, queries, None, None)
         assert got == Attention(first, "pallas", kernel)
-    assert choose_attention(state, 8, None, "pallas").attend == "pallas"
+    assert choose_attention(state, 9, None, None, 2) == Attention(
+        "xla", "xla", Compression("xla", "xla"), shared=2
+    )  # which the vendor's would read for each sequence
     assert choose_attention(state, 9, 5.0, None) == Attention(
         "xla", "xla", Compression("xla", "xla")
     )

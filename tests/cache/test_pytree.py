@@ -1,11 +1,7 @@
 """The cache as a citizen of JAX: transformations, donation, shardings, and how it prints."""
 
-import os
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError, fields
 from functools import partial
-from pathlib import Path
 
 import chex
 import jax
@@ -195,50 +191,3 @@ def test_keys_and_values_of_other_shapes_are_refused():
     ]:
         with pytest.raises(ValueError, match=says):
             jax.eval_shape(cache.append, state, k, v)
-
-
-GUIDE = Path(__file__).parents[2] / "docs/guides/several-gpus.md"
-SHARDED = """
-import jax.numpy as jnp, numpy as np
-from turboquant_jax import cache
-from turboquant_jax.attention import attend
-assert jax.device_count() == 2
-mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
-config = cache.CacheConfig(
-    1, 2, 8, cache.CodecConfig(2), cache.CodecConfig(1), block=8, window=5, sinks=1
-)
-empty = cache.create(config, 2, 40, key=jax.random.key(0))
-shardings = shardings(empty, mesh)
-step = jax.jit(lambda s, q, k: (cache.append(s, k, k), attend(s, 0, q, k[0], k[0])))
-one, two = empty, jax.device_put(empty, shardings)
-k = np.random.default_rng(1).normal(size=(1, 2, 30, 2, 8)).astype(np.float32)
-for i in range(30):
-    one, out = step(one, k[0, :, i : i + 1], k[:, :, i : i + 1])
-    two, sharded_out = step(two, k[0, :, i : i + 1], k[:, :, i : i + 1])
-np.testing.assert_allclose(out, sharded_out, atol=1e-6)
-for (path, a), b, s in zip(
-    jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), jax.tree.leaves(shardings)
-):
-    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-    if "heads" in s.spec:
-        assert b.sharding.is_equivalent_to(s, b.ndim), (path, b.sharding)
-        assert b.addressable_shards[0].data.size * 2 == b.size
-"""
-
-
-def test_heads_on_two_devices():
-    """As the guide has it, in a process of its own: JAX has a fixed number of devices."""
-    shown = GUIDE.read_text().split("```python\n")[1].split("```")[0]
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        # threads of XLA: with one a core, on two cores, both can wait for each other in collectives
-        "NPROC": "8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", shown + SHARDED],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr

@@ -141,6 +141,19 @@ def test_what_a_notebook_shows_was_made_by_its_cells(path):
     assert drawn and "outputs" in held["cells"][1]  # it opens with a picture
 
 
+def test_a_notebook_that_prints_something_else_is_found():
+    alike = notebooks.alike
+    assert alike("4 bits: KL 0.0123, +0.52 %", "4 bits: KL 0.0124, +0.51 %")
+    assert not alike("4 bits: KL 0.0123", "4 bits: KL 0.0125")
+    assert not alike("4 bits: KL 0.0123", "3 bits: KL 0.0123")
+    assert not alike("KL 0.012", "KL 0.0120") and not alike("KL 0.012", "loss 0.012")
+
+
+def test_every_page_is_in_the_menu():
+    menu = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert menu == {str(p.relative_to(ROOT / "docs")) for p in {*ROOT.glob("docs/**/*.md")} | MADE}
+
+
 def test_a_number_that_is_not_in_the_rows_is_found(tmp_path):
     for file in front.FILES:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

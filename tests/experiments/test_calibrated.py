@@ -38,9 +38,11 @@ def held():
     return Calibrated("held", config, known)
 
 
-def test_it_is_the_library_s_teacher_forcing(held):
+@pytest.mark.parametrize("scale_bits", [16, 8])
+def test_it_is_the_library_s_teacher_forcing(held, scale_bits):
     model, tokens = prepared.model("tiny"), prepared.random_texts(2, CONTEXT)
-    config = dataclasses.replace(held.config, dtype="float32")
+    config = dataclasses.replace(held.config, dtype="float32", scale_bits=scale_bits)
+    held = dataclasses.replace(held, config=config)
     state = cache.create(config, 2, CONTEXT, key=jax.random.key(5), calibration=held.known)
     expected = compressed_hidden(unstack(model), jnp.asarray(tokens), state)
     forcing = cut(model, dtype="float32", tiling=Tiling(queries=40, reach=40, sinks=6))

@@ -14,7 +14,8 @@ from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
 from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
 from turboquant_jax.models.model import Llama, unstack
-from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.models.options import Sampling
+from turboquant_jax.models.past import COMPRESSED, compressed
 
 TOKENS = 75
 
@@ -106,6 +107,29 @@ MIXED_CONFIG = CacheConfig(3, 2, 16, CodecConfig(3), CodecConfig(2), block=8, wi
 def mixed_cache(keys, values, batch=2):
     config = dataclasses.replace(MIXED_CONFIG, allocation=Allocation(keys, values))
     return cache.create(config, batch, TOKENS, key=jax.random.key(2))
+
+
+def test_answers_to_one_prompt_read_it_together(model, config):
+    """Three draws behind 40 tokens, whose blocks are shared, are those of three prompts."""
+    tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, (3, 40)).astype(np.int32)
+    state = cache.create(config, 3, 60, key=jax.random.key(0))
+    lengths = jnp.asarray([40, 1, 1], jnp.int32)
+    logits, state = prefill(model, jnp.asarray(tokens), lengths, state, COMPRESSED)
+    for row in (1, 2):
+        state = cache.fork(state, 0, row)
+    blocks = cache.shared_blocks(state)
+    assert blocks == config.num_blocks(40) > 1
+    logits, keys = jnp.tile(logits[:1], (3, 1)), jax.random.split(jax.random.key(1), 3)
+    apart, together = (
+        decode(
+            model, logits, jnp.full(3, 40, jnp.int32), keys, jax.tree.map(jnp.copy, state), past,
+            max_tokens=16, sampling=Sampling(temperature=1.0),
+        )
+        for past in (COMPRESSED, compressed(shared_blocks=blocks))
+    )  # fmt: skip
+    np.testing.assert_array_equal(together.tokens, apart.tokens)
+    assert len({tuple(row) for row in np.asarray(together.tokens).tolist()}) == 3
+    assert cache.shared_blocks(together.state) == blocks  # and more of their own
 
 
 def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):

@@ -138,7 +138,9 @@ def of_cache(
 
     def projected(state, qkv, angle):
         projection = Projection(qkv, jnp.cos(angle), jnp.sin(angle))
-        return triton.attend_projection(state, rows_of(state, 1), projection, None)
+        rows = rows_of(state, 1)
+        heads, rotated = triton.turn(state, rows, projection)
+        return triton.attend(state, rows, heads, PLAIN, None, write=True, rotated=rotated)
 
     found = {
         "step": Case(step, (state, tokens(1, 8), tokens(1, 2), tokens(1, 2))),

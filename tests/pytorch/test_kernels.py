@@ -75,7 +75,8 @@ def assert_alike(ours, other):
     for name, leaf in ours.leaves.items():
         got = other.leaves[name]
         if name.startswith("parts"):
-            assert (leaf != got).float().mean() < 1e-3, name
+            apart = leaf != got
+            assert apart.float().mean() < 1e-3, f"{name}: {int(apart.sum())} of {leaf.numel()}"
         elif name == "key_mean":
             torch.testing.assert_close(leaf, got, rtol=1e-5, atol=1e-6)
         else:

@@ -26,6 +26,7 @@ def attend(
     scores: Scores = PLAIN,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
+    shared_blocks: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Attention of T new tokens over the cache of a layer and over themselves.
 
@@ -42,17 +43,20 @@ def attend(
       implementation: "xla" is the definition; "pallas" the GPU kernel, for T = 1 to 8; "cudnn" the
         vendor's attention over the chunk and over tiles of the past, for T > 1. None takes what
         the device and the call are served by.
+      shared_blocks: the caller knows (`cache.shared_blocks`) that the first so many blocks of all
+        sequences are those of the first one, as of forks of one prompt: they are read once.
 
     Returns:
       The output in the dtype of q.
 
     Raises:
-      ValueError: shapes that do not fit the cache, or an unknown implementation.
+      ValueError: shapes that do not fit the cache, an unknown implementation, or shared blocks that
+        the cache cannot have.
       NotImplementedError: an implementation that this device or call is not served by.
     """
     rows = rows_of(cache, layer)
     _check(cache, q, k, v)
-    chosen = choose_attention(cache, q.shape[1], scores.softcap, implementation)
+    chosen = choose_attention(cache, q.shape[1], scores.softcap, implementation, shared_blocks)
     return _attend(cache, rows, (q, k, v), scores, sink_logits, chosen)
 
 
@@ -66,6 +70,7 @@ def attend_and_write(
     scores: Scores = PLAIN,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
+    shared_blocks: int = 0,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`attend`, then `cache.write` of the pending tokens, in one kernel where it is served.
 
@@ -73,7 +78,7 @@ def attend_and_write(
     """
     rows = rows_of(cache, layer)
     _check(cache, q, k, v)
-    chosen = choose_attention(cache, q.shape[1], scores.softcap, implementation)
+    chosen = choose_attention(cache, q.shape[1], scores.softcap, implementation, shared_blocks)
     return _attend_and_write(cache, rows, (q, k, v), scores, sink_logits, chosen)
 
 
@@ -84,6 +89,7 @@ def attend_projection(
     *,
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
+    shared_blocks: int = 0,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`attend_and_write` of what a layer projected, RoPE in the kernel's way where it is served.
 
@@ -95,36 +101,41 @@ def attend_projection(
     _check(cache, *jax.eval_shape(Projection.heads, projection))
     definition.check_window(cache, projection)
     scores = projection.scores
-    chosen = choose_attention(cache, projection.qkv.shape[1], scores.softcap, implementation)
-    single = projection.qkv.shape[1] == 1 and cache.scratch is None
-    if chosen.attend == "pallas" and single and triton.turns(projection):
-        return triton.attend_projection(cache, rows, projection, sink_logits)
+    queries = projection.qkv.shape[1]
+    chosen = choose_attention(cache, queries, scores.softcap, implementation, shared_blocks)
+    if chosen.attend == "pallas" and triton.turns(projection):
+        heads, rotated = triton.turn(cache, rows, projection)
+        return _attend_and_write(cache, rows, heads, scores, sink_logits, chosen, rotated)
     return _attend_and_write(cache, rows, projection.heads(), scores, sink_logits, chosen)
 
 
-def _attend_and_write(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
+def _attend_and_write(
+    cache: Cache, rows, heads, scores, sink_logits, chosen: Attention, rotated=None
+):
     _, k, v = heads
     single = k.shape[1] == 1
     if chosen.attend == "pallas" and single and cache.scratch is None:
-        return triton.attend(cache, rows, heads, scores, sink_logits, write=True)
+        call = cache, rows, heads, scores, sink_logits
+        return triton.attend(*call, write=True, rotated=rotated, shared=chosen.shared)
     # A single token overwrites nothing that is visible. Written first, it is written in place: with
     # the read first, XLA copies the whole window for every layer that is not part of a loop.
     if single:
         cache = write_layer(cache, rows, k, v, chosen.compression)
-    output = _attend(cache, rows, heads, scores, sink_logits, chosen)
+    output = _attend(cache, rows, heads, scores, sink_logits, chosen, rotated)
     if not single:
         cache = write_layer(cache, rows, k, v, chosen.compression)
     return output, cache
 
 
-def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention):
+def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention, rotated=None):
     q, k, v = heads
+    call = cache, rows, heads, scores, sink_logits
     if chosen.attend == "pallas" and q.shape[1] == 1:
-        return triton.attend(cache, rows, heads, scores, sink_logits, write=False)[0]
+        return triton.attend(*call, write=False, rotated=rotated, shared=chosen.shared)[0]
     if chosen.attend == "pallas":
-        return triton.attend_several(cache, rows, heads, scores, sink_logits)
+        return triton.attend_several(*call, rotated, shared=chosen.shared)
     if chosen.attend == "xla":
-        return definition.attend(cache, rows, q, k, v, scores, sink_logits)
+        return definition.attend(*call, chosen.shared)
     return cudnn.attend(cache, rows, q, k, v, scores, sink_logits, decode_by=chosen.pages)
 
 

@@ -29,12 +29,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.attention import (
     head_rotation,
+    kernel_call,
     local_past,
     not_finite,
     tensor_cores,
     triton,
 )
-from turboquant_jax.attention.segments import Scores, SegmentPart, merge, sink_part
+from turboquant_jax.attention.segments import Scores, SegmentPart, merge, over_shares, sink_part
 from turboquant_jax.cache import blocks, pre_rope
 from turboquant_jax.cache.layout import locate
 from turboquant_jax.cache.state import Cache, LayerRows
@@ -90,8 +91,12 @@ def attend(
         return segment(queries, keys, values, is_causal=True, window=window)
 
     def with_past():
-        parts, *past = over_past()
-        return merged([alone(), *parts], *past)
+        parts, reach_of_past, bad_past = over_past()
+        if (share := cache.share) is not None:
+            parts = [over_shares(merge(parts), share)]
+            reach_of_past = lax.pmax(reach_of_past, share.axis)
+            bad_past = lax.pmax(bad_past.astype(jnp.int32), share.axis) > 0
+        return merged([alone(), *parts], reach_of_past, bad_past)
 
     # each branch goes all the way to the output: what leaves a branch is copied
     return lax.cond(jnp.any(cache.lengths > 0), with_past, lambda: merged([alone()]))
@@ -172,13 +177,13 @@ def _over_blocks(
     """The compressed blocks, tile by tile in the rotated space."""
     config, slots, kv_heads = cache.config, cache.layout.slots, cache.kv_heads
     batch, count, heads, dim = queries.shape
-    keys_of, values_of = (triton.codecs_of(cache, rows, side) for side in (0, 1))
+    keys_of, values_of = (kernel_call.codecs_of(cache, rows, side) for side in (0, 1))
     groups = _groups(kv_heads, batch * count * heads, ROWS)
     own = np.arange(kv_heads, dtype=np.int32).reshape(groups, -1)
     rotated = head_rotation.rotate_by_member(tensor_cores.rotate, rows, keys_of, queries, kv_heads)
     rotated = rotated.astype(queries.dtype).reshape(batch, count, groups, -1, dim)
     by_group = [rotated[:, :, g] for g in range(groups)]  # once, not in every turn of the loops
-    tokens = config.compressed_tokens(cache.lengths)
+    tokens = cache.layout.compressed_tokens(cache.lengths)
     pages = min(slots, max(1, TILE // config.block))
     table = jnp.pad(jnp.maximum(cache.table.page_table, 0), ((0, 0), (0, pages)))
 
@@ -196,7 +201,8 @@ def _over_blocks(
             if not config.value.coded:
                 values = jnp.where(jnp.isfinite(values), values, 0)
             if cache.phases is not None:
-                keys = keys + _rotated_means(cache, rows, i * size + jnp.arange(size), g)
+                index = cache.layout.index(i * size + jnp.arange(size))
+                keys = keys + _rotated_means(cache, rows, index, g)
                 keys = keys.astype(values.dtype)
             if masked:
                 keys, values = (jnp.where(seen, x, 0) for x in (keys, values))
@@ -243,7 +249,7 @@ def _rotated_means(
     assert cache.key_mean is not None
     means, own = cache.key_mean[rows.layer][:, heads], rows.only(heads)
     taken = jax.vmap(partial(pre_rope.mean_at, phases=cache.phases, index=index))(means)
-    codecs = triton.codecs_of(cache, own, 0)
+    codecs = kernel_call.codecs_of(cache, own, 0)
 
     def turned(rotate, x):
         return head_rotation.rotate_by_member(rotate, own, codecs, x, len(heads))

@@ -8,15 +8,16 @@ section 3). The centre of the keys adds <q, R_p m> to every score of the compres
 
 import jax.numpy as jnp
 from jax import tree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention import head_rotation
-from turboquant_jax.attention.projection import Projection
+from turboquant_jax.attention.projection import Heads, Projection
 from turboquant_jax.attention.segments import (
     Scores,
     SegmentPart,
     attend_segment,
     merge,
+    over_shares,
     sink_part,
 )
 from turboquant_jax.cache import blocks as block_layout
@@ -27,22 +28,29 @@ from turboquant_jax.cache.state import Cache, LayerRows, Rows
 def attend(
     cache: Cache,
     rows: LayerRows,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    heads: Heads,
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
+    shared: int = 0,
 ) -> Float[Array, "B T N H"]:
     """What `api.attend` says."""
+    q, k, v = heads
     parts = [_exact(cache, rows, q, k, v, scores)]
-    if cache.layout.slots:
+    for over in ([_blocks] if cache.layout.slots else []) + ([_prefix] if shared else []):
         own = [
-            _blocks(
-                cache, rows, member, head_rotation.pick_queries(member, q, cache.kv_heads), scores
+            over(
+                cache,
+                rows,
+                member,
+                head_rotation.pick_queries(member, q, cache.kv_heads),
+                scores,
+                shared,
             )
             for member in rows.members
         ]
         parts.append(head_rotation.join_heads(rows, own, cache.kv_heads))
+    if cache.share is not None:
+        parts = [over_shares(merge(parts), cache.share)]
     if sink_logits is not None:
         parts.append(sink_part(sink_logits, q.shape))
     return merge(parts)[0].astype(q.dtype)
@@ -57,17 +65,47 @@ def _exact(cache: Cache, rows: LayerRows, q, k, v, scores: Scores) -> SegmentPar
     query = lengths + jnp.arange(q.shape[1])[None, :]
     position, held = cache.layout.exact_positions(lengths)
     position = jnp.concatenate([position, query], axis=1)
-    held = jnp.concatenate([held, query >= 0], axis=1)
+    held = jnp.concatenate([held, cache.layout.counted(query >= 0)], axis=1)
     visible = held[:, None, :] & sees(cache.config, query, position)
     return attend_segment(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
 
 
-def _blocks(cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores) -> SegmentPart:
-    """The compressed blocks of the heads that have one format, for their queries."""
+def _blocks(
+    cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores, shared: int
+) -> SegmentPart:
+    """The compressed blocks of the heads that have one format, but for those that are shared."""
+    position, held = cache.layout.block_positions(cache.lengths[:, None])
+    query = cache.lengths[:, None] + jnp.arange(q.shape[1])[None, :]
+    held = held & (position >= cache.layout.block_start(shared))
+    visible = held[:, None, :] & sees(cache.config, query, position)
+    bias = head_rotation.mean_products(cache, rows, member, q, position)
+    table = jnp.maximum(cache.table.page_table, 0)
+    return _over_pages(cache, member, q, table, visible, bias, scores)
+
+
+def _prefix(
+    cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores, shared: int
+) -> SegmentPart:
+    """The shared blocks, which the queries of all sequences see as if they were those of one."""
+    position = jnp.arange(shared * cache.config.block, dtype=jnp.int32)
+    position = jnp.broadcast_to(position + cache.layout.block_start(0), (q.shape[0], len(position)))
+    bias = head_rotation.mean_products(cache, rows, member, q, position)
+    together = q.reshape(1, -1, *q.shape[2:])
+    if bias is not None:
+        bias = bias.reshape(*together.shape[:3], -1)
+    visible = jnp.ones((1, together.shape[1], position.shape[1]), bool)
+    table = cache.table.page_table[:1, :shared]
+    output, lse = _over_pages(cache, member, together, table, visible, bias, scores)
+    return output.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _over_pages(
+    cache: Cache, member: Rows, q, table: Int[Array, "B slots"], visible, bias, scores: Scores
+) -> SegmentPart:
+    """The tokens of these pages; `bias` is what centring took from their products."""
     part, own = cache.parts[member.part], member.of(cache.kv_heads)
     key_codec, value_codec = part.codecs
     heads, dim = own.shape[0], q.shape[3]
-    table = jnp.maximum(cache.table.page_table, 0)
     place = own[:, None, None], table[None]
     pages = tree.map(lambda pool: pool[place], part.pool)  # [heads, B, slots, ...]
     keys, values = block_layout.unpack(part.codecs, pages)
@@ -75,15 +113,13 @@ def _blocks(cache: Cache, rows: LayerRows, member: Rows, q, scores: Scores) -> S
     def by_token(vectors):  # [heads, B, slots, T, H] -> [B, S, heads, H]
         return jnp.moveaxis(vectors, 0, 3).reshape(table.shape[0], -1, heads, dim)
 
-    position, held = cache.layout.block_positions(cache.lengths[:, None])
-    query = cache.lengths[:, None] + jnp.arange(q.shape[1])[None, :]
     output, lse = attend_segment(
         head_rotation.rotate_queries(key_codec, own, q),
         by_token(key_codec.dequantize(keys)),
         by_token(value_codec.dequantize(values)),
-        held[:, None, :] & sees(cache.config, query, position),
+        visible,
         scores,
-        head_rotation.mean_products(cache, rows, member, q, position),
+        bias,
     )
     return head_rotation.unrotate_outputs(value_codec, own, output), lse
 

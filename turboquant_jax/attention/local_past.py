@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from turboquant_jax.attention import head_rotation, not_finite, tensor_cores, triton
+from turboquant_jax.attention import head_rotation, kernel_call, not_finite, tensor_cores
 from turboquant_jax.attention.segments import SegmentPart
 from turboquant_jax.cache import pre_rope
 from turboquant_jax.cache.state import Cache, LayerRows
@@ -89,7 +89,7 @@ def _blocks(cache: Cache, rows: LayerRows, decode):
     spread = (nan_unless_finite, nan_unless_finite if config.value.coded else jnp.asarray)
     keys, values = (
         head_rotation.rotate_by_member(
-            unrotate, rows, triton.codecs_of(cache, rows, side), spread[side](x), len(heads)
+            unrotate, rows, kernel_call.codecs_of(cache, rows, side), spread[side](x), len(heads)
         )
         for side, x in enumerate(found)
     )

@@ -85,7 +85,7 @@ def reach_of_blocks(cache: Cache, rows: LayerRows) -> Float[Array, "B K"]:
 
     What a query's largest magnitude may be multiplied by on its way there is counted in here.
     """
-    tokens, table = cache.config.compressed_tokens(cache.lengths), cache.table.page_table
+    tokens, table = cache.layout.compressed_tokens(cache.lengths), cache.table.page_table
 
     def of_member(member: Rows) -> Float[Array, "B K"]:
         part, own = cache.parts[member.part], member.of(cache.kv_heads)
@@ -115,6 +115,6 @@ def bad_values_of_blocks(cache: Cache, rows: LayerRows) -> Bool[Array, "B K H"]:
     table = jnp.maximum(cache.table.page_table, 0)
     bad = ~jnp.isfinite(values[member.of(cache.kv_heads)[:, None, None], table[None]])
     bad = bad.reshape(*bad.shape[:2], -1, bad.shape[-1])  # [K, B, tokens, H]
-    tokens = cache.config.compressed_tokens(cache.lengths)
+    tokens = cache.layout.compressed_tokens(cache.lengths)
     seen = jnp.arange(bad.shape[2])[None, :] < tokens[:, None]
     return jnp.swapaxes(jnp.any(bad & seen[None, :, :, None], axis=2), 0, 1)

@@ -19,7 +19,10 @@ one far below the others; never another number. What a query does not see change
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
+
+from turboquant_jax.cache.layout import Share
 
 SegmentPart = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
@@ -64,6 +67,16 @@ def merge(parts: list[SegmentPart]) -> SegmentPart:
         seen = jnp.where(jnp.isneginf(lse)[..., None], 0.0, part.astype(jnp.float32))
         output = output + weight[..., None] * seen
     return output, total
+
+
+def over_shares(part: SegmentPart, share: Share | None) -> SegmentPart:
+    """`merge` of what every share of the sequences gives, on all of them, in one collective."""
+    if share is None:
+        return part
+    output, lse = part
+    both = jnp.concatenate([output.astype(jnp.float32), lse[..., None]], axis=-1)
+    every = lax.all_gather(both, share.axis)
+    return merge([(every[i, ..., :-1], every[i, ..., -1]) for i in range(share.count)])
 
 
 def attend_segment(

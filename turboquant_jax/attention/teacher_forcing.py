@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, Float, Int
 
 from turboquant_jax.attention.definition import check_heads
 from turboquant_jax.attention.segments import PLAIN, Scores, attend_segment, merge
@@ -117,7 +117,10 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
         x = member.pick(v if values else centred, axis=2)
         groups = codec.quantize(own, x, search)
         if config.scale_bits == 8:
-            groups = tuple((codes, None if s is None else _short(s, config)) for codes, s in groups)
+            groups = tuple(
+                (codes, None if s is None else short_scales.through(s, config.sinks, config.block))
+                for codes, s in groups
+            )
         return codec.unrotate(own, codec.dequantize(groups))
 
     keys, values = (
@@ -125,14 +128,3 @@ def _decoded(cache: Cache, rows: LayerRows, k, v, search: Implementation):
         for which in (False, True)
     )
     return keys + taken, values
-
-
-def _short(scale: BFloat16[Array, "B T K"], config: CacheConfig) -> Float[Array, "B T K"]:
-    """Scales as they come back from 8 bits, block by block; those of the sinks are never seen."""
-    count = scale.shape[1]
-    tail = -(count - config.sinks) % config.block
-    behind = jnp.pad(scale, ((0, 0), (0, tail), (0, 0)))[:, config.sinks :]
-    split = behind.reshape(behind.shape[0], -1, config.block, behind.shape[2])
-    codes = short_scales.encode_scales(jnp.moveaxis(split, 2, 3))
-    found = jnp.moveaxis(short_scales.decode_scales(*codes), 3, 2).reshape(behind.shape)
-    return jnp.pad(found, ((0, 0), (config.sinks, 0), (0, 0)))[:, :count]

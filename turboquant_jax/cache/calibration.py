@@ -38,7 +38,8 @@ class Study:
       weights: digest of the weights that make its keys.
       texts: (name, digest, tokens) of what it read.
       versions: (package, version) of what computed.
-      rule: (name, number) of what the cache was like: sinks, window, block, tokens of a text.
+      rule: (name, number) of what the cache was like: sinks, window, block, bits of scales; and of
+        what was read: tokens of a window, windows, those on which parts were compressed alone.
       codec: (name, value) of `CodecConfig`, for all formats.
       centring: "pre_rope", "stored" or "none", of the keys.
       losses: of every format of every head.
@@ -59,6 +60,11 @@ class Study:
     allocation: Allocation
     predicted: float
     measured: float
+
+    @property
+    def scale_bits(self) -> int:
+        """Of the caches that the bytes are of."""
+        return dict(self.rule).get("scale_bits", 16)
 
 
 @register_dataclass

@@ -28,11 +28,15 @@ class Compression:
 
 @dataclass(frozen=True)
 class Attention:
-    """What attends, what decodes the `pages` that prefill reads, and what compresses."""
+    """What attends, what decodes the `pages` that prefill reads, and what compresses.
+
+    `shared`: so many blocks of the sequences are those of the first one, and read once for all.
+    """
 
     attend: Implementation
     pages: Implementation
     compression: Compression
+    shared: int = 0
 
 
 def choose_compression(cache: Cache, implementation: Implementation | None) -> Compression:
@@ -48,25 +52,30 @@ def choose_compression(cache: Cache, implementation: Implementation | None) -> C
 
 
 def choose_attention(
-    cache: Cache, queries: int, softcap: float | None, implementation: Implementation | None
+    cache: Cache,
+    queries: int,
+    softcap: float | None,
+    implementation: Implementation | None,
+    shared: int = 0,
 ) -> Attention:
     """For attention of so many query tokens a sequence, and what it writes.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or shared blocks that the cache cannot have.
       NotImplementedError: one that this device, cache or call is not served by.
     """
+    most = 0 if cache.config.sliding_window is not None else cache.layout.slots
+    if not 0 <= shared <= most:
+        raise ValueError(f"shared_blocks: got {shared}, expected 0 to {most} of this cache")
     reasons: dict[Implementation, str | None] = {
         "pallas": _decode(cache, queries),
-        "cudnn": _prefill(cache, queries, softcap),
+        "cudnn": "shared blocks" if shared else _prefill(cache, queries, softcap),
         "xla": None,
     }
-    if queries > 1:  # where the kernel is not timed yet, and has to be asked for
-        reasons["pallas"] = reasons.pop("pallas")
     attend = resolve(implementation, reasons)
     below: Implementation | None = "xla" if attend == "xla" else None
     pages = resolve(below, {"pallas": _pages(cache), "xla": None})
-    return Attention(attend, pages, choose_compression(cache, below))
+    return Attention(attend, pages, choose_compression(cache, below), shared)
 
 
 def _decode(cache: Cache, queries: int) -> str | None:

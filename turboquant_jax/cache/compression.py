@@ -6,6 +6,7 @@ where it is served, else in a loop over the sequences that completed one; so a s
 none does next to nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +29,9 @@ def compress_single(cache: Cache, by: Compression) -> Cache:
     """Compress what the sequences with one pending token completed, in all layers."""
     table = cache.table
     slot, filled = cache.layout.completed(table.lengths, table.pending, 1)
-    return _compress_window(cache, slot, filled[:, 0] & (table.pending == 1), by)
+    single = table.pending == 1
+    cache = _open_means(cache, slice(None), single, lambda: _first_of_window(cache))
+    return _compress_window(cache, slot, filled[:, 0] & single, by)
 
 
 def compress_kept(cache: Cache, by: Compression) -> Cache:
@@ -38,6 +41,7 @@ def compress_kept(cache: Cache, by: Compression) -> Cache:
     """
     table = cache.table
     slot, filled = cache.layout.completed(table.lengths, table.pending, 1)
+    cache = _open_means(cache, slice(None), table.pending > 0, lambda: _first_of_window(cache))
     return _compress_window(cache, slot, filled[:, 0], by)
 
 
@@ -47,8 +51,9 @@ def _compress_window(
     """Compress the oldest block of the window of some sequences, to the page pending in `slot`."""
     config, table, layout = cache.config, cache.table, cache.layout
     pages = jnp.take_along_axis(table.pending_pages, slot, axis=1)[:, 0]
-    first = config.num_blocks(table.lengths)
-    start, opens = layout.window_slot(layout.block_start(first)), first == 0
+    first = layout.num_blocks(table.lengths)
+    start, first = layout.window_slot(layout.block_start(first)), layout.number(first)
+    opens = _opens(cache, first)
     if by.blocks == "pallas":
         return encoding.encode_window(cache, start, jnp.where(complete, pages, -1), first)
     rows = jnp.nonzero(complete, size=complete.shape[0], fill_value=0)[0]
@@ -95,17 +100,25 @@ def compress_chunk(cache: Cache, rows: LayerRows, new: Exact, by: Compression) -
     slot, filled = cache.layout.completed(table.lengths, table.pending, new.keys.shape[1])
     filled = filled & (table.pending > 1)[:, None]
     page = jnp.take_along_axis(table.pending_pages, slot, axis=1)
-    first = cache.config.num_blocks(table.lengths)
-    opens = (first == 0) & jnp.any(filled, axis=1)
-    number = first[:, None] + jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :]
+    block_here = cache.layout.num_blocks(table.lengths)[:, None]
+    block_here = block_here + jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :]
+    number = cache.layout.number(block_here)
+    start = cache.layout.block_start(block_here)
+
+    def first_block() -> Float[Array, "B block K H"]:
+        begin = jnp.full((slot.shape[0], 1), cache.config.sinks, jnp.int32)
+        return _gather(cache, layer, new, begin).keys[:, 0]
+
+    cache = _open_means(cache, layer, table.pending > 1, first_block)
+    opens = _opens(cache, number[:, 0]) & jnp.any(filled, axis=1)
     if by.blocks == "pallas":
-        block = _gather(cache, layer, new, slot.shape[1])
+        block = _gather(cache, layer, new, start)
         return encoding.encode_chunk(cache, rows, block, jnp.where(filled, page, -1), number)
     page = jnp.where(filled, page, table.references.shape[0])  # past the end: dropped
 
     def compress(carry):
         pools, means = carry
-        block = _gather(cache, layer, new, slot.shape[1])
+        block = _gather(cache, layer, new, start)
         if means is not None:
             of_first = jax.vmap(partial(pre_rope.mean_key, phases=cache.phases))(block.keys[:, 0])
             mean = jnp.where(opens[:, None, None], of_first, means[layer])
@@ -151,11 +164,47 @@ def _rows_of_part(
     return jnp.moveaxis(x, 1, 0)[:, layer, head]
 
 
-def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, count: int) -> Exact:
-    """The next `count` blocks [B, count, block, K, H] of each sequence, from window and chunk."""
+def _opens(cache: Cache, number: Int[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether the mean is taken with the block of this number: those of shares are there before."""
+    return (number == 0) & (cache.share is None)
+
+
+def _open_means(
+    cache: Cache,
+    layers: Int[Array, ""] | slice,
+    which: Bool[Array, " B"],
+    first_block: Callable[[], Float[Array, "*layers B block K H"]],
+) -> Cache:
+    """With the means of sequences whose first block is completed, on every share of them.
+
+    Only one share has that block, and all of them need its mean.
+    """
+    if cache.share is None or cache.key_mean is None:
+        return cache
+    table, blocks = cache.table, cache.config.num_blocks
+    opens = which & (blocks(table.lengths) == 0) & (blocks(table.lengths + table.pending) > 0)
+
+    def opened(means: Float[Array, "layers B K H"]) -> Float[Array, "layers B K H"]:
+        keys, mean_of = first_block(), partial(pre_rope.mean_key, phases=cache.phases)
+        for _ in keys.shape[:-3]:
+            mean_of = jax.vmap(mean_of)
+        mean = jnp.where(opens[:, None, None], mean_of(keys), means[layers])
+        return means.at[layers].set(mean)
+
+    means = lax.cond(jnp.any(opens), opened, lambda means: means, cache.key_mean)
+    return replace(cache, key_mean=means)
+
+
+def _first_of_window(cache: Cache) -> Float[Array, "layers B block K H"]:
+    """Keys of the first block of sequences that have none yet: the ring begins with it."""
+    return cache.window.keys[:, :, : cache.config.block]
+
+
+def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, start: Int[Array, "B n"]) -> Exact:
+    """Blocks [B, n, block, K, H] from these positions on, out of window and chunk."""
     config, layout, lengths = cache.config, cache.layout, cache.lengths
-    start = layout.block_start(config.num_blocks(lengths))
-    position = start[:, None] + jnp.arange(count * config.block)[None, :]
+    position = start[:, :, None] + jnp.arange(config.block)[None, None, :]
+    position = position.reshape(start.shape[0], -1)
     in_chunk = position - lengths[:, None]
     ring = layout.window_slot(position)
 
@@ -166,7 +215,7 @@ def _gather(cache: Cache, layer: Int[Array, ""], new: Exact, count: int) -> Exac
         late = jnp.take_along_axis(chunk, index[..., None, None], axis=1)
         early = jnp.take_along_axis(window[layer], ring[..., None, None], axis=1)
         rows = jnp.where((in_chunk >= 0)[..., None, None], late, early)
-        return rows.reshape(rows.shape[0], count, config.block, *rows.shape[2:])
+        return rows.reshape(*start.shape, config.block, *rows.shape[2:])
 
     return jax.tree.map(take, cache.window, new)
 

@@ -77,7 +77,8 @@ def encode_jobs(cache: Cache, number: int, source: Exact, jobs: Int[Array, "jobs
         scales_by_job=short,
     )
     index = jobs[:, 4:] * cache.config.block
-    columns = jobs[:, :4], index == 0, index % pre_rope.PERIOD
+    opens = (index == 0) & (cache.share is None)  # those of shares are there before
+    columns = jobs[:, :4], opens, index % pre_rope.PERIOD
     jobs = jnp.concatenate([column.astype(jnp.int32) for column in columns], axis=1)
     made = kernel.encode(source.keys, source.values, jobs, pool)
     written, bases = made.scales, part.pool.bases

@@ -46,7 +46,7 @@ def fit_preset(config: CacheConfig, losses: Losses, name: Preset) -> Allocation:
       ValueError: another name.
     """
     key, value = codecs(name)
-    uniform = replace(config, key=key, value=value, allocation=None)
+    uniform = replace(config, key=key, value=value, allocation=None, scale_bits=16)
     ratio = compression_ratio(uniform, PRESET_TOKENS)
     least = MAX_RATIO if name == "max" else 0.0
     return fit_ratio(config, losses, max(ratio, least), PRESET_TOKENS)

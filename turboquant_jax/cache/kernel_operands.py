@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_attention import CodebookOperand, PhasesOperand
 from pallas_kernels.rope import RotationOperand
 from turboquant_jax.cache.codec import Codec
+from turboquant_jax.cache.layout import Share
 from turboquant_jax.cache.pre_rope import Phases
 from turboquant_jax.cache.state import LayerRows
 from turboquant_jax.quantizers import codebook as codebooks
@@ -28,11 +29,18 @@ def flat(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def of_phases(phases: Phases) -> PhasesOperand:
-    """The tables of a cache; those of a period in bytes, cosine and sine of a pair side by side."""
+def of_phases(phases: Phases, share: Share | None = None) -> PhasesOperand:
+    """The tables of a cache; those of a period in bytes, cosine and sine of a pair side by side.
+
+    On a share whose blocks are counted through, a stripe has a row of the coarse one.
+    """
+    coarse = phases.coarse
+    if share is not None:
+        stripe = jnp.arange(coarse.shape[0] // share.count + 1)
+        coarse = jnp.take(coarse, stripe * share.count + share.index, axis=0, mode="clip")
     pairs = jnp.stack(jnp.split(phases.within, 2, axis=1), axis=-1)
     within = pairs.reshape(phases.within.shape).astype(jnp.int8)
-    return PhasesOperand(phases.coarse, phases.fine, within, phases.rotary)
+    return PhasesOperand(coarse, phases.fine, within, phases.rotary)
 
 
 def of_rotation(rotation: Rotation, dtype: DTypeLike) -> RotationOperand:

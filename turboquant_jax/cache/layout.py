@@ -7,16 +7,43 @@ with `edge = sinks + C(length)`. Block j has the positions from sinks + j * bloc
 slot j modulo `slots` of the page table; position p lies in slot (p - sinks) modulo `ring` of the
 window. All of it is int32 arithmetic on scalars or arrays: it runs inside a kernel and under `vmap`
 alike.
+
+Where several devices share the blocks of a sequence (`mesh`), stripes of `STRIPE` tokens are
+dealt to them in turn. A share numbers its own blocks from 0 on, and they lie in its page table as
+those of a whole sequence do. Sinks and window are on every share, and count on the first.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.primitives.period import PERIOD
+from turboquant_jax.cache.angles import FINE
 from turboquant_jax.cache.config import CacheConfig
+
+STRIPE = PERIOD * FINE
+"""Tokens behind the sinks that share one coarse angle (`pre_rope`): a share has whole rows of them.
+"""
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Share:
+    """Which of the blocks of every sequence are here: the stripes index, index + count, ...
+
+    Attributes:
+      index: int32, number of the share; an array, as one program runs on every device.
+      count: of the shares.
+      axis: of the mesh, whose devices have one share each.
+    """
+
+    index: Any
+    count: int = field(metadata={"static": True})
+    axis: str = field(default="context", metadata={"static": True})
 
 
 class Run(NamedTuple):
@@ -50,12 +77,52 @@ class Layout:
       config: has the rule C(L).
       sinks, ring: slots of the segments in full precision.
       slots: blocks of a sequence, of its page table.
+      share: which of the blocks are here, or None for all of them.
     """
 
     config: CacheConfig
     sinks: int
     ring: int
     slots: int
+    share: Share | None = None
+
+    def num_blocks(self, length):
+        """Blocks that are compressed at this length, and here."""
+        blocks = self.config.num_blocks(length)
+        if self.share is None:
+            return blocks
+        stripe = STRIPE // self.config.block
+        turn = stripe * self.share.count
+        own = blocks % turn - self.share.index * stripe
+        return blocks // turn * stripe + jnp.clip(own, 0, stripe)
+
+    def compressed_tokens(self, length):
+        """Tokens of these blocks."""
+        if self.share is None:
+            return self.config.compressed_tokens(length)
+        return self.config.block * self.num_blocks(length)
+
+    def number(self, block):
+        """Which block of the sequence a block here is."""
+        if self.share is None:
+            return block
+        stripe = STRIPE // self.config.block
+        turns = block // stripe * self.share.count + self.share.index
+        return turns * stripe + block % stripe
+
+    def index(self, token):
+        """Which token of the sequence behind the sinks one of the blocks here is."""
+        if self.share is None:
+            return token
+        return (
+            self.number(token // self.config.block) * self.config.block + token % self.config.block
+        )
+
+    def counted(self, seen):
+        """What is seen in full precision, a number or a mask: nothing but on the first share."""
+        if self.share is None:
+            return seen
+        return seen * jnp.asarray(self.share.index == 0, getattr(seen, "dtype", jnp.int32))
 
     def window_slot(self, position):
         """The slot of the window for a position behind the sinks."""
@@ -67,7 +134,7 @@ class Layout:
 
     def block_start(self, block):
         """The position of a block's first token."""
-        return self.config.sinks + block * self.config.block
+        return self.config.sinks + self.number(block) * self.config.block
 
     def slot(self, length: Int[Array, "B 1"], position: Int[Array, "B S"]) -> Int[Array, "B S"]:
         """Where held positions lie in sinks, window and the tokens of the page table in a row."""
@@ -90,13 +157,14 @@ class Layout:
         newest = length - 1 - self.config.sinks
         ring = newest - (newest - slot) % max(self.ring, 1) + self.config.sinks
         held = (ring >= edge(self.config, length)) & (ring >= 0)
-        return jnp.concatenate([sink, ring], axis=1), jnp.concatenate([sink < length, held], axis=1)
+        held = self.counted(jnp.concatenate([sink < length, held], axis=1))
+        return jnp.concatenate([sink, ring], axis=1), held
 
     def block_positions(
         self, length: Int[Array, "B 1"]
     ) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
         """Position of every token in each slot of the page table; whether it is one."""
-        last = self.config.num_blocks(length) - 1
+        last = self.num_blocks(length) - 1
         block = last - (last - jnp.arange(self.slots)[None, :]) % max(self.slots, 1)
         token = jnp.arange(self.config.block)[None, None, :]
         position = self.block_start(block)[..., None] + token
@@ -119,8 +187,7 @@ class Layout:
 
     def until_block(self, length: Int[Array, " B"]) -> Int[Array, " B"]:
         """How many more tokens complete a block: all of them see the same C(L)."""
-        block, config = self.config.num_blocks(length) + 1, self.config
-        return self.block_start(block) + config.window - length
+        return edge(self.config, length) + self.config.block + self.config.window - length
 
     def completed(
         self, length: Int[Array, " B"], counts: Int[Array, " B"], most: int
@@ -130,8 +197,8 @@ class Layout:
         `most` (static) is the most of the counts. Of more new blocks than there are slots only the
         newest count.
         """
-        first = self.config.num_blocks(length)
-        last = self.config.num_blocks(length + counts)
+        first = self.num_blocks(length)
+        last = self.num_blocks(length + counts)
         candidates = ceil(most / self.config.block) if self.slots else 0
         block = first[:, None] + jnp.arange(candidates, dtype=jnp.int32)[None, :]
         filled = (block < last[:, None]) & (block >= last[:, None] - self.slots)
@@ -163,22 +230,25 @@ def locate(layout: Layout, length, pending) -> Place:
     first = jnp.maximum(edge(config, length), oldest)
     newest = length - config.sinks
     return Place(
-        blocks=(start, config.compressed_tokens(length)),
-        sinks=Run(oldest, jnp.minimum(length, layout.sinks) - oldest),
-        window=Run(layout.window_slot(first), length - first),
+        blocks=(start, layout.compressed_tokens(length)),
+        sinks=Run(oldest, layout.counted(jnp.minimum(length, layout.sinks) - oldest)),
+        window=Run(layout.window_slot(first), layout.counted(length - first)),
         sink_slot=jnp.where(pending > 0, length, -1),
         window_slot=jnp.where((pending > 0) & (newest >= 0), layout.window_slot(length), -1),
     )
 
 
-def block_slots(config: CacheConfig, capacity: int) -> int:
-    """Most blocks that a sequence holds at a time.
+def block_slots(config: CacheConfig, capacity: int, shares: int = 1) -> int:
+    """Most blocks that a sequence holds at a time; of several shares, on the first of them.
 
     With local attention the blocks are a ring. Of the W = `sliding_window` tokens that the next
     query sees, itself included, the newest `window` before it at least are not compressed, and the
     blocks end where those begin: ceil((W - 1 - window) / block) of them cover the rest.
     """
     slots = config.num_blocks(capacity)
+    if shares > 1:
+        stripe = STRIPE // config.block
+        slots = slots // (stripe * shares) * stripe + min(slots % (stripe * shares), stripe)
     if config.sliding_window is None:
         return slots
     return min(slots, max(0, ceil((config.sliding_window - 1 - config.window) / config.block)))

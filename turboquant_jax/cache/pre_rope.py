@@ -31,6 +31,7 @@ from turboquant_jax.cache.angles import FINE as FINE
 from turboquant_jax.cache.angles import WITHIN_BITS as WITHIN_BITS
 from turboquant_jax.cache.angles import angle_tables
 from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.quantizers.quantizer import ordered_sum
 
 
 @register_dataclass
@@ -114,7 +115,8 @@ def mean_key(keys: Float[Array, "T K H"], phases: Phases | None) -> Float[Array,
         index = jnp.arange(keys.shape[0], dtype=jnp.int32)
         for angles in reversed(_angles(phases, index)):
             keys = turn(keys, angles[:, None], phases.rotary, back=True)
-    return jnp.sum(jnp.where(finite, keys, 0.0), axis=0) / jnp.maximum(count, 1.0)
+    total = ordered_sum(jnp.moveaxis(jnp.where(finite, keys, 0.0), 0, -1))
+    return total / jnp.maximum(count, 1.0)
 
 
 def mean_at(

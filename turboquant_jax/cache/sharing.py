@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from turboquant_jax.cache import pages
@@ -23,7 +24,7 @@ def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | in
     """
     source, target = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
     table = cache.table
-    held = jnp.arange(cache.layout.slots) < cache.config.num_blocks(table.lengths[source])
+    held = jnp.arange(cache.layout.slots) < cache.layout.num_blocks(table.lengths[source])
     shared = jnp.where(held, table.page_table[source], pages.UNASSIGNED)
     references = pages.share(table.references, shared)
     references = pages.release(references, table.page_table[target])
@@ -54,6 +55,19 @@ def free(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
         lengths=jnp.where(rows, 0, table.lengths),
         overflow=table.overflow & ~rows,
     )
+
+
+def shared_blocks(cache: Cache) -> int:
+    """How many blocks from the first on all sequences have in common: what `attend` reads once.
+
+    Of the cache's values: not under `jax.jit`. 0 behind a sliding window, whose blocks go.
+    """
+    if cache.config.sliding_window is not None:
+        return 0
+    table, lengths = (np.asarray(x) for x in (cache.table.page_table, cache.lengths))
+    same = (table == table[:1]).all(axis=0) & (table[0] != pages.UNASSIGNED)
+    held = int(cache.config.num_blocks(lengths.min()))
+    return int(np.cumprod(same[:held]).sum())
 
 
 def free_pages(cache: Cache) -> Int[Array, ""]:

@@ -48,6 +48,17 @@ def decode_scales(
     return jnp.where(codes == NOT_FINITE, jnp.nan, found)
 
 
+def through(scales: BFloat16[Array, "B T K"], sinks: int, block: int) -> Float[Array, "B T K"]:
+    """Scales as they come back, block by block; those of the sinks stay: they are never seen."""
+    count = scales.shape[1]
+    tail = -(count - sinks) % block
+    behind = jnp.pad(scales, ((0, 0), (0, tail), (0, 0)))[:, sinks:]
+    split = behind.reshape(behind.shape[0], -1, block, behind.shape[2])
+    codes = encode_scales(jnp.moveaxis(split, 2, 3))
+    found = jnp.moveaxis(decode_scales(*codes), 3, 2).reshape(behind.shape)
+    return jnp.pad(found, ((0, 0), (sinks, 0), (0, 0)))[:, :count]
+
+
 def _position(bits: Array) -> Array:
     """The logarithm of positive bfloat16 numbers by their bits, int32."""
     return ((bits >> 7) * (STEPS << _UNIT)) + jnp.asarray(_LOGARITHM)[bits & 127]

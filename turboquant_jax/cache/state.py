@@ -24,7 +24,7 @@ from turboquant_jax.cache.blocks import Blocks
 from turboquant_jax.cache.calibration import Calibration
 from turboquant_jax.cache.codec import Codec
 from turboquant_jax.cache.config import CacheConfig, Format
-from turboquant_jax.cache.layout import Layout, block_slots
+from turboquant_jax.cache.layout import Layout, Share, block_slots
 from turboquant_jax.cache.pre_rope import Phases
 
 
@@ -84,6 +84,7 @@ class Cache:
       phases: the angles that turn the mean to its places, or None where it is that of stored keys.
       parts: the compressed blocks, by format.
       scratch: pending tokens between `propose` and `commit`, which may take them back; else None.
+      share: which blocks of the sequences are here, inside `mesh.on_shards`; None for all.
     """
 
     config: CacheConfig = field(metadata={"static": True})
@@ -95,6 +96,7 @@ class Cache:
     phases: Phases | None
     parts: tuple[Part, ...]
     scratch: Exact | None = None
+    share: Share | None = None
 
     @property
     def table(self) -> Table:
@@ -126,7 +128,7 @@ class Cache:
     def layout(self) -> Layout:
         """The rule of place for the sizes of this cache."""
         sinks, ring = (segment.keys.shape[2] for segment in (self.sinks, self.window))
-        return Layout(self.config, sinks, ring, self.table.page_table.shape[1])
+        return Layout(self.config, sinks, ring, self.table.page_table.shape[1], self.share)
 
     @property
     def nbytes(self) -> int:
@@ -346,23 +348,27 @@ def create(
         shape = (config.num_layers, batch, count, heads, dim)
         return Exact(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
+    return Cache(
+        config=config,
+        capacity=capacity,
+        tables=(empty_table(batch, slots, num_pages, dense),),
+        sinks=exact(min(config.sinks, capacity)),
+        window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
+        key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.centred else None,
+        phases=pre_rope.create(config, capacity),
+        parts=tuple(part(number, form) for number, form in enumerate(config.formats)),
+    )
+
+
+def empty_table(batch: int, slots: int, num_pages: int, dense: bool) -> Table:
+    """Of sequences without tokens; dense: each has the pages of all its blocks already."""
     nothing = jnp.full((batch, slots), pages.UNASSIGNED, jnp.int32)
     identity = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
-    table = Table(
+    return Table(
         lengths=jnp.zeros(batch, jnp.int32),
         pending=jnp.zeros(batch, jnp.int32),
         overflow=jnp.zeros(batch, bool),
         page_table=identity if dense else jnp.copy(nothing),
         pending_pages=nothing,
         references=jnp.full(num_pages, int(dense), jnp.int32),
-    )
-    return Cache(
-        config=config,
-        capacity=capacity,
-        tables=(table,),
-        sinks=exact(min(config.sinks, capacity)),
-        window=exact(max(0, min(config.window + config.block, capacity - config.sinks))),
-        key_mean=jnp.zeros((config.num_layers, batch, heads, dim)) if config.centred else None,
-        phases=pre_rope.create(config, capacity),
-        parts=tuple(part(number, form) for number, form in enumerate(config.formats)),
     )

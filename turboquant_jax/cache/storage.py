@@ -23,8 +23,13 @@ _FORMAT_1 = "turboquant-jax cache 1"  # pages of all heads of a layer together
 
 
 def save(cache: Cache, path: str | Path, *, model: str) -> None:
-    """Write the cache to `path`, whole or not at all. `model` names what filled it."""
+    """Write the cache to `path`, whole or not at all. `model` names what filled it.
+
+    Raises:
+      ValueError: a cache on a mesh, whose rows are in another order.
+    """
     path = Path(path)
+    _refuse_mesh(cache)
     leaves, _ = tree_flatten_with_path(cache)
     arrays = {keystr(where): _portable(np.asarray(leaf)) for where, leaf in leaves}
     facts = {"format": FORMAT, "model": model, "config": _describe(cache)}
@@ -45,6 +50,7 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
       ValueError: a damaged file, or one of another format, model, config or shape.
     """
     path = Path(path)
+    _refuse_mesh(like)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a saved cache")
     metadata, arrays = files.read(path, "a saved cache")
@@ -67,6 +73,15 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
         for where, leaf in leaves
     ]
     return jax.tree.unflatten(structure, restored)
+
+
+def _refuse_mesh(cache: Cache) -> None:
+    mesh = getattr(getattr(cache.table.page_table, "sharding", None), "mesh", None)
+    if mesh is not None and mesh.size > 1:
+        raise ValueError(
+            f"cache: got one on a mesh of {dict(mesh.shape)}, expected one on one device: its rows "
+            "are in the order of the shards"
+        )
 
 
 def _portable(array: np.ndarray) -> np.ndarray:

@@ -42,6 +42,11 @@ def begin(cache: Cache, counts: Int[Array, " B"], most: int) -> Cache:
     slot, filled = layout.completed(table.lengths, counts, most)
     current = jnp.take_along_axis(table.page_table, slot, axis=1)
     page, granted, references = pages.assign(table.references, current, filled)
+    if cache.share is not None:  # the pages of a sequence on all shares, or on none
+        agreed = lax.pmin(granted.astype(jnp.int32), cache.share.axis) > 0
+        fits, counts = fits & agreed, jnp.where(agreed, counts, 0)
+        filled = filled & agreed[:, None]
+        page, granted, references = pages.assign(table.references, current, filled)
     row = jnp.broadcast_to(jnp.arange(slot.shape[0])[:, None], slot.shape)
     slot = jnp.where(filled & granted[:, None], slot, layout.slots)  # or: dropped
     return cache.with_table(

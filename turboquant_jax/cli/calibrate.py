@@ -26,10 +26,11 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         plan = calibrate.Plan(
             settings.cache_config(
                 checkpoint.config, 4, 4, code="trellis", scales="joint_products",
+                scale_bits=arguments.scale_bits,
                 **settings.segments(arguments, checkpoint.config.head_dim),
             ),
             **{name: getattr(arguments, name) for name in (
-                "ratio", "kl", "capacity", "context", "windows", "seed"
+                "ratio", "kl", "capacity", "context", "windows", "alone", "seed"
             )},
         )  # fmt: skip
         read = _texts(arguments, checkpoint.tokenizer)

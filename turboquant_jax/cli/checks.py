@@ -39,6 +39,12 @@ def generate(arguments: argparse.Namespace) -> None:
             _stored(arguments, f"--{flag.replace('_', '-')}", many)
     _answers(arguments, least_tokens=1 if arguments.save_cache is None else 0)
     arguments.drafts = flags.drafts(arguments)
+    if arguments.mesh is not None:
+        flags.mesh(arguments.mesh)
+        for flag in ("save_cache", "load_cache", "drafts"):
+            if getattr(arguments, flag) is not None:
+                name = "speculate" if flag == "drafts" else flag.replace("_", "-")
+                raise ValueError(f"--mesh: got --{name} beside it, which is for one device")
     arguments.rows = texts.read(arguments)
     _model(arguments)
     arguments.draft = models.resolve(arguments.draft)

@@ -7,6 +7,7 @@ from pathlib import Path
 from pallas_kernels.primitives.limits import MAX_QUERIES
 from turboquant_jax.cli import choices
 
+AXES = "data", "tensor", "context"
 MODEL = "GGUF file, Hugging Face folder, or random:PRESET for random weights"
 
 
@@ -90,6 +91,31 @@ def add_segments(parser: argparse.ArgumentParser, window: int) -> None:
         help="the mean that is subtracted from keys: before RoPE, as stored, or none "
         "(default: %(default)s)",
     )
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Several devices."""
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help=f"devices: {', '.join(AXES)}, such as tensor=2,context=2 (default: one device)",
+    )
+
+
+def mesh(text: str) -> dict[str, int]:
+    """Sizes of the axes of a mesh.
+
+    Raises:
+      ValueError: an axis that there is not, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, number = part.partition("=")
+        if axis not in AXES or axis in sizes or not number.isdecimal() or int(number) < 1:
+            expected = f"expected {', '.join(AXES)} once each, and a positive number"
+            raise ValueError(f"--mesh: got {part!r}, {expected}, such as tensor=2")
+        sizes[axis] = int(number)
+    return sizes
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Generate and print."""
     allocation = settings.allocation(arguments.allocation)
     with compiling.shown("load the model"):
-        checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
+        dtype, mesh = settings.dtype(arguments.dtype), settings.mesh(arguments)
+        checkpoint = load(arguments.model, dtype, stacked=False, mesh=mesh)
     say_rotation(arguments, checkpoint)
     prompts = [_encode(checkpoint.tokenizer, row, arguments.plain) for row in arguments.rows]
     begin = time.perf_counter()

@@ -85,6 +85,7 @@ def _generate(commands) -> None:
     generate.add_argument(
         "--load-cache", type=Path, metavar="FILE", help="begin with this one's tokens, read before"
     )
+    flags.add_mesh(generate)
     flags.add_speculation(generate)
     flags.add_allocation(generate)
     flags.add_calibration(generate)
@@ -209,8 +210,14 @@ def _calibrate(commands) -> None:
     calibrate.add_argument(
         "--capacity", type=int, default=65_536, help="tokens of the cache whose bytes count"
     )
-    calibrate.add_argument("--context", type=int, default=512, help="tokens of a window of text")
-    calibrate.add_argument("--windows", type=int, default=16, help="most windows that are read")
+    calibrate.add_argument("--context", type=int, default=2048, help="tokens of a window of text")
+    calibrate.add_argument("--windows", type=int, default=4, help="most windows that are read")
+    calibrate.add_argument(
+        "--alone", type=int, default=2, help="windows on which each layer is compressed alone"
+    )
+    calibrate.add_argument(
+        "--scale-bits", type=int, choices=(8, 16), default=16, help="of the scale of a vector"
+    )
     calibrate.add_argument("--seed", type=int, default=0, help="of rotations and drawn texts")
     calibrate.set_defaults(preset=None)
     flags.add_segments(calibrate, window=128)

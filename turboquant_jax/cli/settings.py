@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
+from jax.sharding import Mesh
 
 from turboquant_jax import cache
 from turboquant_jax.cache import (
@@ -17,14 +18,16 @@ from turboquant_jax.cache import (
     CodecConfig,
     fitting,
     presets,
+    sharding,
 )
 from turboquant_jax.cache.calibration_file import load_calibration
 from turboquant_jax.cache.config import CodecCode, value_code
+from turboquant_jax.cache.mesh import make_mesh
 from turboquant_jax.cli import choices, flags
 from turboquant_jax.models import Llama, LlamaConfig, dense, rope
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.identity import require_calibrated
-from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.models.past import COMPRESSED, on_mesh
 from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
@@ -129,7 +132,7 @@ def calibrated(
             f"bases of {path} are for"
         )
     options = segments(arguments, config.head_dim) | dict(known.study.codec)
-    made = cache_config(config, 4, 4, **options)
+    made = cache_config(config, 4, 4, **options, scale_bits=known.study.scale_bits)
     chosen, name = known.study.allocation, known.study.target
     if arguments.preset is not None:
         chosen = fitting.fit_preset(made, known.study.losses, arguments.preset)
@@ -177,6 +180,16 @@ def dtype(name: str | None) -> str:
     return default if name is None else choices.dtype(name)
 
 
+def mesh(arguments: argparse.Namespace) -> Mesh | None:
+    """The devices that were asked for, None for the one that is usual.
+
+    Raises:
+      ValueError: more than there are.
+    """
+    text = getattr(arguments, "mesh", None)
+    return None if text is None else make_mesh(**flags.mesh(text))
+
+
 def is_dense(arguments: argparse.Namespace) -> bool:
     """Whether the cache in full precision was asked for."""
     full = (choices.FULL, choices.FULL)
@@ -198,8 +211,10 @@ def empty_past(
     Raises:
       ValueError: bits of another number of layers, or a calibration of another model.
     """
-    known = None
+    known, devices = None, mesh(arguments)
     if is_dense(arguments):
+        if devices is not None:
+            raise ValueError("--mesh: got a dense cache beside it, expected a compressed one")
         return dense.create(config, batch, capacity, dtype(arguments.dtype)), dense.DENSE
     key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
     found, kind = allocation(arguments.allocation), calibrated(arguments, config, model)
@@ -210,4 +225,7 @@ def empty_past(
         compressed = cache_config(config, 4, 4, code=code_of, allocation=layers, **options)
     else:
         compressed = cache_config(config, *asked_bits(arguments), code=code(arguments), **options)
+    if devices is not None:
+        state = sharding.create(devices, compressed, batch, capacity, key=key, calibration=known)
+        return state, on_mesh(devices)
     return cache.create(compressed, batch, capacity, key=key, calibration=known), COMPRESSED

@@ -1,7 +1,7 @@
 """Calibration of a model: bases of its heads, what every format loses, the allocation for a target.
 
-`models.gathered` reads the texts, twice. What it gathers is saved after every text: the same call
-goes on from there.
+`models.gathered` reads the texts, some of them twice. What it gathers is saved after every text:
+the same call goes on from there.
 """
 
 import hashlib
@@ -50,6 +50,8 @@ class Plan:
       capacity: tokens of the cache whose bytes count.
       context: tokens of a text: of the windows that the texts are cut into.
       windows: most of them, spread evenly over the texts; one more is kept to judge.
+      alone: windows among them on which layers and heads are compressed alone. For each window that
+        takes layers x (formats + 2 heads) passes through half of the layers.
       seed: of rotations and of what is drawn.
     """
 
@@ -57,8 +59,9 @@ class Plan:
     ratio: float | None = None
     kl: float | None = None
     capacity: int = 65_536
-    context: int = 512
-    windows: int = 16
+    context: int = 2048
+    windows: int = 4
+    alone: int = 2
     seed: int = 0
 
     def __post_init__(self):
@@ -79,8 +82,9 @@ def menu(head_dim: int) -> tuple[tuple[Bits, ...], tuple[Bits, ...]]:
     if head_dim % 4:
         return bits, bits
     splits = (
-        ((2 * quarter, 2), (2 * quarter, 1)),
+        ((quarter, 3), (quarter, 1), (2 * quarter, 1)),
         ((quarter, 4), (quarter, 2), (2 * quarter, 1)),
+        ((quarter, 4), (2 * quarter, 2), (quarter, 1)),
         ((quarter, 4), (quarter, 3), (2 * quarter, 2)),
     )
     return (*bits, *splits), bits
@@ -121,15 +125,17 @@ def calibrate(
         out.with_name(out.name + ".partial"), _facts(checkpoint, texts, plan), config, formats,
         min(plan.capacity, checkpoint.config.max_position),
     )  # fmt: skip
-    steps = 2 * len(choosing) + len(judging)
+    alone = choosing[np.unique(np.linspace(0, len(choosing) - 1, plan.alone).astype(int))]
+    read = len(choosing) + len(alone)
+    steps = read + len(judging)
     for done, tokens in gathered.rest("read", choosing):
         progress("moments of keys and queries", done, steps)
         gathered.moments(model, tokens, key(done))
     basis = gathered.basis()
-    for done, tokens in gathered.rest("heard", choosing):
-        progress("losses of every format", len(choosing) + done, steps)
-        gathered.losses(model, tokens, basis, key(done))
-    losses = gathered.summed()
+    for done, tokens in gathered.rest("alone", alone):
+        progress("losses of every layer and head alone", len(choosing) + done, steps)
+        gathered.alone(model, tokens, basis, key(done))
+    losses = gathered.losses()
     known, scale = Calibration(keys=basis), 1.0
     while True:
         if plan.ratio is not None:
@@ -139,7 +145,7 @@ def calibrate(
             chosen = fitting.fit_loss(config, losses, plan.kl / scale, plan.capacity)
         predicted, found = losses.of(chosen), []
         for done, tokens in enumerate(judging):
-            progress("judge the allocation", 2 * len(choosing) + done, steps)
+            progress("judge the allocation", read + done, steps)
             found.append(judge(model, tokens, config, chosen, known, plan.seed))
         measured = float(np.mean(found))
         if plan.kl is None or measured <= plan.kl:
@@ -206,8 +212,13 @@ def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:
 
 
 def _rule(config: CacheConfig, plan: Plan) -> tuple[tuple[str, int], ...]:
-    names = ("sinks", "window", "block")
-    return (*((name, getattr(config, name)) for name in names), ("context", plan.context))
+    held = ("sinks", "window", "block", "scale_bits")
+    read = ("context", "windows", "alone")
+    return tuple(
+        (name, getattr(own, name))
+        for own, names in ((config, held), (plan, read))
+        for name in names
+    )
 
 
 def _centring(config: CacheConfig) -> str:

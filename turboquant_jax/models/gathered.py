@@ -1,8 +1,8 @@
 """What a calibration gathers of a model on texts, and keeps in a file between them.
 
-The texts are read twice, both times back through the layers (`sensitivity`). The first reading
-sums the second moments of centred keys, and of what meets them: of the queries, S_q, and of the
-gradients g of the keys, S_g, which know how much depends on a key. Heads take their basis from
+The first reading goes back through the layers (`sensitivity`). It sums the second moments of
+centred keys, and of what meets them: of the queries, S_q, and of the gradients g of the keys, S_g,
+which know how much depends on a key. Heads take their basis from
 
     S_q / tr S_q + 3 S_g / tr S_g.
 
@@ -12,12 +12,9 @@ starts at a random position of those that the cache, and the model, may have.
 What that is worth beside S_q alone is in `docs/calibration.md`: something to most heads, nothing to
 the sum over them.
 
-The second reading asks what every format of a head's keys, or values, loses. With d its errors, the
-sum of <g, d> over the tokens, squared, is twice the loss, but from one text it is a guess with the
-spread of a square. The sum of the squares has little spread; it misses that errors of the same
-token agree, most of all in the first layers. So the sum of squares tells heads and formats apart,
-and each layer's keys, or values, are scaled by how much larger the square of the sum is, over all
-texts, heads and formats.
+The second reading asks what bits lose. The keys, or the values, of a layer are compressed alone, in
+every format, and then those of one head at 2 bits: what a format of the layer loses is shared out
+to its heads as theirs at 2 bits are.
 """
 
 from collections.abc import Iterator
@@ -33,9 +30,13 @@ from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files
 from turboquant_jax.cache import calibration as calibrations
 from turboquant_jax.cache.allocation import Bits, Losses, nested
 from turboquant_jax.models.model import Llama
-from turboquant_jax.models.sensitivity import look_back
+from turboquant_jax.models.sensitivity import alone, look_back
 from turboquant_jax.quantizers.channels import Basis
 
+_SIDES = ("keys", "values")
+
+HEADS = 2
+"""Bits of the format whose losses tell the heads of a layer apart."""
 GRADIENTS = 3.0
 """Weight of the gradients' moment beside the queries', both of trace 1."""
 
@@ -57,10 +58,10 @@ class Gathered:
         heads, dim = (config.num_layers, config.num_kv_heads), config.head_dim
         moments = ("of_keys", "of_queries", "of_gradients")
         self.sums: dict[str, np.ndarray] = {n: np.zeros((*heads, dim, dim)) for n in moments}
-        for side, names in zip(("keys", "values"), formats, strict=True):
-            for kind in ("squares", "square"):
-                self.sums[f"{side}.{kind}"] = np.zeros((*heads, len(names)))
-        self.sums |= {"read": np.zeros(1, np.int64), "heard": np.zeros(1, np.int64)}
+        for side, names in zip(_SIDES, formats, strict=True):
+            self.sums[f"{side}.layers"] = np.zeros((config.num_layers, len(names)))
+            self.sums[f"{side}.heads"] = np.zeros(heads)
+        self.sums |= {name: np.zeros(1, np.int64) for name in ("read", "alone")}
         if self.path.is_file():
             found, arrays = files.read(self.path, "what a calibration gathered")
             if found.get("facts") != facts:
@@ -97,39 +98,41 @@ class Gathered:
             ):  # fmt: skip
                 self.sums[name][layer] += np.asarray(moment, np.float64)
 
-    def losses(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
-        """Add what every format loses on a text."""
-        drawn, *rotations = jax.random.split(jax.random.fold_in(key, 1), 3)
+    def alone(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
+        """Add what every format of every layer, and every head at 2 bits, loses on a text."""
+        turns = jax.random.split(jax.random.fold_in(key, 1))
         start = self._start(tokens, key)
-        for layer, seen, gradients in look_back(model, tokens, self.config, drawn, start):
+        counts = [len(menu) + self.config.num_kv_heads for menu in self.formats]
+        for layer, seen, lose in alone(model, tokens, self.config, start):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
-            for side, turn, x, g, menu, which in zip(
-                ("key", "value"), rotations, (seen.k, seen.v), gradients, self.formats, (own, None),
-                strict=True,
-            ):  # fmt: skip
-                for column, bits in enumerate(menu):
-                    form = getattr(self.config, side).of(bits)
-                    squares, square = _products(error(form, turn, which, x), g)
-                    self.sums[f"{side}s.squares"][layer, :, column] += np.asarray(squares)
-                    self.sums[f"{side}s.square"][layer, :, column] += np.asarray(square)
+            off = []
+            for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
+                codec = (self.config.key, self.config.value)[side]
+                made = {b: error(codec.of(b), turns[side], which, x) for b in self.formats[side]}
+                heads = jnp.eye(x.shape[1])[:, None, :, None]
+                every = jnp.concatenate([jnp.stack(list(made.values())), made[HEADS][None] * heads])
+                before, after = sum(counts[:side]), sum(counts[side + 1 :])
+                off.append(jnp.pad(every, ((before, after), (0, 0), (0, 0), (0, 0))))
+            lost = np.split(lose((off[0], off[1])), counts[:1])
+            for name, of_side, menu in zip(_SIDES, lost, self.formats, strict=True):
+                self.sums[f"{name}.layers"][layer] += of_side[: len(menu)]
+                self.sums[f"{name}.heads"][layer] += of_side[len(menu) :]
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""
         most = max(1, self.positions - tokens.shape[0] + 1)
         return int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, most))
 
-    def summed(self) -> Losses:
-        """Losses in nats a token: squares, scaled by the layer's squares of sums."""
+    def losses(self) -> Losses:
+        """Of every head in nats a token."""
         found = []
-        for side in ("keys", "values"):
-            squares, square = (
-                self.sums[f"{side}.{kind}"] / max(1, self.sums["heard"][0])
-                for kind in ("squares", "square")
-            )
-            unit = np.maximum(squares.sum(axis=(0, 1)), 1e-300)  # every format counts alike
-            agreed, alone = ((x / unit).sum(axis=(1, 2)) for x in (square, squares))
-            scale = np.divide(agreed, alone, out=np.ones_like(alone), where=alone > 0)
-            found.append(squares * scale[:, None, None])
+        for side in _SIDES:
+            heads = self.sums[f"{side}.heads"]
+            layers = self.sums[f"{side}.layers"] / max(1, self.sums["alone"][0])
+            whole = heads.sum(axis=1, keepdims=True)
+            even = np.full_like(heads, 1 / heads.shape[1])
+            share = np.divide(heads, whole, out=even, where=whole > 0)
+            found.append(share[:, :, None] * layers[:, None, :])
         return Losses(*self.formats, *map(nested, found))
 
 
@@ -150,10 +153,3 @@ def _normed(moment: np.ndarray) -> np.ndarray:
 
 
 _moments = jax.jit(calibrations.moments)
-
-
-@jax.jit
-def _products(off: Float[Array, "T K H"], g: Float[Array, "T K H"]):
-    """Halves of the sum of the squares of <g, d>, and of the square of their sum, by T."""
-    each = jnp.sum(off * g, axis=2)
-    return jnp.mean(each * each, axis=0) / 2, jnp.sum(each, axis=0) ** 2 / (2 * each.shape[0])

@@ -41,13 +41,19 @@ def filled_cache(
     """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
     make = jax.jit(cache.create, static_argnums=(0, 1, 2))
     state = make(config, batch, capacity, key=jax.random.key(0), calibration=calibration)
+    return filled(state, context)
+
+
+def filled(state: Cache, context: int) -> Cache:
+    """A cache with random codes in every page, as if every sequence had `context` tokens."""
+    layers = state.num_layers
     keys = map(jax.random.key, itertools.count(1))
 
     def codes(pool: Array) -> Array:
         # a share of the rows at a time in place: all at once, XLA wants room for a second pool
         pattern = jax.random.bits(next(keys), (_PATTERN, *pool.shape[2:]), pool.dtype)
-        for layer in range(config.num_layers):
-            pool = _repeat(pool, pattern, layer, config.num_layers)
+        for layer in range(layers):
+            pool = _repeat(pool, pattern, layer, layers)
         return pool
 
     def exact(segment: Array) -> Array:
@@ -67,7 +73,7 @@ def filled_cache(
         sinks=jax.tree.map(exact, state.sinks),
         window=jax.tree.map(exact, state.window),
     )
-    return with_pools(state, pools).with_lengths(jnp.full(batch, context, jnp.int32))
+    return with_pools(state, pools).with_lengths(jnp.full_like(state.lengths, context))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)

@@ -10,12 +10,14 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.gguf import GGUFFile
 from turboquant_jax.models.gguf_keys import architecture_of
 from turboquant_jax.models.model import Llama
+from turboquant_jax.models.sharding import shardings
 
 
 @runtime_checkable
@@ -97,9 +99,15 @@ JOINED = {
 
 
 def read_huggingface(
-    config: LlamaConfig, source: TensorFile, dtype: DTypeLike, stacked: bool = True
+    config: LlamaConfig,
+    source: TensorFile,
+    dtype: DTypeLike,
+    stacked: bool = True,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """The decoder with the weights of a Hugging Face checkpoint, in `dtype`; see `Llama`.
+
+    On a mesh every device is given its part of a parameter (`sharding`).
 
     A checkpoint whose embedding is tied may store it once more as the head.
     Raises ValueError for a missing, unexpected or wrongly shaped tensor, and for NaN or infinity.
@@ -110,11 +118,16 @@ def read_huggingface(
     stored_twice = config.tie_embeddings and {embedding, head} <= source.shapes.keys()
     if stored_twice and np.array_equal(source.read(embedding), source.read(head)):
         ignored.add(head)
-    return _read(config, source, HUGGINGFACE_NAMES, ignored, lambda matrix, w: w, dtype, stacked)
+    names, same = HUGGINGFACE_NAMES, lambda matrix, w: w
+    return _read(config, source, names, ignored, same, dtype, stacked, mesh)
 
 
 def read_gguf(
-    config: LlamaConfig, source: GGUFFile, dtype: DTypeLike, stacked: bool = True
+    config: LlamaConfig,
+    source: GGUFFile,
+    dtype: DTypeLike,
+    stacked: bool = True,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """The decoder with the weights of a GGUF file, in `dtype`.
 
@@ -133,7 +146,7 @@ def read_gguf(
         moved = architecture.interleaved and matrix in heads
         return unpermute(tensor, heads[matrix]) if moved else tensor
 
-    return _read(config, source, GGUF_NAMES, ignored, transform, dtype, stacked)
+    return _read(config, source, GGUF_NAMES, ignored, transform, dtype, stacked, mesh)
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
@@ -150,12 +163,13 @@ def _read(
     transform: Callable[[str, np.ndarray], np.ndarray],
     dtype: DTypeLike,
     stacked: bool,
+    mesh: Mesh | None,
 ) -> Llama:
     _require_shapes(source, names, _file_shapes(config), config.num_layers, ignored)
     leaves, structure = _abstract(config, np.dtype(dtype), stacked)
     layers = range(config.num_layers)
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
         # the last key of a path is the value inside its `nnx.Param`
         place = jax.tree_util.keystr(path[:-1], simple=True, separator=".").split(".")
         filled = np.empty(leaf.shape, leaf.dtype)
@@ -167,9 +181,12 @@ def _read(
                     # (out, in) to (in, out); the vocabulary matrices stay
                     part[...] = (tensor.T if len(place) > 1 else tensor).reshape(part.shape)
                 _require_finite(source, name, part)
-        return jax.device_put(filled)
+        return jax.device_put(filled, where)
 
-    return jax.tree.unflatten(structure, [fill(path, leaf) for path, leaf in leaves])
+    shapes = jax.tree.unflatten(structure, [leaf for _, leaf in leaves])
+    places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh))
+    filled = [fill(path, leaf, where) for (path, leaf), where in zip(leaves, places, strict=True)]
+    return jax.tree.unflatten(structure, filled)
 
 
 @functools.lru_cache(maxsize=4)

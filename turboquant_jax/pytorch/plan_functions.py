@@ -16,7 +16,7 @@ import pallas_kernels.encode
 import pallas_kernels.rope
 import pallas_kernels.trellis
 from pallas_kernels.decode_attention.plan import schedule_of
-from turboquant_jax.attention.triton import exact_places
+from turboquant_jax.attention.kernel_call import exact_places
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.layout import Layout
 

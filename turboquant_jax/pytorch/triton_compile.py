@@ -69,15 +69,25 @@ def compile_kernel(ttir: str, warps: int, stages: int, capability: int) -> Binar
         # as XLA compiles it: sums and products are fused where the kernel says so, and nowhere else
         options = {"num_warps": count, "num_stages": stages, "enable_fp_fusion": False}
         text = _simplified(ttir, target, options) if simplify else ttir
-        found.append(_compiled(text, target, options))
-        if not found[-1].spilled:
-            return found[-1]
+        binary = _compiled(text, target, options)
+        if binary is None:
+            continue
+        found.append(binary)
+        if not binary.spilled:
+            return binary
+    if not found:
+        raise NotImplementedError(
+            f"triton: {triton.__version__} gives the four bytes of a look-up to several threads"
+        )
     return min(found, key=lambda binary: binary.spilled)
 
 
-def _compiled(ttir: str, target: GPUTarget, options: dict[str, Any]) -> Binary:
+def _compiled(ttir: str, target: GPUTarget, options: dict[str, Any]) -> Binary | None:
+    """The code, or None where it would be wrong: see `words_are_whole`."""
     with _file(ttir) as path:
         compiled = triton.compile(path, target=target, options=options)
+    if not words_are_whole(compiled.asm["ttgir"]):
+        return None
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     if metadata.global_scratch_size:
         raise NotImplementedError("triton: got a kernel with scratch memory, expected none")
@@ -87,6 +97,48 @@ def _compiled(ttir: str, target: GPUTarget, options: dict[str, Any]) -> Binary:
     return Binary(
         metadata.name, cubin, ptx, metadata.shared, pointers, _stack(cubin), options["num_warps"]
     )
+
+
+def words_are_whole(ttgir: str) -> bool:
+    """Whether every assembly of four bytes at a time has them of one row, in their order.
+
+    It takes what follows in a thread's registers, whatever that is: which bytes a thread holds is
+    the layout that Triton chose.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    packed = r"elementwise_inline_asm .*packed_element = 4 .*-> tensor<([\dx]+)xi8, (#\w+)>"
+    return all(
+        _registers(layouts[name], [int(n) for n in shape.split("x")])[:2]
+        == [[0] * shape.count("x") + [step] for step in (1, 2)]
+        for shape, name in set(re.findall(packed, ttgir))
+    )
+
+
+def _registers(layout: str, shape: list[int]) -> list[list[int]]:
+    """Where a thread's second register lies, its third, fifth and so on, of a layout."""
+
+    def numbers(name: str) -> list[int]:
+        (found,) = re.findall(rf"{name} = \[([\d, ]*)\]", layout)
+        return [int(n) for n in found.split(", ")]
+
+    if layout.startswith("#ttg.linear"):
+        (found,) = re.findall(r"register = \[(.*?)\], lane", layout)
+        return [[int(n) for n in place.split(", ")] for place in re.findall(r"\[(.*?)\]", found)]
+    if not layout.startswith("#ttg.blocked"):
+        return []  # of a product
+    own, order = numbers("sizePerThread"), numbers("order")
+    tile = [
+        a * b * c
+        for a, b, c in zip(own, numbers("threadsPerWarp"), numbers("warpsPerCTA"), strict=True)
+    ]
+    runs = [(axis, 1, min(own[axis], shape[axis])) for axis in order]
+    runs += [(axis, tile[axis], shape[axis]) for axis in order]
+    found = []
+    for axis, step, stop in runs:
+        while step < stop:
+            found.append([step if i == axis else 0 for i in range(len(shape))])
+            step *= 2
+    return found
 
 
 def _simplified(ttir: str, target: GPUTarget, options: dict[str, Any]) -> str:

@@ -131,8 +131,8 @@ def quantize(
     for g, (group, part, found) in enumerate(zip(groups, parts, indices, strict=True)):
         c = quantizers.code_levels(group, found)
         weight = jnp.broadcast_to(transform.weights[:, g], root.shape)
-        overlap = overlap + weight * _sum(part * c)
-        energy = energy + weight * _sum(c * c)
+        overlap = overlap + weight * quantizers.ordered_sum(part * c)
+        energy = energy + weight * quantizers.ordered_sum(c * c)
     return indices, (root * (size * (overlap / energy))).astype(groups[0].scale_dtype)
 
 
@@ -141,16 +141,3 @@ def apply(
 ) -> Float[Array, "*batch heads H"]:
     """Every head's vectors times its matrix, in float32."""
     return jnp.einsum("...hj,hij->...hi", x.astype(jnp.float32), matrix, precision="highest")
-
-
-def _sum(x: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
-    """Over the last axis, by halves: XLA's own sums have an order that depends on the shape.
-
-    Tokens that come one by one would now and then have another last bit of their scale than the
-    same tokens in a chunk.
-    """
-    while (count := x.shape[-1]) > 1:
-        first, last = x[..., : count // 2], x[..., -(count // 2) :]
-        middle = x[..., count // 2 : count - count // 2]  # of an odd number
-        x = jnp.concatenate([first + last, middle], axis=-1)
-    return x[..., 0]

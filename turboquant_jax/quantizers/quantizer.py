@@ -249,14 +249,27 @@ def correction(
     """s sqrt(d) / |x| of the scale mode."""
     if quantizer.scale == "norm":
         return jnp.ones(z.shape[:-1], jnp.float32)
-    energy = jnp.sum(c * c, axis=-1)
+    energy = ordered_sum(c * c)
     if quantizer.scale == "matched":
         return jnp.sqrt(quantizer.dim / energy)
-    overlap = jnp.sum(z * c, axis=-1)
+    overlap = ordered_sum(z * c)
     if quantizer.scale == "least_squares":
         return overlap / energy
     # <z, c> > 0 for every nearest-level code; a trellis path could in principle break it
     return jnp.where(overlap > 0, quantizer.dim / jnp.where(overlap > 0, overlap, 1.0), 1.0)
+
+
+def ordered_sum(x: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+    """Over the last axis, by halves: XLA's own sums have an order that depends on the shape.
+
+    Tokens that come one by one, or to a shard of a cache, would now and then have another last bit
+    of their scale than the same tokens in a chunk.
+    """
+    while (count := x.shape[-1]) > 1:
+        first, last = x[..., : count // 2], x[..., -(count // 2) :]
+        middle = x[..., count // 2 : count - count // 2]  # of an odd number
+        x = jnp.concatenate([first + last, middle], axis=-1)
+    return jnp.sum(x, axis=-1)  # of one, or of none
 
 
 def _column(scale: Float[Array, "*batch"]) -> Float[Array, "*batch 1"]:

@@ -1,0 +1,119 @@
+"""A cache on a mesh holds the bits of one on one device, and attention over it is the same."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.sharded import read
+from tests.sharded.read import Sizes
+from turboquant_jax import attention, cache
+from turboquant_jax.attention import sharding as attention_sharding
+from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig, layout, sharding
+from turboquant_jax.cache.calibration import Calibration, from_moments
+from turboquant_jax.cache.mesh import make_mesh
+
+LAYERS, HEADS, DIM, BATCH = 2, 4, 16, 2
+CHUNK = (151, 27)  # the second one lacks a token to its first block
+CAPACITY = 160
+FREQUENCIES = tuple(1e4 ** (-np.arange(DIM // 2) / (DIM // 2)))
+PLAIN = CacheConfig(
+    LAYERS, HEADS, DIM, block=16, window=8, dtype="float32", rope_frequencies=FREQUENCIES
+)
+GROUPS = CodecConfig(((8, 4), (8, 2)))
+JOINT = CodecConfig(scales="joint_products")
+WIDE, NARROW = ((8, 4), (8, 2)), ((8, 3), (8, 1))
+MIXED = ((WIDE, NARROW, NARROW, WIDE), (NARROW,) * 4)
+FORMATS = {
+    "trellis": dict(key=CodecConfig(3, code="trellis"), value=CodecConfig(2, code="trellis")),
+    "groups": dict(key=GROUPS, value=GROUPS, scale_bits=8),
+    "calibrated": dict(key=JOINT, value=JOINT, allocation=Allocation(MIXED, MIXED)),
+}
+MESHES = [Sizes(1, 1, 1), Sizes(1, 1, 2), Sizes(1, 4, 1), Sizes(2, 2, 2)]
+
+
+@pytest.fixture(autouse=True)
+def short_stripes(monkeypatch):
+    monkeypatch.setattr(layout, "STRIPE", read.STRIPE)
+
+
+def tokens(count, seed=1):
+    shape = 2, LAYERS, BATCH, count, HEADS, DIM
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def chunk():
+    return tokens(max(CHUNK)), jnp.asarray(CHUNK, jnp.int32)
+
+
+def made(config, **options):
+    """On one device."""
+    make = jax.jit(partial(cache.create, config, BATCH, CAPACITY, **options))
+    return make(key=jax.random.key(0))
+
+
+def options_of(config):
+    if config.key.scales != "group":
+        x = np.random.default_rng(0).normal(size=(4, LAYERS, HEADS, DIM, DIM))
+        moments = x @ np.swapaxes(x, -1, -2)
+        return dict(calibration=Calibration(*(from_moments(*moments[i : i + 2]) for i in (0, 2))))
+    if isinstance(config.key.bits, tuple):
+        channels = np.tile(np.arange(DIM), (LAYERS, HEADS, 1))
+        order = np.random.default_rng(0).permuted(channels, axis=-1)
+        return dict(key_order=jnp.asarray(order, jnp.int32))
+    return {}
+
+
+def filled(config, chunk, sizes=None, more=0):
+    """After a chunk and `more` tokens: one completes the first block of the second sequence."""
+    (keys, values), counts = chunk
+    new = tokens(1, seed=2)
+    if sizes is None:
+        held, append = made(config, **options_of(config)), jax.jit(cache.append)
+    else:
+        mesh = make_mesh(*sizes)
+        held = sharding.create(
+            mesh, config, BATCH, CAPACITY, key=jax.random.key(0), **options_of(config)
+        )
+        append = jax.jit(partial(sharding.append, mesh))
+    held = append(held, keys, values, counts)
+    for _ in range(more):
+        held = append(held, *new)
+    return held
+
+
+def attended(config, held, sizes=None):
+    """Of one query of each sequence and head, in the first layer."""
+    q = jax.random.normal(jax.random.key(3), (BATCH, 1, 2 * HEADS, DIM), jnp.float32)
+    (k, v), sinks = tokens(1, seed=4)[:, 0], jnp.linspace(-1.0, 1.0, 2 * HEADS)
+    call = attention.attend
+    if sizes is not None:
+        call = partial(attention_sharding.attend, make_mesh(*sizes))
+    return jax.jit(call, static_argnums=1)(held, 0, q, k, v, sink_logits=sinks)
+
+
+@pytest.fixture(scope="module")
+def plain(chunk):
+    held = filled(PLAIN, chunk, more=2)
+    return read.stored(held, Sizes()), attended(PLAIN, held)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_has_the_bits_of_one_device(chunk, plain, sizes):
+    held = filled(PLAIN, chunk, sizes, more=2)
+    read.assert_equal(read.stored(held, sizes), plain[0])
+    # sums of shares are in another order: a few roundings of numbers below 1
+    np.testing.assert_allclose(attended(PLAIN, held, sizes), plain[1], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_the_bits_of_one_device(chunk, name):
+    config, sizes = replace(PLAIN, **FORMATS[name]), Sizes(1, 2, 2)
+    one, many = filled(config, chunk), filled(config, chunk, sizes)
+    read.assert_equal(read.stored(many, sizes), read.stored(one, Sizes()))
+    expected = attended(config, one)
+    np.testing.assert_allclose(attended(config, many, sizes), expected, atol=2e-6)

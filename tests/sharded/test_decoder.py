@@ -1,0 +1,53 @@
+"""A decoder on a mesh says what it says on one device, and gathers no vocabulary."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from turboquant_jax import cache
+from turboquant_jax.cache import CacheConfig, sharding
+from turboquant_jax.cache.mesh import make_mesh
+from turboquant_jax.models import LlamaConfig
+from turboquant_jax.models import sharding as model_sharding
+from turboquant_jax.models.generate import decode, prefill
+from turboquant_jax.models.model import random_model
+from turboquant_jax.models.options import Sampling
+from turboquant_jax.models.past import COMPRESSED, on_mesh
+
+BATCH, PROMPT, STEPS, CAPACITY = 2, 40, 6, 64
+LLAMA = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16, max_position=64, rope_theta=1e4, rms_norm_eps=1e-5,
+    tie_embeddings=False, qkv_bias=True,
+)  # fmt: skip
+CONFIG = CacheConfig(2, 2, 16, block=8, window=8, dtype="float32")
+
+
+def generated(mesh, sampling):
+    model = random_model(LLAMA, 0, jnp.float32, stacked=False)
+    key = jax.random.key(0)
+    if mesh is None:
+        past, state = COMPRESSED, cache.create(CONFIG, BATCH, CAPACITY, key=key)
+    else:
+        past, model = on_mesh(mesh), model_sharding.shard(model, mesh)
+        state = sharding.create(mesh, CONFIG, BATCH, CAPACITY, key=key)
+    tokens = jax.random.randint(jax.random.key(1), (BATCH, PROMPT), 0, 96)
+    lengths = jnp.array([PROMPT, PROMPT - 9], jnp.int32)
+    logits, state = prefill(model, tokens, lengths, state, past)
+    keys = jax.random.split(jax.random.key(2), BATCH)
+    call = partial(decode, model, logits, lengths, keys, state, past, sampling=sampling)
+    return logits, call
+
+
+@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(data=2, tensor=2, context=2)], ids=str)
+def test_the_same_tokens_as_on_one_device(sizes):
+    sampling = Sampling(temperature=0.8)
+    (expected, one), (logits, many) = (
+        generated(mesh, sampling) for mesh in (None, make_mesh(**sizes))
+    )
+    np.testing.assert_allclose(logits, expected, atol=2e-5)  # sums in another order
+    got, want = (call(max_tokens=STEPS).tokens for call in (many, one))
+    np.testing.assert_array_equal(got, want)

@@ -1,0 +1,270 @@
+"""The classes that vLLM 0.26 asks an attention backend for."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import TQFullAttentionSpec
+
+from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.pytorch import codec, constants, pre_rope
+from turboquant_jax.pytorch.codec import Codec
+from turboquant_jax.pytorch.pre_rope import Phases
+from turboquant_jax.pytorch.segments import Scores
+from turboquant_jax.vllm import pages, settings, slots
+from turboquant_jax.vllm.step import Batch, Chunk, Layer
+
+SEED = 0
+"""Of the rotations: pages of all engines are alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What the layers of an engine have in common."""
+
+    config: CacheConfig
+    codecs: tuple[Codec, Codec]
+    phases: Phases | None
+    token_bytes: int
+
+
+class TurboQuantBackend(AttentionBackend):
+    """Pages of compressed blocks; open blocks in full precision beside them.
+
+    Attributes:
+      shared: of the engine that was made last, for shapes of memory that vLLM asks the class for.
+    """
+
+    accept_output_buffer: bool = True
+    forward_includes_kv_cache_update: bool = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+    shared: ClassVar[Shared | None] = None
+
+    @staticmethod
+    def get_name() -> str:
+        """What vLLM's list of backends calls it."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list:
+        """One size of pages."""
+        return [settings.BLOCK]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """No multiples: a page of the engine is a page of the kernels."""
+        return block_size in (None, settings.BLOCK)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Whole words of the kernels."""
+        return head_size % 32 == 0
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """A page is not bytes that follow each other, as a connector would copy them."""
+        return False
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders."""
+        return attn_type == AttentionType.DECODER
+
+    @staticmethod
+    def get_impl_cls() -> type["TurboQuantImpl"]:
+        """Attention of a layer."""
+        return TurboQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["TurboQuantBuilder"]:
+        """Metadata of a step."""
+        return TurboQuantBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        """Bytes, pages first."""
+        shared = TurboQuantBackend.shared
+        if shared is None:
+            raise RuntimeError("get_kv_cache_shape: got no engine, expected a layer made before")
+        return num_blocks, num_kv_heads, block_size, shared.token_bytes
+
+
+def kv_cache_spec(layer: Any, vllm_config: VllmConfig) -> TQFullAttentionSpec:
+    """What vLLM allocates for a layer of this backend: its own spec of pages in bytes."""
+    return TQFullAttentionSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=layer.num_kv_heads,
+        head_size=layer.head_size,
+        head_size_v=layer.head_size,
+        dtype=torch.uint8,
+        tq_slot_size=layer.impl.shared.token_bytes,
+    )
+
+
+@dataclass
+class TurboQuantMetadata(AttentionMetadata):
+    """A step: tokens that are no padding, and its requests."""
+
+    tokens: int
+    batch: Batch
+
+
+class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
+    """Metadata from vLLM's; keeps the slots of open blocks."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        count = vllm_config.scheduler_config.max_num_seqs
+        self.slots = slots.create(count, vllm_config.cache_config.num_gpu_blocks, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TurboQuantMetadata:
+        """Lengths, slots and chunks of a step; the device is not waited for."""
+        common = common_attn_metadata
+        singles, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        starts = common.query_start_loc_cpu.tolist()
+        ends = common.seq_lens_cpu_upper_bound.tolist()  # exact without speculation
+        counts = [stop - start for start, stop in pairwise(starts)]
+        chunks = tuple(
+            Chunk(row, starts[row], counts[row], ends[row] - counts[row])
+            for row in range(singles, common.num_reqs)
+            if counts[row]
+        )
+        seen = common.seq_lens[: common.num_reqs]
+        query = common.query_start_loc[: common.num_reqs + 1].diff()
+        lengths = (seen - query).clamp(min=0)
+        table = common.block_table_tensor[: common.num_reqs]
+        block = settings.BLOCK
+        batch = Batch(
+            page_table=table,
+            lengths=lengths,
+            seen=seen,
+            slots=self.slots.assign(table, lengths, seen, block),
+            singles=singles,
+            chunks=chunks,
+            completes=any(end and end % block == 0 for end in ends[:singles]),
+        )
+        return TurboQuantMetadata(common.num_actual_tokens, batch)
+
+
+class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
+    """Attention of a layer, whose memory is vLLM's pages and its own open blocks."""
+
+    supports_quant_query_input: bool = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ):
+        for name, got in (
+            ("alibi_slopes", alibi_slopes),
+            ("sliding_window", sliding_window),
+            ("kv_sharing_target_layer_name", kv_sharing_target_layer_name),
+        ):
+            if got is not None:
+                raise NotImplementedError(f"{name}: got {got}, expected a layer without")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.scores = Scores(scale, logits_soft_cap or None)
+        self.vllm_config = get_current_vllm_config()
+        self.shared = _shared(self.vllm_config)
+        self.open: tuple[Tensor, Tensor] | None = None
+        self.layer: Layer | None = None
+        TurboQuantBackend.shared = self.shared
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Memory of open blocks: before vLLM measures how much is left for pages."""
+        config = self.shared.config
+        shape = (
+            self.vllm_config.scheduler_config.max_num_seqs + 1,
+            config.block,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        device = self.vllm_config.device_config.device
+        keys, values = (torch.zeros(shape, dtype=act_dtype, device=device) for _ in range(2))
+        self.open = keys, values
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TurboQuantMetadata,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the step's tokens [tokens, N, H], into `output`."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        count, config = attn_metadata.tokens, self.shared.config
+        if self.layer is None:
+            assert self.open is not None
+            own = pages.carve(kv_cache, config, self.shared.codecs)
+            kernels = kv_cache.device.type == "cuda"
+            self.layer = Layer(config, self.shared.phases, *self.open, own, kernels)
+        q, k, v = (
+            x[:count].view(count, -1, self.head_size).contiguous() for x in (query, key, value)
+        )
+        found = self.layer.run(q, k, v, attn_metadata.batch, self.scores)
+        output[:count] = found.reshape(output[:count].shape)
+        return output
+
+
+_SHARED: dict[int, Shared] = {}
+
+
+def _shared(vllm_config: VllmConfig) -> Shared:
+    """One for all layers of an engine."""
+    name = id(vllm_config)
+    if name not in _SHARED:
+        config = settings.cache_config(vllm_config)
+        device = torch.device(vllm_config.device_config.device)
+        (pair,) = constants.codecs_of(config, SEED)
+        key, value = (codec.create(own, None, None, device) for own in pair)
+        longest = vllm_config.model_config.max_model_len
+        phases = pre_rope.create(config, longest, device)
+        own = Shared(config, (key, value), phases, pages.token_bytes(config, (key, value)))
+        _SHARED.clear()
+        _SHARED[name] = own
+    return _SHARED[name]

@@ -1,7 +1,7 @@
 """How much faster several GPUs are than one: attention over heads and over a context, a decoder.
 
 `attention` is that of a layer for one new token a sequence, 32 query and 8 kv heads of 128 channels
-at 4 bits with the mean before RoPE, the layers of a cache one after another in a loop on the
+at 4 bits with the mean before RoPE (none over a context), the layers of a cache one after another in a loop on the
 device. `decoder` is a step of greedy decoding with the sizes of Llama-3-8B, random weights in
 bfloat16. Times are of the host around the whole loop, medians. One device runs what it runs without
 a mesh; `ratio_to_one` is its time by that of the mesh. Over `tensor` a device has its kv heads,
@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -106,9 +106,16 @@ def filled(config: CacheConfig, mesh: Mesh | None, batch: int, tokens: int, room
     return jax.jit(fill, donate_argnums=0)(state)
 
 
+def sizes(layers: int, centred: bool) -> CacheConfig:
+    """The cache; over a context of several GPUs keys have no mean."""
+    config = cache_config(layers, 4, "pre_rope" if centred else "")
+    return config if centred else replace(config, center_keys=False)
+
+
 def attention_time(config: Config, mesh: Mesh | None, batch: int, tokens: int) -> float:
     """Seconds of one layer's attention."""
-    state = filled(cache_config(config.layers, 4, "pre_rope"), mesh, batch, tokens, 64)
+    centred = mesh is None or mesh.shape["context"] == 1
+    state = filled(sizes(config.layers, centred), mesh, batch, tokens, 64)
     attend = attention.attend
     if mesh is not None:
         attend = partial(attention_sharding.attend, mesh)
@@ -178,7 +185,8 @@ def check(mesh: Mesh) -> None:
     Raises:
       ValueError: a relative error of the outputs that is not small.
     """
-    config, batch, capacity = cache_config(1, 4, "pre_rope"), 2, 9200
+    print(f"check {dict(mesh.shape)}", flush=True)
+    config, batch, capacity = sizes(1, mesh.shape["context"] == 1), 2, 9200
     counts = jnp.array([9000, config.sinks + config.window + config.block - 1], jnp.int32)
     shape = 2, 1, batch, capacity - 200, KV_HEADS, CHANNELS
     k, v = jax.random.normal(jax.random.key(7), shape, jnp.bfloat16)
@@ -196,7 +204,7 @@ def check(mesh: Mesh) -> None:
             state = append(state, *(x.astype(jnp.bfloat16)[None] for x in new))
         found.append(np.asarray(jax.jit(attend, static_argnums=1)(state, 0, q, *new)))
     error = float(np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0]))
-    print(f"check {dict(mesh.shape)}: relative error {error:.1e}", flush=True)
+    print(f"checked {dict(mesh.shape)}: relative error {error:.1e}", flush=True)
     if not error < _NEAR:
         raise ValueError(f"{mesh}: got relative error {error}, expected below {_NEAR}")
 

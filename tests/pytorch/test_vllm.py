@@ -4,6 +4,7 @@ Requests, pages and steps here are a scheduler's that follows vLLM's rules; atte
 against float64 of all raw tokens.
 """
 
+import sys
 import types
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.pytorch.skip import torch
+from turboquant_jax import vllm
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.pytorch import codec, constants, pre_rope
 from turboquant_jax.pytorch.segments import Scores
@@ -256,3 +258,9 @@ def test_settings_of_an_engine():
 def test_other_settings_are_refused(made, message):
     with pytest.raises(ValueError, match=message):
         settings.cache_config(Settings(**made))
+
+
+def test_another_vllm_is_left_as_it_is(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="0.33.0"))
+    vllm.register()  # whatever else it has it is not asked for
+    assert "no backend for vllm 0.33.0, only for 0.26.x" in caplog.text

@@ -181,18 +181,20 @@ def _open_means(
     """
     if cache.share is None or cache.key_mean is None:
         return cache
+    if jax.default_backend() == "gpu":  # seen with jax 0.11.2, of this function alone
+        raise NotImplementedError(
+            "context: got keys with a mean on several GPUs, expected center_keys=False: XLA's "
+            "compiler ends in a segmentation fault there"
+        )
     table, blocks = cache.table, cache.config.num_blocks
     opens = which & (blocks(table.lengths) == 0) & (blocks(table.lengths + table.pending) > 0)
 
-    def opened(means: Float[Array, "layers B K H"]) -> Float[Array, "layers B K H"]:
-        keys, mean_of = first_block(), partial(pre_rope.mean_key, phases=cache.phases)
-        for _ in keys.shape[:-3]:
-            mean_of = jax.vmap(mean_of)
-        mean = jnp.where(opens[:, None, None], mean_of(keys), means[layers])
-        return means.at[layers].set(mean)
-
-    means = lax.cond(jnp.any(opens), opened, lambda means: means, cache.key_mean)
-    return replace(cache, key_mean=means)
+    keys, mean_of = first_block(), partial(pre_rope.mean_key, phases=cache.phases)
+    for _ in keys.shape[:-3]:
+        mean_of = jax.vmap(mean_of)
+    old = cache.key_mean[layers]
+    mean = jnp.where(opens[:, None, None], mean_of(keys), old)
+    return replace(cache, key_mean=cache.key_mean.at[layers].set(mean))
 
 
 def _first_of_window(cache: Cache) -> Float[Array, "layers B block K H"]:

@@ -169,7 +169,7 @@ def _read(
     leaves, structure = _abstract(config, np.dtype(dtype), stacked)
     layers = range(config.num_layers)
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
+    def fill(path: Any, leaf: Any, where: Any) -> jax.Array:
         # the last key of a path is the value inside its `nnx.Param`
         place = jax.tree_util.keystr(path[:-1], simple=True, separator=".").split(".")
         filled = np.empty(leaf.shape, leaf.dtype)
@@ -185,7 +185,8 @@ def _read(
 
     shapes = jax.tree.unflatten(structure, [leaf for _, leaf in leaves])
     places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh))
-    filled = [fill(path, leaf, where) for (path, leaf), where in zip(leaves, places, strict=True)]
+    every = zip(leaves, places, strict=True)
+    filled = [fill(path, leaf, where) for (path, leaf), where in every]
     return jax.tree.unflatten(structure, filled)
 
 

@@ -1,5 +1,7 @@
 """An attention backend for vLLM 0.26, chosen as `CUSTOM`; `register` is its plugin."""
 
+import logging
+
 SERVED = "0.26."
 """Versions of vLLM."""
 
@@ -7,15 +9,19 @@ SERVED = "0.26."
 def register() -> None:
     """Make the backend known to vLLM, which calls this in every process (`vllm.general_plugins`).
 
-    Raises:
-      ImportError: another version of vLLM than is served.
+    Another version of vLLM is left as it is, with a warning: it calls this whatever backend was
+    asked for, and refuses `CUSTOM` itself where nothing has registered one.
     """
     import vllm
+
+    if not vllm.__version__.startswith(SERVED):
+        logging.getLogger(__name__).warning(
+            "turboquant-jax: no backend for vllm %s, only for %sx", vllm.__version__, SERVED
+        )
+        return
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if not vllm.__version__.startswith(SERVED):
-        raise ImportError(f"vllm: got {vllm.__version__}, expected {SERVED}x")
     name = f"{__name__}.backend.TurboQuantBackend"
     register_backend(AttentionBackendEnum.CUSTOM, name)
     theirs = Attention.get_kv_cache_spec

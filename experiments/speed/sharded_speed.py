@@ -82,7 +82,7 @@ def _measured(config: Config, case: str, devices: int, base: dict[str, float]) -
     batch, tokens = map(int, size.split("x"))
     mesh = None if devices == 1 else make_mesh(**{axis: devices})
     attend = partial(attention_time, centred=axis != "context")
-    timed = {"attention": attend, "decoder": decoder_time}[what]
+    timed: Callable[..., float] = {"attention": attend, "decoder": decoder_time}[what]
     milliseconds = 1e3 * timed(config, mesh, batch, tokens)
     gc.collect()
     return [

@@ -81,9 +81,11 @@ def _measured(config: Config, case: str, devices: int, base: dict[str, float]) -
     what, axis, size = case.split()
     batch, tokens = map(int, size.split("x"))
     mesh = None if devices == 1 else make_mesh(**{axis: devices})
-    attend = partial(attention_time, centred=axis != "context")
-    timed: Callable[..., float] = {"attention": attend, "decoder": decoder_time}[what]
-    milliseconds = 1e3 * timed(config, mesh, batch, tokens)
+    if what == "attention":
+        seconds = attention_time(config, mesh, batch, tokens, centred=axis != "context")
+    else:
+        seconds = decoder_time(config, mesh, batch, tokens)
+    milliseconds = 1e3 * seconds
     gc.collect()
     return [
         {

@@ -1,11 +1,12 @@
 """How much faster several GPUs are than one: attention over heads and over a context, a decoder.
 
 `attention` is that of a layer for one new token a sequence, 32 query and 8 kv heads of 128 channels
-at 4 bits with the mean before RoPE (none over a context), the layers of a cache one after another in a loop on the
-device. `decoder` is a step of greedy decoding with the sizes of Llama-3-8B, random weights in
-bfloat16. Times are of the host around the whole loop, medians. One device runs what it runs without
-a mesh; `ratio_to_one` is its time by that of the mesh. Over `tensor` a device has its kv heads,
-over `context` its stripes of the tokens, over `data` its sequences.
+at 4 bits with the mean before RoPE (over a context without a mean), the layers of a cache one after
+another in a loop on the device. `decoder` is a step of greedy decoding with the sizes of
+Llama-3-8B, random weights in bfloat16. Times are of the host around the whole loop, medians. One
+device runs what it runs without a mesh; `ratio_to_one` is its time by that of the mesh. Over
+`tensor` a device has its kv heads, over `context` its stripes of the tokens, over `data` its
+sequences.
 """
 
 import gc
@@ -80,8 +81,11 @@ def _measured(config: Config, case: str, devices: int, base: dict[str, float]) -
     what, axis, size = case.split()
     batch, tokens = map(int, size.split("x"))
     mesh = None if devices == 1 else make_mesh(**{axis: devices})
-    timed = {"attention": attention_time, "decoder": decoder_time}[what]
-    milliseconds = 1e3 * timed(config, mesh, batch, tokens)
+    if what == "attention":
+        seconds = attention_time(config, mesh, batch, tokens, centred=axis != "context")
+    else:
+        seconds = decoder_time(config, mesh, batch, tokens)
+    milliseconds = 1e3 * seconds
     gc.collect()
     return [
         {
@@ -112,9 +116,10 @@ def sizes(layers: int, centred: bool) -> CacheConfig:
     return config if centred else replace(config, center_keys=False)
 
 
-def attention_time(config: Config, mesh: Mesh | None, batch: int, tokens: int) -> float:
+def attention_time(
+    config: Config, mesh: Mesh | None, batch: int, tokens: int, centred: bool = True
+) -> float:
     """Seconds of one layer's attention."""
-    centred = mesh is None or mesh.shape["context"] == 1
     state = filled(sizes(config.layers, centred), mesh, batch, tokens, 64)
     attend = attention.attend
     if mesh is not None:

@@ -266,5 +266,8 @@ MAKERS: dict[str, Callable[[], Case]] = {
         for part in ("step", "commit")
     },
     "prod step": lambda: of_cache(4, 128, "hadamard", "bfloat16", key_code="prod")["step"],
-    **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8)},
+    **{f"mean before RoPE {heads}": partial(_before_rope, heads) for heads in (4, 7, 8, 16)},
+    "8 new tokens": lambda: Case(
+        lambda *a: attend.__wrapped__(*a), shapes((4, 4), 8, 512, heads=256)
+    ),
 }

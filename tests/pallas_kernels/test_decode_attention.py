@@ -295,9 +295,9 @@ def test_parts_merge_by_log_sum_exp(interpret):
             "groups: got none",
         ),
         (
-            lambda q, g, t, n: (np.tile(q, (1, 5, 1)), g, t, n),
+            lambda q, g, t, n: (np.tile(q, (1, 9, 1)), g, t, n),
             NotImplementedError,
-            "query heads: got 20 a kv head",
+            "query heads: got 36 a kv head",
         ),
         (
             lambda q, g, t, n: (q, (dataclasses.replace(g[0], keys=(g[0].keys[0] * 2,)),), t, n),

@@ -264,3 +264,40 @@ def test_another_vllm_is_left_as_it_is(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="0.33.0"))
     vllm.register()  # whatever else it has it is not asked for
     assert "no backend for vllm 0.33.0, only for 0.26.x" in caplog.text
+
+
+@pytest.mark.filterwarnings("default")
+def test_metadata_of_a_mixed_step():
+    """vLLM's own metadata of single tokens before chunks; runs where vLLM is installed."""
+    pytest.importorskip("vllm", reason="needs vLLM 0.26")
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from turboquant_jax.vllm.backend import TurboQuantBuilder
+
+    made = types.SimpleNamespace
+    config = made(
+        scheduler_config=made(max_num_seqs=4),
+        cache_config=made(num_gpu_blocks=PAGES),
+        parallel_config=made(decode_context_parallel_size=1),
+        speculative_config=None,
+    )
+    builder = TurboQuantBuilder(made(), [], config, CPU)
+    starts, ends = torch.tensor([0, 1, 2, 42, 242]).int(), torch.tensor([128, 70, 90, 200]).int()
+    batch = builder.build(
+        0,
+        CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=ends,
+            seq_lens_cpu_upper_bound=ends,
+            num_reqs=4,
+            num_actual_tokens=242,
+            max_query_len=200,
+            max_seq_len=200,
+            block_table_tensor=torch.arange(16, dtype=torch.int32).view(4, 4),
+            slot_mapping=torch.zeros(242, dtype=torch.int64),
+        ),
+    ).batch
+    assert batch.singles == 2 and batch.completes
+    assert batch.lengths.tolist() == [127, 69, 50, 0]
+    assert batch.chunks == (Chunk(2, 2, 40, 50), Chunk(3, 42, 200, 0))

@@ -21,7 +21,11 @@ the GPU kernels, for less than 0.03 % more error of the codes.
 
 Beside a calibration of the model (`fitting.fit_preset`, docs/calibration.md) a preset stands for
 its bytes at 65,536 tokens, which heads share as they lose least; "max" is 7.0 times smaller then.
-Judged at 8,192 tokens, SmolLM2's committed calibration loses no less than the presets without it.
+Judged like the table, SmolLM2's committed calibration (scales of 8 bits, mean before RoPE) loses
+
+    lossless 0.0014    balanced 0.0018    compact 0.0032    max 0.0080
+
+nats a token; the presets without it, with the same mean, 0.0013, 0.0062, 0.0157 and 0.0376.
 """
 
 from typing import Literal

@@ -51,9 +51,9 @@ wheel-torch: $(STAMP)
 	cp tests/pytorch/installed.py $(WHEEL)/
 	cd $(WHEEL) && env -u PYTHONPATH venv/bin/python -I installed.py
 
-# every served format for sm_90 and sm_80, by the Triton that torch ships: no spills
+# every served format by the Triton that torch ships: no spills, and bytes of a look-up in one thread
 guards-torch: $(TORCH)/.installed
-	$(TORCH)/bin/python -m pytest -n 2 tests/pytorch/test_plans.py -m slow
+	$(TORCH)/bin/python -m pytest -n 2 tests/pytorch/test_plans.py tests/pytorch/test_layouts.py -m slow
 
 # how kernels lower, codecs, and the laws of the cache, on the newest jax: what takes a minute, so
 # without the laws under every option, each of which is a program of its own

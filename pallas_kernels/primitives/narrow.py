@@ -1,9 +1,9 @@
 """Scalar codes of 1 to 4 bits in rows of 4 or 8 bytes -> int8 operands, by byte look-ups.
 
-Four lanes hold 16 neighbouring columns of an operand. A row of fewer bytes is loaded several times,
-and each copy is brought to codes of its own by a shift: the halves of a word, and where there are
-four copies the codes of a nibble (1, 2 bits) or the third bits of the two halves of a row (3 bits)
-too. What is left of the look-ups is done one after another, as in `dequantize`.
+Four lanes hold 16 neighbouring columns of an operand. A row of fewer bytes is spread over them,
+several times, and each copy is brought to codes of its own by a shift: the halves of a word, and
+where there are four copies the codes of a nibble (1, 2 bits) or the third bits of the two halves
+of a row (3 bits) too. What is left of the look-ups is done one after another, as in `dequantize`.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.codebook import CodebookOperand
@@ -81,24 +82,33 @@ class NarrowDecoder(PackedDecoder):
         return found
 
     def load(self, fetch: Fetch) -> list[jax.Array]:
-        """The bytes of each plane [rows, CELLS], as often as it takes.
-
-        What a load has neighbouring, one thread has; what a change of shape has, not under every
-        Triton.
-        """
-        column = jnp.arange(CELLS)
+        """The bytes of each plane."""
         widths = [self.length * width // 8 for width in self.codebook.widths]
-        page = jnp.zeros_like(column)
-        return [fetch(i, page, divide(column, width)[1], None) for i, width in enumerate(widths)]
+        again = triton.loads_again()
+        zero = [jnp.zeros(CELLS if again else width, jnp.int32) for width in widths]
+
+        def byte(width: int) -> jax.Array:
+            return divide(jnp.arange(CELLS), width)[1] if again else jnp.arange(width)
+
+        return [fetch(i, zero[i], byte(width), None) for i, width in enumerate(widths)]
 
     def operands(self, tiles: Any, table: Any) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level + centre = sum(weight * operand)."""
-        moved = [_shifted(tile, table[f"shift{i}"]) for i, tile in enumerate(tiles)]
+        moved = [_shifted(_spread(tile), table[f"shift{i}"]) for i, tile in enumerate(tiles)]
         return super().operands(moved, table["table"])
 
     def place(self, variant: int) -> tuple[int, int, int]:
         """(part, group, half) of a look-up, after the copies were shifted."""
         return 0, variant if self.codebook.bits == 3 else variant * (self.copies // 2), 0
+
+
+def _spread(tile: jax.Array) -> jax.Array:
+    """[rows, bytes] -> [rows, CELLS], as often as it takes."""
+    rows, width = tile.shape
+    if width == CELLS:
+        return tile
+    copies = CELLS // width
+    return lax.broadcast_in_dim(tile, (rows, copies, width), (0, 2)).reshape(rows, CELLS)
 
 
 def _shifted(tile: jax.Array, shift: jax.Array) -> jax.Array:

@@ -130,15 +130,6 @@ class TrellisDecoder(PackedDecoder):
         """Look-ups that share out the bytes of a 2-bit plane."""
         return 2 // self.unit
 
-    @property
-    def loads_twice(self) -> bool:
-        """Whether the bytes of each page are loaded twice, instead of being set twice in place.
-
-        A look-up takes four neighbouring bytes from one thread. What a load has neighbouring, one
-        thread has; what a change of shape of several pages has, not under every Triton.
-        """
-        return self.unit == 2 and self.pages > 1
-
     def tables(self) -> dict[str, np.ndarray]:
         """Constant inputs of the kernel: look-up tables, int32 words; masks and shifts of words."""
         levels = np.array(self.codebook.levels)
@@ -170,8 +161,8 @@ class TrellisDecoder(PackedDecoder):
         path, width = len(self.codebook.widths) - 1, self.length // 8
         narrow = jnp.arange(self.cells // self.unit)  # of a plane of single bits
         page, own = divide(narrow, width)
-        if self.loads_twice:
-            page, own = divide(column, self.bytes)[0], divide(column, width)[1]
+        if self.unit == 2 and triton.loads_again():
+            narrow, page, own = column, divide(column, self.bytes)[0], divide(column, width)[1]
         if self.rows:
             tiles = [fetch(path, page, own, mask, back) for back in range(4)]
         else:
@@ -225,10 +216,14 @@ class TrellisDecoder(PackedDecoder):
 
     def _twice(self, plane: jax.Array) -> jax.Array:
         """[rows, cells / 2] -> [rows, cells]: the bytes of each page twice, one after the other."""
-        if self.loads_twice:
+        if triton.loads_again():
             return plane
         rows, width = plane.shape[0], self.length // 8
-        return lax.broadcast_in_dim(plane, (rows, 2, width), (0, 2)).reshape(rows, self.cells)
+        if self.pages == 1:
+            return lax.broadcast_in_dim(plane, (rows, 2, width), (0, 2)).reshape(rows, self.cells)
+        split = plane.reshape(rows, self.pages, width)
+        wide = lax.broadcast_in_dim(split, (rows, self.pages, 2, width), (0, 1, 3))
+        return wide.reshape(rows, self.cells)
 
     def _moved(self, plane: jax.Array, part: jax.Array) -> jax.Array:
         """The words of a 1-bit plane, the bits of a word's part in its even places."""

@@ -46,6 +46,21 @@ def is_interpreted() -> bool:
     return _interpreter.value
 
 
+# A look-up takes four neighbouring bytes from one thread. Those of a load are one thread's; those
+# of a change of shape are under XLA's Triton, but not always under the one that torch ships.
+_loading_again = jax.make_user_context(default_value=False)
+
+
+def loading_again(on: bool = True) -> AbstractContextManager[None]:
+    """Kernels that are traced in this context load what is looked up several times so often."""
+    return _loading_again(on)
+
+
+def loads_again() -> bool:
+    """Whether kernels are traced for that."""
+    return _loading_again.value
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """The programs of a kernel: their grid, the warps of each, the stages of their loops' loads."""

@@ -15,7 +15,7 @@ import pallas_kernels.encode
 from pallas_kernels.primitives.triton import interpreted
 from tests.layout import random_parts
 from turboquant_jax import cache
-from turboquant_jax.attention import PLAIN, triton
+from turboquant_jax.attention import PLAIN, kernel_call, triton
 from turboquant_jax.cache import CacheConfig, CodecConfig, compression
 from turboquant_jax.cache.choose import Compression
 from turboquant_jax.cache.state import rows_of
@@ -146,7 +146,7 @@ def recording(run=("rotate", "decode_attention", "decode", "encode")):
     places = {
         "decode_attention": (triton, "decode_attention"),
         "decode": (triton, "decode_in_kernel"),
-        "rotate": (triton, "rotate_in_kernel"),
+        "rotate": (kernel_call, "rotate_in_kernel"),
         "encode": (pallas_kernels.encode, "encode"),
     }
     with contextlib.ExitStack() as stack:

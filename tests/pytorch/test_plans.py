@@ -210,43 +210,6 @@ def test_a_kernel_compiles_without_spills(attention):
         assert ".target sm_90a" in binary.ptx
 
 
-LAYOUTS = """
-#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [1, 1], order = [1, 0]}>
-#blocked1 = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [1, 1], order = [0, 1]}>
-#linear = #ttg.linear<{register = [[0, 1], [0, 2], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
-#blocked2 = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [2, 16], warpsPerCTA = [1, 1], order = [1, 0]}>
-#blocked3 = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [1, 2], order = [0, 1]}>
-#blocked4 = #ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [2, 1], order = [1, 0]}>
-#linear1 = #ttg.linear<{register = [[0, 4], [0, 1], [0, 2]], lane = [[0, 8], [1, 0]], warp = [], block = []}>
-"""  # noqa: E501
-LOOK_UP = (
-    '%1 = tt.elementwise_inline_asm "shr.b32 $0, $1, $2;" {{packed_element = {} : i32}} %0, %0 : '
-    "tensor<32x16xi8, {}>, tensor<32x16xi8, {}> -> tensor<32x16xi8, {}>"
-)
-
-
-@pytest.mark.parametrize(
-    "layout, whole",
-    [("blocked", 1), ("blocked1", 1), ("linear", 1)]
-    + [(name, 0) for name in ("blocked2", "blocked3", "blocked4", "linear1")],
-)
-def test_a_look_up_has_four_neighbouring_bytes(layout, whole):
-    """As the thread's registers follow each other, which the documented layouts of Triton say."""
-    names = ["#" + layout] * 3
-    assert triton_compile.words_are_whole(LAYOUTS + LOOK_UP.format(4, *names)) == whole
-    assert triton_compile.words_are_whole(LAYOUTS + LOOK_UP.format(1, *names))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["scalar 2", "trellis 2"])
-@pytest.mark.parametrize("heads", [4, 16])
-def test_look_ups_of_narrow_rows_compile_right(name, heads):
-    """Rows of keys of 8 bytes; two pages of values in a tile, paths there twice."""
-    found = calls.recorded(calls.config_of(name, 32, block=32), heads=heads)["decode_attention"]
-    for kernel in plan_store.plan_of(*calls.flat("decode_attention", found)).kernels:
-        assert triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, 90)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -52,7 +52,12 @@ def make_plan(
         raise NotImplementedError(
             f"jax: got {jax.__version__}, launch plans are made by {' or '.join(SERVED)}"
         )
-    with _for_gpu(), jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(False):
+    with (
+        _for_gpu(),
+        triton.loading_again(),
+        jax.default_device(jax.devices("cpu")[0]),
+        jax.enable_x64(False),
+    ):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(read), list(written))
         tracer = _Tracer()
         inputs: list[Any] = [tracer.buffer("read", i, x) for i, x in enumerate(read)]

@@ -1,0 +1,79 @@
+"""Which bytes Triton gives to a thread: a look-up takes four neighbours of one row."""
+
+import pytest
+
+from tests.pytorch.skip import torch  # noqa: F401
+
+triton = pytest.importorskip("triton", reason="needs the Triton that torch ships for GPUs")
+from triton._C.libtriton import ir  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+
+from tests.pytorch import calls  # noqa: E402
+from turboquant_jax.cache.presets import preset as preset_config  # noqa: E402
+from turboquant_jax.pytorch import plan_store, triton_compile  # noqa: E402
+
+LAYOUTS = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [1, 1], order = [1, 0]}>
+#blocked1 = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [1, 1], order = [0, 1]}>
+#linear = #ttg.linear<{register = [[0, 1], [0, 2], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
+#blocked2 = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [2, 16], warpsPerCTA = [1, 1], order = [1, 0]}>
+#blocked3 = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [1, 2], order = [0, 1]}>
+#blocked4 = #ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [2, 1], order = [1, 0]}>
+#linear1 = #ttg.linear<{register = [[0, 4], [0, 1], [0, 2]], lane = [[0, 8], [1, 0]], warp = [], block = []}>
+"""  # noqa: E501
+LOOK_UP = (
+    '%1 = tt.elementwise_inline_asm "shr.b32 $0, $1, $2;" {{packed_element = {} : i32}} %0, %0 : '
+    "tensor<32x16xi8, {}>, tensor<32x16xi8, {}> -> tensor<32x16xi8, {}>"
+)
+
+
+@pytest.mark.parametrize(
+    "layout, whole",
+    [("blocked", 1), ("blocked1", 1), ("linear", 1)]
+    + [(name, 0) for name in ("blocked2", "blocked3", "blocked4", "linear1")],
+)
+def test_a_look_up_has_four_neighbouring_bytes(layout, whole):
+    """As the thread's registers follow each other, which the documented layouts of Triton say."""
+    names = ["#" + layout] * 3
+    assert triton_compile.words_are_whole(LAYOUTS + LOOK_UP.format(4, *names)) == whole
+    assert triton_compile.words_are_whole(LAYOUTS + LOOK_UP.format(1, *names))
+
+
+def ttgir_of(kernel, capability=90):
+    """The kernel with the layouts that Triton chooses, which takes a part of the whole way."""
+    target = GPUTarget("cuda", capability, 32)
+    options = dict(num_warps=kernel.warps, num_stages=kernel.stages, enable_fp_fusion=False)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    text = triton_compile._simplified(kernel.ttir, target, options)
+    with triton_compile._file(text) as path:
+        module = ir.parse_mlir_module(path, context)
+    module.context = context
+    return str(backend.make_ttgir(module, {}, backend.parse_options(options), capability))
+
+
+def configs():
+    """Every preset, at heads of SmolLM2-135M and of Llama-3-8B; rows of 8 bytes."""
+    for head_dim, kv_heads, heads in ((64, 3, 9), (128, 2, 8)):
+        for preset in ("lossless", "balanced", "compact", "max"):
+            frequencies = tuple(0.1**i for i in range(head_dim // 2))
+            config = preset_config(preset, 1, kv_heads, head_dim, frequencies)
+            yield pytest.param(config, heads, id=f"{preset} {head_dim}")
+    for name in ("scalar 2", "trellis 2"):
+        for heads in (4, 16):
+            config = calls.config_of(name, 32, block=32)
+            yield pytest.param(config, heads, id=f"{name}, rows of 8 bytes, {heads} heads")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, heads", [*configs()])
+def test_look_ups_of_every_preset_are_whole(config, heads):
+    given = calls.recorded(config, heads=heads)["decode_attention"]
+    for kernel in plan_store.plan_of(*calls.flat("decode_attention", given)).kernels:
+        text = ttgir_of(kernel)
+        gathered = config.key.code == "trellis" and config.key.bits == 4  # looks nothing up
+        looks_up = kernel.name == "decode_attention" and not gathered
+        assert ("packed_element = 4" in text) == looks_up
+        assert triton_compile.words_are_whole(text)

@@ -38,7 +38,7 @@ from turboquant_jax.models.model import random_model
 from turboquant_jax.models.past import COMPRESSED, on_mesh
 from turboquant_jax.models.rope import centring
 
-NEEDS = f"{GPU}, or several"
+NEEDS = GPU
 _AIM = 1.7
 _NEAR = 1e-3
 

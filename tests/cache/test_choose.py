@@ -145,8 +145,8 @@ def test_the_first_that_serves_is_taken(on_gpu):
     for queries, first in ((1, "pallas"), (8, "pallas"), (9, "cudnn")):
         got = choose_attention(state, queries, None, None)
         assert got == Attention(first, "pallas", kernel)
-    assert choose_attention(state, 9, None, None, 2) == Attention(
-        "xla", "xla", Compression("xla", "xla"), shared=2
+    assert choose_attention(state, 9, None, None, 1) == Attention(
+        "xla", "xla", Compression("xla", "xla"), shared=1
     )  # which the vendor's would read for each sequence
     assert choose_attention(state, 9, 5.0, None) == Attention(
         "xla", "xla", Compression("xla", "xla")

@@ -25,6 +25,8 @@ from turboquant_jax.cache.allocation import Allocation, Losses
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.quantizers.channels import Basis
 
+_SIDES = "key", "value"
+
 CLIP = 1e-5
 """Least eigenvalue of S_q and of L, of the largest: a channel that no text met stays invertible."""
 
@@ -90,7 +92,7 @@ def bases(
     """
     shape = (config.num_layers, config.num_kv_heads, config.head_dim)
     found: list[Basis | None] = []
-    for name in ("key", "value"):
+    for name in _SIDES:
         basis = None if calibration is None else getattr(calibration, f"{name}s")
         if all(getattr(form, name).scales == "group" for form in config.formats):
             basis = None
@@ -104,7 +106,9 @@ def bases(
                 f"channels, expected {shape}"
             )
         found.append(basis)
-    if calibration is not None and all(basis is None for basis in found):
+    # where every head of a calibrated codec got plain bits, none needs a basis
+    asked = {getattr(form, name).scales for form in (config, *config.formats) for name in _SIDES}
+    if calibration is not None and asked == {"group"}:
         raise ValueError("calibration: got one, expected a codec with scales='joint'")
     return found[0], found[1]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from turboquant_jax.pytorch import trellis
 from turboquant_jax.pytorch.constants import CodecConstants, GroupConstants
+from turboquant_jax.pytorch.sums import ordered_sum
 from turboquant_jax.quantizers import codebook, trellis_codebook
 
 Codes = tuple[Tensor, Tensor]
@@ -78,10 +79,10 @@ class Group:
         if mode == "norm":
             return root.to(torch.bfloat16)
         c = self.code_levels(indices)
-        energy = (c * c).sum(dim=-1)
+        energy = ordered_sum(c * c)
         if mode == "matched":
             return (root * torch.sqrt(self.constants.dim / energy)).to(torch.bfloat16)
-        overlap = (z * c).sum(dim=-1)
+        overlap = ordered_sum(z * c)
         if mode == "least_squares":
             return (root * (overlap / energy)).to(torch.bfloat16)
         positive = overlap > 0
@@ -164,8 +165,8 @@ class Codec:
         for g, (group, part) in enumerate(zip(self.groups, self._split(z), strict=True)):
             indices.append(group.assign(part, search))
             c, weight = group.code_levels(indices[-1]), transform.weights[rows, g]
-            overlap = overlap + weight * (part * c).sum(dim=-1)
-            energy = energy + weight * (c * c).sum(dim=-1)
+            overlap = overlap + weight * ordered_sum(part * c)
+            energy = energy + weight * ordered_sum(c * c)
         scale = (root * (size * (overlap / energy))).to(torch.bfloat16)
         return tuple((found, scale) for found in indices)
 

@@ -1,7 +1,7 @@
 """The mean key before RoPE, at any place, in torch: the arithmetic of `cache.pre_rope`.
 
 Every product here is exact in float32 and every sum of two is rounded once, so that all devices get
-the same bits; the mean itself is summed in the order of the tokens.
+the same bits; the mean itself is summed by halves.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from pallas_kernels.primitives.period import PERIOD
 from turboquant_jax.cache.angles import FINE, WITHIN_BITS, angle_tables
 from turboquant_jax.cache.config import CacheConfig
+from turboquant_jax.pytorch.sums import ordered_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +57,7 @@ def mean_key(keys: Tensor, phases: Phases | None) -> Tensor:
         index = torch.arange(keys.shape[-3], device=keys.device)
         for angles in reversed(phases.at(index)):
             keys = turn(keys, angles[:, None], phases.rotary, back=True)
-    total = torch.zeros_like(keys[..., 0, :, :])
-    for key in torch.where(finite, keys, 0.0).unbind(dim=-3):
-        total = total + key
+    total = ordered_sum(torch.where(finite, keys, 0.0).movedim(-3, -1))
     return total / count.clamp(min=1.0)
 
 

@@ -95,26 +95,33 @@ def texts(notebook: dict[str, Any]) -> list[str]:
     ]
 
 
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?: %)?")
 
 
 def alike(kept: str, got: str) -> bool:
-    """The same words, and numbers at most one apart in their last digit.
+    """The same words, and numbers ten apart in the last digit at most, whole percents one.
 
-    Another processor sums in another order.
+    Another processor sums in another order, and now and then a code is another then.
     """
     if NUMBER.sub("#", kept) != NUMBER.sub("#", got):
         return False
-    pairs = zip(NUMBER.findall(kept), NUMBER.findall(got), strict=True)
     return all(
-        len(a.partition(".")[2]) == len(b.partition(".")[2])
-        and abs(_digits(a) - _digits(b)) <= ("." in a)
-        for a, b in pairs
+        _form(a) == _form(b) and abs(_digits(a) - _digits(b)) <= _apart(a)
+        for a, b in zip(NUMBER.findall(kept), NUMBER.findall(got), strict=True)
     )
 
 
+def _form(number: str) -> tuple[int, bool]:
+    """Decimals, and whether it is a percentage."""
+    return len(number.rstrip(" %").partition(".")[2]), number.endswith("%")
+
+
 def _digits(number: str) -> int:
-    return int(number.replace(",", "").replace(".", ""))
+    return int(re.sub(r"[,. %]", "", number))
+
+
+def _apart(number: str) -> int:
+    return 10 if "." in number else int(number.endswith("%"))
 
 
 def page(path: Path) -> None:

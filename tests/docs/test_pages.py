@@ -143,8 +143,9 @@ def test_what_a_notebook_shows_was_made_by_its_cells(path):
 
 def test_a_notebook_that_prints_something_else_is_found():
     alike = notebooks.alike
-    assert alike("4 bits: KL 0.0123, +0.52 %", "4 bits: KL 0.0124, +0.51 %")
-    assert not alike("4 bits: KL 0.0123", "4 bits: KL 0.0125")
+    assert alike("4 bits: KL 0.0123, +0.52 %, 51 %", "4 bits: KL 0.0124, +0.48 %, 52 %")
+    assert not alike("4 bits: KL 0.0123", "4 bits: KL 0.0135")
+    assert not alike("51 %", "53 %") and not alike("51 %", "51") and not alike("-0.51", "0.51")
     assert not alike("4 bits: KL 0.0123", "3 bits: KL 0.0123")
     assert not alike("KL 0.012", "KL 0.0120") and not alike("KL 0.012", "loss 0.012")
 

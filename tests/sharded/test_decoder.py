@@ -1,5 +1,6 @@
-"""A decoder on a mesh says what it says on one device, and gathers no vocabulary."""
+"""A decoder on a mesh says what it says on one device; its weights lie where they belong."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, sharding
 from turboquant_jax.cache.mesh import make_mesh
-from turboquant_jax.models import LlamaConfig
+from turboquant_jax.models import LlamaConfig, load
 from turboquant_jax.models import sharding as model_sharding
 from turboquant_jax.models.generate import decode, prefill
 from turboquant_jax.models.model import random_model
@@ -51,3 +52,15 @@ def test_the_same_tokens_as_on_one_device(sizes):
     np.testing.assert_allclose(logits, expected, atol=2e-5)  # sums in another order
     got, want = (call(max_tokens=STEPS).tokens for call in (many, one))
     np.testing.assert_array_equal(got, want)
+
+
+def test_weights_of_a_gguf_file_go_to_their_devices(tmp_path, gguf_tensors, write_gguf):
+    config = replace(LLAMA, vocab_size=98, qkv_bias=False, bos_id=1, eos_ids=(2,))
+    model, mesh = random_model(config, 0, jnp.float32), make_mesh(tensor=2)
+    path = write_gguf(tmp_path / "small.gguf", config, gguf_tensors(model))
+    expected = model_sharding.shard(load(path).model, mesh)
+    found, wanted = (jax.tree.leaves(m) for m in (load(path, mesh=mesh).model, expected))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in wanted)
+    for leaf, own in zip(found, wanted, strict=True):
+        assert leaf.sharding == own.sharding
+        np.testing.assert_array_equal(leaf, own)

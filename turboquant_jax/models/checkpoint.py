@@ -109,7 +109,7 @@ def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     name = str(source.metadata.get("general.name", path.stem))
-    return Checkpoint(name, config, read_gguf(config, source, dtype, stacked), tokenizer)
+    return Checkpoint(name, config, read_gguf(config, source, dtype, stacked, mesh), tokenizer)
 
 
 def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -> Checkpoint:

@@ -7,6 +7,7 @@ by the log-sum-exp, in one collective a layer (`segments.over_shares`).
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,12 +45,10 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """`api.attend`."""
 
-    def call(cache: Cache, heads: tuple, sinks: Array | None) -> tuple[Array, Cache]:
-        output = api.attend(
-            cache, layer, *heads,
-            scores=scores, sink_logits=sinks, implementation=implementation,
-        )  # fmt: skip
-        return output, cache
+    own = partial(api.attend, scores=scores, implementation=implementation)
+
+    def call(cache: Cache, *given: Any, **options: Any) -> tuple[Array, Cache]:
+        return own(cache, *given, **options), cache
 
     return _on_heads(mesh, cache, layer, call, (q, k, v), sink_logits)[0]
 
@@ -68,12 +67,7 @@ def attend_and_write(
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`api.attend_and_write`."""
 
-    def call(cache: Cache, heads: tuple, sinks: Array | None) -> tuple[Array, Cache]:
-        return api.attend_and_write(
-            cache, layer, *heads,
-            scores=scores, sink_logits=sinks, implementation=implementation,
-        )  # fmt: skip
-
+    call = partial(api.attend_and_write, scores=scores, implementation=implementation)
     return _on_heads(mesh, cache, layer, call, (q, k, v), sink_logits)
 
 
@@ -88,12 +82,7 @@ def attend_projection(
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`api.attend_projection`."""
 
-    def call(cache: Cache, heads: tuple, sinks: Array | None) -> tuple[Array, Cache]:
-        (own,) = heads
-        return api.attend_projection(
-            cache, layer, own, sink_logits=sinks, implementation=implementation
-        )
-
+    call = partial(api.attend_projection, implementation=implementation)
     return _on_heads(mesh, cache, layer, call, (projection,), sink_logits)
 
 
@@ -101,17 +90,19 @@ def _on_heads(
     mesh: Mesh,
     cache: Cache,
     layer: Int[Array, ""] | int,
-    call: Callable[[Cache, tuple, Array | None], tuple[Array, Cache]],
+    call: Callable[..., tuple[Array, Cache]],
     heads: tuple,
     sink_logits: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
-    """`call` of every shard with its heads: queries, keys and values, or a projection of them."""
+    """`call(cache, layer, *heads, sink_logits=)` of every shard with its heads: queries, keys and
+    values, or a projection of them.
+    """
     config = cache.config
 
     def of_shard(cache: Cache, heads: tuple, sinks: Array | None) -> tuple[Cache, Array]:
         order = order_here(config, mesh, layer)
         if order is None:
-            return call(cache, heads, sinks)[::-1]
+            return call(cache, layer, *heads, sink_logits=sinks)[::-1]
         if isinstance(heads[0], Projection):
             heads = (replace(heads[0], qkv=by_format(heads[0].qkv, order, axis=2)),)
             group = heads[0].qkv.shape[3] - 2
@@ -122,7 +113,7 @@ def _on_heads(
             orders = of_queries, order, order
             heads = tuple(by_format(x, o, axis=2) for x, o in zip(heads, orders, strict=True))
         sinks = None if sinks is None else by_format(sinks, of_queries, axis=0)
-        output, cache = call(cache, heads, sinks)
+        output, cache = call(cache, layer, *heads, sink_logits=sinks)
         return cache, by_format(output, jnp.argsort(of_queries), axis=2)
 
     def spec(x: Any) -> Any:

@@ -151,7 +151,10 @@ def attend_exact(
     def attend(tile: tuple, carry: tuple, causal: jax.Array | None = None) -> tuple:
         seen, k, v = tile
         peak, weight, sums = carry
-        visible = lambda: seen[:, None] if causal is None else causal  # noqa: E731
+
+        def visible() -> jax.Array:
+            return seen[:, None] if causal is None else causal
+
         scores = merge(triton.float_dot(k, query, 1, 1), parts) * scale
         scores = capped(nan_unless_finite(scores), soft_cap)
         scores = jnp.where(visible(), scores, EMPTY)

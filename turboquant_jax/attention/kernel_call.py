@@ -69,11 +69,11 @@ def sketch_of(part: Part, rotated: Float[Array, "B N H"]) -> Sketch | None:
 
 
 def exact_operand(
-    cache: Cache, layer: Int[Array, ""], query, new: Exact, **newest: Any
+    cache: Cache, layer: Int[Array, ""], query, new: Exact, shared: int, **newest: Any
 ) -> ExactOperand:
-    """Sinks, window and the newest tokens; `newest` as `ExactOperand` has it."""
+    """Sinks, window and the newest tokens, without `shared` blocks; `newest`: of `ExactOperand`."""
     held = [part for part in (cache.sinks, cache.window) if part.keys.shape[2]]
-    pending, places = cache.table.pending, partial(exact_places, cache.layout)
+    pending, places = cache.table.pending, partial(exact_places, cache.layout, shared=shared)
     if (share := cache.share) is not None:  # in one number, as the kernel takes no other
         pending = share.index + pending * share.count
         places = partial(places_on_share, share.count, replace(cache.layout, share=None))

@@ -19,7 +19,6 @@ from turboquant_jax.attention.kernel_call import (
     blocks_of,
     codecs_of,
     exact_operand,
-    exact_places,
     paged_blocks,
     rotate_query,
     rotation_of_values,
@@ -60,7 +59,7 @@ def attend(
     output = output[:, None]
     if shared:
         prefix = attend_prefix(cache, rows, query, rotated, scores, shared)
-        output = merge([prefix, (output, lse[:, None])])[0].astype(query.dtype)
+        output, _ = merge([prefix, (output, lse[:, None])])
     output = _joined(cache, (output, lse[:, None]), sink_logits).astype(query.dtype)
     return output, cache if exact is None or not write else written(cache, exact)
 
@@ -84,13 +83,9 @@ def _attend(
     whole = cache.share is None
     if rotated is None:
         rotated = rotate_query(cache, rows, query)
-    exact = exact_operand(cache, rows.layer, query, new, **newest)
+    exact = exact_operand(cache, rows.layer, query, new, shared, **newest)
     paged, schedule = paged_blocks(cache, rows), None
     if shared:
-        exact = replace(
-            exact,
-            places=partial(exact_places, cache.layout, newest=new.keys.shape[1], shared=shared),
-        )
         own = replace(paged, page_table=paged.page_table[:, shared:])
         schedule = schedule_of(own, exact, cache.kv_heads, query.shape[1] // cache.kv_heads)
     return decode_attention(

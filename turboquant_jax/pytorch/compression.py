@@ -63,7 +63,7 @@ def compress_single(state: State, rows: Tensor | None = None, by: Compression = 
         own = [x[part.layer, :, :, part.head].permute(1, 2, 0, 3) for x in (keys, values)]
         centre = None if mean is None else mean[part.layer, :, part.head].transpose(0, 1)
         page = torch.where(complete, page, -1)
-        _store(state, part, slice(None), own, centre, first, page, by.search)
+        store_blocks(state, part, slice(None), own, centre, first, page, by.search)
 
 
 def compress_chunk(
@@ -99,10 +99,10 @@ def compress_chunk(
         own = [x.flatten(0, 1)[:, :, heads] for x in block]
         centre = None if mean is None else mean[:, heads]
         part = state.parts[member.part]
-        _store(state, part, member.rows, own, centre, number, page, by.search)
+        store_blocks(state, part, member.rows, own, centre, number, page, by.search)
 
 
-def _store(
+def store_blocks(
     state: State,
     part: Part,
     rows: slice,

@@ -67,7 +67,7 @@ def encode_window(state: State, start: Tensor, page: Tensor, number: Tensor) -> 
         rows = layers * batch + torch.arange(batch, device=state.device)[None, :]
         first = heads * torch.arange(layers.shape[0], device=state.device)[:, None]
         columns = rows, start[None], _through_rows(state, first, page[None]), rows, number[None]
-        _encode_jobs(state, part, source, columns)
+        encode_jobs(state, part, source, columns)
 
 
 def encode_chunk(
@@ -83,7 +83,7 @@ def encode_chunk(
     columns = torch.broadcast_tensors(row, start, page, layer * batch + row, number)
     # a sequence's first block alone: the kernel takes its mean, which the next ones need
     for some in (slice(1), slice(1, None))[:count]:
-        _encode_jobs(state, part, source, [column[:, some] for column in columns])
+        encode_jobs(state, part, source, [column[:, some] for column in columns])
 
 
 def _paged(state: State, layer: int) -> operands.Operand:
@@ -120,7 +120,7 @@ def _exact(state: State, layer: int, query: Tensor, new: list[Tensor]) -> operan
     )
 
 
-def _encode_jobs(state: State, part: Part, source: list[Tensor], columns: Any) -> None:
+def encode_jobs(state: State, part: Part, source: list[Tensor], columns: Any) -> None:
     """Jobs (row, slot, page, mean, block of the sequence), as columns of one shape."""
     row, slot, page, mean, number = (
         column.to(torch.int32).flatten() for column in torch.broadcast_tensors(*columns)

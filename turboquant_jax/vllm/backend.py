@@ -251,13 +251,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         return output
 
 
-_SHARED: dict[int, Shared] = {}
+_SHARED: list[tuple[VllmConfig, Shared]] = []
 
 
 def _shared(vllm_config: VllmConfig) -> Shared:
     """One for all layers of an engine."""
-    name = id(vllm_config)
-    if name not in _SHARED:
+    if not _SHARED or _SHARED[0][0] is not vllm_config:
         config = settings.cache_config(vllm_config)
         device = torch.device(vllm_config.device_config.device)
         (pair,) = constants.codecs_of(config, SEED)
@@ -265,6 +264,5 @@ def _shared(vllm_config: VllmConfig) -> Shared:
         longest = vllm_config.model_config.max_model_len
         phases = pre_rope.create(config, longest, device)
         own = Shared(config, (key, value), phases, pages.token_bytes(config, (key, value)))
-        _SHARED.clear()
-        _SHARED[name] = own
-    return _SHARED[name]
+        _SHARED[:] = [(vllm_config, own)]
+    return _SHARED[0][1]

@@ -162,7 +162,7 @@ class Layer:
             from turboquant_jax.pytorch import kernels
 
             columns = row, torch.zeros_like(row), page, opening, number
-            kernels._encode_jobs(state, self.pages.part, source, columns)
+            kernels.encode_jobs(state, self.pages.part, source, columns)
             return
         blocks, mean = [x[row.long()] for x in source], None
         if self.pages.means is not None:
@@ -170,7 +170,7 @@ class Layer:
             of_first = pre_rope.mean_key(blocks[0], self.phases)
             mean = torch.where(opens[:, None, None], of_first, means[opening.long()])
             means.index_copy_(0, torch.where(opens, opening, NOWHERE).long(), mean)
-        compression._store(
+        compression.store_blocks(
             state, self.pages.part, slice(None), blocks, mean, number, page, trellis.search
         )
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -30,20 +30,11 @@ PATTERN = 61  # random pages that repeat
 
 @dataclass(frozen=True)
 class Steps:
-    """`step` takes tokens [B, 1] to logits [B, 1, V]; `rewind` forgets what steps have added.
-
-    `compiled`: modules of the model that are to run as before afterwards.
-    """
+    """`step` takes tokens [B, 1] to logits [B, 1, V]; `rewind` forgets what steps have added."""
 
     step: Callable[[Tensor], Tensor]
     rewind: Callable[[], None]
     nbytes: Callable[[], int]
-    compiled: Sequence[Any] = ()
-
-    def close(self) -> None:
-        """Modules run as they did."""
-        for part in self.compiled:
-            part._compiled_call_impl = None
 
 
 def missing(name: str) -> str | None:
@@ -140,28 +131,13 @@ def ours(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
 
     rewind()
     if how:
-        if how == "compiled":
-            model.forward = torch.compile(model.forward)
-        parts = _parts(model) if how == "parts compiled" else []
-        for part in parts:
-            part.compile(dynamic=False)
-        captured = cache.capture(model)
-        vars(model).pop("forward", None)
-        return Steps(captured, rewind, lambda: cache.nbytes, parts)
+        captured = cache.capture(model, fuse=how == "fused")
+        return Steps(captured, rewind, lambda: cache.nbytes)
 
     def step(ids: Tensor) -> Tensor:
         return model(ids, use_cache=True, **{supported.CACHE: cache}).logits
 
     return Steps(step, rewind, lambda: cache.nbytes)
-
-
-def _parts(model: Any) -> list[Any]:
-    """Norms and feed-forward networks: of all layers each kind is compiled once."""
-    return [
-        part
-        for layer in model.model.layers
-        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
-    ]
 
 
 MAKERS: dict[str, Callable[..., Steps]] = {

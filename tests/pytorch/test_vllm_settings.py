@@ -101,7 +101,7 @@ def test_metadata_of_a_mixed_step():
     assert batch.lengths.tolist() == [127, 69, 50, 0]
     assert batch.chunks == (Chunk(2, 2, 40, 50), Chunk(3, 42, 200, 0))
     # the first token fills block 1 of its request, whose pages are 1 to 4; the second fills none
-    assert batch.filled.page.tolist() == [2, -1] and batch.filled.number.tolist()[0] == 1
+    assert batch.filled.page.tolist() == [2, -1, -1, -1] and batch.filled.number.tolist()[0] == 1
     # the chunks fill block 0 of pages 9 to 12, and blocks 0 to 2 of pages 13 to 16
     assert blocks.counts == (1, 3)
     ((first, rest),) = blocks.calls

@@ -120,8 +120,7 @@ class Batch:
       slots: int32 [B], where the open blocks of the requests are.
       place: int64 [singles], where their tokens go, counted through the slots.
       singles: how many requests have one new token.
-      filled: blocks that single tokens fill, or None where the host knows that there are none and
-        no graph is to hold the step.
+      filled: blocks that single tokens fill, in buffers; None without single tokens.
       columns: `filled` as the encode kernel takes it.
       turned: of each layer the means of `filled`, float32 [layers, n, K, 2, H], or None.
       chunks: the others.

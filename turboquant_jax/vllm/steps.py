@@ -30,6 +30,9 @@ class Steps:
         )
         self.place = torch.zeros(count, dtype=torch.int64, device=device)
         self.columns = torch.full((count, 6), -1, dtype=torch.int32, device=device)
+        self.filled = Jobs(
+            *(torch.full((count,), x, dtype=torch.int32, device=device) for x in (0, -1, 0, 0))
+        )
         self.turned: Tensor | None = None
         if first.kernels and self.phases is not None:
             heads, dim = first.config.num_kv_heads, first.config.head_dim
@@ -66,18 +69,18 @@ class Steps:
             for row, (start, stop) in enumerate(pairwise(host_starts[: count + 1]))
             if row >= singles and stop > start
         )
-        filled = None
-        if singles:
+        self.filled.page.fill_(-1)  # behind the batch, and everywhere if no block is filled
+        self.columns.fill_(-1)
+        if any(end and end % self.block == 0 for end in host_seen[:singles]):
             own = (self.table[one], lengths[one], seen[one], found[one])
-            filled = jobs.of_singles(*own, self.block)
-            self._fill(filled, any(end and end % self.block == 0 for end in host_seen[:singles]))
+            self._fill(jobs.of_singles(*own, self.block))
         return Batch(
             page_table=table,
             lengths=lengths,
             slots=found,
             place=self.place[one],
             singles=singles,
-            filled=filled,
+            filled=self.filled if singles else None,
             columns=self.columns,
             turned=self.turned,
             chunks=chunks,
@@ -98,12 +101,11 @@ class Steps:
         shapes = [(new, count, layer.config.head_dim) for count in counts]
         layer.run(*(torch.zeros(x, dtype=dtype, device=device) for x in shapes), step, Scores())
 
-    def _fill(self, filled: Jobs, completes: bool) -> None:
-        """The kernel's jobs: of all layers alike, with the means that the layers have."""
-        self.columns.fill_(-1)  # no page: what is behind the batch, and all where none completes
-        if not completes:
-            return
+    def _fill(self, filled: Jobs) -> None:
+        """The blocks of single tokens for all layers alike, and the means that the layers have."""
         count = filled.row.shape[0]
+        for held, new in zip(vars(self.filled).values(), vars(filled).values(), strict=True):
+            held[:count].copy_(new)
         self.columns[:count].copy_(filled.columns(self.block))
         if self.turned is not None:
             from turboquant_jax.pytorch import kernels

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from experiments.harness.experiment import AIM, QUESTION, Claim, Row, where
+from experiments.harness.experiment import AIM, QUESTION, Claim, Row, Verdict, where
 from experiments.harness.statistics import met
 
 OURS, THEIRS, IN_TREE = "CUSTOM", "TRITON_ATTN", "turboquant_4bit_nc"
@@ -61,5 +61,5 @@ def _token_claims(rows: Sequence[Row]) -> Iterator[Claim]:
             )
 
 
-def _held(yes: bool) -> str:
+def _held(yes: bool) -> Verdict:
     return "holds" if yes else "does not hold"

@@ -21,6 +21,7 @@ resumed. `equal_first` compares with the engine's own first run. What could not 
 `note`.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -91,7 +92,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             for name in track(list(jobs), "vllm_speed"):
                 if name in compiling:
                     compiling[name].wait()
-                rows = journal.measure(name, lambda name=name: children[name].rows(config.each))
+                measure = functools.partial(children[name].rows, config.each)
+                rows = journal.measure(name, measure)
                 base = rows if name.endswith(THEIRS) else base
                 yield from (_compared(row, rows, base) for row in rows)
         finally:

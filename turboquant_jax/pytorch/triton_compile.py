@@ -133,7 +133,10 @@ def _simplified(ttir: str, target: GPUTarget, options: dict[str, Any]) -> str:
     with _file(ttir) as path:
         module = ir.parse_mlir_module(path, context)
     module.context = context
-    return str(backend.make_ttir(module, {}, backend.parse_options(options), target.arch))
+    made = backend.make_ttir(module, {}, backend.parse_options(options), target.arch)
+    # without the places in that file, whose name is another one every time: Triton keeps what it
+    # compiled by its text
+    return str(made.str_nodebug())
 
 
 def _stack(cubin: bytes) -> int:

@@ -210,8 +210,8 @@ def _calibrate(commands) -> None:
     calibrate.add_argument(
         "--capacity", type=int, default=65_536, help="tokens of the cache whose bytes count"
     )
-    calibrate.add_argument("--context", type=int, default=1024, help="tokens of a window of text")
-    calibrate.add_argument("--windows", type=int, default=8, help="most windows that are read")
+    calibrate.add_argument("--context", type=int, default=512, help="tokens of a window of text")
+    calibrate.add_argument("--windows", type=int, default=16, help="most windows that are read")
     calibrate.add_argument(
         "--alone", type=int, default=1, help="windows on which each layer is compressed alone"
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.fidelity import calibrated
+from experiments.fidelity import calibrated, codecs
 from experiments.fidelity.calibrated import Calibrated
 from experiments.fidelity.forcing import Tiling, cut
 from experiments.harness import prepared
@@ -38,8 +38,10 @@ def held():
     return Calibrated("held", config, known)
 
 
-@pytest.mark.parametrize("scale_bits", [16, 8])
-def test_it_is_the_library_s_teacher_forcing(held, scale_bits):
+@pytest.mark.parametrize(("scale_bits", "piece"), [(16, 8192), (8, 70)])
+def test_it_is_the_library_s_teacher_forcing(held, scale_bits, piece, monkeypatch):
+    """Coded at once, and in pieces that end within a text."""
+    monkeypatch.setattr(codecs, "_PIECE", piece)
     model, tokens = prepared.model("tiny"), prepared.random_texts(2, CONTEXT)
     config = dataclasses.replace(held.config, dtype="float32", scale_bits=scale_bits)
     held = dataclasses.replace(held, config=config)

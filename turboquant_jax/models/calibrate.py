@@ -118,6 +118,7 @@ def calibrate(
         `out` that another call left.
     """
     model, config = checkpoint.model, plan.config
+    first_prediction(config, plan.context)  # a window must be long enough, before any is read
     choosing, judging = windows(texts, plan.context, plan.windows)
     formats = menu(config.head_dim)
     key = partial(jax.random.fold_in, jax.random.key(plan.seed))

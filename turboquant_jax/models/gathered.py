@@ -18,7 +18,8 @@ is shared out to its heads as theirs at 2 bits are. Errors of more bits are smal
 bits lose times the ratio of squared errors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -106,29 +107,25 @@ class Gathered:
     def alone(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
         """Add what every format of every layer, and every head at 2 bits, loses on a text."""
         turns = jax.random.split(jax.random.fold_in(key, 1))
-        start = self._start(tokens, key)
-        passes = [list(filter(_is_measured, menu)) for menu in self.formats]
-        counts = [len(menu) + self.config.num_kv_heads for menu in passes]
+        start, codecs = self._start(tokens, key), (self.config.key, self.config.value)
+        columns = [[i for i, b in enumerate(menu) if _is_measured(b)] for menu in self.formats]
+        counts = [len(which) + self.config.num_kv_heads for which in columns]
         for layer, seen, lose in alone(model, tokens, self.config, start):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
             off = []
             for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
-                codec = (self.config.key, self.config.value)[side]
-                made = {b: error(codec.of(b), turns[side], which, x) for b in self.formats[side]}
-                squares = [jnp.sum(jnp.square(made[bits])) for bits in self.formats[side]]
-                self.sums[f"{_SIDES[side]}.squares"][layer] += np.asarray(jnp.stack(squares))
-                heads = jnp.eye(x.shape[1])[:, None, :, None]
-                whole = jnp.stack([made[bits] for bits in passes[side]])
-                every = jnp.concatenate([whole, made[HEADS][None] * heads])
+                menu = self.formats[side]
+                made = _errors([codecs[side].of(bits) for bits in menu], turns[side], which, x)
+                squares = jnp.sum(jnp.square(made), axis=(1, 2, 3))
+                self.sums[f"{_SIDES[side]}.squares"][layer] += np.asarray(squares)
+                heads = made[menu.index(HEADS)][None] * jnp.eye(x.shape[1])[:, None, :, None]
+                every = jnp.concatenate([made[np.asarray(columns[side])], heads])
                 before, after = sum(counts[:side]), sum(counts[side + 1 :])
                 off.append(jnp.pad(every, ((before, after), (0, 0), (0, 0), (0, 0))))
             lost = np.split(lose((off[0], off[1])), counts[:1])
-            for name, of_side, menu, measured in zip(
-                _SIDES, lost, self.formats, passes, strict=True
-            ):
-                columns = [menu.index(bits) for bits in measured]
-                self.sums[f"{name}.layers"][layer, columns] += of_side[: len(measured)]
-                self.sums[f"{name}.heads"][layer] += of_side[len(measured) :]
+            for name, of_side, which in zip(_SIDES, lost, columns, strict=True):
+                self.sums[f"{name}.layers"][layer, which] += of_side[: len(which)]
+                self.sums[f"{name}.heads"][layer] += of_side[len(which) :]
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""
@@ -151,6 +148,14 @@ class Gathered:
             share = np.divide(heads, whole, out=even, where=whole > 0)
             found.append(share[:, :, None] * layers[:, None, :])
         return Losses(*self.formats, *map(nested, found))
+
+
+def _errors(
+    forms: Sequence[CodecConfig], key: Array, basis: Basis | None, x: Float[Array, "T K H"]
+) -> Float[Array, "formats T K H"]:
+    """`error` in every format, side by side: most of the first time compiles."""
+    with ThreadPoolExecutor() as pool:
+        return jnp.stack(list(pool.map(lambda form: error(form, key, basis, x), forms)))
 
 
 def _is_measured(bits: Bits) -> bool:

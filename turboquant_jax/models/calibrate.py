@@ -78,7 +78,7 @@ class Plan:
 
 def menu(head_dim: int) -> tuple[tuple[Bits, ...], tuple[Bits, ...]]:
     """Formats of keys and of values that a head may get: bits, and for keys groups of channels."""
-    bits, quarter = (1, 2, 3, 4), head_dim // 4
+    bits, quarter = (1, 2, 3, 4, 5, 6), head_dim // 4
     if head_dim % 4:
         return bits, bits
     splits = (

@@ -106,7 +106,20 @@ def quantized(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> S
     def step(ids: Tensor) -> Tensor:
         return model(ids, use_cache=True, **{supported.CACHE: cache}).logits
 
-    return Steps(step, lambda: None, lambda: 0)
+    def nbytes() -> int:
+        held = ("keys", "values", "_quantized_keys", "_quantized_values")
+        return sum(_bytes(getattr(layer, name)) for layer in cache.layers for name in held)
+
+    return Steps(step, lambda: None, nbytes)
+
+
+def _bytes(x: Any) -> int:
+    """Of a tensor, or of what a quantized one consists of; hqq has pairs of a tensor and a dict."""
+    if isinstance(x, tuple):
+        return _bytes(x[0]) + sum(y.nbytes for y in x[1].values() if isinstance(y, Tensor))
+    if hasattr(x, "__tensor_flatten__"):
+        return sum(_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.nbytes
 
 
 def ours(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:

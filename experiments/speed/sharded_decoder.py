@@ -29,12 +29,19 @@ from turboquant_jax.models.past import COMPRESSED, on_mesh
 from turboquant_jax.models.sharding import past_shardings, placed
 
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
-COMPILERS = {
+COMPILERS: dict[str, dict[str, Any]] = {
     "": {},
     "graphs": {"xla_gpu_enable_command_buffer": _IN_GRAPHS},
     "kernels": {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True},
+    "nccl": {
+        "xla_gpu_enable_command_buffer": _IN_GRAPHS,
+        "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
+        "xla_gpu_experimental_use_collective_kernels": "",
+    },
 }
-"""XLA as it is; collectives inside its CUDA graphs; its own sum of few bytes instead of NCCL's."""
+"""XLA as it is; asked for collectives in CUDA graphs; for its own kernel of small sums; for NCCL's
+sums in CUDA graphs.
+"""
 
 KINDS = {
     "collectives": ("nccl", "allreduce", "all_reduce", "allgather", "all-gather", "all-reduce"),

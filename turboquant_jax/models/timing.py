@@ -188,7 +188,7 @@ class DecodeLoop:
         mesh: Mesh | None = None,
     ):
         compiled = compiled or compile_decode(model, make, past, steps, mesh)
-        self._run, self.steps = compiled.run, steps
+        self._run, self.steps, self._mesh = compiled.run, steps, mesh
         self.compile_seconds = compiled.seconds
         self.temporary_bytes = _temporaries(self._run)
         self._state = make()
@@ -206,6 +206,8 @@ class DecodeLoop:
         model, logits, lengths, keys = self._arguments
         state = self._state.with_lengths(jnp.asarray(lengths))
         positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
+        if self._mesh is not None:  # arrays without elements are on no device in particular
+            state = jax.device_put(state, past_shardings(state, self._mesh))
         jax.block_until_ready((state, positions))
         begin = time.perf_counter()
         made = jax.block_until_ready(self._run(model, logits, positions, keys, state))

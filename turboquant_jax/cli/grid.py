@@ -141,7 +141,8 @@ def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, band
         model, make, _past(grid, full), steps=grid.steps, repeats=grid.repeats, mesh=grid.mesh
     )
     read = timing.past_bytes(config, context + grid.steps / 2, not full) * batch
-    ideal = (timing.weight_bytes(model) + read) / bandwidth
+    devices = 1 if grid.mesh is None else grid.mesh.size
+    ideal = (timing.weight_bytes(model) + read / devices) / bandwidth
     return _row("decode", bits, batch, context, timed.median, batch, ideal / timed.median, make)
 
 

@@ -221,6 +221,9 @@ def _calibrate(commands) -> None:
         "--scale-bits", type=int, choices=(8, 16), default=16, help="of the scale of a vector"
     )
     calibrate.add_argument("--seed", type=int, default=0, help="of rotations and drawn texts")
+    calibrate.add_argument(
+        "--tensor", type=int, default=1, help="devices of --mesh tensor= that will share the heads"
+    )
     calibrate.set_defaults(preset=None)
     flags.add_segments(calibrate, window=128)
     flags.add_dtype(calibrate)

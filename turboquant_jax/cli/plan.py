@@ -16,15 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.bytes import (
-    bytes_per_compressed_token,
-    exact_bytes_per_token,
-    planned_bytes,
-)
-from turboquant_jax.cache import sharding
-from turboquant_jax.cache.layout import STRIPE
-from turboquant_jax.cache.mesh import CONTEXT, DATA, TENSOR, abstract_mesh, local_config
+from turboquant_jax.cache.bytes import exact_bytes_per_token
+from turboquant_jax.cache.mesh import DATA, TENSOR, abstract_mesh
 from turboquant_jax.cli import flags, settings
+from turboquant_jax.cli.capacity import MOST_TOKENS, cache_bytes, further_bytes, tokens_that_fit
 from turboquant_jax.models import rope
 from turboquant_jax.models.config import LlamaConfig, parameter_count
 from turboquant_jax.models.gguf import open_gguf
@@ -34,8 +29,6 @@ from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.models.sharding import parameters_of_shard, repeated_heads
 from turboquant_jax.quantizers.rotation import Kind, default_kind
 from turboquant_jax.units import parse_memory
-
-_MOST_TOKENS = 2**30  # positions are int32
 
 
 @dataclass(frozen=True)
@@ -207,38 +200,6 @@ def read_model(model: str) -> LlamaConfig:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def tokens_that_fit(
-    config: CacheConfig, batch: int, budget: int, mesh: AbstractMesh | None = None
-) -> int:
-    """Most tokens a sequence for which a dense cache takes at most `budget` bytes, exactly."""
-    low, high = 0, _MOST_TOKENS
-    per_token = _further(config, batch, mesh)
-    if per_token:  # no token is cheaper than a compressed one; a block or stripe may not be full
-        shares = 1 if mesh is None else mesh.shape[CONTEXT]
-        high = min(high, int(budget / per_token) + shares * STRIPE + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (
-            (middle, high) if _bytes(config, batch, middle, mesh) <= budget else (low, middle)
-        )
-    return low
-
-
-def _bytes(config: CacheConfig, batch: int, tokens: int, mesh: AbstractMesh | None) -> int:
-    """Of a cache, on a mesh on each device."""
-    if mesh is None:
-        return planned_bytes(config, batch, tokens).total
-    return sharding.planned_bytes(mesh, config, batch, tokens).total
-
-
-def _further(config: CacheConfig, batch: int, mesh: AbstractMesh | None) -> float:
-    """Bytes of a further token of every sequence, on a mesh on each device."""
-    if mesh is None:
-        return batch * bytes_per_compressed_token(config)
-    each = bytes_per_compressed_token(local_config(config, mesh)) / mesh.shape[CONTEXT]
-    return batch / mesh.shape[DATA] * each
-
-
 def show(console: Console, result: Plan) -> None:
     """Print a plan as a table."""
     table = Table(
@@ -255,7 +216,7 @@ def show(console: Console, result: Plan) -> None:
     for row in result.rows:
         table.add_row(
             _name(row),
-            "any" if row.tokens >= _MOST_TOKENS - 1 else f"{row.tokens:,}",
+            "any" if row.tokens >= MOST_TOKENS - 1 else f"{row.tokens:,}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.cache_bytes:,}",
             f"{row.bytes_per_token:,.1f}",
@@ -275,7 +236,7 @@ def _full_row(config: CacheConfig, batch: int, budget: int, mesh: AbstractMesh |
 
     On a mesh heads and sequences are split, a context is not.
     """
-    each, most = exact_bytes_per_token(config), _MOST_TOKENS
+    each, most = exact_bytes_per_token(config), MOST_TOKENS
     if mesh is not None:
         each, batch = each // mesh.shape[TENSOR], batch // mesh.shape[DATA]
     fit = budget // (batch * each)
@@ -297,8 +258,8 @@ def _row(
     return Row(
         *bits,
         tokens,
-        _bytes(config, batch, tokens, mesh) if tokens else 0,
-        _further(config, batch, mesh) / (batch if mesh is None else batch / mesh.shape[DATA]),
+        cache_bytes(config, batch, tokens, mesh) if tokens else 0,
+        further_bytes(config, batch, mesh) / (batch if mesh is None else batch / mesh.shape[DATA]),
         tokens / full_tokens if full_tokens else None,
     )
 

@@ -139,7 +139,9 @@ def calibrated(
     made = cache_config(config, 4, 4, **options, scale_bits=known.study.scale_bits)
     chosen, name = known.study.allocation, known.study.target
     if arguments.preset is not None:
-        chosen = fitting.fit_preset(made, known.study.losses, arguments.preset)
+        text = getattr(arguments, "mesh", None)
+        tensor = 1 if text is None else flags.mesh(text).get("tensor", 1)
+        chosen = fitting.fit_preset(made, known.study.losses, arguments.preset, tensor)
         name = f"{arguments.preset}'s bytes"
     return Kind(f"calibrated: {name}", replace(made, allocation=chosen), known)
 

@@ -7,6 +7,7 @@ takes the same time whatever they say. Steps are timed inside the loop of `decod
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -284,9 +285,13 @@ def copy_bandwidth(nbytes: int = 2**30) -> float:
 
 
 def weight_bytes(model: Llama) -> int:
-    """Bytes of the weights that a step of decoding reads: of an untied embedding only some rows."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    return total if model.head is None else total - model.embedding[...].nbytes
+    """Bytes of the weights that each device reads in a step: of an untied embedding few rows."""
+
+    def own(leaf: Array) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    total = sum(map(own, jax.tree.leaves(model)))
+    return total if model.head is None else total - own(model.embedding[...])
 
 
 def past_bytes(config: CacheConfig, context: float, compressed: bool) -> float:

@@ -85,14 +85,17 @@ def choose_on_shards(
     together = replace(losses, keys=nested(keys), values=nested(values))
     of_all = tuple([shards * cost for cost in side] for side in costs)
     chosen = choose(together, (of_all[0], of_all[1]), budget)
-    found = []
-    for side in (chosen.keys, chosen.values):
-        entries = []
-        for entry, places in zip(side, own, strict=True):
-            of_heads = np.empty(heads, int)
-            of_heads[places] = np.arange(heads // shards)
-            entries.append(tuple(entry[rank] for rank in of_heads))
-        found.append(tuple(entries))
+    place = np.empty((layers, heads), int)  # of every head, its rank
+    np.put_along_axis(
+        place, own.reshape(layers, heads), np.tile(np.arange(heads // shards), shards)[None], 1
+    )
+    found = [
+        tuple(
+            tuple(pairs[rank % len(pairs)][side] for rank in row)
+            for pairs, row in zip(chosen.layers, place, strict=True)
+        )
+        for side in (0, 1)
+    ]
     return Allocation(found[0], found[1])
 
 

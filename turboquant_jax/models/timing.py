@@ -127,9 +127,8 @@ def filled_dense_on(
 ) -> Dense:
     """`filled_dense`, on a mesh or on one device."""
     make = functools.partial(filled_dense, config, batch, context, capacity)
-    if mesh is None:
-        return make()
-    return jax.jit(make, out_shardings=past_shardings(jax.eval_shape(make), mesh))()
+    places = None if mesh is None else past_shardings(jax.eval_shape(make), mesh)
+    return jax.jit(make, out_shardings=places)()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +174,7 @@ class DecodeLoop:
     """Steps of greedy decoding in one compiled loop, each time from the same lengths on.
 
     `make()` gives the past, with room for `steps` more tokens. It is called after compilation,
-    which may want memory of its own on the device; `compiled` is what was compiled before. `mesh`
-    is where the decoder and the past are.
+    which may want memory of its own on the device; `compiled` is what was compiled before.
     """
 
     def __init__(
@@ -286,12 +284,12 @@ def copy_bandwidth(nbytes: int = 2**30) -> float:
 
 def weight_bytes(model: Llama) -> int:
     """Bytes of the weights that each device reads in a step: of an untied embedding few rows."""
+    few = 0 if model.head is None else _own_bytes(model.embedding[...])
+    return sum(map(_own_bytes, jax.tree.leaves(model))) - few
 
-    def own(leaf: Array) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    total = sum(map(own, jax.tree.leaves(model)))
-    return total if model.head is None else total - own(model.embedding[...])
+def _own_bytes(leaf: Array) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def past_bytes(config: CacheConfig, context: float, compressed: bool) -> float:

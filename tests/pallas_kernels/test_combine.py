@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels.decode_attention.combine import TILE, combine
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.rotation import RotationOperand
+from tests.marks import GPU
 
 CHANNELS = 128
 
@@ -25,6 +26,7 @@ def expected(parts, sinks, matrix):
     return (out / total[:, :, None]).swapaxes(2, 3), np.log(total) + top / np.log2(np.e)
 
 
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=GPU)])
 @pytest.mark.parametrize(
     ("splits", "columns", "rotated"),
     [
@@ -35,7 +37,7 @@ def expected(parts, sinks, matrix):
         (5, 16, False),
     ],
 )
-def test_combine(splits, columns, rotated):
+def test_combine(splits, columns, rotated, interpret):
     random = np.random.default_rng(splits * columns)
     shape, heads = (2, 3), columns - 1
     part = {"peak": (columns,), "weight": (columns,), "sums": (CHANNELS, columns)}
@@ -62,7 +64,7 @@ def test_combine(splits, columns, rotated):
     several = splits * CHANNELS * min(columns, 8) > TILE
     assert several == (splits > 8)  # as the cases say
 
-    with triton.interpreted():
+    with triton.interpreted(interpret):
         out, lse = combine(parts, jnp.asarray(sinks), rotation, heads, jnp.float32)
 
     every = np.pad(sinks, ((0, 0), (0, columns - heads)))

@@ -18,6 +18,8 @@ from pallas_kernels.primitives.rotation import RotationOperand, load_parts, unro
 
 # Elements of a tile of partial sums that one program holds in registers.
 TILE = 8192
+# As many has a program, if that leaves it 16 rows of channels: many small ones are quicker.
+FEW = 2048
 # Query heads of a program: of more there are several, so that few sequences occupy the device.
 HEADS = 8
 
@@ -170,7 +172,7 @@ def _run(
     slices, columns = max(1, columns // HEADS), min(columns, HEADS)
     rotation, rows = inputs.get("rotation"), _all_rows(channels)
     if rotation is None:
-        rows = min(rows, max(16, TILE // (power_of_two(splits) * columns)))
+        rows = min(rows, max(16, FEW // (power_of_two(splits) * columns)))
 
     def of_head(x: Any) -> Any:
         return triton.BlockSpec(

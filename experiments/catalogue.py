@@ -22,6 +22,7 @@ from experiments.speed import (
     sharded_speed,
     speculation,
     step_speed,
+    vllm_speed,
 )
 from experiments.tasks import greedy, needle, questions
 
@@ -48,6 +49,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     llama_speed,
     speculation,
     pytorch_speed,
+    vllm_speed,
     cpu_decode,
     nearest_neighbor,
     quantization_time,

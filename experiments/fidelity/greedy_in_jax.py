@@ -31,6 +31,7 @@ def main(path: str, file: str, backend: str, tokens: str, prompt: str, parent: s
     """
     if jax.default_backend() != backend:
         sys.exit(f"jax: got {jax.default_backend()!r}, expected {backend!r}, where torch ran")
+    os.nice(10)  # torch launches kernels meanwhile
     place = Path(file)
     name, _, dtype = place.stem.rpartition("-")
     with jax.default_matmul_precision("highest"):

@@ -14,7 +14,7 @@ _FIRST = 128
 
 
 @torch.no_grad()
-def losses(model: Any, config: CacheConfig, texts: np.ndarray) -> dict[str, np.ndarray]:
+def losses(model: Any, config: CacheConfig, texts: np.ndarray, fuse: bool) -> dict[str, np.ndarray]:
     """Of every predicted token of texts [B, T]: float64 [B, T - 1] each.
 
     `nll` with the cache and `full` without one, nats; `kl` between the two; whether they `agree`
@@ -39,7 +39,7 @@ def losses(model: Any, config: CacheConfig, texts: np.ndarray) -> dict[str, np.n
 
     begin = min(_FIRST, config.window, tokens.shape[1] - 1)
     compare(model(tokens[:, :begin], use_cache=True, **{supported.CACHE: cache}).logits, 0)
-    step = cache.capture(model)
+    step = cache.capture(model, fuse=fuse)
     for place in range(begin, tokens.shape[1] - 1):
         compare(step(tokens[:, place : place + 1]), place)
     return {k: torch.cat(v, dim=1).double().cpu().numpy() for k, v in found.items()}

@@ -47,13 +47,16 @@ NEEDS = "the extra torch, token ids in .data/ by python -m experiments.tasks.pac
 class Config:
     """What to run."""
 
-    presets: tuple[Preset, ...] = option(("lossless", "max"), "presets of the cache")
+    presets: tuple[Preset, ...] = option(
+        ("lossless", "max", "balanced", "compact"), "presets of the cache"
+    )
     dtypes: tuple[str, ...] = option(("float32", "bfloat16"), "of the model, for greedy")
     prompt: int = option(512, "tokens of the prompt")
     tokens: int = option(256, "tokens that are generated")
     context: int = option(8192, "tokens of the texts, 0 for no perplexity")
     texts: str = option("test", "test texts, or the packaged novel", choices=("test", "novel"))
     checkpoint: str = option("", "GGUF file, if not the packaged SmolLM2", path=True)
+    fuse: bool = option(False, "fused steps, with few kernels between the matrices")
     seconds: float = option(0.0, "start nothing after so long, 0 for never")
 
 
@@ -62,7 +65,7 @@ device = pytorch_speed.device
 
 
 def run(config: Config, track: Track) -> Iterator[Row]:
-    """Generate beside our own decoder, which compiles meanwhile, and compare; then perplexities."""
+    """Perplexities, while our own decoder compiles; then generate beside it, and compare."""
     require_torch()
     import torch
 
@@ -89,17 +92,17 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             with np.load(file[preset, dtype].with_suffix(".out.npz")) as held:
                 compared = _compared(own, held["logits"])
             head = {"part": "greedy", "preset": preset, "dtype": dtype, "captured": 1}
-            return [head | {"context": config.prompt} | compared]
+            return [head | {"fused": int(config.fuse), "context": config.prompt} | compared]
 
         def perplexity(preset: Preset) -> list[Row]:
             model = torch_models.model_of_gguf(path, torch.float32, where)
             return [_perplexity(config, model, preset, _texts(path, config))]
 
+        for preset in config.presets * bool(config.context):
+            yield from journal.measure(preset, functools.partial(perplexity, preset))
         for preset, dtype in track(jobs, "pytorch_greedy"):
             job = functools.partial(greedy, preset, dtype)
             yield from journal.measure(f"{preset} {dtype}", job)
-        for preset in config.presets * bool(config.context):
-            yield from journal.measure(preset, functools.partial(perplexity, preset))
 
 
 def _tokenizer(path: Path):
@@ -127,7 +130,7 @@ def _generate(config: Config, model, preset: Preset, prompt: np.ndarray, file: P
     capacity = config.prompt + config.tokens
     cache = TurboQuantCache.from_model(model, preset, capacity=capacity)
     ids = torch.from_numpy(prompt).to(model.device)
-    with cache.capture(model):
+    with cache.capture(model, fuse=config.fuse):
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.tokens,
             do_sample=False, return_dict_in_generate=True, output_logits=True,
@@ -188,10 +191,10 @@ def _perplexity(config: Config, model, preset: Preset, texts: np.ndarray) -> Row
     from turboquant_jax.pytorch import supported
 
     cache_config = replace(supported.cache_config(model, preset), dtype="bfloat16")
-    found = pytorch_forcing.losses(model, cache_config, texts)
+    found = pytorch_forcing.losses(model, cache_config, texts, config.fuse)
     return {
         "part": "perplexity", "preset": preset, "dtype": "float32", "captured": 1,
-        "context": texts.shape[1], "tokens": found["nll"].size,
+        "fused": int(config.fuse), "context": texts.shape[1], "tokens": found["nll"].size,
         "perplexity_full": float(np.exp(found["full"].mean())),
         "perplexity": float(np.exp(found["nll"].mean())),
         "perplexity_change": float(np.exp((found["nll"] - found["full"]).mean()) - 1),

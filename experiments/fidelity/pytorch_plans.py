@@ -3,7 +3,7 @@
 python -m experiments.fidelity.pytorch_plans 90 smollm2-135m
 
 The number is the compute capability of the GPU; without names it is all models. Plans and machine
-code go where a run finds them: into the cache of launch plans, and into that of Triton.
+code go where a run finds them, into the cache of launch plans.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from turboquant_jax.cache.presets import Preset
 from turboquant_jax.cache.presets import preset as preset_config
 from turboquant_jax.models import PRESETS
 from turboquant_jax.models.frequencies import inverse_frequencies
-from turboquant_jax.pytorch import choose, creation, kernels, plan_store, runner, triton_compile
+from turboquant_jax.pytorch import choose, creation, kernels, plan_store, runner
 from turboquant_jax.pytorch.segments import Scores
 
 Call = tuple[str, str, plan_store.Shapes, plan_store.Shapes]
@@ -86,9 +86,7 @@ def compiled(job: tuple, capability: int) -> str:
     for call in recorded(*job):
         begin = time.perf_counter()
         for kernel in plan_store.plan_of(*call).kernels:
-            binary = triton_compile.compile_kernel(
-                kernel.ttir, kernel.warps, kernel.stages, capability
-            )
+            binary = plan_store.code_of(kernel, capability)
             words.append(f"{kernel.name} {time.perf_counter() - begin:.0f} s")
             words += [f"({binary.spilled} bytes spilled)"] * bool(binary.spilled)
     model, config, batch, capacity, dtype = job

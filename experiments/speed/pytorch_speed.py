@@ -6,8 +6,8 @@ with random tokens, ours with random codes, at full length: a step takes the sam
 say. `dynamic` and `static` are transformers' own caches with its implementation "sdpa",
 `dynamic flash` the first with flash attention, `quantized` transformers' QuantizedCache; ours are
 `4 bits` (scalar codes for keys and values) and the preset `balanced` (a trellis of 3 bits).
-`captured` steps are replayed from a CUDA graph. Of `compiled` ones torch.compile has made the
-model's `forward` (1), or its norms and feed-forward networks alone (`parts`), before.
+`captured` steps are replayed from a CUDA graph; `fused` ones too, with norms, RoPE, residuals and
+activations as one kernel each.
 
 A time is that of consecutive steps by CUDA events, over their number, the median over loops. Loops
 of ours are whole blocks long, so that they compress what they complete: `milliseconds_longest` is
@@ -35,10 +35,9 @@ from turboquant_jax.models import PRESETS
 
 NEEDS = "the extra torch, and an NVIDIA GPU of 80 GB for its full size"
 CACHES = (
-    *("dynamic", "static, captured", "4 bits, captured", "balanced, captured", "4 bits"),
-    *("4 bits, parts compiled", "dynamic flash", "quantized"),
+    *("dynamic", "static, captured", "4 bits, fused", "4 bits, captured", "balanced, fused"),
+    *("balanced, captured", "4 bits", "dynamic flash", "quantized"),
 )
-COMPILED = {"compiled": 1, "parts compiled": "parts"}
 WITHIN = 1.1
 """The aim: a captured step in at most this many times that of our own decoder."""
 
@@ -50,10 +49,7 @@ class Config:
     cases: tuple[str, ...] = option(
         ("32x4096", "8x32768", "1x4096", "8x4096", "1x32768", "32x32768"), "batch x context"
     )
-    caches: tuple[str, ...] = option(
-        CACHES,
-        "caches, the first one the baseline; also '4 bits, compiled'",
-    )
+    caches: tuple[str, ...] = option(CACHES, "caches, the first one the baseline")
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     steps: int = option(64, "steps of a loop, a whole number of blocks")
@@ -62,7 +58,15 @@ class Config:
     seconds: float = option(0.0, "start nothing after so long, 0 for never")
 
 
-SMOKE = Config(("2x200",), CACHES[:5], "smollm2-135m", 1, 2, 2, 1)
+SMOKE = Config(
+    ("2x200",),
+    ("dynamic", "static, captured", "4 bits, fused", "4 bits"),
+    "smollm2-135m",
+    1,
+    2,
+    2,
+    1,
+)
 
 
 def device() -> str:
@@ -114,7 +118,7 @@ def _row(config: Config, model: Any, cache: str, batch: int, context: int) -> Ro
     from experiments.speed import pytorch_steps
 
     name, _, how = cache.partition(", ")
-    head: Row = {"cache": name, "captured": int(bool(how)), "compiled": COMPILED.get(how, 0)}
+    head: Row = {"cache": name, "captured": int(bool(how)), "fused": int(how == "fused")}
     head |= {"batch": batch, "context": context}
     if (missing := pytorch_steps.missing(name)) is not None:
         return head | {"note": missing}
@@ -124,7 +128,6 @@ def _row(config: Config, model: Any, cache: str, batch: int, context: int) -> Ro
             make: Callable[..., Any] = pytorch_steps.MAKERS[name]
             made = make(model, name, (batch, context, loop + 1), how)
             row = head | pytorch_steps.time_steps(made, batch, loop, config.repeats)
-            made.close()
             del made
     except torch.OutOfMemoryError as error:
         row = head | {"note": "out of memory: " + str(error).partition(". ")[2].partition(". ")[0]}
@@ -143,7 +146,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     for row in timed:
         case = {name: row[name] for name in ("batch", "context")}
         name = f"{row['batch']} x {row['context']}, {row['cache']}"
-        name += {1: ", compiled", "parts": ", parts compiled"}.get(row.get("compiled"), "")
+        name += ", fused" * row.get("fused", 0)
         if not row["captured"] or row["cache"] in ("static", "dynamic"):
             continue
         own = row["milliseconds_per_step"]

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -30,20 +30,11 @@ PATTERN = 61  # random pages that repeat
 
 @dataclass(frozen=True)
 class Steps:
-    """`step` takes tokens [B, 1] to logits [B, 1, V]; `rewind` forgets what steps have added.
-
-    `compiled`: modules of the model that are to run as before afterwards.
-    """
+    """`step` takes tokens [B, 1] to logits [B, 1, V]; `rewind` forgets what steps have added."""
 
     step: Callable[[Tensor], Tensor]
     rewind: Callable[[], None]
     nbytes: Callable[[], int]
-    compiled: Sequence[Any] = ()
-
-    def close(self) -> None:
-        """Modules run as they did."""
-        for part in self.compiled:
-            part._compiled_call_impl = None
 
 
 def missing(name: str) -> str | None:
@@ -115,7 +106,20 @@ def quantized(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> S
     def step(ids: Tensor) -> Tensor:
         return model(ids, use_cache=True, **{supported.CACHE: cache}).logits
 
-    return Steps(step, lambda: None, lambda: 0)
+    def nbytes() -> int:
+        held = ("keys", "values", "_quantized_keys", "_quantized_values")
+        return sum(_bytes(getattr(layer, name)) for layer in cache.layers for name in held)
+
+    return Steps(step, lambda: None, nbytes)
+
+
+def _bytes(x: Any) -> int:
+    """Of a tensor, or of what a quantized one consists of; hqq has pairs of a tensor and a dict."""
+    if isinstance(x, tuple):
+        return _bytes(x[0]) + sum(y.nbytes for y in x[1].values() if isinstance(y, Tensor))
+    if hasattr(x, "__tensor_flatten__"):
+        return sum(_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.nbytes
 
 
 def ours(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
@@ -140,28 +144,13 @@ def ours(model: Any, name: str, sizes: tuple[int, int, int], how: str) -> Steps:
 
     rewind()
     if how:
-        if how == "compiled":
-            model.forward = torch.compile(model.forward)
-        parts = _parts(model) if how == "parts compiled" else []
-        for part in parts:
-            part.compile(dynamic=False)
-        captured = cache.capture(model)
-        vars(model).pop("forward", None)
-        return Steps(captured, rewind, lambda: cache.nbytes, parts)
+        captured = cache.capture(model, fuse=how == "fused")
+        return Steps(captured, rewind, lambda: cache.nbytes)
 
     def step(ids: Tensor) -> Tensor:
         return model(ids, use_cache=True, **{supported.CACHE: cache}).logits
 
     return Steps(step, rewind, lambda: cache.nbytes)
-
-
-def _parts(model: Any) -> list[Any]:
-    """Norms and feed-forward networks: of all layers each kind is compiled once."""
-    return [
-        part
-        for layer in model.model.layers
-        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
-    ]
 
 
 MAKERS: dict[str, Callable[..., Steps]] = {

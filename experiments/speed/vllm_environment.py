@@ -232,6 +232,7 @@ def start(pieces: Path, folder: Path, out: Path, backend: str) -> None:
 
 OFFLINE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -239,21 +240,26 @@ OFFLINE = {
 }
 
 
-def engine(folder: Path, backend: str, **settings):
-    """vLLM's `LLM` of the small model, whose configuration goes to `folder`."""
-    (folder / "config.json").write_text(json.dumps(TINY))
+def load(model: str, **settings):
+    """vLLM's `LLM` of a folder, without tokenizer."""
     import vllm.model_executor.models.registry as registry
 
     # the model class would be looked at in a process of its own, which costs a second start
     registry._run_in_subprocess = lambda function: function()
     from vllm import LLM
 
+    defaults = dict(skip_tokenizer_init=True, disable_log_stats=True, seed=0)
+    return LLM(model=model, **(defaults | settings))
+
+
+def engine(folder: Path, backend: str, **settings):
+    """vLLM's `LLM` of the small model, whose configuration goes to `folder`."""
+    (folder / "config.json").write_text(json.dumps(TINY))
     defaults = dict(
-        load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, max_model_len=2048,
-        gpu_memory_utilization=0.3, max_num_seqs=16, dtype="bfloat16", disable_log_stats=True,
-        attention_config={"backend": backend}, seed=0,
+        load_format="dummy", enforce_eager=True, max_model_len=2048, gpu_memory_utilization=0.3,
+        max_num_seqs=16, dtype="bfloat16", attention_config={"backend": backend},
     )  # fmt: skip
-    return LLM(model=str(folder), **(defaults | settings))
+    return load(str(folder), **(defaults | settings))
 
 
 def prompts() -> list[dict]:

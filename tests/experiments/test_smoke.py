@@ -63,6 +63,8 @@ def on_a_gpu(experiment, monkeypatch):
 
 @by_name
 def test_smoke(experiment, on_a_gpu, tmp_path):
+    if "vLLM" in needs_of(experiment):
+        pytest.skip("needs vLLM, and a GPU: tests/experiments/test_vllm_speed.py")
     if "extra torch" in needs_of(experiment):
         pytest.importorskip("transformers", reason="needs torch: make test-torch")
     assert command.main(["run", name_of(experiment), "--smoke", "--out", str(tmp_path)]) == 0

@@ -6,6 +6,7 @@ import torch
 
 from tests.pytorch.models import CACHE, prompts, random_model
 from tests.pytorch.test_huggingface import small_config
+from turboquant_jax.pytorch.capture import CapturedStep
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
 
@@ -15,7 +16,13 @@ def main() -> None:
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache.from_model(model, config=small_config(model), capacity=100)
     model(**prompts(2, 33), **{CACHE: cache})
-    step = cache.capture(model)
+    for fuse in (False, True):
+        check(cache, cache.capture(model, fuse=fuse))
+    print("one graph; jax imported:", "jax" in sys.modules)
+
+
+def check(cache: TurboQuantCache, step: CapturedStep) -> None:
+    """Compiled, the step gives the same logits and leaves the same tensors."""
     ids = prompts(2, 2)["input_ids"][:, 1:]
     step._prepare(ids)
     for tensor, value in ((step.ids, ids), (step.positions, 33)):
@@ -31,7 +38,6 @@ def main() -> None:
         for name, leaf in cache.state.leaves.items():
             torch.testing.assert_close(after[name], leaf, msg=name)
             leaf.copy_(saved[name])
-    print("one graph; jax imported:", "jax" in sys.modules)
 
 
 if __name__ == "__main__":

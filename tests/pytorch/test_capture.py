@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.pytorch.models import CACHE, prompts, random_model, torch
+from tests.pytorch.models import CACHE, FAMILIES, prompts, random_model, torch
 from tests.pytorch.test_huggingface import GREEDY, small_config
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
@@ -38,6 +38,24 @@ def test_generate_with_a_captured_step(family):
         torch.testing.assert_close(leaf, other.state.leaves[name], msg=name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_fused_step_is_the_models(family):
+    """Through completed blocks; what it leaves in the cache too."""
+    model, cache = model_and_cache(family, capacity=100)
+    other = TurboQuantCache.from_model(model, config=cache.config, capacity=100)
+    inputs, more = prompts(2, 20, padding=(0, 7)), prompts(2, 22)["input_ids"]
+    for some in (cache, other):
+        model(**inputs, **{CACHE: some})
+    steps = cache.capture(model), other.capture(model, fuse=True)
+    for token in more.split(1, dim=1):
+        expected, got = (step(token) for step in steps)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for name, leaf in cache.state.leaves.items():
+        if not leaf.dtype.is_floating_point:
+            assert torch.equal(leaf, other.state.leaves[name]), name
+
+
 class Forbidding(torch.utils._python_dispatch.TorchDispatchMode):
     """No operation whose result the host, or a shape, waits for."""
 
@@ -49,13 +67,14 @@ class Forbidding(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("completing", [False, True])
-def test_nobody_looks(completing):
+def test_nobody_looks(completing, fuse):
     """With counts of 0, as while a graph is made, nothing changes either."""
     model, cache = model_and_cache(capacity=100)
     with torch.no_grad():
         model(**prompts(2, 33), **{CACHE: cache})
-        step = cache.capture(model)
+        step = cache.capture(model, fuse=fuse)
         step._prepare(prompts(2, 1)["input_ids"])
         step.counts.zero_()
         before = {name: leaf.clone() for name, leaf in cache.state.leaves.items()}

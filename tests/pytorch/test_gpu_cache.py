@@ -61,8 +61,9 @@ def test_kernels_on_the_gpu_are_the_definition_on_a_cpu(name):
     assert_alike(ours, SimpleNamespace(leaves={k: x.cpu() for k, x in other.leaves.items()}))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generate_captured_and_eager(dtype):
+def test_generate_captured_and_eager(dtype, fuse):
     """Padding, growth of the cache and completed blocks; logits near those of a DynamicCache."""
     model = random_model("Llama", **SIZES).to("cuda", getattr(torch, dtype))
     config = supported.cache_config(model)

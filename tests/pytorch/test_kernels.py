@@ -70,6 +70,23 @@ def test_kernels_are_the_definition(name):
     assert_alike(ours, other)
 
 
+def test_more_heads_than_registers_hold_with_a_mean():
+    """17 query heads of a kv head: one call, as in JAX."""
+    config = CASES["before RoPE"]
+    state, generator = creation.create(config, 1, 80, seed=1), torch.Generator().manual_seed(2)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(torch.bfloat16) + 1
+
+    updating.append(state, random(2, 1, 66, 2, 32), random(2, 1, 66, 2, 32))
+    heads = random(1, 1, 34, 32), random(1, 1, 2, 32), random(1, 1, 2, 32)
+    found = []
+    for by in ("kernels", "torch"):
+        updating.begin(state, torch.ones(1), 1)
+        found.append(choose.attend_and_write(state, 0, heads, Scores(), None, by))
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
 def assert_alike(ours, other):
     """The same bits, but for codes and scales at a tie."""
     for name, leaf in ours.leaves.items():

@@ -4,118 +4,26 @@ Requests, pages and steps here are a scheduler's that follows vLLM's rules; atte
 against float64 of all raw tokens.
 """
 
-import sys
-import types
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from tests.pytorch.skip import torch
-from turboquant_jax import vllm
-from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.pytorch import codec, constants, pre_rope
-from turboquant_jax.pytorch.segments import Scores
-from turboquant_jax.vllm import pages, settings, slots
-from turboquant_jax.vllm.step import Batch, Chunk, Layer
-
-CPU, DIM, HEADS, GROUP, PAGES, BLOCK = torch.device("cpu"), 16, 2, 2, 24, settings.BLOCK
-
-
-def config_of(bits: int, dim: int = DIM) -> CacheConfig:
-    frequencies = tuple(10_000.0 ** -(np.arange(dim // 2) / (dim // 2)))
-    own = CodecConfig(bits)
-    return CacheConfig(
-        1, HEADS, dim, own, own, window=0, sinks=0, rope_frequencies=frequencies, dtype="float32"
-    )
-
-
-def codecs_of(config: CacheConfig):
-    (pair,) = constants.codecs_of(config, 0)
-    return tuple(codec.create(own, None, None, CPU) for own in pair)
-
-
-class Engine:
-    """One layer, and the requests that it has."""
-
-    def __init__(self, bits: int = 8, count: int = 4, kernels: bool = False):
-        config = config_of(bits)
-        codecs = codecs_of(config)
-        size = pages.token_bytes(config, codecs)
-        self.memory = torch.zeros(PAGES, HEADS, BLOCK, size, dtype=torch.uint8)
-        held = (torch.zeros(count + 1, BLOCK, HEADS, DIM) for _ in range(2))
-        own = pages.carve(self.memory, config, codecs)
-        phases = pre_rope.create(config, 4096, CPU)
-        self.layer = Layer(config, phases, *held, own, kernels)
-        self.slots = slots.create(count, PAGES, CPU)
-        self.past: dict[str, int] = {}
-        self.found: dict[str, list] = {}
-
-    def step(self, tables: dict, texts: dict, counts: dict[str, int]) -> None:
-        """New tokens of some requests, single ones first, as vLLM orders them."""
-        order = sorted(counts, key=lambda r: counts[r] > 1)
-        past = [self.past.get(r, 0) for r in order]
-        new = [counts[r] for r in order]
-        start = np.cumsum([0, *new])
-        table = torch.tensor([tables[r] for r in order], dtype=torch.int32)
-        lengths = torch.tensor(past, dtype=torch.int32)
-        seen = lengths + torch.tensor(new, dtype=torch.int32)
-        chunks = tuple(
-            Chunk(row, int(start[row]), n, past[row]) for row, n in enumerate(new) if n > 1
-        )
-        place = self.slots.assign(table, lengths, seen, BLOCK)
-        batch = Batch(table, lengths, seen, place, sum(n == 1 for n in new), chunks)
-        heads = (
-            torch.cat([texts[r][i][p : p + n] for r, p, n in zip(order, past, new, strict=True)])
-            for i in range(3)
-        )
-        output = self.layer.run(*heads, batch, Scores())
-        for row, request in enumerate(order):
-            self.found.setdefault(request, []).append(output[start[row] : start[row + 1]])
-            self.past[request] = past[row] + new[row]
-
-    def output(self, request: str) -> np.ndarray:
-        return torch.cat(self.found[request]).double().numpy()
-
-
-def text(seed: int, length: int):
-    """Queries, keys and values; keys have a mean, as those of models do."""
-    rng = np.random.default_rng(seed)
-    shapes = [(length, heads, DIM) for heads in (HEADS * GROUP, HEADS, HEADS)]
-    return [torch.tensor(rng.standard_normal(shape), dtype=torch.float32) for shape in shapes]
-
-
-def exact(tokens) -> np.ndarray:
-    q, k, v = (x.double().numpy() for x in tokens)
-    k, v = (np.repeat(x, GROUP, axis=1) for x in (k, v))
-    scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(DIM)
-    scores = np.where(np.tri(len(q), dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("nts,snh->tnh", weights, v)
-
-
-TABLES = {"a": [3, 1, 7, 9], "b": [2, 8, 4, 6], "c": [11, 12, 13, 14]}
-TEXTS = {"a": text(0, 140), "b": text(1, 230), "c": text(2, 67)}
-STEPS = (
-    {"a": 126},
-    {"a": 1, "b": 100},
-    {"a": 1, "b": 100, "c": 40},
-    {"c": 25},
-    {"a": 1, "b": 1, "c": 1},
-    {"a": 1, "b": 20, "c": 1},
-)
-"""Chunks that end anywhere, and single tokens, some of which complete blocks."""
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def run(engine: Engine, steps=STEPS) -> Engine:
-    for counts in steps:
-        engine.step(TABLES, TEXTS, counts)
-    return engine
+from tests.pytorch.vllm_steps import (
+    BLOCK,
+    CPU,
+    HEADS,
+    PAGES,
+    TABLES,
+    TEXTS,
+    Engine,
+    codecs_of,
+    config_of,
+    exact,
+    relative,
+    run,
+    text,
+)  # fmt: skip
+from turboquant_jax.vllm import jobs, pages, slots, step, tiles
 
 
 def test_attention_sees_every_token_once():
@@ -162,6 +70,61 @@ def test_kernels_do_what_the_definition_does():
         kernel, written = (rows[:, TABLES["a"][0]] for rows in planes)
         # sums in another order: a coordinate on a threshold may have the neighbouring code
         assert (kernel != written).double().mean() < 0.005
+
+
+def test_a_chunk_behind_a_past_reads_pages_a_tile_at_a_time(monkeypatch):
+    whole = run(Engine(bits=8), ({"b": 200}, {"b": 20}))
+    monkeypatch.setattr(tiles, "PAGES", 2)
+    parts = run(Engine(bits=8), ({"b": 200}, {"b": 20}))
+    assert relative(parts.output("b"), whole.output("b")) < 1e-5
+
+
+def test_a_chunk_behind_a_past_by_the_kernels(monkeypatch):
+    monkeypatch.setattr(tiles, "PAGES", 1)
+    monkeypatch.setattr(jobs, "BLOCKS", 2)
+    monkeypatch.setattr(step, "BLOCKS", 2)
+    steps = ({"b": 130}, {"b": 3})
+    found = [run(Engine(bits=4, kernels=kernels), steps) for kernels in (False, True)]
+    assert relative(*(engine.output("b") for engine in found)) < 1e-3
+
+
+def test_heads_of_two_processes_are_those_of_one():
+    """Tensor parallelism: each process has the engine of its own heads, and the same pages."""
+    whole = run(Engine(bits=4))
+    for head in range(HEADS):
+        queries, one = slice(2 * head, 2 * head + 2), slice(head, head + 1)
+        parts = queries, one, one
+        own = {
+            name: [x[:, part] for x, part in zip(tokens, parts, strict=True)]
+            for name, tokens in TEXTS.items()
+        }
+        part = run(Engine(bits=4, heads=1), texts=own)
+        for name in TEXTS:
+            assert relative(part.output(name), whole.output(name)[:, queries]) < 1e-5
+        for one, other in zip(_planes(part), _planes(whole), strict=True):
+            assert torch.equal(one[0, 1:], other[head, 1:])
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_captured_step_finds_the_next_ones_in_its_buffers(kernels):
+    """A graph has the tensors of the step it was captured from, and is replayed for others."""
+    steps = ({"a": 62, "b": 80}, *({"a": 1, "b": 1},) * 3)
+    expected = run(Engine(bits=4), steps)
+    engine = Engine(bits=4, kernels=kernels)
+    held, make = [], engine.steps.batch
+
+    def batch(*arguments):
+        made = make(*arguments)
+        held.append(made)
+        return made if made.chunks else held[1]
+
+    engine.steps.batch = batch
+    run(engine, steps)  # the second single token of "a" fills a block
+    for name in ("a", "b"):
+        assert relative(engine.output(name), expected.output(name)) < 1e-3
+    for one, other in zip(_planes(engine), _planes(expected), strict=True):
+        page = TABLES["a"][0]
+        assert one[:, page].any() and (one[:, page] != other[:, page]).double().mean() < 0.005
 
 
 def test_slots_are_kept_while_requests_run():
@@ -218,86 +181,3 @@ def test_other_memory_is_refused():
     config = config_of(4)
     with pytest.raises(ValueError, match=r"memory of the pages: got torch.uint8 \[3, 2, 64, 7\]"):
         pages.carve(torch.zeros(3, 2, 64, 7, dtype=torch.uint8), config, codecs_of(config))
-
-
-class Settings:
-    """The part of a vLLM configuration that is looked at."""
-
-    def __init__(self, entry=None, **changed):
-        made = types.SimpleNamespace
-        text = dict(
-            model_type="llama", vocab_size=96, hidden_size=64, intermediate_size=96,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=DIM,
-            max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
-        )  # fmt: skip
-        self.additional_config = {} if entry is None else {settings.NAME: entry}
-        self.cache_config = made(block_size=changed.pop("block_size", 64), cache_dtype="auto")
-        self.parallel_config = made(pipeline_parallel_size=1, decode_context_parallel_size=1)
-        self.kv_transfer_config = self.speculative_config = None
-        described = made(to_dict=lambda: text)
-        self.model_config = made(
-            hf_config=described, get_num_kv_heads=lambda parallel: 2, dtype=torch.float32
-        )
-        vars(self).update(changed)
-
-
-def test_settings_of_an_engine():
-    assert settings.cache_config(Settings()) == replace(config_of(4), block=BLOCK)
-    assert settings.cache_config(Settings({"bits": 8})).key.bits == 8
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (dict(entry={"bits": 9}), "got {'bits': 9}, expected bits, one of"),
-        (dict(entry={"window": 9}), "expected bits, one of"),
-        (dict(block_size=16), "block_size: got 16, expected 64"),
-        (dict(kv_transfer_config="some"), "kv_transfer_config: got some, expected None"),
-    ],
-)
-def test_other_settings_are_refused(made, message):
-    with pytest.raises(ValueError, match=message):
-        settings.cache_config(Settings(**made))
-
-
-def test_another_vllm_is_left_as_it_is(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="0.33.0"))
-    vllm.register()  # whatever else it has it is not asked for
-    assert "no backend for vllm 0.33.0, only for 0.26.x" in caplog.text
-
-
-@pytest.mark.filterwarnings("default")
-def test_metadata_of_a_mixed_step():
-    """vLLM's own metadata of single tokens before chunks; runs where vLLM is installed."""
-    pytest.importorskip("vllm", reason="needs vLLM 0.26")
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    from turboquant_jax.vllm.backend import TurboQuantBuilder
-
-    made = types.SimpleNamespace
-    config = made(
-        scheduler_config=made(max_num_seqs=4),
-        cache_config=made(num_gpu_blocks=PAGES),
-        parallel_config=made(decode_context_parallel_size=1),
-        speculative_config=None,
-    )
-    builder = TurboQuantBuilder(made(), [], config, CPU)
-    starts, ends = torch.tensor([0, 1, 2, 42, 242]).int(), torch.tensor([128, 70, 90, 200]).int()
-    batch = builder.build(
-        0,
-        CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=ends,
-            seq_lens_cpu_upper_bound=ends,
-            num_reqs=4,
-            num_actual_tokens=242,
-            max_query_len=200,
-            max_seq_len=200,
-            block_table_tensor=torch.arange(16, dtype=torch.int32).view(4, 4),
-            slot_mapping=torch.zeros(242, dtype=torch.int64),
-        ),
-    ).batch
-    assert batch.singles == 2 and batch.completes
-    assert batch.lengths.tolist() == [127, 69, 50, 0]
-    assert batch.chunks == (Chunk(2, 2, 40, 50), Chunk(3, 42, 200, 0))

@@ -181,11 +181,6 @@ def _open_means(
     """
     if cache.share is None or cache.key_mean is None:
         return cache
-    if jax.default_backend() == "gpu":  # seen with jax 0.11.2, of this function alone
-        raise NotImplementedError(
-            "context: got keys with a mean on several GPUs, expected center_keys=False: XLA's "
-            "compiler ends in a segmentation fault there"
-        )
     table, blocks = cache.table, cache.config.num_blocks
     opens = which & (blocks(table.lengths) == 0) & (blocks(table.lengths + table.pending) > 0)
 
@@ -194,7 +189,9 @@ def _open_means(
         mean_of = jax.vmap(mean_of)
     old = cache.key_mean[layers]
     mean = jnp.where(opens[:, None, None], mean_of(keys), old)
-    return replace(cache, key_mean=cache.key_mean.at[layers].set(mean))
+    if not isinstance(layers, slice):  # of all layers a scatter without indices: XLA ends in a
+        mean = cache.key_mean.at[layers].set(mean)  # segmentation fault under `shard_map`
+    return replace(cache, key_mean=mean)
 
 
 def _first_of_window(cache: Cache) -> Float[Array, "layers B block K H"]:

@@ -30,6 +30,8 @@ from turboquant_jax.cache.mesh import (
     order_here,
     specs,
 )
+from turboquant_jax.cache.sharded_storage import restore as restore
+from turboquant_jax.cache.sharded_storage import save as save
 from turboquant_jax.cache.state import Cache
 from turboquant_jax.implementation import Implementation
 

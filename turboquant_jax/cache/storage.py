@@ -31,8 +31,8 @@ def save(cache: Cache, path: str | Path, *, model: str) -> None:
     path = Path(path)
     _refuse_mesh(cache)
     leaves, _ = tree_flatten_with_path(cache)
-    arrays = {keystr(where): _portable(np.asarray(leaf)) for where, leaf in leaves}
-    facts = {"format": FORMAT, "model": model, "config": _describe(cache)}
+    arrays = {keystr(where): portable(np.asarray(leaf)) for where, leaf in leaves}
+    facts = {"format": FORMAT, "model": model, "config": describe(cache)}
     files.write(path, arrays, facts)
 
 
@@ -59,13 +59,13 @@ def restore(like: Cache, path: str | Path, *, model: str) -> Cache:
             f"{path}: got a cache of turboquant-jax 0.1, whose pages are laid out otherwise, "
             f"expected {FORMAT!r}: prefill its prompt and save it again"
         )
-    for name, expected in (("format", FORMAT), ("model", model), ("config", _describe(like))):
+    for name, expected in (("format", FORMAT), ("model", model), ("config", describe(like))):
         if metadata.get(name) != expected:
             raise ValueError(f"{path}: got {name} {metadata.get(name)}, expected {expected}")
     files.check(path, metadata, ("format", "model", "config"), arrays)
     leaves, structure = tree_flatten_with_path(like)
     shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    expected_shapes = {keystr(where): (leaf.shape, _stored(leaf.dtype)) for where, leaf in leaves}
+    expected_shapes = {keystr(where): (leaf.shape, stored(leaf.dtype)) for where, leaf in leaves}
     if shapes != expected_shapes:
         raise ValueError(f"{path}: got arrays {shapes}, expected {expected_shapes}")
     restored = [
@@ -79,21 +79,22 @@ def _refuse_mesh(cache: Cache) -> None:
     mesh = getattr(getattr(cache.table.page_table, "sharding", None), "mesh", None)
     if mesh is not None and mesh.size > 1:
         raise ValueError(
-            f"cache: got one on a mesh of {dict(mesh.shape)}, expected one on one device: its rows "
-            "are in the order of the shards"
+            f"cache: got one on a mesh of {dict(mesh.shape)}, expected one on one device: "
+            "`cache.sharding.save` writes its shards"
         )
 
 
-def _portable(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(_stored(array.dtype))
+def portable(array: np.ndarray) -> np.ndarray:
+    """The array as it is stored."""
+    return np.ascontiguousarray(array).view(stored(array.dtype))
 
 
-def _stored(dtype: Any) -> np.dtype:
+def stored(dtype: Any) -> np.dtype:
     """bfloat16 travels as its bits: numpy's safetensors know none."""
     return np.dtype(np.uint16 if dtype == jnp.bfloat16 else dtype)
 
 
-def _describe(cache: Cache) -> str:
+def describe(cache: Cache) -> str:
     """Everything static. The levels are in it, so that codes keep their meaning."""
     levels = [
         [[group.levels for group in codec.groups] for codec in part.codecs] for part in cache.parts

@@ -4,9 +4,9 @@
         model.generate(**inputs, cache=cache)
 
 Single tokens are replayed from two graphs: one for steps in which no sequence completes a block,
-one that also compresses what is complete. A `model.forward` that `torch.compile` made is captured
-as it is. The host knows which, so that it never waits. Prompts and
-other caches run as before. On a CPU the same step runs without a graph.
+one that also compresses what is complete. The host knows which, so that it never waits. Prompts and
+other caches run as before. On a CPU the same step runs without a graph. The step is
+`model.forward`, also one that `torch.compile` made, or that of `fused`.
 """
 
 import functools
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from turboquant_jax.pytorch import fused
 from turboquant_jax.pytorch.state import State
 from turboquant_jax.pytorch.supported import CACHE
 
@@ -32,12 +33,13 @@ class CapturedStep:
     """The step of a model over a cache, between `__enter__` and `__exit__` in its `forward`.
 
     Attributes:
+      fuse: whether the step is that of `fused`, compiled where it runs on a GPU.
       ids, positions: int64 [B, 1], of the tokens of a step.
       counts: int32 [B], how many they are: 1, or 0 while a graph is made, so that nothing changes.
     """
 
-    def __init__(self, cache: "TurboQuantCache", model: Any):
-        self.cache, self.model = cache, model
+    def __init__(self, cache: "TurboQuantCache", model: Any, fuse: bool = False):
+        self.cache, self.model, self.fuse = cache, model, fuse
         self.forward: Callable[..., Any] = model.forward
         self.before = vars(model).get("forward")  # one that was compiled, say
         self.graphs: dict[bool, tuple[Any, Tensor]] = {}
@@ -91,16 +93,23 @@ class CapturedStep:
         steps.captured = self.counts
         steps.completes = self.everyone if completing else self.nobody
         try:
-            found = self.forward(
-                input_ids=self.ids,
-                position_ids=self.positions,
-                attention_mask=None,
-                use_cache=True,
-                return_dict=True,
-                **{CACHE: self.cache},
-            )
+            return self._logits()
         finally:
             steps.captured = None
+
+    def _logits(self) -> Tensor:
+        assert self.ids is not None
+        if self.fuse:
+            by = fused.compiled() if self.ids.device.type == "cuda" else fused.Between()
+            return fused.step(self.model, self.cache, self.ids, self.positions, by)
+        found = self.forward(
+            input_ids=self.ids,
+            position_ids=self.positions,
+            attention_mask=None,
+            use_cache=True,
+            return_dict=True,
+            **{CACHE: self.cache},
+        )
         return found.logits
 
     def _serves(self, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:

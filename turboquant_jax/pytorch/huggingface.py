@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function
 
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset
-from turboquant_jax.pytorch import capture, creation, sharing, step, supported
+from turboquant_jax.pytorch import capture, creation, fused, sharing, step, supported
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import State
 
@@ -187,15 +187,21 @@ class TurboQuantCache(Cache):
             self.state = sharing.grown(self.state, step.room_for(self.config, needed))
         return self.state
 
-    def capture(self, model: Any) -> capture.CapturedStep:
+    def capture(self, model: Any, *, fuse: bool = False) -> capture.CapturedStep:
         """A context in which the model's single tokens over this cache are a CUDA graph.
 
+        `fuse`: norms, RoPE, residuals and activations as one kernel each, by `torch.compile`; the
+        model's matrices are called one by one then, and its layers are not.
+
         Raises:
-          ValueError: another model than the cache was made for.
+          ValueError: another model than the cache was made for; to be fused, another activation
+            than SiLU.
         """
         if supported.attention_modules(model) != self.modules:
             raise ValueError("model: got another one than the cache was made for")
-        return capture.CapturedStep(self, model)
+        if fuse:
+            fused.check(model)
+        return capture.CapturedStep(self, model, fuse)
 
     def reset(self) -> None:
         """Forget all tokens; tensors are kept for the next ones."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from pallas_kernels.primitives.period import PERIOD
 from turboquant_jax.pytorch import kernel_operands, operands, operators, pre_rope
 from turboquant_jax.pytorch.codec import Codec
+from turboquant_jax.pytorch.pre_rope import Phases
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import Part, State
 
@@ -127,51 +128,68 @@ def encode_jobs(state: State, part: Part, source: list[Tensor], columns: Any) ->
     )
     index = number * state.config.block
     jobs = torch.stack([row, slot, page, mean, (index == 0).int(), index % PERIOD], dim=1)
-    dtype = source[0].dtype
+    key_mean, turned = state.key_mean, None
+    if key_mean is not None:
+        key_mean = _flat(key_mean)
+        if state.phases is not None:
+            turned = turned_means(key_mean[mean.long()], state.phases, index, state.config.block)
+    encode(part, source, jobs, key_mean, state.phases, turned)
+
+
+def encode(
+    part: Part,
+    source: list[Tensor],
+    jobs: Tensor,
+    key_mean: Tensor | None,
+    phases: Phases | None,
+    turned: Tensor | None,
+) -> None:
+    """Jobs int32 [n, 6] of the encode kernel; `turned`: of a mean before RoPE."""
+    dtype, block = source[0].dtype, part.pool.scales[0].storage.shape[1]
     keys = _targets(part.codecs[0], part.pool.keys, dtype)
     before_rope, rotated_mean = None, None
-    if state.key_mean is not None:
-        if state.phases is None:
-            rotated_mean = operators.rotated_means(_flat(state.key_mean), keys)
-        else:
-            before_rope = _pre_rope(state, index, mean)
+    if turned is not None:
+        assert phases is not None
+        angles, opening = _tables(phases, block)
+        before_rope = operands.PreRopeOperand(
+            angles=angles, opening=opening, turned=turned, rotary=phases.rotary
+        )
+    elif key_mean is not None:
+        rotated_mean = operators.rotated_means(key_mean, keys)
     pool = operands.Pool(
         keys=keys,
         values=_targets(part.codecs[1], part.pool.values, dtype),
         scales=tuple(words.tensor.view(torch.uint32) for words in part.pool.scales),
-        key_mean=None if state.key_mean is None else _flat(state.key_mean),
+        key_mean=key_mean,
         pre_rope=before_rope,
         rotated_mean=rotated_mean,
     )
     operators.encode(*source, jobs, pool)
 
 
-def _pre_rope(state: State, index: Tensor, mean: Tensor) -> operands.Operand:
-    """The mean of each job, turned to its periods."""
-    phases, block = state.phases, state.config.block
-    assert phases is not None and state.key_mean is not None
+def turned_means(mean: Tensor, phases: Phases, index: Tensor, block: int) -> Tensor:
+    """[*lead, n * periods, K, 2, H]: means [*lead, n, K, H] of blocks that begin at `index` [n]."""
+    periods = torch.arange(-(-block // PERIOD), dtype=torch.int32, device=mean.device)
+    period = (index // PERIOD)[:, None] + periods
+    period = period.expand(*mean.shape[:-2], periods.shape[0])
+    turned = pre_rope.mean_of_period(mean, phases, period).flatten(-4, -3)
+    first, second = pre_rope.split_pairs(turned, phases.rotary)
+    swapped = pre_rope.join_pairs(second, first, phases.rotary)
+    return torch.stack([turned, swapped], dim=-2)
 
-    def tables() -> tuple[Tensor, Tensor]:
-        token = torch.arange(block, dtype=torch.int32, device=state.device)
+
+def _tables(phases: Phases, block: int) -> tuple[Tensor, Tensor]:
+    """Angles of a period, and those of a sequence's first block."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        token = torch.arange(block, dtype=torch.int32, device=phases.within.device)
         halves = [table.to(torch.float32).chunk(2, dim=-1) for table in phases.at(token)]
         coarse, fine, within = (torch.complex(*pair) for pair in halves)
         whole = coarse * fine * within
         opening = torch.cat([whole.real, whole.imag], dim=-1)
         return _signed(phases.within, phases.rotary), _signed(opening, phases.rotary)
 
-    angles, opening = kernel_operands.once(phases, ("tables", block), tables)
-    periods = torch.arange(-(-block // PERIOD), dtype=torch.int32, device=state.device)
-    period = (index // PERIOD)[:, None] + periods
-    turned = pre_rope.mean_of_period(_flat(state.key_mean)[mean.long()], phases, period)
-    turned = turned.flatten(0, 1)
-    first, second = pre_rope.split_pairs(turned, phases.rotary)
-    swapped = pre_rope.join_pairs(second, first, phases.rotary)
-    return operands.PreRopeOperand(
-        angles=angles,
-        opening=opening,
-        turned=torch.stack([turned, swapped], dim=2),
-        rotary=phases.rotary,
-    )
+    return kernel_operands.once(phases, ("tables", block), make)
 
 
 def _signed(angles: Tensor, rotary: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""Where plans come from: bundles that were shipped, the cache on disk, or a jax that makes them.
+"""Where plans and their machine code come from: bundles that were shipped, the cache on disk, or a
+jax that makes the plan and a Triton that compiles it.
 
 A plan is named by a digest of its call, the shapes and dtypes of its tensors, and the source of the
 kernels. The cache is `$TURBOQUANT_JAX_PLANS`, else `turboquant-jax/plans` in the user's cache; a
 plan in it that another jax made is made anew. Plans of a bundle (`use`) are taken from any jax, so
-that with all plans at hand jax is never imported.
+that with all plans at hand jax is never imported. Code is named by what was compiled, for which GPU
+and by which Triton.
 """
 
 import functools
@@ -17,7 +19,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from turboquant_jax.pytorch import binary
 from turboquant_jax.pytorch import plan as plans
+from turboquant_jax.pytorch.binary import Binary
 from turboquant_jax.pytorch.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +37,7 @@ SOURCES = (
 Shapes = Sequence[tuple[tuple[int, ...], str]]
 
 _bundles: list[Path] = []
-_used: dict[str, Plan] = {}
+_used: dict[str, str] = {}
 
 
 def use(path: str | Path) -> None:
@@ -47,12 +51,11 @@ def use(path: str | Path) -> None:
 
 
 def save(path: str | Path) -> None:
-    """Writes all plans that this process has used into one file, for `use` elsewhere."""
+    """Writes all plans and code that this process has used into one file, for `use` elsewhere."""
     with _replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as bundle:
-        for name, plan in sorted(_used.items()):
+        for name, text in sorted(_used.items()):
             # no time of writing: the same plans are the same file
-            entry = zipfile.ZipInfo(name)
-            bundle.writestr(entry, plans.dumps(plan), zipfile.ZIP_DEFLATED)
+            bundle.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
 
 
 def plan_of(name: str, spec: str, read: Shapes, written: Shapes) -> Plan:
@@ -62,20 +65,41 @@ def plan_of(name: str, spec: str, read: Shapes, written: Shapes) -> Plan:
     to make it and is not installed.
     """
     file = f"{digest(name, spec, read, written)}.json"
-    plan = _bundled(file) or _cached(file)
+    plan = _bundled_plan(file) or _cached_plan(file)
     if plan is None:
         plan = _made(name, spec, read, written)
-        folder().mkdir(parents=True, exist_ok=True)
-        with _replacing(folder() / file) as temporary:
-            temporary.write_text(plans.dumps(plan), encoding="utf-8")
-    _used[file] = plan
+        _keep(file, plans.dumps(plan))
+    _used[file] = plans.dumps(plan)
     return plan
+
+
+def code_of(kernel: plans.Kernel, capability: int) -> Binary:
+    """The machine code of a kernel for a compute capability; errors are those of the compiler."""
+    what = [kernel.ttir, kernel.warps, kernel.stages, capability]
+    file = f"{_sha([binary.FORMAT, _version('triton'), _compiler_digest(), *what])}.code.json"
+    text = _bundled(file) or _cached(file)
+    if text is None or (found := binary.loads(text)) is None:
+        from turboquant_jax.pytorch import triton_compile  # imports triton
+
+        found = triton_compile.compile_kernel(*what)
+        text = binary.dumps(found)
+        _keep(file, text)
+    _used[file] = text
+    return found
 
 
 def digest(name: str, spec: str, read: Shapes, written: Shapes) -> str:
     """What names a plan."""
-    facts = [plans.FORMAT, source_digest(), name, spec, list(read), list(written)]
+    return _sha([plans.FORMAT, source_digest(), name, spec, list(read), list(written)])
+
+
+def _sha(facts: list) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _compiler_digest() -> str:
+    return hashlib.sha256((Path(__file__).parent / "triton_compile.py").read_bytes()).hexdigest()
 
 
 @functools.cache
@@ -97,26 +121,44 @@ def folder() -> Path:
     return Path(root) / "turboquant-jax" / "plans"
 
 
-def _bundled(file: str) -> Plan | None:
+def _bundled(file: str) -> str | None:
     for path in _bundles:
         with zipfile.ZipFile(path) as bundle:
             if file in bundle.namelist():
-                return plans.loads(bundle.read(file).decode("utf-8"))
+                return bundle.read(file).decode("utf-8")
     return None
 
 
-def _cached(file: str) -> Plan | None:
-    """If it is whole, and made by the jax that is installed, if one is."""
+def _cached(file: str) -> str | None:
     try:
-        plan = plans.loads((folder() / file).read_text(encoding="utf-8"))
+        return (folder() / file).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-    return plan if _jax_version() in (None, plan.jax) else None
 
 
-def _jax_version() -> str | None:
+def _keep(file: str, text: str) -> None:
+    folder().mkdir(parents=True, exist_ok=True)
+    with _replacing(folder() / file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _bundled_plan(file: str) -> Plan | None:
+    text = _bundled(file)
+    return None if text is None else plans.loads(text)
+
+
+def _cached_plan(file: str) -> Plan | None:
+    """If it is whole, and made by the jax that is installed, if one is."""
     try:
-        return importlib.metadata.version("jax")
+        plan = plans.loads(_cached(file) or "")
+    except ValueError:
+        return None
+    return plan if _version("jax") in (None, plan.jax) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

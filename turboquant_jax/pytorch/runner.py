@@ -6,12 +6,12 @@ cannot be captured in a CUDA graph; later ones launch on the current stream and 
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from turboquant_jax.pytorch import cuda_driver, plan_store
-from turboquant_jax.pytorch.plan import Buffer, Kind, Plan
+from turboquant_jax.pytorch.binary import Binary
+from turboquant_jax.pytorch.plan import Buffer, Kernel, Kind, Plan
 from turboquant_jax.pytorch.plan_store import Shapes
 
 # What the kernels' loads assume of every pointer, in bytes.
@@ -98,13 +98,11 @@ class Program:
     """A plan compiled and loaded for a device, with its constants there."""
 
     def __init__(self, plan: Plan, device: int):
-        from turboquant_jax.pytorch import triton_compile  # imports triton
-
         self.plan, self.device = plan, device
         capability = _capability(device)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the device's context current
-            self._kernels = [_load(triton_compile, kernel, capability) for kernel in plan.kernels]
+            self._kernels = [_load(kernel, capability) for kernel in plan.kernels]
         self.constants = {
             i: _constant(buffer, device)
             for i, buffer in enumerate(plan.buffers)
@@ -133,9 +131,9 @@ def _program(name: str, spec: str, read: Shapes, written: Shapes, device: int) -
     return Program(plan_store.plan_of(name, spec, read, written), device)
 
 
-def _load(triton_compile, kernel, capability: int) -> tuple[cuda_driver.Function, Any]:
+def _load(kernel: Kernel, capability: int) -> tuple[cuda_driver.Function, Binary]:
     """The kernel on the GPU, and what it was compiled to."""
-    binary = triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, capability)
+    binary = plan_store.code_of(kernel, capability)
     return cuda_driver.Function(binary.cubin, binary.name, binary.shared), binary
 
 

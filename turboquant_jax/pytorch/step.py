@@ -55,7 +55,9 @@ class Steps:
         """Announce `count` columns; `mask` [B, count] says which are tokens."""
         self.order, self.empty = None, False
         if self.captured is not None:
-            updating.begin(state, self.captured, count)
+            assert self.completes is not None
+            some = self.completes.shape[0] > 0
+            updating.begin(state, self.captured, count, completes=some)
             return
         self.empty = not self.seen
         real = None

@@ -11,7 +11,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,11 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
+from turboquant_jax.pytorch.binary import Binary
+
 # Releases whose code is tested.
 SERVED = ("3.5", "3.6", "3.7")
 OLDEST = 80
-
-
-@dataclass(frozen=True)
-class Binary:
-    """GPU code of one kernel.
-
-    Attributes:
-      cubin: for `cuModuleLoadData`; `name` is that of the kernel in it.
-      ptx: what it was assembled from.
-      shared: bytes of dynamic shared memory.
-      pointers: that the kernel takes: those of the plan, then scratch of Triton's, which is unused.
-      spilled: bytes of registers that a thread puts aside.
-      warps: of a program; twice those of the plan where one spills without.
-    """
-
-    name: str
-    cubin: bytes
-    ptx: str
-    shared: int
-    pointers: int
-    spilled: int
-    warps: int
 
 
 def served(version: str) -> bool:
@@ -95,7 +74,7 @@ def _compiled(ttir: str, target: GPUTarget, options: dict[str, Any]) -> Binary |
     pointers = len(re.findall(r"\.param\s+\.u64", parameters))
     cubin = compiled.asm["cubin"]
     return Binary(
-        metadata.name, cubin, ptx, metadata.shared, pointers, _stack(cubin), options["num_warps"]
+        metadata.name, cubin, metadata.shared, pointers, _stack(cubin), options["num_warps"]
     )
 
 
@@ -154,7 +133,10 @@ def _simplified(ttir: str, target: GPUTarget, options: dict[str, Any]) -> str:
     with _file(ttir) as path:
         module = ir.parse_mlir_module(path, context)
     module.context = context
-    return str(backend.make_ttir(module, {}, backend.parse_options(options), target.arch))
+    made = backend.make_ttir(module, {}, backend.parse_options(options), target.arch)
+    # without the places in that file, whose name is another one every time: Triton keeps what it
+    # compiled by its text
+    return str(made.str_nodebug())
 
 
 def _stack(cubin: bytes) -> int:

@@ -15,13 +15,20 @@ from turboquant_jax.pytorch.compression import DEFINITION, Compression
 from turboquant_jax.pytorch.state import Exact, State
 
 
-def begin(state: State, counts: Tensor, most: int) -> None:
-    """Announce `counts` [B] tokens, at most `most`, and give pages to the blocks they fill."""
+def begin(state: State, counts: Tensor, most: int, *, completes: bool = True) -> None:
+    """Announce `counts` [B] tokens, at most `most`, and give pages to the blocks they fill.
+
+    `completes`: whether they may fill any. Who knows that they don't spares the search for pages.
+    """
     table, layout = state.table, state.layout
     counts = counts.to(torch.int32)
     fits = (counts >= 0) & (counts <= most) & (table.lengths + counts <= state.capacity)
     fits = fits & ~table.overflow
     counts = torch.where(fits, counts, 0)
+    if not completes:
+        table.pending.copy_(counts)
+        table.overflow.logical_or_(~fits)
+        return
     slot, filled = layout.completed(table.lengths, counts, most)
     current = torch.gather(table.page_table, 1, slot.long())
     page, granted = pages.assign(table.references, current, filled)

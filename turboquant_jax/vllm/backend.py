@@ -1,7 +1,7 @@
 """The classes that vLLM 0.26 asks an attention backend for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,10 @@ from turboquant_jax.pytorch import codec, constants, pre_rope
 from turboquant_jax.pytorch.codec import Codec
 from turboquant_jax.pytorch.pre_rope import Phases
 from turboquant_jax.pytorch.segments import Scores
-from turboquant_jax.vllm import pages, settings, slots
-from turboquant_jax.vllm.step import Batch, Chunk, Layer
+from turboquant_jax.vllm import pages, settings
+from turboquant_jax.vllm.jobs import Batch
+from turboquant_jax.vllm.step import Layer
+from turboquant_jax.vllm.steps import Steps
 
 SEED = 0
 """Of the rotations: pages of all engines are alike."""
@@ -123,22 +125,25 @@ def kv_cache_spec(layer: Any, vllm_config: VllmConfig) -> TQFullAttentionSpec:
 
 @dataclass
 class TurboQuantMetadata(AttentionMetadata):
-    """A step: tokens that are no padding, and its requests."""
+    """A step: tokens that are no padding, its requests, and the layers by number."""
 
     tokens: int
     batch: Batch
+    layers: Sequence[Layer]
 
 
 class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     """Metadata from vLLM's; keeps the slots of open blocks."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
-        count = vllm_config.scheduler_config.max_num_seqs
-        self.slots = slots.create(count, vllm_config.cache_config.num_gpu_blocks, device)
+        self.count = vllm_config.scheduler_config.max_num_seqs
+        self.steps: Steps | None = None
 
     def build(
         self,
@@ -146,32 +151,28 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TurboQuantMetadata:
-        """Lengths, slots and chunks of a step; the device is not waited for."""
+        """Lengths, slots and blocks of a step; the device is not waited for."""
         common = common_attn_metadata
         singles, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
-        starts = common.query_start_loc_cpu.tolist()
-        ends = common.seq_lens_cpu_upper_bound.tolist()  # exact without speculation
-        counts = [stop - start for start, stop in pairwise(starts)]
-        chunks = tuple(
-            Chunk(row, starts[row], counts[row], ends[row] - counts[row])
-            for row in range(singles, common.num_reqs)
-            if counts[row]
+        if self.steps is None:
+            context = self.vllm_config.compilation_config.static_forward_context
+            attention = [context[name] for name in self.layer_names]
+            layers = [
+                own.impl.layer_over(own.kv_cache, number) for number, own in enumerate(attention)
+            ]
+            columns = common.block_table_tensor.shape[1]
+            self.steps = Steps(layers, self.count, columns, self.device)
+            if layers[0].kernels:
+                self.steps.warm_up(attention[0].impl.num_heads, self.vllm_config.model_config.dtype)
+        batch = self.steps.batch(
+            common.block_table_tensor[: common.num_reqs],
+            common.seq_lens[: common.num_reqs],
+            common.query_start_loc[: common.num_reqs + 1],
+            singles,
+            common.query_start_loc_cpu.tolist(),
+            common.seq_lens_cpu_upper_bound.tolist(),  # exact without speculation
         )
-        seen = common.seq_lens[: common.num_reqs]
-        query = common.query_start_loc[: common.num_reqs + 1].diff()
-        lengths = (seen - query).clamp(min=0)
-        table = common.block_table_tensor[: common.num_reqs]
-        block = settings.BLOCK
-        batch = Batch(
-            page_table=table,
-            lengths=lengths,
-            seen=seen,
-            slots=self.slots.assign(table, lengths, seen, block),
-            singles=singles,
-            chunks=chunks,
-            completes=any(end and end % block == 0 for end in ends[:singles]),
-        )
-        return TurboQuantMetadata(common.num_actual_tokens, batch)
+        return TurboQuantMetadata(common.num_actual_tokens, batch, self.steps.layers)
 
 
 class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
@@ -195,6 +196,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         for name, got in (
             ("alibi_slopes", alibi_slopes),
             ("sliding_window", sliding_window),
+            ("logits_soft_cap", logits_soft_cap or None),
             ("kv_sharing_target_layer_name", kv_sharing_target_layer_name),
         ):
             if got is not None:
@@ -202,11 +204,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.scores = Scores(scale, logits_soft_cap or None)
+        self.scores = Scores(scale)
         self.vllm_config = get_current_vllm_config()
         self.shared = _shared(self.vllm_config)
         self.open: tuple[Tensor, Tensor] | None = None
-        self.layer: Layer | None = None
+        self.number = 0
         TurboQuantBackend.shared = self.shared
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -221,6 +223,17 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         device = self.vllm_config.device_config.device
         keys, values = (torch.zeros(shape, dtype=act_dtype, device=device) for _ in range(2))
         self.open = keys, values
+
+    def layer_over(self, kv_cache: Tensor, number: int) -> Layer:
+        """This layer, of that number, over vLLM's memory.
+
+        Steps alone keep it: vLLM measures its graphs over other memory, which it gives back.
+        """
+        assert self.open is not None
+        self.number = number
+        own = pages.carve(kv_cache, self.shared.config, self.shared.codecs)
+        kernels = kv_cache.device.type == "cuda"
+        return Layer(self.shared.config, self.shared.phases, *self.open, own, kernels, number)
 
     def forward(
         self,
@@ -237,16 +250,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """Attention of the step's tokens [tokens, N, H], into `output`."""
         if attn_metadata is None:
             return output.fill_(0)
-        count, config = attn_metadata.tokens, self.shared.config
-        if self.layer is None:
-            assert self.open is not None
-            own = pages.carve(kv_cache, config, self.shared.codecs)
-            kernels = kv_cache.device.type == "cuda"
-            self.layer = Layer(config, self.shared.phases, *self.open, own, kernels)
-        q, k, v = (
-            x[:count].view(count, -1, self.head_size).contiguous() for x in (query, key, value)
-        )
-        found = self.layer.run(q, k, v, attn_metadata.batch, self.scores)
+        count = attn_metadata.tokens
+        own = attn_metadata.layers[self.number]
+        q, k, v = (x[:count].view(count, -1, self.head_size) for x in (query, key, value))
+        found = own.run(q, k, v, attn_metadata.batch, self.scores)
         output[:count] = found.reshape(output[:count].shape)
         return output
 

@@ -58,6 +58,7 @@ def _check(vllm_config: Any) -> None:
         ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
         ("kv_transfer_config", vllm_config.kv_transfer_config, None),
         ("speculative_config", vllm_config.speculative_config, None),
+        ("VLLM_USE_V2_MODEL_RUNNER", int(vllm_config.use_v2_model_runner), 0),
     )
     for name, got, expected in checks:
         if got != expected:

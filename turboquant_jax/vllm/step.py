@@ -3,11 +3,12 @@
 Tokens of a request's open block lie in full precision in its slot (`slots`), all others compressed
 in vLLM's pages (`pages`). Both are in place before any query looks, because requests may share
 pages that are filled in this very step. What runs is the torch cache's: its kernels on a GPU, its
-definition on a CPU.
+definition on a CPU. Where all requests have one new token nothing here depends on the host, so that
+a CUDA graph holds the step.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,42 +17,14 @@ from torch import Tensor
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.pytorch import compression, definition, pre_rope, trellis
 from turboquant_jax.pytorch.pre_rope import Phases
-from turboquant_jax.pytorch.segments import Scores
+from turboquant_jax.pytorch.segments import Scores, SegmentPart
 from turboquant_jax.pytorch.state import Exact, State, Table
+from turboquant_jax.vllm import tiles
+from turboquant_jax.vllm.jobs import BLOCKS, Batch, Chunk, Jobs
 from turboquant_jax.vllm.pages import NOWHERE, PageRows, Pages
 
-
-class Chunk(NamedTuple):
-    """Several new tokens of one request, in numbers that the host knows.
-
-    Attributes:
-      row: of the request in the batch.
-      start: of its tokens among all new ones.
-      new: how many they are.
-      past: how many came before.
-    """
-
-    row: int
-    start: int
-    new: int
-    past: int
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The requests of a step; the first `singles` have one new token each, then come chunks.
-
-    `page_table` int32 [B, columns], and int32 [B]: `lengths` before the step, `seen` after it, 0
-    for padding, and `slots`. `completes`: whether a single token may complete a block.
-    """
-
-    page_table: Tensor
-    lengths: Tensor
-    seen: Tensor
-    slots: Tensor
-    singles: int
-    chunks: tuple[Chunk, ...] = ()
-    completes: bool = True
+ENCODED = (2, 3, 4, 5)
+"""Bits that the encode kernel is compiled for: with more, torch's Triton takes minutes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +32,7 @@ class Layer:
     """A layer's tokens: `keys` and `values` [slots, block, K, H] of open blocks, and pages.
 
     `kernels`: whether single tokens and compression are the GPU kernels' (on a CPU: interpreted).
+    `number`: of the layer among those of the engine, as in `Batch.turned`.
     """
 
     config: CacheConfig
@@ -67,6 +41,7 @@ class Layer:
     values: Tensor
     pages: Pages
     kernels: bool
+    number: int = 0
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scores: Scores) -> Tensor:
         """Attention [tokens, N, H] of new queries; keys and values are [tokens, K, H]."""
@@ -74,10 +49,9 @@ class Layer:
         single = [x[: batch.singles] for x in new]
         runs = [self._staged(batch, chunk, new) for chunk in batch.chunks]
         if batch.singles:
-            self._stage_singles(batch, single)
-            if batch.completes:
-                self._compress_singles(batch)
-        self._compress_chunks(batch, runs)
+            for held, own in zip((self.keys, self.values), single, strict=True):
+                held.flatten(0, 1).index_copy_(0, batch.place, own)
+        self._compress_all(batch, runs)
         found = []
         if batch.singles:
             found.append(self._attend_singles(batch, q[: batch.singles], single, scores))
@@ -96,13 +70,6 @@ class Layer:
         old = (x.index_select(0, slot[None])[0, :held] for x in (self.keys, self.values))
         return [torch.cat(pair) for pair in zip(old, own, strict=True)]
 
-    def _stage_singles(self, batch: Batch, new: list[Tensor]) -> None:
-        slot = batch.slots[: batch.singles].long()
-        place = (batch.lengths[: batch.singles] % self.config.block).long()
-        # a block that this token completes at once has no slot: it is one token long
-        for held, own in zip((self.keys, self.values), new, strict=True):
-            held.index_put_((slot, place), own)
-
     def _stage_tail(self, batch: Batch, chunk: Chunk, run: list[Tensor]) -> None:
         rest = (chunk.past + chunk.new) % self.config.block
         if rest:
@@ -111,75 +78,71 @@ class Layer:
                 padded = F.pad(own[-rest:], (0, 0, 0, 0, 0, self.config.block - rest))
                 held.index_copy_(0, slot, padded[None])
 
-    def _compress_singles(self, batch: Batch) -> None:
-        some, block = slice(batch.singles), self.config.block
-        number = batch.lengths[some] // block
-        filled = (batch.seen[some] % block == 0) & (batch.seen[some] > 0)
-        page = torch.gather(batch.page_table[some], 1, number[:, None].long())[:, 0]
-        page = torch.where(filled, page, -1)
-        source = [self.keys, self.values]
-        self._compress(source, batch.slots[some], page, batch.page_table[some][:, 0], number)
-
-    def _compress_chunks(self, batch: Batch, runs: list[list[Tensor]]) -> None:
-        """First the opening blocks of sequences, whose mean the others need."""
-        block = self.config.block
-        jobs: tuple[list, list] = ([], [])
-        for chunk, run in zip(batch.chunks, runs, strict=True):
-            first = chunk.past // block
-            count = (chunk.past + chunk.new) // block - first
-            pages = batch.page_table[chunk.row]
-            for number in range(first, first + count):
-                start = (number - first) * block
-                own = [x[start : start + block] for x in run]
-                jobs[number > 0].append((own, pages[number], pages[0], number))
-        for some in jobs:
-            if not some:
-                continue
-            blocks, page, mean, numbers = zip(*some, strict=True)
-            spare = (1 << (len(some) - 1).bit_length()) - len(some)  # few shapes, few programs
-            source = [
-                F.pad(torch.stack([own[side] for own in blocks]), (0, 0) * 3 + (0, spare))
-                for side in (0, 1)
-            ]
-            number = torch.tensor(
-                [*numbers, *[0] * spare], dtype=torch.int32, device=page[0].device
-            )
-            row = torch.arange(len(some) + spare, dtype=torch.int32, device=number.device)
-            self._compress(
-                source, row, F.pad(torch.stack(page), (0, spare), value=-1),
-                F.pad(torch.stack(mean), (0, spare)), number,
-            )  # fmt: skip
+    def _compress_all(self, batch: Batch, runs: list[list[Tensor]]) -> None:
+        """First the opening blocks of sequences, whose means the others need."""
+        if batch.filled is not None:
+            turned = None if batch.turned is None else batch.turned[self.number]
+            self._compress([self.keys, self.values], batch.filled, batch.columns, turned)
+        if batch.chunk_jobs is None:
+            return
+        block, counts = self.config.block, batch.chunk_jobs.counts
+        source = []
+        for side in (0, 1):
+            parts = [r[side][: n * block] for r, n in zip(runs, counts, strict=True) if n]
+            rows = (torch.cat(parts) if len(parts) > 1 else parts[0]).unflatten(0, (-1, block))
+            spare = -rows.shape[0] % BLOCKS
+            source.append(F.pad(rows, (0, 0) * 3 + (0, spare)).split(BLOCKS))
+        for turn in (0, 1):
+            for number, calls in enumerate(batch.chunk_jobs.calls):
+                jobs = calls[turn]
+                if jobs is not None:
+                    self._compress([x[number] for x in source], jobs)
 
     def _compress(
-        self, source: list[Tensor], row: Tensor, page: Tensor, opening: Tensor, number: Tensor
+        self,
+        source: list[Tensor],
+        jobs: Jobs,
+        columns: Tensor | None = None,
+        turned: Tensor | None = None,
     ) -> None:
-        """Rows [n] of keys and values [rows, block, K, H] into pages [n], -1 for none.
-
-        They are blocks `number` [n] of sequences whose first pages are `opening` [n].
-        """
-        state = self._state(opening[:, None], number * self.config.block, source, self.pages.means)
-        if self.kernels:
+        """Rows of keys and values [rows, block, K, H] into pages."""
+        block, means = self.config.block, self.pages.means
+        if self.kernels and self.config.key.bits in ENCODED:
             from turboquant_jax.pytorch import kernels
 
-            columns = row, torch.zeros_like(row), page, opening, number
-            kernels.encode_jobs(state, self.pages.part, source, columns)
+            if columns is None:
+                columns = jobs.columns(block)
+            if turned is None and means is not None and self.phases is not None:
+                own = means[0].index_select(0, jobs.opening)
+                turned = kernels.turned_means(own, self.phases, jobs.number * block, block)
+            held, source = None if means is None else means[0], [x.contiguous() for x in source]
+            kernels.encode(self.pages.part, source, columns, held, self.phases, turned)
             return
-        blocks, mean = [x[row.long()] for x in source], None
-        if self.pages.means is not None:
-            means, opens = self.pages.means[0], (page >= 0) & (number == 0)
+        some = slice(None)
+        if jobs.page.device.type == "cpu":  # which may look
+            some = (jobs.page >= 0).nonzero()[:, 0]
+            if not len(some):
+                return
+        row, page, opening, number = (
+            x[some].long() for x in (jobs.row, jobs.page, jobs.opening, jobs.number)
+        )
+        blocks, mean = [x[row] for x in source], None
+        if means is not None:
             of_first = pre_rope.mean_key(blocks[0], self.phases)
-            mean = torch.where(opens[:, None, None], of_first, means[opening.long()])
-            means.index_copy_(0, torch.where(opens, opening, NOWHERE).long(), mean)
+            opens = (page >= 0) & (number == 0)
+            mean = torch.where(opens[:, None, None], of_first, means[0][opening])
+            means[0].index_copy_(0, torch.where(opens, opening, NOWHERE), mean)
+        state = self._state(opening[:, None], number, source, means)
         compression.store_blocks(
             state, self.pages.part, slice(None), blocks, mean, number, page, trellis.search
         )
 
     def _attend_singles(self, batch: Batch, q: Tensor, new: list[Tensor], scores: Scores) -> Tensor:
         some = slice(batch.singles)
-        slot = batch.slots[some]
+        slot, table = batch.slots[some], batch.page_table[some].contiguous()
         staged = [x.index_select(0, slot) for x in (self.keys, self.values)]
-        table = batch.page_table[some].contiguous()
-        mean = self._means_of(table[:, 0])
+        means = self.pages.means
+        mean = None if means is None else means.index_select(1, table[:, 0])
         state = self._state(table, batch.lengths[some].contiguous(), staged, mean)
         query, key, value = (x[:, None] for x in (q, *new))
         if self.kernels:
@@ -199,31 +162,72 @@ class Layer:
         scores: Scores,
     ) -> Tensor:
         own = slice(chunk.start, chunk.start + chunk.new)
-        query, key, value = (x[None, own] for x in (q, *new))
+        query, (key, value) = q[own], (x[own].to(q.dtype) for x in new)
         if not chunk.past:
-            return definition.attend_to_itself(query, key, value, scores)[0]
-        block, row = self.config.block, slice(chunk.row, chunk.row + 1)
-        held = chunk.past % block
-        staged = [F.pad(x[:held], (0, 0, 0, 0, 0, block - held))[None] for x in run]
-        table = batch.page_table[row, : chunk.past // block].contiguous()
-        mean = self._means_of(batch.page_table[row, 0])
-        state = self._state(table, batch.lengths[row], staged, mean)
-        return definition.attend(state, 0, query, key, value, scores)[0]
+            found = definition.attend_to_itself(query[None], key[None], value[None], scores)
+            return found[0]
+        factor, held = scores.factor(self.config.head_dim), chunk.past % self.config.block
+        parts = [tiles.attend(query, key, value, factor, causal=True)]
+        if held:
+            keys, values = (x[:held].to(q.dtype) for x in run)
+            parts.append(tiles.attend(query, keys, values, factor))
+        if chunk.past >= self.config.block:
+            parts.append(self._attend_pages(batch.page_table[chunk.row], chunk.past, query, factor))
+        return tiles.join(parts)[0].to(q.dtype)
 
-    def _means_of(self, opening: Tensor) -> Tensor | None:
-        """Mean keys [1, B, K, H] of sequences with these first pages."""
-        return None if self.pages.means is None else self.pages.means.index_select(1, opening)
+    def _attend_pages(self, table: Tensor, past: int, query: Tensor, factor: float) -> SegmentPart:
+        """Over the whole blocks of the first `past` tokens; of these, all queries see all."""
+        codecs, heads, block = self.pages.part.codecs, self.config.num_kv_heads, self.config.block
+        turned, found = tiles.rotated(codecs[0], query, heads), None
+        for first in range(0, past // block, tiles.PAGES):
+            count = min(past // block - first, tiles.PAGES)
+            pages = F.pad(table[first : first + count], (0, tiles.PAGES - count), value=NOWHERE)
+            keys, values = (x[: count * block] for x in self._decoded(pages, query.dtype))
+            if self.pages.means is not None:
+                mean = self.pages.means[0].index_select(0, table[:1])[0]
+                keys = tiles.with_mean(keys, mean, self.phases, codecs[0], first * block)
+            part = tiles.attend(turned, keys, values, factor)
+            found = part if found is None else tiles.join([found, part])
+        assert found is not None
+        return tiles.unrotated(codecs[1], found[0], heads), found[1]
+
+    def _decoded(self, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [tokens, K, H] of some pages in the rotated space."""
+        part = self.pages.part
+        if self.kernels:
+            from turboquant_jax.pytorch import kernel_operands, operators
+
+            rows = kernel_operands.once(part, "rows", lambda: part.head.to(torch.int32))
+            every = slice(0, len(part.heads))
+            blocks = kernel_operands.blocks_of(part, every)
+            keys, values = operators.decode((blocks,), pages, rows, dtype=dtype)
+            return keys.flatten(0, 1), values.flatten(0, 1)
+        none = [x[:1] for x in (self.keys, self.values)]
+        state = self._state(pages[None], pages[:1], none, None)
+        keys, values = definition.decoded(state, part, state.members[0][0])
+        return keys[0].to(dtype), values[0].to(dtype)
+
+    @cached_property
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        """Sinks, and the reference counts of pages, which nothing here reads."""
+        none = self.keys.new_zeros(0, *self.keys.shape[2:])
+        pages = self.pages.part.pool.scales[0].lead[1]
+        return none, torch.zeros(1, dtype=torch.int32, device=none.device).expand(pages)
+
+    @cached_property
+    def _ones(self) -> Tensor:
+        """int32, as many as there are slots."""
+        return torch.ones(self.keys.shape[0], dtype=torch.int32, device=self.keys.device)
 
     def _state(
         self, table: Tensor, lengths: Tensor, window: list[Tensor], means: Tensor | None
     ) -> State:
         """The torch cache whose window is the open blocks [B, block, K, H]: these tensors alone."""
         config, batch = self.config, window[0].shape[0]
-        none = window[0].new_zeros(0, *window[0].shape[2:])
+        none, references = self._nothing
         sinks = PageRows((1, batch, 0), none)
         held = [PageRows((1, *x.shape[:2]), x.flatten(0, 1)) for x in window]
-        pages = self.pages.part.pool.scales[0].lead[1]
-        one = torch.ones_like(lengths)
+        one = self._ones[: lengths.shape[0]]
         return State(
             config=config,
             capacity=config.block * max(table.shape[1], 1),
@@ -233,7 +237,7 @@ class Layer:
                 overflow=one,
                 page_table=table,
                 pending_pages=table,
-                references=lengths.new_zeros(1).expand(pages),
+                references=references,
             ),
             sinks=Exact(sinks, sinks),
             window=Exact(held[0], held[1]),

@@ -1,0 +1,274 @@
+"""A decoder on a mesh: its loop compiled ahead, timed, and taken apart by kind of kernel."""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from turboquant_jax import cache
+from turboquant_jax.attention.projection import Projection
+from turboquant_jax.cache import CacheConfig, sharding
+from turboquant_jax.cache.mesh import DATA, SEQUENCES, TOKENS, on_shards, specs
+from turboquant_jax.models import dense, timing
+from turboquant_jax.models import sharding as model_sharding
+from turboquant_jax.models.config import LlamaConfig
+from turboquant_jax.models.dense import DENSE, Dense
+from turboquant_jax.models.generate import Past, decode
+from turboquant_jax.models.model import random_model
+from turboquant_jax.models.past import COMPRESSED, on_mesh
+
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
+COMPILERS = {
+    "": {},
+    "graphs": {"xla_gpu_enable_command_buffer": _IN_GRAPHS},
+    "kernels": {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True},
+}
+"""XLA as it is; collectives inside its CUDA graphs; its own sum of few bytes instead of NCCL's."""
+
+KINDS = {
+    "collectives": ("nccl", "allreduce", "all_reduce", "allgather", "all-gather", "all-reduce"),
+    "attention": ("attention", "combine", "rope", "encode", "flash", "fmha"),
+    "products": ("gemm", "dot", "cutlass", "nvjet", "cublas", "splitk"),
+}
+"""Kinds of kernels by what their names contain, the first that fits; others are "other"."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Greedy decoding of random weights with a past that is filled, compressed or dense (None).
+
+    Attributes:
+      mesh: None for one device, which runs what it runs without a mesh.
+      capacity: tokens that a sequence has room for, the steps of a loop among them.
+    """
+
+    llama: LlamaConfig
+    cache: CacheConfig | None
+    mesh: Mesh | None
+    batch: int
+    tokens: int
+    steps: int
+    compiler: str = ""
+
+    @property
+    def capacity(self) -> int:
+        """Room of a sequence."""
+        return self.tokens + self.steps + 1
+
+    @cached_property
+    def past(self) -> Past[Any]:
+        """How the decoder uses its past."""
+        if self.cache is None:
+            return DENSE if self.mesh is None else dense_on_mesh(self.mesh)
+        return COMPRESSED if self.mesh is None else on_mesh(self.mesh)
+
+    def make_past(self) -> Any:
+        """The past, filled; on a mesh no device ever has all of it."""
+        sizes = self.batch, self.tokens, self.capacity
+        if self.cache is not None:
+            return filled(self.cache, self.mesh, *sizes)
+        make = partial(timing.filled_dense, self.llama, *sizes)
+        if self.mesh is None:
+            return make()
+        return jax.jit(make, out_shardings=_places(jax.eval_shape(make), self.mesh))()
+
+    def make_model(self) -> Any:
+        """The weights."""
+        if self.mesh is None:
+            return random_model(self.llama, 0, stacked=False)
+        return model_sharding.random_model(self.llama, 0, self.mesh)
+
+    def compiled(self) -> Any:
+        """The loop, compiled for shapes alone: nothing is allocated."""
+        model = jax.eval_shape(partial(random_model, self.llama, 0, stacked=False))
+        past, seeds = jax.eval_shape(self._empty), jax.eval_shape(self._seeds)
+        if self.mesh is not None:
+            model = placed(model, model_sharding.shardings(model, self.mesh))
+            past, seeds = placed_shapes(past, self.mesh), replicated_shapes(seeds, self.mesh)
+        logits, positions, keys = seeds
+        lowered = decode.lower(
+            model, logits, positions, keys, past, self.past, max_tokens=self.steps + 1
+        )
+        return lowered.compile(compiler_options=COMPILERS[self.compiler])
+
+    def _empty(self) -> Any:
+        if self.cache is None:
+            return dense.create(self.llama, self.batch, self.capacity)
+        if self.mesh is None:
+            return cache.create(self.cache, self.batch, self.capacity, key=jax.random.key(0))
+        return sharding.create(
+            self.mesh, self.cache, self.batch, self.capacity, key=jax.random.key(0)
+        )
+
+    def _seeds(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = jax.random.normal(jax.random.key(2), (self.batch, self.llama.vocab_size))
+        positions = jnp.full(self.batch, self.tokens, jnp.int32)
+        return logits, positions, jax.random.split(jax.random.key(3), self.batch)
+
+    def loop(self, model: Any, run: Any) -> "Loop":
+        """The loop with weights and a past on the devices."""
+        seeds = self._seeds()
+        if self.mesh is not None:
+            seeds = jax.device_put(seeds, NamedSharding(self.mesh, P()))
+        return Loop(self, run, model, seeds, self.make_past())
+
+
+@dataclass
+class Loop:
+    """Steps of decoding, each time from the same lengths on."""
+
+    decoder: Decoder
+    run: Any
+    model: Any
+    seeds: tuple
+    state: Any
+
+    def __call__(self) -> float:
+        """Seconds of a step.
+
+        Raises:
+          ValueError: a past without room for the steps.
+        """
+        decoder = self.decoder
+        lengths = jnp.full(decoder.batch, decoder.tokens, jnp.int32)
+        state = self.state.with_lengths(lengths)
+        if decoder.mesh is not None:
+            state = jax.device_put(state, _places(state, decoder.mesh))
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        made = jax.block_until_ready(self.run(self.model, *self.seeds, state))
+        seconds = time.perf_counter() - begin
+        self.state = made.state
+        if bool(jnp.any(made.state.overflow)):
+            raise ValueError(f"got a past without room for {decoder.steps} tokens, expected it")
+        return seconds / decoder.steps
+
+    def median(self, repeats: int) -> float:
+        """Seconds of a step, the median of loops; the first one does not count."""
+        return statistics.median([self() for _ in range(repeats + 1)][1:])
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of a step that the devices spend in each kind of kernel, their mean.
+
+        A sum over devices counts the time that it waits for the last of them.
+        """
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = options.host_tracer_level = 0
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, profiler_options=options):
+                self()
+            (trace,) = Path(folder).rglob("*.xplane.pb")
+            found, devices = _kernels(ProfileData.from_file(str(trace)))
+        for name, seconds in sorted(found.items(), key=lambda item: -item[1])[:25]:
+            each = 1e6 * seconds / devices / self.decoder.steps
+            print(f"  {each:9.1f} us a step  {name[:110]}", flush=True)
+        parts: dict[str, float] = defaultdict(float)
+        for name, seconds in found.items():
+            parts[kind_of(name)] += seconds / devices / self.decoder.steps
+        return dict(parts)
+
+
+def kind_of(kernel: str) -> str:
+    """Which of `KINDS` a kernel is, by its name."""
+    lower = kernel.lower()
+    return next((k for k, words in KINDS.items() if any(w in lower for w in words)), "other")
+
+
+def _kernels(data: ProfileData) -> tuple[dict[str, float], int]:
+    """Seconds of every kernel on all devices together, and of how many devices there are any."""
+    found: dict[str, float] = defaultdict(float)
+    devices = 0
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        events = list(_events(plane))
+        devices += bool(events)
+        for name, seconds in events:
+            found[name] += seconds
+    if not devices:
+        raise ValueError("got a trace without kernels, expected a GPU")
+    return found, devices
+
+
+def _events(plane: Any) -> Iterator[tuple[str, float]]:
+    for line in plane.lines:
+        if line.name.startswith("Stream"):
+            yield from ((event.name, event.duration_ns / 1e9) for event in line.events)
+
+
+def filled(config: CacheConfig, mesh: Mesh | None, batch: int, tokens: int, capacity: int) -> Any:
+    """A cache of random codes, on one device or on a mesh, where no device ever has all of it."""
+    if mesh is None:
+        return timing.filled_cache(config, batch, tokens, capacity)
+    state = sharding.create(mesh, config, batch, capacity, key=jax.random.key(0))
+    fill = on_shards(mesh, partial(timing.filled, context=tokens), ())
+    return jax.jit(fill, donate_argnums=0)(state)
+
+
+def dense_on_mesh(mesh: Mesh) -> Past[Dense]:
+    """`dense.DENSE` with heads over `tensor` and sequences over `data`."""
+
+    def attend(state: Dense, layer: Any, projection: Projection) -> tuple[jax.Array, Dense]:
+        own = replace(state, keys=state.keys[layer : layer + 1])
+        own = replace(own, values=state.values[layer : layer + 1])
+        given = jax.tree.unflatten(jax.tree.structure(projection), [TOKENS, P(DATA), P(DATA)])
+        run = jax.shard_map(
+            lambda own, projection: dense.attend(own, 0, projection),
+            mesh=mesh, in_specs=(_specs(own), given), out_specs=(TOKENS, _specs(own)),
+            check_vma=False,
+        )  # fmt: skip
+        output, own = run(own, projection)
+
+        def put(every: tuple, new: tuple) -> tuple:
+            return (*every[:layer], *new, *every[layer + 1 :])
+
+        return output, replace(
+            state, keys=put(state.keys, own.keys), values=put(state.values, own.values)
+        )
+
+    return Past(dense.begin, attend, dense.commit, dense.begin, dense.room)
+
+
+def _specs(state: Any) -> Any:
+    if isinstance(state, Dense):
+        return jax.tree.map(lambda leaf: TOKENS if leaf.ndim == 4 else SEQUENCES, state)
+    return specs(state)
+
+
+def _places(state: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), state, _specs(state))
+
+
+def placed_shapes(state: Any, mesh: Mesh) -> Any:
+    """Shapes of a past with the places of its arrays on a mesh."""
+    return placed(state, _places(state, mesh))
+
+
+def replicated_shapes(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes of what every device has."""
+    return placed(shapes, jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes))
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """Shapes with their places."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
+def collect() -> None:
+    """Give the devices' memory back between two cases."""
+    gc.collect()
+    jax.clear_caches()

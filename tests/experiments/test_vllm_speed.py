@@ -1,0 +1,70 @@
+"""What `vllm_speed` makes of rows that an engine gave, and of the sizes of an engine."""
+
+import pytest
+
+from experiments.speed import vllm_claims, vllm_engine, vllm_speed
+
+pytest.importorskip("torch", reason="needs torch: make test-torch")
+from experiments.speed import vllm_kernels
+
+SIZES = vllm_kernels.Sizes(8, 2, 128, 8, "bfloat16", 16, 2048, 1, (16,))
+
+
+def tokens(run, *prompts):
+    leads = [[(token, 0.5 - 0.1 * n) for n, token in enumerate(prompt)] for prompt in prompts]
+    return {"part": "tokens", "backend": "CUSTOM", "run": run, "tokens_of": leads}
+
+
+def test_tokens_are_counted_to_the_first_that_differs():
+    base = [tokens("first", [1, 2, 3], [4, 5, 6])]
+    own = [tokens("first", [1, 2, 3], [4, 9, 6]), tokens("preempted", [7, 2, 3], [4, 9, 6])]
+    first, second = (vllm_speed._compared(row, own, base) for row in own)
+    assert (first["equal"], first["equal_first"], first["tokens"]) == (4, 6, 6)
+    # where they part first, the baseline's second token, it led by 0.4
+    assert first["lead"] == pytest.approx(0.4)
+    assert second["equal_first"] == 3 and "tokens_of" not in second
+
+
+def test_claims_of_speed_and_memory():
+    def row(backend, rate, held):
+        case = {"batch": 8, "context": 32768, "tokens_per_second": rate, "kv_tokens": held}
+        return {"part": "speed", "backend": backend} | case
+
+    rows = [row("TRITON_ATTN", 400.0, 1000), row("CUSTOM", 500.0, 3590), row("other", 600.0, 3700)]
+    found = {claim.statement: claim.verdict for claim in vllm_claims.claims(rows)}
+    assert found == {
+        "vLLM, 8 x 32768: faster than TRITON_ATTN": "holds",
+        "vLLM, 8 x 32768: faster than other": "missed",
+        "vLLM: at least 3.6 times the tokens of bfloat16 in the same bytes": "missed",
+    }
+
+
+def test_tokens_of_a_cache_are_those_of_its_log():
+    said = vllm_engine._Said()
+    record = vllm_engine.logging.makeLogRecord({"msg": "GPU KV cache size: 1,001,600 tokens"})
+    said.emit(record)
+    assert said.found == "1,001,600"
+    # the same engine: 2 layers with 2 heads of 128 at 8 bits in 1 GiB, as vLLM 0.26 made them
+    assert vllm_kernels.pages_of(SIZES, 2, 1 << 30) * 64 == 1_001_600
+
+
+def test_every_engine_has_its_own_settings(tmp_path):
+    file = tmp_path / "ids.json"
+    file.write_text("[[1, 2], [3]]")
+    config = vllm_speed.Config(folder=str(tmp_path), ids=str(file))
+    jobs = vllm_speed._jobs(config)
+    settings = {name: job["settings"] for name, job in jobs.items()}
+    assert settings["speed CUSTOM"]["block_size"] == 64
+    assert settings["speed turboquant_4bit_nc"]["kv_cache_dtype"] == "turboquant_4bit_nc"
+    assert "kv_cache_dtype" not in settings["speed TRITON_ATTN"]
+    same = [{x["kv_cache_memory_bytes"] for name, x in settings.items() if part in name}
+            for part in ("speed", "tokens")]  # fmt: skip
+    assert [len(x) for x in same] == [1, 1]
+    assert settings["tokens CUSTOM 8"]["max_num_seqs"] == 2
+
+
+def test_calls_are_those_of_single_tokens_and_of_a_chunk_behind_a_past():
+    sizes = vllm_kernels.Sizes(4, 2, 32, 4, "float32", 3, 256, 5, (1, 2))
+    names = [name for name, *_ in vllm_kernels.recorded(sizes)]
+    # for each batch its attention; one encode of single tokens, one of chunks; one tile
+    assert sorted(names) == ["decode", "decode_attention", "decode_attention", "encode", "encode"]

@@ -6,6 +6,7 @@ from jax import lax
 
 from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import EMPTY
+from pallas_kernels.decode_attention.phases import MANY
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
@@ -62,11 +63,13 @@ def tile_scores(
             exponent = jnp.full(page.shape, BIAS, jnp.int32)
         else:
             exponent = value_exponent(words[: max(plan.value_words) + 1])
-        # an unseen token of a scale of 0 adds 0 to EMPTY, which is less work than a choice a score
-        bound = jnp.where(seen, exponent.astype(jnp.float32), EMPTY)[:, None]
+        addend, by_row = exponent.astype(jnp.float32), plan.columns > MANY and not plan.uncoded[0]
+        if by_row:  # a scale of 0 adds 0 to it, and a row of many scores is asked once
+            addend = jnp.where(seen, addend, EMPTY)
+        bound = addend[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
             bound = triton.fma(x, y, bound)
-        if plan.uncoded[0]:  # a key of no scale, which may be NaN
+        if not by_row:
             bound = jnp.where(seen[:, None], bound, EMPTY)
         found.append((bound, exponent, words, (page, token, seen)))
     return found
@@ -100,25 +103,18 @@ def attend(
     new_peak = jnp.maximum(peak, tile_peak)
     old, new = (triton.exp2(x - new_peak)[None, :] for x in (peak, tile_peak))
 
-    terms = [triton.exp2(bound - tile_peak[None, :]) for bound, *_ in tile]
-    downs = [
-        lax.bitcast_convert_type((NOT_FINITE - 1 - exponent) << 23, jnp.float32)
-        for _, exponent, *_ in tile
-    ]
-    weights = terms[0] * downs[0][:, None]
-    for term, down in zip(terms[1:], downs[1:], strict=True):
-        weights = triton.fma(term, jnp.broadcast_to(down[:, None], term.shape), weights)
-    weight = triton.fma(weights, jnp.broadcast_to(new, weight.shape), weight * old)
-    if plan.uncoded[1]:  # down is 1
+    terms = []
+    for bound, exponent, *_ in tile:
+        down = lax.bitcast_convert_type((NOT_FINITE - 1 - exponent) << 23, jnp.float32)
+        terms.append(triton.exp2(bound - tile_peak[None, :]) * down[:, None])
+    weight = triton.fma(total(terms), jnp.broadcast_to(new, weight.shape), weight * old)
+    if plan.uncoded[1]:
         product = uncoded.value_products(refs["values"][0][0], [x[3] for x in tile], terms)
         outputs = [triton.fma(product, jnp.broadcast_to(new, product.shape), outputs[0] * old)]
         return new_peak, weight, mass, tuple(outputs)
     mass, outputs = list(mass), list(outputs)
     for g, decoder in enumerate(plan.value_decoders):
-        scales = [
-            value_scale(words[plan.value_words[g]]) * down
-            for (_, _, words, _), down in zip(tile, downs, strict=True)
-        ]
+        scales = [value_scale(words[plan.value_words[g]]) for _, _, words, _ in tile]
         shares = [p * scale[:, None] for p, scale in zip(terms, scales, strict=True)]
         if decoder.centre:
             mass[g] = triton.fma(total(shares), jnp.broadcast_to(new, weight.shape), mass[g] * old)

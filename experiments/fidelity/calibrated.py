@@ -1,6 +1,7 @@
 """Caches of a calibration's file beside uniform ones: a preset's bytes, as heads share them."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -103,6 +104,7 @@ class Calibrated:
                         for form, one in formats.items()
                     },
                     [getattr(form, side) for form in heads[layer]],
+                    compiled=tuple(formats) if layer == 0 else (),
                 )
                 for side, formats in zip(("key", "value"), made, strict=True)
             )
@@ -121,19 +123,38 @@ class Calibrated:
         )
 
 
-def by_head(trips: Mapping[Form, Trip], formats: Sequence[Form]) -> Trip:
-    """Every head through the trip of its format."""
-    if len(set(formats)) == 1:
-        return trips[formats[0]]
+def by_head(
+    trips: Mapping[Form, Trip], formats: Sequence[Form], compiled: Sequence[Form] = ()
+) -> Trip:
+    """Every head through the trip of its format.
+
+    Several run side by side, because most of their time compiles, once; so do those that only other
+    layers ask for, where they are to be `compiled`.
+    """
+    run = tuple(dict.fromkeys((*formats, *compiled)))
+    if len(run) == 1:
+        return trips[run[0]]
 
     def trip(x: Array) -> Array:
         out = x  # whole arrays, so that nothing is compiled for some of the heads
-        for form in dict.fromkeys(formats):
+        for form, found in zip(run, _side_by_side([trips[form] for form in run], x), strict=True):
             chosen = jnp.asarray([own == form for own in formats])[None, None, :, None]
-            out = jnp.where(chosen, trips[form](x), out)
+            out = jnp.where(chosen, found, out)
         return out
 
     return trip
+
+
+def _side_by_side(trips: Sequence[Trip], x: Array) -> list[Array]:
+    """Each on a thread of its own, with the precision of this one."""
+    precision = jax.config.jax_default_matmul_precision
+
+    def run(trip: Trip) -> Array:
+        with jax.default_matmul_precision(precision):
+            return trip(x)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, trips))
 
 
 def presets_of(file: str, model: Llama) -> list[Calibrated]:

@@ -28,6 +28,7 @@ from turboquant_jax.quantizers import quantizer as quantizers
 from turboquant_jax.quantizers.rotation import Hadamard
 
 _GROUP = 32  # channels, or tokens, that share a zero and a step in KIVI
+_PIECE = 8192  # tokens that are coded at a time
 _compiled = partial(jax.jit, compiler_options=ROUNDING)
 
 
@@ -171,7 +172,6 @@ class Mean:
 Coder = Turbo | Kivi | PerToken | VllmKey | Fp8 | Exact | Mean
 
 
-@partial(_compiled, static_argnames="short")
 def through(
     codec: codecs.Codec,
     x: Float[Array, "B T K H"],
@@ -181,16 +181,39 @@ def through(
     """Through a codec of the library and back; the heads are its rows from the `first` on.
 
     `short` scales have 3 bits of mantissa; or, with (sinks, block), are the cache's own of 8 bits.
+    Codes and vectors are found in pieces of one size, so that texts of any length are served by the
+    same compiled functions: on a GPU those of a trellis take seconds each.
     """
-    rows = first + jnp.arange(x.shape[2], dtype=jnp.int32)
-    groups = codec.quantize(rows, x)
+    count = x.shape[0] * x.shape[1]
+    piece = min(count, _PIECE)
+    flat = jnp.pad(x.reshape(count, *x.shape[2:]), ((0, -count % piece), (0, 0), (0, 0)), "edge")
+    coded = [_encode(codec, part, first) for part in jnp.split(flat, len(flat) // piece)]
+    scales = [jnp.concatenate(parts)[:count] for parts in zip(*(s for _, s in coded), strict=True)]
     if short:
-        groups = tuple(
-            (indices, None if scale is None else _short(scale, short)) for indices, scale in groups
-        )
+        scales = [_short(s.reshape(*x.shape[:2], -1), short).reshape(s.shape) for s in scales]
+    scales = [jnp.pad(s, ((0, -count % piece), (0, 0)), "edge") for s in scales]
+    pieces = zip(*(jnp.split(s, len(coded)) for s in scales), strict=True)
+    back = [_decode(codec, codes, s, first) for (codes, _), s in zip(coded, pieces, strict=True)]
+    return jnp.concatenate(back)[:count].reshape(x.shape)
+
+
+@_compiled
+def _encode(codec: codecs.Codec, x: Float[Array, "n K H"], first: int):
+    """Indices of every group, and the scales of those that have their own."""
+    groups = codec.quantize(first + jnp.arange(x.shape[1], dtype=jnp.int32), x)
+    return tuple(codes for codes, _ in groups), tuple(s for _, s in groups if s is not None)
+
+
+@_compiled
+def _decode(codec: codecs.Codec, codes, scales, first: int) -> Float[Array, "n K H"]:
+    """What these indices and scales stand for."""
+    first_groups, rest = codes[: len(scales)], codes[len(scales) :]
+    groups = (*zip(first_groups, scales, strict=True), *((own, None) for own in rest))
+    rows = first + jnp.arange(scales[0].shape[1], dtype=jnp.int32)
     return codec.unrotate(rows, codec.dequantize(groups))
 
 
+@partial(_compiled, static_argnums=1)
 def _short(scale: Array, rule: bool | tuple[int, int]) -> Array:
     if isinstance(rule, tuple):
         return short_scales.through(scale, *rule)

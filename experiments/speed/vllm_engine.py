@@ -78,12 +78,9 @@ PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {"speed": speed, "tokens": 
 
 def _start(job: dict[str, Any]) -> tuple[Any, dict]:
     """vLLM's `LLM`, and what it said of itself when it started."""
-    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
-
     said = _Said()
     logging.getLogger("vllm").addHandler(said)
-    # it would keep these in bfloat16, with flash attention, which the environment does not have
-    TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: [])
+    _mend_theirs()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if job["model"] is not None:
@@ -96,8 +93,28 @@ def _start(job: dict[str, Any]) -> tuple[Any, dict]:
     return llm, {
         "start_seconds": round(time.perf_counter() - begun, 1),
         "kv_tokens": int(said.found.replace(",", "")),
-        "graphs": int(bool(_runner(llm).compilation_config.cudagraph_mode.has_full_cudagraphs())),
+        "graphs": int(
+            bool(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs())
+        ),
     }
+
+
+def _mend_theirs() -> None:
+    """So that vLLM's TurboQuant starts: all of its layers are compressed, and have their pages.
+
+    It would keep the first and last layers in bfloat16, with flash attention, which the environment
+    does not have; and the first runner of 0.26 asks it for pages of a type that it does not know.
+    """
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+
+    TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: [])
+    shape = TurboQuantAttentionBackend.get_kv_cache_shape
+
+    def get_kv_cache_shape(*sizes: int, cache_dtype_str: str = IN_TREE) -> tuple[int, ...]:
+        return shape(*sizes, IN_TREE if cache_dtype_str == "auto" else cache_dtype_str)
+
+    TurboQuantAttentionBackend.get_kv_cache_shape = staticmethod(get_kv_cache_shape)
 
 
 class _Said(logging.Handler):

@@ -69,9 +69,9 @@ def recorded(sizes: Sizes) -> list[Call]:
         chunk = BLOCK + 2
         for batch, new, past in [*((b, 1, BLOCK) for b in sizes.batches), (1, chunk, BLOCK)]:
             starts, seen = [i * new for i in range(batch + 1)], [past + new] * batch
-            numbers = [torch.tensor(x, dtype=torch.int32) for x in (seen, starts)]
+            after, begins = (torch.tensor(x, dtype=torch.int32) for x in (seen, starts))
             table = torch.ones(batch, columns, dtype=torch.int32)
-            step = steps.batch(table, *numbers, batch * (new == 1), starts, seen)
+            step = steps.batch(table, after, begins, batch * (new == 1), starts, seen)
             counts = sizes.heads, sizes.kv_heads, sizes.kv_heads
             heads = [torch.zeros(batch * new, n, sizes.head_dim, dtype=dtype) for n in counts]
             layer.run(*heads, step, Scores())

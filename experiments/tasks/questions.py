@@ -7,10 +7,11 @@ per character is chosen, and `agrees` is the share of equal choices. SQuAD (2,04
 HotpotQA (4,096): `score` is the share of answers that greedy decoding would give word for word,
 `agrees` that of prompts with the same most likely token at every place of the answer. HumanEval and
 GSM8K (2,048): nothing is executed; `score` is the share of the solution's tokens that are the most
-likely ones, and `agrees` that of the tokens which stay so. `nll_change` and `kl` are per token of
-the answer, in nats, with errors over cases. Intervals are Wilson's at 95 %, over cases, and for the
-solutions over their tokens as if these were independent. The caches with bits by layer or head
-(`--mixed 1`) were not asked, and `lossless` was the scalar code, not the preset's trellis.
+likely ones, and `agrees` that of the tokens which stay so. So it is for RULER's tasks of tracing
+and counting (`ruler_prompts`, 2,048). `nll_change` and `kl` are per token of the answer, in nats,
+with errors over cases. Intervals are Wilson's at 95 %, over cases, and for the solutions over their
+tokens as if these were independent. The caches with bits by layer or head (`--mixed 1`) were not
+asked, and `lossless` was the scalar code, not the preset's trellis.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,15 +26,16 @@ from experiments.harness import prepared
 from experiments.harness.experiment import AIM, QUESTION, Claim, Row, Track, distinct, option, where
 from experiments.harness.plotting import COLOURS, Figure, label, panels
 from experiments.harness.statistics import are_below, is_below, of_aim, wilson
-from experiments.tasks import answers
+from experiments.tasks import answers, ruler_prompts
 from experiments.tasks.answers import FULL, Answers, Asked, Asking, ask_all
 from experiments.tasks.prompts import Prompts, load, random_prompts
 from experiments.tasks.question_prompts import SIZES
 from turboquant_jax.cache.presets import Preset
 
 _NAMES = {"hellaswag": "HellaSwag", "squad": "SQuAD", "hotpot": "HotpotQA"}
-_NAMES |= {"human_eval": "HumanEval", "gsm8k": "GSM8K"}
-_BY_TOKEN = ("human_eval", "gsm8k")
+_NAMES |= {"human_eval": "HumanEval", "gsm8k": "GSM8K", "variables": "variables"}
+_NAMES |= {"common": "common words", "frequent": "frequent words"}
+_BY_TOKEN = ("human_eval", "gsm8k", *ruler_prompts.TASKS)
 
 
 NEEDS = prepared.NEEDS
@@ -43,7 +45,7 @@ NEEDS = prepared.NEEDS
 class Config(Asking):
     """What to run."""
 
-    tasks: tuple[str, ...] = option(tuple(SIZES), "which questions")
+    tasks: tuple[str, ...] = option((*SIZES, *ruler_prompts.TASKS), "which questions")
 
 
 SMOKE = Config("tiny", 1, tasks=("hellaswag",))

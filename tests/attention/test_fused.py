@@ -81,9 +81,9 @@ SHORT = {
     ),
     "short scales of calibrated heads": dict(
         head_dim=64,
-        key=CODEC(scales="joint"),
+        key=TRELLIS(scales="joint"),  # of 6 bits scalar
         value=CODEC(rotation="haar"),
-        allocation=cache.Allocation((2, (((16, 4), (16, 2), (32, 1)), 2)), (3, (2, 3))),
+        allocation=cache.Allocation((2, (((16, 4), (16, 2), (32, 1)), 6)), (3, (2, 3))),
         rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
         scale_bits=8,
     ),

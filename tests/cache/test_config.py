@@ -130,3 +130,13 @@ def test_it_compares_and_hashes_by_value():
     one, other = (CacheConfig(1, 1, 8, dtype=d) for d in (jnp.bfloat16, "bfloat16"))
     assert one == other and hash(one) == hash(other) and one.dtype == "bfloat16"
     assert CacheConfig(1, 1, 8, dtype=np.float32) != one
+
+
+def test_a_head_of_more_bits_than_a_trellis_has_is_scalar():
+    codec = CodecConfig(code="trellis", scales="joint")
+    assert codec.of(4) == CodecConfig(4, code="trellis")
+    assert codec.of(5) == CodecConfig(5)
+    assert codec.of(((4, 6), (12, 1))) == CodecConfig(
+        ((4, 6), (12, 1)), code="trellis", scales="joint"
+    )
+    assert CodecConfig(code="prod").of(6) == CodecConfig(6, code="prod")

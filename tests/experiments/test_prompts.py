@@ -1,11 +1,12 @@
 """Prompts: what is asked stands in the text where it is said to stand, and the answer ends it."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from experiments.tasks import needle_prompts, prompts, question_prompts
+from experiments.tasks import needle_prompts, prompts, question_prompts, ruler_prompts
 
 
 class Letters:
@@ -83,3 +84,29 @@ def test_questions_end_in_their_answers():
 def test_a_prompt_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="has 9 tokens, expected at most 8"):
         prompts.pack([([1] * 5, [2] * 4)], 8)
+
+
+def test_what_is_traced_and_counted_stands_in_the_text(monkeypatch):
+    monkeypatch.setattr(ruler_prompts, "SIZE", 5000)
+    monkeypatch.setattr(ruler_prompts, "_ROOM", 700)
+    text = " ".join(f"{a}{b}{c}word" for a in "abcd" for b in "efgh" for c in "ijk")
+    made = ruler_prompts.build(Letters(), text)
+    assert list(made) == [f"questions/{task}" for task in ruler_prompts.TASKS]
+    for task, some in zip(ruler_prompts.TASKS, made.values(), strict=True):
+        for row, start, count in zip(some.tokens, some.start, some.count, strict=True):
+            asked = Letters().decode(row[:start])
+            answer = Letters().decode(row[start : start + count])
+            if task == "variables":
+                links = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", asked)
+                number = re.search(r"assigned the value (\d+)", asked)[1]
+                assert [value for _, value in links] == [number, *(n for n, _ in links[:-1])]
+                assert answer.split() == [name for name, _ in links]
+                continue
+            words = (asked.split("Question")[0]).split("\n", 1)[1].split()
+            counted = Counter(word for word in words if word.isalpha())
+            top = [word for word, _ in counted.most_common(10)]
+            if task == "common":
+                assert re.findall("[a-z]+", answer) == sorted(top)
+                assert counted[top[-1]] > 2 * counted.most_common(11)[-1][1]
+            else:
+                assert answer.split() == top[:3]

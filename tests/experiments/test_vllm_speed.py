@@ -60,7 +60,7 @@ def test_every_engine_has_its_own_settings(tmp_path):
     same = [{x["kv_cache_memory_bytes"] for name, x in settings.items() if part in name}
             for part in ("speed", "tokens")]  # fmt: skip
     assert [len(x) for x in same] == [1, 1]
-    assert settings["tokens CUSTOM"]["max_num_seqs"] == 2
+    assert settings["tokens CUSTOM 8"]["max_num_seqs"] == 2
 
 
 def test_calls_are_those_of_single_tokens_and_of_a_chunk_behind_a_past():

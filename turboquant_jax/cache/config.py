@@ -13,6 +13,7 @@ from turboquant_jax.quantizers.formats import Code, Codebook, RotationKind, Scal
 
 CodecCode = Literal["scalar", "trellis", "prod"]
 Scales = Literal["group", "joint", "joint_products"]
+MOST_TRELLIS_BITS = 4
 UNCODED = 16
 """Bits of keys, or of values, that blocks hold in full precision."""
 
@@ -64,8 +65,14 @@ class CodecConfig:
         return self.bits != UNCODED
 
     def of(self, bits: Bits) -> "CodecConfig":
-        """The codec of a head of an allocation: without groups it has no use for a basis."""
-        return replace(self, bits=bits, scales=self.scales if is_split(bits) else "group")
+        """The codec of a head of an allocation: without groups it has no use for a basis.
+
+        Of more bits than a trellis has the code is a scalar one.
+        """
+        if is_split(bits):
+            return replace(self, bits=bits)
+        scalar = self.code == "trellis" and bits > MOST_TRELLIS_BITS
+        return replace(self, bits=bits, scales="group", code="scalar" if scalar else self.code)
 
     def first_stage(self, head_dim: int) -> Groups:
         """`groups` without the bits that are signs of a sketch."""

@@ -77,7 +77,7 @@ def plan(arguments: argparse.Namespace) -> None:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Of `calibrate`."""
     flags.check_folder(arguments.out)
-    flags.check_at_least(arguments, 1, "capacity", "windows")
+    flags.check_at_least(arguments, 1, "capacity", "windows", "alone")
     flags.check_at_least(arguments, 16, "context")
     for name in ("ratio", "kl"):
         value = getattr(arguments, name)

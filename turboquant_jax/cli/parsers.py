@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from turboquant_jax.cli import checks, flags
+from turboquant_jax.cli import checks, choices, flags
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -210,8 +210,8 @@ def _calibrate(commands) -> None:
     calibrate.add_argument(
         "--capacity", type=int, default=65_536, help="tokens of the cache whose bytes count"
     )
-    calibrate.add_argument("--context", type=int, default=1024, help="tokens of a window of text")
-    calibrate.add_argument("--windows", type=int, default=8, help="most windows that are read")
+    calibrate.add_argument("--context", type=int, default=512, help="tokens of a window of text")
+    calibrate.add_argument("--windows", type=int, default=16, help="most windows that are read")
     calibrate.add_argument(
         "--alone", type=int, default=1, help="windows on which each layer is compressed alone"
     )
@@ -221,6 +221,11 @@ def _calibrate(commands) -> None:
     calibrate.add_argument("--seed", type=int, default=0, help="of rotations and drawn texts")
     calibrate.set_defaults(preset=None)
     flags.add_segments(calibrate, window=128)
-    flags.add_dtype(calibrate)
+    calibrate.add_argument(
+        "--dtype",
+        default="float32",
+        help=f"of weights: {' or '.join(choices.DTYPES)}; what a format loses is less than what "
+        "bfloat16 rounds",
+    )
     flags.add_compile_cache(calibrate)
     flags.add_json(calibrate)

@@ -25,7 +25,7 @@ from turboquant_jax.models import Checkpoint, Llama
 from turboquant_jax.models.evaluate import compare
 from turboquant_jax.models.gathered import Gathered, error
 from turboquant_jax.models.identity import key_digest
-from turboquant_jax.models.sensitivity import Seen, final, read
+from turboquant_jax.models.sensitivity import Seen, final, first_prediction, read
 
 Progress = Callable[[str, int, int], None]
 """What is being done, steps done, steps in all."""
@@ -51,7 +51,7 @@ class Plan:
       context: tokens of a text: of the windows that the texts are cut into.
       windows: most of them, spread evenly over the texts; one more is kept to judge.
       alone: windows among them on which layers and heads are compressed alone. Each of them
-        takes layers x (formats + 2 heads) passes through half of the layers.
+        takes layers x (formats of up to 3 bits + 2 heads) passes through half of the layers.
       seed: of rotations and of what is drawn.
     """
 
@@ -59,8 +59,8 @@ class Plan:
     ratio: float | None = None
     kl: float | None = None
     capacity: int = 65_536
-    context: int = 1024
-    windows: int = 8
+    context: int = 512
+    windows: int = 16
     alone: int = 1
     seed: int = 0
 
@@ -78,7 +78,7 @@ class Plan:
 
 def menu(head_dim: int) -> tuple[tuple[Bits, ...], tuple[Bits, ...]]:
     """Formats of keys and of values that a head may get: bits, and for keys groups of channels."""
-    bits, quarter = (1, 2, 3, 4), head_dim // 4
+    bits, quarter = (1, 2, 3, 4, 5, 6), head_dim // 4
     if head_dim % 4:
         return bits, bits
     splits = (
@@ -118,6 +118,7 @@ def calibrate(
         `out` that another call left.
     """
     model, config = checkpoint.model, plan.config
+    first_prediction(config, plan.context)  # a window must be long enough, before any is read
     choosing, judging = windows(texts, plan.context, plan.windows)
     formats = menu(config.head_dim)
     key = partial(jax.random.fold_in, jax.random.key(plan.seed))
@@ -179,7 +180,10 @@ def judge(
     known: Calibration,
     seed: int = 0,
 ) -> float:
-    """KL in nats a token of a text, teacher-forced, every layer as the allocation has it."""
+    """KL in nats a token of a text, teacher-forced, every layer as the allocation has it.
+
+    The mean over the predictions that find tokens compressed.
+    """
     ids = jnp.asarray(tokens, jnp.int32)
     pairs = replace(config, allocation=allocation)
     keys = jax.random.split(jax.random.key(seed))
@@ -199,7 +203,8 @@ def judge(
 
     *_, (_, exact) = read(model, ids, config)
     *_, (_, other) = read(model, ids, config, errors)
-    return float(np.mean(compare(model, ids[None], final(model, exact), final(model, other)).kl))
+    found = compare(model, ids[None], final(model, exact), final(model, other)).kl
+    return float(np.mean(found[first_prediction(config, len(tokens)) :]))
 
 
 def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:

@@ -13,11 +13,13 @@ What that is worth beside S_q alone is in `docs/calibration.md`: something to mo
 the sum over them.
 
 The second reading asks what bits lose. The keys, or the values, of a layer are compressed alone, in
-every format, and then those of one head at 2 bits: what a format of the layer loses is shared out
-to its heads as theirs at 2 bits are.
+every format of up to 3 bits, and then those of one head at 2 bits: what a format of the layer loses
+is shared out to its heads as theirs at 2 bits are. Errors of more bits are small: they lose what 3
+bits lose times the ratio of squared errors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,15 +30,18 @@ from jaxtyping import Array, Float
 
 from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files
 from turboquant_jax.cache import calibration as calibrations
-from turboquant_jax.cache.allocation import Bits, Losses, nested
+from turboquant_jax.cache.allocation import Bits, Losses, is_split, nested
 from turboquant_jax.models.model import Llama
 from turboquant_jax.models.sensitivity import alone, look_back
 from turboquant_jax.quantizers.channels import Basis
 
 _SIDES = ("keys", "values")
+_LEAST = np.finfo(np.float64).tiny  # vectors that are all zero lose nothing
 
 HEADS = 2
 """Bits of the format whose losses tell the heads of a layer apart."""
+MEASURED = 3
+"""Most bits of all channels whose loss is measured; that of more follows from squared errors."""
 GRADIENTS = 3.0
 """Weight of the gradients' moment beside the queries', both of trace 1."""
 
@@ -59,7 +64,8 @@ class Gathered:
         moments = ("of_keys", "of_queries", "of_gradients")
         self.sums: dict[str, np.ndarray] = {n: np.zeros((*heads, dim, dim)) for n in moments}
         for side, names in zip(_SIDES, formats, strict=True):
-            self.sums[f"{side}.layers"] = np.zeros((config.num_layers, len(names)))
+            for name in ("layers", "squares"):
+                self.sums[f"{side}.{name}"] = np.zeros((config.num_layers, len(names)))
             self.sums[f"{side}.heads"] = np.zeros(heads)
         self.sums |= {name: np.zeros(1, np.int64) for name in ("read", "alone")}
         if self.path.is_file():
@@ -101,22 +107,25 @@ class Gathered:
     def alone(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
         """Add what every format of every layer, and every head at 2 bits, loses on a text."""
         turns = jax.random.split(jax.random.fold_in(key, 1))
-        start = self._start(tokens, key)
-        counts = [len(menu) + self.config.num_kv_heads for menu in self.formats]
+        start, codecs = self._start(tokens, key), (self.config.key, self.config.value)
+        columns = [[i for i, b in enumerate(menu) if _is_measured(b)] for menu in self.formats]
+        counts = [len(which) + self.config.num_kv_heads for which in columns]
         for layer, seen, lose in alone(model, tokens, self.config, start):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
             off = []
             for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
-                codec = (self.config.key, self.config.value)[side]
-                made = {b: error(codec.of(b), turns[side], which, x) for b in self.formats[side]}
-                heads = jnp.eye(x.shape[1])[:, None, :, None]
-                every = jnp.concatenate([jnp.stack(list(made.values())), made[HEADS][None] * heads])
+                menu = self.formats[side]
+                made = _errors([codecs[side].of(bits) for bits in menu], turns[side], which, x)
+                squares = jnp.sum(jnp.square(made), axis=(1, 2, 3))
+                self.sums[f"{_SIDES[side]}.squares"][layer] += np.asarray(squares)
+                heads = made[menu.index(HEADS)][None] * jnp.eye(x.shape[1])[:, None, :, None]
+                every = jnp.concatenate([made[np.asarray(columns[side])], heads])
                 before, after = sum(counts[:side]), sum(counts[side + 1 :])
                 off.append(jnp.pad(every, ((before, after), (0, 0), (0, 0), (0, 0))))
             lost = np.split(lose((off[0], off[1])), counts[:1])
-            for name, of_side, menu in zip(_SIDES, lost, self.formats, strict=True):
-                self.sums[f"{name}.layers"][layer] += of_side[: len(menu)]
-                self.sums[f"{name}.heads"][layer] += of_side[len(menu) :]
+            for name, of_side, which in zip(_SIDES, lost, columns, strict=True):
+                self.sums[f"{name}.layers"][layer, which] += of_side[: len(which)]
+                self.sums[f"{name}.heads"][layer] += of_side[len(which) :]
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""
@@ -126,14 +135,31 @@ class Gathered:
     def losses(self) -> Losses:
         """Of every head in nats a token."""
         found = []
-        for side in _SIDES:
-            heads = self.sums[f"{side}.heads"]
+        for side, menu in zip(_SIDES, self.formats, strict=True):
+            heads, squares = (self.sums[f"{side}.{name}"] for name in ("heads", "squares"))
             layers = self.sums[f"{side}.layers"] / max(1, self.sums["alone"][0])
+            for column, bits in enumerate(menu):
+                if not _is_measured(bits):
+                    known = menu.index(MEASURED)
+                    smaller = squares[:, column] / np.maximum(squares[:, known], _LEAST)
+                    layers[:, column] = layers[:, known] * smaller
             whole = heads.sum(axis=1, keepdims=True)
             even = np.full_like(heads, 1 / heads.shape[1])
             share = np.divide(heads, whole, out=even, where=whole > 0)
             found.append(share[:, :, None] * layers[:, None, :])
         return Losses(*self.formats, *map(nested, found))
+
+
+def _errors(
+    forms: Sequence[CodecConfig], key: Array, basis: Basis | None, x: Float[Array, "T K H"]
+) -> Float[Array, "formats T K H"]:
+    """`error` in every format, side by side: most of the first time compiles."""
+    with ThreadPoolExecutor() as pool:
+        return jnp.stack(list(pool.map(lambda form: error(form, key, basis, x), forms)))
+
+
+def _is_measured(bits: Bits) -> bool:
+    return is_split(bits) or bits <= MEASURED
 
 
 @partial(jax.jit, static_argnames="form")

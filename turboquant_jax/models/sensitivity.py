@@ -31,6 +31,8 @@ from turboquant_jax.models.model import Layer, Llama, rms_norm, unstack
 from turboquant_jax.models.rope import rotation_angles
 
 _ROWS = 256  # of the logits at a time
+ASKED = 128
+"""Predictions of a text, at most, whose change says what errors lose (`alone`)."""
 
 Errors = tuple[Float[Array, "T K H"], Float[Array, "T K H"]]
 """Of keys and of values: what comes back from compression, less what went in."""
@@ -100,24 +102,45 @@ def alone(
 ) -> Iterator[tuple[int, Seen, Callable[[ManyErrors], Float[np.ndarray, " P"]]]]:
     """Every layer's number, what it saw, and what errors of its keys and values alone would lose.
 
-    That is the KL divergence in nats a token for each of P errors, of passes from this layer on.
+    That is the KL divergence in nats a token for each of P errors, of passes from this layer on:
+    the mean over predictions that find tokens compressed, `ASKED` of them spread evenly. Tokens
+    before the first of these are what they are in full precision: passes begin behind them.
     """
-    layers = _layers(model)
+    layers, first = _layers(model), first_prediction(config, tokens.shape[0])
+    asked = np.unique(np.linspace(first, len(tokens) - 2, ASKED).astype(int))
     exactly = partial(jax.default_matmul_precision, "highest")  # other products round as much
     with exactly():
         hidden, angles = _embed(model, tokens, start)
         entering = [hidden, *(after for _, after in read(model, tokens, config, start=start))]
-        expected = _log_probabilities(model, entering.pop()[0])  # T x vocabulary numbers
+        expected = _log_probabilities(model, entering.pop()[0, asked])
+        late, early = ([x[:, part] for x in angles] for part in (slice(first, None), slice(first)))
+        before = [
+            _before(layer, hidden[:, :first], early)
+            for layer, hidden in zip(layers, entering, strict=True)
+        ]
 
     def lose(index: int, off: ManyErrors) -> Float[np.ndarray, " P"]:
         with exactly():
-            found = _first(layers[index], entering[index], angles, off, config)
-            for layer in layers[index + 1 :]:
-                found = _next(layer, found, angles, config)
-            return np.asarray(_kl(model, expected, found[:, 0]), np.float64)
+            hidden = entering[index][:, first:]
+            found = _first(layers[index], hidden, late, off, config, before[index])
+            for layer, known in zip(layers[index + 1 :], before[index + 1 :], strict=True):
+                found = _next(layer, found, late, config, known)
+            return np.asarray(_kl(model, expected, found[:, 0, asked - first]), np.float64)
 
     for index, hidden in enumerate(entering):
         yield index, _see(layers[index], hidden, angles, config), partial(lose, index)
+
+
+def first_prediction(config: CacheConfig, count: int) -> int:
+    """Of a text of so many tokens the first position whose query finds tokens compressed.
+
+    Raises:
+      ValueError: a text of which no query with a prediction does.
+    """
+    compressed = np.asarray(edge(config, np.arange(count - 1))) > config.sinks
+    if not compressed.any():
+        raise ValueError(f"text: got {count} tokens, expected so many that some are compressed")
+    return int(np.argmax(compressed))
 
 
 def _layers(model: Llama) -> list[Layer]:
@@ -144,22 +167,35 @@ def _see(layer, hidden, angles, config):
     return Seen(*(x.astype(jnp.float32) for x in (q, k, v)))
 
 
-@partial(jax.jit, static_argnames="config")
-def _forward(layer, hidden, angles, off, config):
+@jax.jit
+def _before(layer, hidden, angles):
+    """Keys and values of tokens, float32."""
+
     def attend(state, index, projection):
-        return _attend(projection, off, config), state
+        q, k, v = projection.heads()
+        return jnp.zeros_like(q), tuple(x[0].astype(jnp.float32) for x in (k, v))
+
+    return layer(hidden, *angles, jnp.int32(0), (), attend)[1]
+
+
+@partial(jax.jit, static_argnames="config")
+def _forward(layer, hidden, angles, off, config, before=None):
+    """Of all tokens, or of those behind others with the keys and values `before`."""
+
+    def attend(state, index, projection):
+        return _attend(projection, off, config, before), state
 
     return layer(hidden, *angles, jnp.int32(0), (), attend)[0]
 
 
 @partial(jax.jit, static_argnames="config")
-def _first(layer, hidden, angles, off: ManyErrors, config):
-    return lax.map(lambda own: _forward(layer, hidden, angles, own, config), off)
+def _first(layer, hidden, angles, off: ManyErrors, config, before):
+    return lax.map(lambda own: _forward(layer, hidden, angles, own, config, before), off)
 
 
 @partial(jax.jit, static_argnames="config")
-def _next(layer, hidden, angles, config):
-    return lax.map(lambda own: _forward(layer, own, angles, None, config), hidden)
+def _next(layer, hidden, angles, config, before):
+    return lax.map(lambda own: _forward(layer, own, angles, None, config, before), hidden)
 
 
 @jax.jit
@@ -172,29 +208,28 @@ def _log_probabilities(model, hidden):
 
 @jax.jit
 def _kl(model, expected, hidden):
-    """Of P texts, the mean over the predictions of all but the last token."""
-
-    def at(xs):
-        p, own = xs
-        q = _log_probabilities(model, own[None])[0]
-        return jnp.sum(jnp.exp(p) * (p - q))
+    """Of P texts, the mean over these predictions."""
 
     def of_text(own):
-        return jnp.mean(lax.map(at, (expected[:-1], own[:-1]), batch_size=_ROWS))
+        found = _log_probabilities(model, own)
+        return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=1))
 
     return lax.map(of_text, hidden)
 
 
-def _attend(projection, off: Errors | None, config: CacheConfig):
+def _attend(projection, off: Errors | None, config: CacheConfig, before=None):
     """Causal attention of one sequence; what is compressed is off by so much."""
     q, k, v = (x[0].astype(jnp.float32) for x in projection.heads())
+    if before is not None:
+        k, v = (jnp.concatenate(pair) for pair in zip(before, (k, v), strict=True))
     (count, heads, dim), window = k.shape, projection.sliding_window
     position = jnp.arange(count, dtype=jnp.int32)
-    distance = position[:, None] - position[None, :]
+    query = position[count - q.shape[0] :]
+    distance = query[:, None] - position[None, :]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    end = edge(config, position)[:, None]
+    end = edge(config, query)[:, None]
     held = (position[None, :] >= config.sinks) & (position[None, :] < end)
-    grouped = q.reshape(count, heads, -1, dim)
+    grouped = q.reshape(len(q), heads, -1, dim)
     products = jnp.einsum("tkgh,skh->kgts", grouped, k)
     if off is not None:
         products += jnp.where(held, jnp.einsum("tkgh,skh->kgts", grouped, off[0]), 0.0)

@@ -85,7 +85,8 @@ class ChunkJobs:
 def of_chunks(chunks: Sequence[Chunk], table: Tensor, block: int) -> ChunkJobs | None:
     """None if they fill no block."""
     counts = tuple((c.past + c.new) // block - c.past // block for c in chunks)
-    rows, numbers = [], []
+    rows: list[int] = []
+    numbers: list[int] = []
     for chunk, count in zip(chunks, counts, strict=True):
         first = chunk.past // block
         rows += [chunk.row] * count
@@ -99,14 +100,14 @@ def of_chunks(chunks: Sequence[Chunk], table: Tensor, block: int) -> ChunkJobs |
     whole = table.index_select(0, row)
     page = torch.gather(whole, 1, number.clamp(min=0)[:, None].long())[:, 0]
     source = torch.arange(BLOCKS, dtype=torch.int32, device=table.device)
-    calls = []
+    calls: list[tuple[Jobs | None, Jobs | None]] = []
     for start in range(0, len(rows), BLOCKS):
         some, stop = slice(start, start + BLOCKS), min(start + BLOCKS, len(rows))
         own = Jobs(source, page[some], whole[some, 0].contiguous(), number[some].clamp(min=0))
         opens = numbers[start:stop].count(0)
-        first = own.only(number[some] == 0) if opens else None
+        opening = own.only(number[some] == 0) if opens else None
         rest = own.only(number[some] > 0) if opens < stop - start else None
-        calls.append((first, rest))
+        calls.append((opening, rest))
     return ChunkJobs(counts, tuple(calls))
 
 

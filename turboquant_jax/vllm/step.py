@@ -23,8 +23,8 @@ from turboquant_jax.vllm import tiles
 from turboquant_jax.vllm.jobs import BLOCKS, Batch, Chunk, Jobs
 from turboquant_jax.vllm.pages import NOWHERE, PageRows, Pages
 
-ENCODED = 5
-"""Most bits that the encode kernel is compiled for: with more, torch's Triton takes minutes."""
+ENCODED = (2, 3, 4, 5)
+"""Bits that the encode kernel is compiled for: with more, torch's Triton takes minutes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +94,9 @@ class Layer:
             source.append(F.pad(rows, (0, 0) * 3 + (0, spare)).split(BLOCKS))
         for turn in (0, 1):
             for number, calls in enumerate(batch.chunk_jobs.calls):
-                if calls[turn] is not None:
-                    self._compress([x[number] for x in source], calls[turn])
+                jobs = calls[turn]
+                if jobs is not None:
+                    self._compress([x[number] for x in source], jobs)
 
     def _compress(
         self,
@@ -106,7 +107,7 @@ class Layer:
     ) -> None:
         """Rows of keys and values [rows, block, K, H] into pages."""
         block, means = self.config.block, self.pages.means
-        if self.kernels and self.config.key.bits <= ENCODED:
+        if self.kernels and self.config.key.bits in ENCODED:
             from turboquant_jax.pytorch import kernels
 
             if columns is None:
@@ -163,12 +164,13 @@ class Layer:
         own = slice(chunk.start, chunk.start + chunk.new)
         query, (key, value) = q[own], (x[own].to(q.dtype) for x in new)
         if not chunk.past:
-            heads = (x[None] for x in (query, key, value))
-            return definition.attend_to_itself(*heads, scores)[0]
+            found = definition.attend_to_itself(query[None], key[None], value[None], scores)
+            return found[0]
         factor, held = scores.factor(self.config.head_dim), chunk.past % self.config.block
         parts = [tiles.attend(query, key, value, factor, causal=True)]
         if held:
-            parts.append(tiles.attend(query, *(x[:held].to(q.dtype) for x in run), factor))
+            keys, values = (x[:held].to(q.dtype) for x in run)
+            parts.append(tiles.attend(query, keys, values, factor))
         if chunk.past >= self.config.block:
             parts.append(self._attend_pages(batch.page_table[chunk.row], chunk.past, query, factor))
         return tiles.join(parts)[0].to(q.dtype)

@@ -98,8 +98,11 @@ class Steps:
         starts = torch.tensor([0, new], dtype=torch.int32, device=device)
         step = self.batch(table, seen, starts, 0, [0, new], [self.block + new])
         counts = heads, *[layer.config.num_kv_heads] * 2
-        shapes = [(new, count, layer.config.head_dim) for count in counts]
-        layer.run(*(torch.zeros(x, dtype=dtype, device=device) for x in shapes), step, Scores())
+        q, k, v = (
+            torch.zeros(new, count, layer.config.head_dim, dtype=dtype, device=device)
+            for count in counts
+        )
+        layer.run(q, k, v, step, Scores())
 
     def _fill(self, filled: Jobs) -> None:
         """The blocks of single tokens for all layers alike, and the means that the layers have."""
@@ -107,10 +110,11 @@ class Steps:
         for held, new in zip(vars(self.filled).values(), vars(filled).values(), strict=True):
             held[:count].copy_(new)
         self.columns[:count].copy_(filled.columns(self.block))
-        if self.turned is not None:
+        if self.turned is not None and self.phases is not None:
             from turboquant_jax.pytorch import kernels
 
-            means = [x.pages.means[0].index_select(0, filled.opening) for x in self.layers]
+            held = (layer.pages.means for layer in self.layers)
+            means = [x[0].index_select(0, filled.opening) for x in held if x is not None]
             index = filled.number * self.block
             turned = kernels.turned_means(torch.stack(means), self.phases, index, self.block)
             self.turned[:, :count].copy_(turned)

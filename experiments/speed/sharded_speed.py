@@ -151,6 +151,7 @@ class Bench:
     def weights(self) -> Any:
         """Of the large decoder, over `tensor`."""
         mesh = mesh_of("tensor", max(self.config.devices))
+        assert mesh is not None
         made = model_sharding.random_model(self.llama(self.config.large), 0, mesh)
         return jax.block_until_ready(made)
 
@@ -176,6 +177,7 @@ class Bench:
         what, axis, size = case.split()
         mesh, config = mesh_of(axis, devices), self.config
         if _is_size(what):
+            assert mesh is not None  # the large decoder is for several devices
             llama = self.llama(config.large)
             sharded_sizes.planned(llama, mesh, what, size, config.steps).compiled()
         elif what.startswith("attention"):
@@ -189,6 +191,8 @@ class Bench:
         mesh, config = mesh_of(axis, devices), self.config
         parts: dict[str, float] = {}
         if _is_size(what):
+            if mesh is None:
+                return []
             llama, name = self.llama(config.large), f"{what}, {size}"
             found = sharded_sizes.largest(
                 llama, mesh, what, size, config.steps, lambda: self.weights

@@ -79,8 +79,8 @@ def repeated_heads(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> LlamaConfi
 
 
 def repeat_heads(
-    name: str, parameter: Shaped[Array, "..."], config: LlamaConfig
-) -> Shaped[Array, "..."]:
+    name: str, parameter: Shaped[Array | np.ndarray, "..."], config: LlamaConfig
+) -> Shaped[Array | np.ndarray, "..."]:
     """A layer's parameter for more kv heads: `qkv` and its bias with keys and values repeated."""
     if name not in ("qkv", "qkv_bias") or parameter.shape[-3] == config.num_kv_heads:
         return parameter
@@ -105,9 +105,10 @@ def shard(model: Llama, mesh: Mesh) -> Llama:
 
 def _repeat(layer: Layer, config: LlamaConfig) -> Layer:
     layer.config = config
-    layer.qkv = nnx.Param(repeat_heads("qkv", layer.qkv[...], config))
+    layer.qkv = nnx.Param(jnp.asarray(repeat_heads("qkv", layer.qkv[...], config)))
     if layer.qkv_bias is not None:
-        layer.qkv_bias = nnx.Param(repeat_heads("qkv_bias", layer.qkv_bias[...], config))
+        bias = repeat_heads("qkv_bias", layer.qkv_bias[...], config)
+        layer.qkv_bias = nnx.Param(jnp.asarray(bias))
     return layer
 
 

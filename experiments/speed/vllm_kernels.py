@@ -82,13 +82,11 @@ def recorded(sizes: Sizes) -> list[Call]:
 
 def compile_call(call: Call, capability: int) -> str:
     """Its plan and its code; what that took."""
-    from turboquant_jax.pytorch import triton_compile
-
     begin = time.perf_counter()
     words = []
     for kernel in plan_store.plan_of(*call).kernels:
         traced = time.perf_counter() - begin
-        triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, capability)
+        plan_store.code_of(kernel, capability)
         words.append(f"{kernel.name} plan {traced:.0f} s, all {time.perf_counter() - begin:.0f} s")
     return "; ".join(words)
 

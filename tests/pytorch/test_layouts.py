@@ -77,3 +77,21 @@ def test_look_ups_of_every_preset_are_whole(config, heads):
         looks_up = kernel.name == "decode_attention" and not gathered
         assert ("packed_element = 4" in text) == looks_up
         assert triton_compile.words_are_whole(text)
+
+
+MODULE = """
+module {
+  tt.func public @kernel(%arg0: !tt.ptr<f32>) {
+    %0 = tt.load %arg0 : !tt.ptr<f32>
+    tt.store %arg0, %0 : !tt.ptr<f32>
+    tt.return
+  }
+}
+"""
+
+
+def test_code_is_found_again_by_another_process():
+    """Triton keeps it by its text, in which the file that it was read from has no place."""
+    target, options = GPUTarget("cuda", 90, 32), dict(num_warps=1, num_stages=1)
+    texts = [triton_compile._simplified(MODULE, target, options) for _ in range(2)]
+    assert texts[0] == texts[1] and "tt.load" in texts[0]

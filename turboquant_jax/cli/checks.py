@@ -39,6 +39,7 @@ def generate(arguments: argparse.Namespace) -> None:
             _stored(arguments, f"--{flag.replace('_', '-')}", many)
     _answers(arguments, least_tokens=1 if arguments.save_cache is None else 0)
     arguments.drafts = flags.drafts(arguments)
+    _samples(arguments)
     if arguments.mesh is not None:
         flags.mesh(arguments.mesh)
         for flag in ("save_cache", "load_cache", "drafts"):
@@ -104,6 +105,19 @@ def _answers(arguments: argparse.Namespace, least_tokens: int) -> None:
         raise ValueError("--stop: got an empty text, expected one to stop at")
     arguments.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     flags.check_cache(arguments, full=True)
+
+
+def _samples(arguments: argparse.Namespace) -> None:
+    flags.check_at_least(arguments, 1, "samples")
+    if arguments.samples == 1:
+        return
+    for name in ("prompts", "stream", "mesh"):
+        if getattr(arguments, name):
+            raise ValueError(f"--samples: got --{name} beside it, expected one prompt's answers")
+    if arguments.temperature == 0:
+        raise ValueError("--samples: got equal answers, expected a --temperature above 0")
+    if set(flags.bits(arguments).values()) == {choices.FULL}:
+        raise ValueError(f"--samples: got {choices.FULL} bits, expected a compressed cache")
 
 
 def _stored(arguments: argparse.Namespace, flag: str, many: bool) -> None:

@@ -85,6 +85,13 @@ def _generate(commands) -> None:
     generate.add_argument(
         "--load-cache", type=Path, metavar="FILE", help="begin with this one's tokens, read before"
     )
+    generate.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers to one prompt, which is kept and read once; answer i is that of seed + i",
+    )
     flags.add_mesh(generate)
     flags.add_speculation(generate)
     flags.add_allocation(generate)

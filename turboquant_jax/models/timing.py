@@ -252,7 +252,7 @@ def time_prefill(
     tokens = jax.random.randint(jax.random.key(4), shape, 0, vocab, jnp.int32)
     arguments = (model, tokens, jnp.full(batch, context, jnp.int32))
     begin = time.perf_counter()
-    run = compiled_prefill.lower(*arguments, make(), past, chunk=chunk).compile()
+    run = compiled_prefill.lower(*arguments, make(), past, chunk=chunk, empty=True).compile()
     compiled, seconds = time.perf_counter() - begin, []
     for repeat in range(repeats + 1):
         state = jax.block_until_ready(make())

@@ -132,6 +132,7 @@ def _mean(bits: Bits) -> tuple[float, float]:
 def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
     config, full = _config(model, grid, bits), bits == (FULL, FULL)
     sizes = batch, context, context + grid.steps + 1
+    make: Callable[[], Any]
     if full:
         make = partial(timing.filled_dense_on, grid.mesh, model.config, *sizes)
     else:

@@ -107,7 +107,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
 
 def _jobs(config: Config) -> dict[str, dict[str, Any]]:
     """Every engine, by name."""
-    jobs = {}
+    jobs: dict[str, dict[str, Any]] = {}
     batches = sorted({int(case.partition("x")[0]) for case in config.cases})
     longest = max(int(case.partition("x")[2]) for case in config.cases)
     for backend in config.backends:

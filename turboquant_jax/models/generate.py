@@ -147,8 +147,8 @@ def compiled_prefill(
 
     by_chunk = padded.reshape(batch, chunks, chunk).swapaxes(0, 1)
     offsets = chunk * jnp.arange(chunks, dtype=jnp.int32)
-    empty = jnp.zeros((batch, 1, model.config.hidden_size), model.embedding[...].dtype)
-    (last, state), _ = lax.scan(step, (empty, state), (by_chunk, offsets))
+    none = jnp.zeros((batch, 1, model.config.hidden_size), model.embedding[...].dtype)
+    (last, state), _ = lax.scan(step, (none, state), (by_chunk, offsets))
     return model.logits(last)[:, 0], state
 
 

@@ -29,8 +29,14 @@ def compressed(implementation: Implementation | None = None, shared_blocks: int 
     def attend_rows(
         state: Cache, rows: LayerRows, projection: Projection, empty: bool
     ) -> tuple[Float[Array, "B T N H"], Cache]:
-        how = dict(implementation=implementation, shared_blocks=shared_blocks, empty=empty)
-        return attend_projection(state, rows, projection, **how)
+        return attend_projection(
+            state,
+            rows,
+            projection,
+            implementation=implementation,
+            shared_blocks=shared_blocks,
+            empty=empty,
+        )
 
     def attend(
         state: Cache, layer: Int[Array, ""], projection: Projection, empty: bool = False

@@ -4,11 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from turboquant_jax import hosts
+from tests.models.conftest import TINY, gguf_tensors, write_gguf
+from turboquant_jax import cli, hosts
+from turboquant_jax.models.model import random_model
+
+__all__ = ["gguf_tensors", "write_gguf"]  # fixtures
 
 PROCESS = Path(__file__).with_name("sharded") / "process.py"
 
@@ -24,22 +29,39 @@ def port():
         return server.getsockname()[1]
 
 
-@pytest.mark.slow
-def test_two_processes_say_what_one_device_says(tmp_path, port):
+def two_processes(port, *command):
+    """What each of two processes with two devices each says."""
     flags = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
     started = [
         subprocess.Popen(
-            [sys.executable, PROCESS, tmp_path],
+            [sys.executable, *command],
             env=os.environ | environment(port, number) | {"XLA_FLAGS": flags, "NPROC": "16"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    said = [process.communicate(timeout=500) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return [out for out, _ in said]
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_device_says(tmp_path, port):
+    said = two_processes(port, PROCESS, tmp_path)
     first, second = (text.splitlines()[-1].partition(": ") for text in said)
     assert (first[0], second[0]) == ("process 0", "process 1")
     assert first[2] == second[2]
+
+
+@pytest.mark.slow
+def test_the_command_answers_once(tmp_path, port, capsys, gguf_tensors, write_gguf):
+    config = replace(TINY, vocab_size=100, num_layers=1)
+    path = write_gguf(tmp_path / "small.gguf", config, gguf_tensors(random_model(config, 0)))
+    asked = ["generate", "a", "--plain", "--model", str(path), "--tokens", "4"]
+    assert cli.main(asked) == 0
+    own = capsys.readouterr().out
+    said = two_processes(port, "-m", "turboquant_jax", *asked, "--mesh", "tensor=2,context=2")
+    assert own and said[0].endswith(own) and said[1] == ""  # before it, what Gloo says
 
 
 def test_without_an_address_nothing_starts():

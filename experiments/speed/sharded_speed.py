@@ -6,9 +6,9 @@ at 4 bits with the mean before RoPE, the layers of a cache one after another in 
 `decoder: attention` and the like what the devices spend in such kernels a step, by a profile, in
 which a collective counts the time that it waits. `decoder+graphs` asks XLA for its collectives in
 CUDA graphs, `decoder+kernels` for its own kernel for small sums, which it takes by itself, and
-`decoder+nccl` for NCCL's in graphs. `attention16` has 16 layers in a turn of the loop, not 2.
-`longest` and `largest32768` are the longest sequence and the largest batch at 32,768 tokens of
-Llama-3-70B that fit beside its weights, really allocated and decoded.
+`decoder+nccl` for NCCL's in graphs. `attention16` has 16 layers in a turn of the loop, not 2. These
+two have no rows yet. `longest` and `largest32768` are the longest sequence and the largest batch at
+32,768 tokens of Llama-3-70B that fit beside its weights, really allocated and decoded.
 
 Times are of the host around the whole loop, medians. One device runs what it runs without a mesh;
 `ratio_to_one` is its time by that of the mesh. Over `tensor` a device has its kv heads, over
@@ -150,8 +150,7 @@ class Bench:
     @cached_property
     def weights(self) -> Any:
         """Of the large decoder, over `tensor`."""
-        mesh = mesh_of("tensor", max(self.config.devices))
-        assert mesh is not None
+        mesh = make_mesh(tensor=max(self.config.devices))
         made = model_sharding.random_model(self.llama(self.config.large), 0, mesh)
         return jax.block_until_ready(made)
 
@@ -175,10 +174,9 @@ class Bench:
     def compile(self, case: str, devices: int) -> None:
         """Compile the loop of a case; nothing of its size is allocated."""
         what, axis, size = case.split()
-        mesh, config = mesh_of(axis, devices), self.config
+        config = self.config
         if _is_size(what):
-            assert mesh is not None  # the large decoder is for several devices
-            llama = self.llama(config.large)
+            llama, mesh = self.llama(config.large), make_mesh(**{axis: devices})
             sharded_sizes.planned(llama, mesh, what, size, config.steps).compiled()
         elif what.startswith("attention"):
             self.attention(case, devices).compiled()
@@ -188,12 +186,10 @@ class Bench:
     def measure(self, case: str, devices: int) -> list[Row]:
         """The rows of a case; none where it does not fit the devices."""
         what, axis, size = case.split()
-        mesh, config = mesh_of(axis, devices), self.config
-        parts: dict[str, float] = {}
+        config, parts = self.config, dict[str, float]()
         if _is_size(what):
-            if mesh is None:
-                return []
             llama, name = self.llama(config.large), f"{what}, {size}"
+            mesh = make_mesh(**{axis: devices})
             found = sharded_sizes.largest(
                 llama, mesh, what, size, config.steps, lambda: self.weights
             )

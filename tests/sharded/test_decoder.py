@@ -1,5 +1,7 @@
 """A decoder on a mesh says what it says on one device; its weights lie where they belong."""
 
+import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -13,9 +15,9 @@ from turboquant_jax.cache import CacheConfig, sharding
 from turboquant_jax.cache.mesh import make_mesh
 from turboquant_jax.models import LlamaConfig, dense, load
 from turboquant_jax.models import sharding as model_sharding
-from turboquant_jax.models.generate import decode, prefill
+from turboquant_jax.models.generate import decode, prefill, step
 from turboquant_jax.models.model import random_model
-from turboquant_jax.models.options import Sampling
+from turboquant_jax.models.options import GREEDY, Sampling
 from turboquant_jax.models.past import COMPRESSED, on_mesh
 
 BATCH, PROMPT, STEPS, CAPACITY = 2, 40, 6, 64
@@ -57,6 +59,25 @@ def test_the_same_tokens_as_on_one_device(sizes):
     np.testing.assert_allclose(logits, expected, atol=2e-5)  # sums in another order
     got, want = (call(max_tokens=STEPS).tokens for call in (many, one))
     np.testing.assert_array_equal(got, want)
+
+
+def test_a_step_exchanges_two_sums_a_layer_and_a_few_numbers():
+    """Beside them the sum that reads the embedding, and the best logit of every device."""
+    mesh = make_mesh(tensor=2)
+    model = model_sharding.random_model(LLAMA, 0, mesh, jnp.float32)
+    state = sharding.create(mesh, CONFIG, BATCH, CAPACITY, key=jax.random.key(0))
+    token, keys = jnp.zeros(BATCH, jnp.int32), jax.random.split(jax.random.key(2), BATCH)
+    lowered = step.lower(
+        model, token, token, jnp.ones(BATCH, bool), keys, state, on_mesh(mesh), GREEDY
+    )
+    kind = "(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+    found = re.findall(rf"= (.*) {kind}(?:-start)?\(", lowered.compile().as_text())
+    sizes = {kind: [] for _, kind in found}
+    for shapes, kind in found:
+        dims = re.findall(r"[a-z]\d+\[([\d,]*)\]", shapes)
+        sizes[kind] += [math.prod(map(int, filter(None, text.split(",")))) for text in dims]
+    assert sizes.pop("all-reduce") == [BATCH * LLAMA.hidden_size] * (2 * LLAMA.num_layers + 1)
+    assert sizes.keys() == {"all-gather"} and max(sizes["all-gather"]) <= 2 * BATCH
 
 
 @pytest.mark.parametrize("tensor", [2, 4])

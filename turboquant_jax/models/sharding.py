@@ -22,7 +22,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Shaped
 
 from turboquant_jax.cache import mesh as cache_mesh
 from turboquant_jax.cache.mesh import TENSOR
@@ -78,10 +77,11 @@ def repeated_heads(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> LlamaConfi
     return replace(config, num_kv_heads=tensor)
 
 
-def repeat_heads(
-    name: str, parameter: Shaped[Array | np.ndarray, "..."], config: LlamaConfig
-) -> Shaped[Array | np.ndarray, "..."]:
-    """A layer's parameter for more kv heads: `qkv` and its bias with keys and values repeated."""
+def repeat_heads(name: str, parameter: Any, config: LlamaConfig) -> Any:
+    """A layer's parameter for more kv heads: `qkv` [..., K, G+2, H] with keys and values repeated.
+
+    Its bias alike; an array of numpy stays one. Other parameters are as they were.
+    """
     if name not in ("qkv", "qkv_bias") or parameter.shape[-3] == config.num_kv_heads:
         return parameter
     *batch, heads, group, dim = parameter.shape
@@ -105,10 +105,9 @@ def shard(model: Llama, mesh: Mesh) -> Llama:
 
 def _repeat(layer: Layer, config: LlamaConfig) -> Layer:
     layer.config = config
-    layer.qkv = nnx.Param(jnp.asarray(repeat_heads("qkv", layer.qkv[...], config)))
+    layer.qkv = nnx.Param(repeat_heads("qkv", layer.qkv[...], config))
     if layer.qkv_bias is not None:
-        bias = repeat_heads("qkv_bias", layer.qkv_bias[...], config)
-        layer.qkv_bias = nnx.Param(jnp.asarray(bias))
+        layer.qkv_bias = nnx.Param(repeat_heads("qkv_bias", layer.qkv_bias[...], config))
     return layer
 
 

@@ -127,7 +127,7 @@ def filled_dense_on(
 ) -> Dense:
     """`filled_dense`, on a mesh or on one device."""
     make = functools.partial(filled_dense, config, batch, context, capacity)
-    places = None if mesh is None else past_shardings(jax.eval_shape(make), mesh)
+    places = mesh and past_shardings(jax.eval_shape(make), mesh)
     return jax.jit(make, out_shardings=places)()
 
 
@@ -205,7 +205,7 @@ class DecodeLoop:
         model, logits, lengths, keys = self._arguments
         state = self._state.with_lengths(jnp.asarray(lengths))
         positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
-        if self._mesh is not None:  # arrays without elements are on no device in particular
+        if self._mesh is not None:  # arrays without elements are anywhere
             state = jax.device_put(state, past_shardings(state, self._mesh))
         jax.block_until_ready((state, positions))
         begin = time.perf_counter()
@@ -284,12 +284,9 @@ def copy_bandwidth(nbytes: int = 2**30) -> float:
 
 def weight_bytes(model: Llama) -> int:
     """Bytes of the weights that each device reads in a step: of an untied embedding few rows."""
-    few = 0 if model.head is None else _own_bytes(model.embedding[...])
-    return sum(map(_own_bytes, jax.tree.leaves(model))) - few
-
-
-def _own_bytes(leaf: Array) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    read = model if model.head is None else (model.layers, model.norm, model.head)
+    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf) for leaf in jax.tree.leaves(read))
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in shapes)
 
 
 def past_bytes(config: CacheConfig, context: float, compressed: bool) -> float:

@@ -12,7 +12,7 @@ from flax import nnx
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
-from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
+from turboquant_jax.models.generate import NO_TOKEN, compiled_prefill, decode, pad_prompts, prefill
 from turboquant_jax.models.model import Llama, unstack
 from turboquant_jax.models.options import Sampling
 from turboquant_jax.models.past import COMPRESSED, compressed
@@ -180,6 +180,34 @@ def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
     other = run(mixed_cache((3, 1, 3), (2, 1, 2)))
     np.testing.assert_array_equal(other.state.lengths, plain.state.lengths)
     assert not np.array_equal(other.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_prompt_into_an_empty_past_is_read_by_a_smaller_program(model, config, tokens, window):
+    config = dataclasses.replace(config, sliding_window=window)
+    windowed = dataclasses.replace(model.config, sliding_window=window)
+    model = jax.jit(lambda: Llama(windowed, nnx.Rngs(3), jnp.float32))()
+    lengths = jnp.asarray([TOKENS // 2, TOKENS - 3])
+
+    def empty():
+        return cache.create(config, 2, 2 * TOKENS, key=jax.random.key(2))
+
+    def size(of_empty):
+        call = model, tokens, lengths, empty(), COMPRESSED
+        return len(compiled_prefill.lower(*call, empty=of_empty).as_text())
+
+    assert size(True) < 0.85 * size(False)
+    want, _ = compiled_prefill(model, tokens, lengths, empty(), COMPRESSED)
+    got, state = prefill(model, tokens, lengths, empty(), COMPRESSED)
+    chex.assert_trees_all_close(got, want, atol=2e-5)
+    np.testing.assert_array_equal(state.lengths, lengths)
+    # a second prompt sees the first, also where a row is empty
+    for kept in ([TOKENS // 2, TOKENS - 3], [0, TOKENS - 3]):
+        before = state.with_lengths(jnp.asarray(kept))
+        again = jax.tree.map(jnp.copy, before)
+        want, _ = compiled_prefill(model, tokens, lengths, before, COMPRESSED)
+        got, state = prefill(model, tokens, lengths, again, COMPRESSED)
+        np.testing.assert_array_equal(got, want)
 
 
 def test_layers_of_the_same_bits_are_lowered_once(model):

@@ -64,6 +64,8 @@ def bench(arguments: argparse.Namespace) -> None:
     flags.check_at_least(arguments, 1, "batch", "context", "steps", "repeats", "chunk")
     widths = [bits for bits in getattr(arguments, "bits", [4]) if bits != choices.FULL]
     flags.check_bits("--bits", widths)
+    if arguments.mesh is not None:
+        flags.mesh(arguments.mesh)
     flags.check_segments(arguments)
     _model(arguments)
 
@@ -71,6 +73,8 @@ def bench(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """Of `plan`."""
     parse_memory(arguments.memory)
+    if arguments.mesh is not None:
+        flags.mesh(arguments.mesh)
     flags.check_cache(arguments)
     models.check_sized(arguments.model)
 
@@ -78,7 +82,7 @@ def plan(arguments: argparse.Namespace) -> None:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Of `calibrate`."""
     flags.check_folder(arguments.out)
-    flags.check_at_least(arguments, 1, "capacity", "windows", "alone")
+    flags.check_at_least(arguments, 1, "capacity", "windows", "alone", "tensor")
     flags.check_at_least(arguments, 16, "context")
     for name in ("ratio", "kl"):
         value = getattr(arguments, name)

@@ -27,6 +27,7 @@ ROUNDED = 256
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Generate and print."""
+    settings.join_hosts(arguments)
     allocation = settings.allocation(arguments.allocation)
     with compiling.shown("load the model"):
         dtype, mesh = settings.dtype(arguments.dtype), settings.mesh(arguments)

@@ -69,6 +69,24 @@ def test_one_token_more_would_not_fit(batch, window):
     assert sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)) == row.cache_bytes
 
 
+@pytest.mark.parametrize("sizes", ["tensor=3", "tensor=3,context=2"])
+def test_on_a_mesh_every_device_has_the_memory(sizes, tmp_path):
+    """A third of the heads and of the matrices; norms are everywhere."""
+    flags = ["--model", SMALL, "--memory", "100MB", "--bits", "4", "--mesh", sizes]
+    assert cli.main(["plan", *flags, "--json", str(tmp_path / "plan.json")]) == 0
+    result = json.loads((tmp_path / "plan.json").read_text())
+    norms = 576 * (2 * 30 + 1)
+    matrices = parameter_count(PRESETS[SMALL]) - norms
+    assert result["weight_bytes"] == 2 * (matrices // 3 + norms)
+    budget = 100 * 10**6 - result["weight_bytes"]
+    full, row = result["rows"][0], next(row for row in result["rows"] if row["bits_k"] == 4)
+    assert full["tokens"] == budget // (2 * 30 * 64 * 2)
+    assert 0 <= budget - row["cache_bytes"] < 4096 * row["bytes_per_token"] * 2
+    shares = 2 if "context" in sizes else 1
+    own = 30 * 2 * (32 + 2)  # a head's codes, and scales of 16 bits
+    assert row["bytes_per_token"] * shares == pytest.approx(own, rel=2e-3)  # and page numbers
+
+
 def test_a_sliding_window_that_fits_is_all_that_a_model_needs(capsys):
     """Mistral v0.1 sees 4,096 tokens: full precision keeps them, a cache its ring of blocks."""
     result = plan.plan("mistral-7b-v0.1", "20GB", 2, [(4, 4)], window=128, sinks=4)

@@ -4,7 +4,7 @@ import re
 
 from turboquant_jax.cache import CacheConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token, planned_bytes
-from turboquant_jax.cli.plan import tokens_that_fit
+from turboquant_jax.cli.capacity import tokens_that_fit
 
 _BESIDE = 2**21  # bytes that a sequence takes beside its past: logits, and what makes them
 _BESIDE_ALONE = 2**28  # the same where there is one sequence, and more, for it costs few tokens

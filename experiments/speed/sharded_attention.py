@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, cache_config
-from experiments.speed.sharded_decoder import filled, placed_shapes, replicated_shapes
+from experiments.speed.sharded_decoder import replicated_shapes
 from turboquant_jax import attention, cache
 from turboquant_jax.attention import sharding as attention_sharding
 from turboquant_jax.cache import Cache, CacheConfig, sharding
+from turboquant_jax.models.sharding import past_shardings, placed
+from turboquant_jax.models.timing import filled_cache
 
 _ROOM = 64
 _NEAR = 1e-3
@@ -38,7 +40,7 @@ class Attention:
         state = jax.eval_shape(self._empty)
         new = jax.eval_shape(partial(queries, self.batch))
         if self.mesh is not None:
-            state = placed_shapes(state, self.mesh)
+            state = placed(state, past_shardings(state, self.mesh))
             new = replicated_shapes(new, self.mesh)
         return jax.jit(self._loop).lower(state, *new).compile()
 
@@ -46,7 +48,7 @@ class Attention:
         """Of one layer's attention, the median of loops; the first one does not count."""
         run, new, seconds = self.compiled(), queries(self.batch), []
         sizes = self.batch, self.tokens, self.tokens + _ROOM
-        state = filled(self._cache, self.mesh, *sizes)
+        state = filled_cache(self._cache, *sizes, mesh=self.mesh)
         if self.mesh is not None:
             new = jax.device_put(new, NamedSharding(self.mesh, P()))
         for _ in range(repeats + 1):

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,30 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from turboquant_jax import cache
-from turboquant_jax.attention.projection import Projection
 from turboquant_jax.cache import CacheConfig, sharding
-from turboquant_jax.cache.mesh import DATA, SEQUENCES, TOKENS, on_shards, specs
 from turboquant_jax.models import dense, timing
 from turboquant_jax.models import sharding as model_sharding
 from turboquant_jax.models.config import LlamaConfig
-from turboquant_jax.models.dense import DENSE, Dense
+from turboquant_jax.models.dense import DENSE
 from turboquant_jax.models.generate import Past, decode
 from turboquant_jax.models.model import random_model
 from turboquant_jax.models.past import COMPRESSED, on_mesh
+from turboquant_jax.models.sharding import past_shardings, placed
 
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
-COMPILERS = {
+COMPILERS: dict[str, dict[str, Any]] = {
     "": {},
     "graphs": {"xla_gpu_enable_command_buffer": _IN_GRAPHS},
     "kernels": {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True},
+    "nccl": {
+        "xla_gpu_enable_command_buffer": _IN_GRAPHS,
+        "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
+        "xla_gpu_experimental_use_collective_kernels": "",
+    },
 }
-"""XLA as it is; collectives inside its CUDA graphs; its own sum of few bytes instead of NCCL's."""
+"""XLA as it is; asked for collectives in CUDA graphs; for its own kernel of small sums; for NCCL's
+sums in CUDA graphs.
+"""
 
 KINDS = {
     "collectives": ("nccl", "allreduce", "all_reduce", "allgather", "all-gather", "all-reduce"),
@@ -71,18 +77,15 @@ class Decoder:
     def past(self) -> Past[Any]:
         """How the decoder uses its past."""
         if self.cache is None:
-            return DENSE if self.mesh is None else dense_on_mesh(self.mesh)
+            return DENSE if self.mesh is None else dense.on_mesh(self.mesh)
         return COMPRESSED if self.mesh is None else on_mesh(self.mesh)
 
     def make_past(self) -> Any:
         """The past, filled; on a mesh no device ever has all of it."""
         sizes = self.batch, self.tokens, self.capacity
-        if self.cache is not None:
-            return filled(self.cache, self.mesh, *sizes)
-        make = partial(timing.filled_dense, self.llama, *sizes)
-        if self.mesh is None:
-            return make()
-        return jax.jit(make, out_shardings=_places(jax.eval_shape(make), self.mesh))()
+        if self.cache is None:
+            return timing.filled_dense_on(self.mesh, self.llama, *sizes)
+        return timing.filled_cache(self.cache, *sizes, mesh=self.mesh)
 
     def make_model(self) -> Any:
         """The weights."""
@@ -96,7 +99,8 @@ class Decoder:
         past, seeds = jax.eval_shape(self._empty), jax.eval_shape(self._seeds)
         if self.mesh is not None:
             model = placed(model, model_sharding.shardings(model, self.mesh))
-            past, seeds = placed_shapes(past, self.mesh), replicated_shapes(seeds, self.mesh)
+            past = placed(past, past_shardings(past, self.mesh))
+            seeds = replicated_shapes(seeds, self.mesh)
         logits, positions, keys = seeds
         lowered = decode.lower(
             model, logits, positions, keys, past, self.past, max_tokens=self.steps + 1
@@ -145,7 +149,7 @@ class Loop:
         lengths = jnp.full(decoder.batch, decoder.tokens, jnp.int32)
         state = self.state.with_lengths(lengths)
         if decoder.mesh is not None:
-            state = jax.device_put(state, _places(state, decoder.mesh))
+            state = jax.device_put(state, past_shardings(state, decoder.mesh))
         jax.block_until_ready(state)
         begin = time.perf_counter()
         made = jax.block_until_ready(self.run(self.model, *self.seeds, state))
@@ -208,64 +212,9 @@ def _events(plane: Any) -> Iterator[tuple[str, float]]:
             yield from ((event.name, event.duration_ns / 1e9) for event in line.events)
 
 
-def filled(config: CacheConfig, mesh: Mesh | None, batch: int, tokens: int, capacity: int) -> Any:
-    """A cache of random codes, on one device or on a mesh, where no device ever has all of it."""
-    if mesh is None:
-        return timing.filled_cache(config, batch, tokens, capacity)
-    state = sharding.create(mesh, config, batch, capacity, key=jax.random.key(0))
-    fill = on_shards(mesh, partial(timing.filled, context=tokens), ())
-    return jax.jit(fill, donate_argnums=0)(state)
-
-
-def dense_on_mesh(mesh: Mesh) -> Past[Dense]:
-    """`dense.DENSE` with heads over `tensor` and sequences over `data`."""
-
-    def attend(state: Dense, layer: Any, projection: Projection) -> tuple[jax.Array, Dense]:
-        own = replace(state, keys=state.keys[layer : layer + 1])
-        own = replace(own, values=state.values[layer : layer + 1])
-        given = jax.tree.unflatten(jax.tree.structure(projection), [TOKENS, P(DATA), P(DATA)])
-        run = jax.shard_map(
-            lambda own, projection: dense.attend(own, 0, projection),
-            mesh=mesh, in_specs=(_specs(own), given), out_specs=(TOKENS, _specs(own)),
-            check_vma=False,
-        )  # fmt: skip
-        output, own = run(own, projection)
-
-        def put(every: tuple, new: tuple) -> tuple:
-            return (*every[:layer], *new, *every[layer + 1 :])
-
-        return output, replace(
-            state, keys=put(state.keys, own.keys), values=put(state.values, own.values)
-        )
-
-    return Past(dense.begin, attend, dense.commit, dense.begin, dense.room)
-
-
-def _specs(state: Any) -> Any:
-    if isinstance(state, Dense):
-        return jax.tree.map(lambda leaf: TOKENS if leaf.ndim == 4 else SEQUENCES, state)
-    return specs(state)
-
-
-def _places(state: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), state, _specs(state))
-
-
-def placed_shapes(state: Any, mesh: Mesh) -> Any:
-    """Shapes of a past with the places of its arrays on a mesh."""
-    return placed(state, _places(state, mesh))
-
-
 def replicated_shapes(shapes: Any, mesh: Mesh) -> Any:
     """Shapes of what every device has."""
     return placed(shapes, jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes))
-
-
-def placed(shapes: Any, places: Any) -> Any:
-    """Shapes with their places."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
 
 
 def collect() -> None:

@@ -1,9 +1,7 @@
 """The largest past of a decoder on a mesh: planned for each device's memory, then allocated."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +11,9 @@ from experiments.speed.llama_sizes import size
 from experiments.speed.sharded_decoder import Decoder, collect
 from turboquant_jax.cache import CacheConfig, CodecConfig, presets
 from turboquant_jax.cache.mesh import local_config
-from turboquant_jax.models import sharding
 from turboquant_jax.models.config import LlamaConfig
-from turboquant_jax.models.model import random_model
 from turboquant_jax.models.rope import centring
+from turboquant_jax.models.sharding import parameters_of_shard
 
 _SHARES = (0.97, 0.9, 0.8)  # of the memory, one after another until one fits
 _BESIDE = 2**29  # bytes for the compiler's temporaries
@@ -34,14 +31,6 @@ def cache_config(llama: LlamaConfig, name: str) -> CacheConfig | None:
     return CacheConfig(*sizes, key, replace(value, rotation="identity"), **centring(llama))
 
 
-def weight_bytes(llama: LlamaConfig, mesh: Mesh) -> int:
-    """Bytes of the weights on one device."""
-    shapes = jax.eval_shape(partial(random_model, llama, 0, stacked=False))
-    places = jax.tree.leaves(sharding.shardings(shapes, mesh))
-    leaves = zip(jax.tree.leaves(shapes), places, strict=True)
-    return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves)
-
-
 def planned(
     llama: LlamaConfig, mesh: Mesh, case: str, name: str, steps: int, share: float = _SHARES[0]
 ) -> Decoder:
@@ -49,7 +38,7 @@ def planned(
     stats = jax.devices()[0].memory_stats()
     if stats is None:
         raise ValueError("got a device that does not report its memory, expected a GPU")
-    free = int(share * stats["bytes_limit"]) - weight_bytes(llama, mesh) - _BESIDE
+    free = int(share * stats["bytes_limit"]) - 2 * parameters_of_shard(llama, mesh) - _BESIDE
     cache, four = (cache_config(llama, each) for each in (name, "4"))
     assert four is not None
     own = None if cache is None else local_config(cache, mesh)

@@ -4,16 +4,18 @@
 at 4 bits with the mean before RoPE, the layers of a cache one after another in a loop on a device.
 `decoder` is a step of greedy decoding with the sizes of Llama-3-8B, random weights in bfloat16, and
 `decoder: attention` and the like what the devices spend in such kernels a step, by a profile, in
-which a collective counts the time that it waits. `decoder+graphs` has its collectives in CUDA
-graphs, `decoder+kernels` XLA's own kernel for their sums. `longest` and `largest32768` are the
-longest sequence and the largest batch at 32,768 tokens of Llama-3-70B that fit beside its weights,
-really allocated and decoded.
+which a collective counts the time that it waits. `decoder+graphs` asks XLA for its collectives in
+CUDA graphs, `decoder+kernels` for its own kernel for small sums, which it takes by itself, and
+`decoder+nccl` for NCCL's in graphs. `attention16` has 16 layers in a turn of the loop, not 2.
+`longest` and `largest32768` are the longest sequence and the largest batch at 32,768 tokens of
+Llama-3-70B that fit beside its weights, really allocated and decoded.
 
 Times are of the host around the whole loop, medians. One device runs what it runs without a mesh;
 `ratio_to_one` is its time by that of the mesh. Over `tensor` a device has its kv heads, over
 `context` its stripes of the tokens; with `tensor+context` the context is split in two.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -113,7 +115,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
 
 def base(rows: Sequence[Row], row: Row) -> Row | None:
     """The row of one device for one of several."""
-    what = row["what"].replace("+graphs", "").replace("+kernels", "")
+    what = re.sub(r"\+\w+", "", row["what"])
     sizes = {key: row[key] for key in ("batch", "tokens")}
     return next(iter(where(rows, what=what, devices=1, **sizes)), None)
 
@@ -164,10 +166,10 @@ class Bench:
 
     def attention(self, case: str, devices: int) -> Attention:
         """The attention of a case."""
-        _, axis, size = case.split()
+        what, axis, size = case.split()
         batch, tokens = map(int, size.split("x"))
-        mesh = mesh_of(axis, devices)
-        return Attention(mesh, batch, tokens, self.config.layers, self.config.steps)
+        layers = int(what.removeprefix("attention") or self.config.layers)
+        return Attention(mesh_of(axis, devices), batch, tokens, layers, self.config.steps)
 
     def compile(self, case: str, devices: int) -> None:
         """Compile the loop of a case; nothing of its size is allocated."""
@@ -176,7 +178,7 @@ class Bench:
         if _is_size(what):
             llama = self.llama(config.large)
             sharded_sizes.planned(llama, mesh, what, size, config.steps).compiled()
-        elif what == "attention":
+        elif what.startswith("attention"):
             self.attention(case, devices).compiled()
         else:
             self.decoder(case, devices).compiled()
@@ -197,7 +199,7 @@ class Bench:
             batch, tokens, what = decoder.batch, decoder.tokens, name
         else:
             batch, tokens = map(int, size.split("x"))
-            if what == "attention":
+            if what.startswith("attention"):
                 seconds = self.attention(case, devices).seconds(config.repeats)
             else:
                 decoder = self.decoder(case, devices)
@@ -219,7 +221,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     """A claim for every row of several devices that has one of a single device."""
     found = []
     for row in rows:
-        aims, one = _AIMS.get(row["what"]), base(rows, row)
+        aims, one = _AIMS.get(row["what"].rstrip("0123456789")), base(rows, row)
         if row["devices"] == 1 or aims is None:
             continue
         aim = _AIM_OF_TWO if row["devices"] == 2 else aims * row["devices"]

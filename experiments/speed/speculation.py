@@ -38,9 +38,9 @@ from turboquant_jax.cache import Cache, CacheConfig, CodecConfig
 from turboquant_jax.cache.choose import choose_attention
 from turboquant_jax.implementation import Implementation
 from turboquant_jax.models import PRESETS, Checkpoint, Llama, LlamaConfig, load, speculate, timing
-from turboquant_jax.models.decoding import read, refuse_overflow
+from turboquant_jax.models.decoding import refuse_overflow
 from turboquant_jax.models.drafts import Drafter, look_up
-from turboquant_jax.models.generate import Past, decode, pad_prompts
+from turboquant_jax.models.generate import Past, decode, pad_prompts, prefill
 from turboquant_jax.models.options import GREEDY, Sampling
 from turboquant_jax.models.past import compressed
 from turboquant_jax.models.rope import centring
@@ -176,11 +176,13 @@ class Bench:
         every = dict(zip(PROMPTS, map(tokenizer.encode_chat, said), strict=True))
         room = max(map(len, every.values())) + self.config.tokens  # of all: compiled once
         empty = cache.create(cache_config(model.config), 1, room, key=jax.random.key(0))
-        logits, lengths, state = read(model, [every[task]], empty, self.past)
+        row = list(every).index(task)
+        text, lengths = (jnp.asarray(x[row : row + 1]) for x in pad_prompts([*every.values()]))
+        logits, state = prefill(model, text, lengths, empty, self.past)
+        refuse_overflow(state)
         ends = Sampling(eos_ids=tuple(tokenizer.eos_ids))
         asked = Asked(model, self.past, logits, lengths, state, self.config.tokens, ends)
-        text, _ = pad_prompts([every[task]])
-        return asked, jnp.pad(jnp.asarray(text), ((0, 0), (0, room - text.shape[1])))
+        return asked, jnp.pad(text, ((0, 0), (0, room - text.shape[1])))
 
     def _compare(
         self,

@@ -122,8 +122,8 @@ def _jobs(config: Config) -> dict[str, dict[str, Any]]:
                 enable_prefix_caching=False,
             ),
         }  # fmt: skip
-    own = [(OURS, bits) for bits in config.bits]
-    for backend, bits in [(THEIRS, 32), *own] if config.folder else ():
+    real = [(THEIRS, 32)] * (THEIRS in config.backends) + [(OURS, bits) for bits in config.bits]
+    for backend, bits in real if config.folder else ():
         prompts = json.loads(Path(config.ids).read_text())
         jobs[f"tokens {backend} {bits}"] = {
             "part": "tokens", "head": {"part": "tokens", "backend": backend, "bits": bits},
@@ -135,7 +135,8 @@ def _jobs(config: Config) -> dict[str, dict[str, Any]]:
                 graphs=[len(prompts)],
             ),
         }  # fmt: skip
-    return jobs
+    # theirs last: it is the one that may not start
+    return dict(sorted(jobs.items(), key=lambda job: job[1]["head"]["backend"] == IN_TREE))
 
 
 def _settings(backend: str, bits: int, *, graphs: list[int], **settings: Any) -> dict[str, Any]:

@@ -113,14 +113,18 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             if preset == FULL or not found:
                 continue
             low, high = wilson(kept, found)
+            lengths = distinct(cells, "context")
+            where_asked = task
+            if lengths != distinct(every, "context"):
+                where_asked += f", {', '.join(f'{length:,}' for length in lengths)} tokens only"
             made.append(
                 Claim(
                     "TurboQuant, figure 4" if preset == PAPERS else QUESTION,
-                    f"{preset} finds every needle that full precision finds ({task})",
+                    f"{preset} finds every needle that full precision finds ({where_asked})",
                     f"{kept} of {found} ({low:.0%} to {high:.0%} at 95 %)",
                     "holds" if kept == found else "does not hold",
                     topic=f"{preset} finds every needle that full precision finds",
-                    short=f"{kept} of {found} ({task})",
+                    short=f"{kept} of {found} ({where_asked})",
                 )
             )
     return made
@@ -130,8 +134,13 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Heat maps of depth over length; grey where full precision finds nothing."""
     rows = _latest(rows)
     shown = distinct(rows, "preset")
-    panels_of = [(task, preset) for task in distinct(rows, "task") for preset in shown]
-    columns = max(n for n in range(1, 7) if len(shown) % n == 0)
+    panels_of = [
+        (task, preset)
+        for task in distinct(rows, "task")
+        for preset in shown
+        if where(rows, task=task, preset=preset)
+    ]
+    columns = max(n for n in range(1, 7) if len(panels_of) % n == 0)
     made, axes = panels(len(panels_of) // columns, columns, 2.3, 2.3)
     for number, ((task, preset), axis) in enumerate(zip(panels_of, axes.ravel(), strict=True)):
         cells = where(rows, task=task, preset=preset)

@@ -186,9 +186,10 @@ def attend_format(
         for decoder, refs in zip(plan.value_decoders, inputs["value_tables"], strict=True)
     ]
     angles = digits = None
-    if turns:
+    if turns or plan.columns > MANY:
         for name in ("key_tables", "value_tables"):
             state[name] = [in_registers(tables) for tables in state[name]]
+    if turns:
         places = [
             which * plan.tokens + token
             for which, token in map(partial(place_of, plan), range(PHASES))

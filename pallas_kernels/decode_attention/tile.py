@@ -6,6 +6,7 @@ from jax import lax
 
 from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import EMPTY
+from pallas_kernels.decode_attention.phases import MANY
 from pallas_kernels.decode_attention.scores import (
     BIAS,
     BOUND,
@@ -62,10 +63,14 @@ def tile_scores(
             exponent = jnp.full(page.shape, BIAS, jnp.int32)
         else:
             exponent = value_exponent(words[: max(plan.value_words) + 1])
-        bound = exponent.astype(jnp.float32)[:, None]
+        addend, by_row = exponent.astype(jnp.float32), plan.columns > MANY and not plan.uncoded[0]
+        if by_row:  # a scale of 0 adds 0 to it, and a row of many scores is asked once
+            addend = jnp.where(seen, addend, EMPTY)
+        bound = addend[:, None]
         for x, y in reversed(scores(plan, refs, state, page, token, words, mean)):
             bound = triton.fma(x, y, bound)
-        bound = jnp.where(seen[:, None], bound, EMPTY)
+        if not by_row:
+            bound = jnp.where(seen[:, None], bound, EMPTY)
         found.append((bound, exponent, words, (page, token, seen)))
     return found
 

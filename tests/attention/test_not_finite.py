@@ -221,10 +221,10 @@ def by_kernel(call):
 
 
 def by_tiles(call, decode_by="xla"):
-    arrays = (call[n] for n in ("q", "k", "v"))
+    arrays = tuple(call[n] for n in ("q", "k", "v"))
     rows = rows_of(call["state"], LAYER)
     scores = cudnn.Scores()
-    return cudnn.attend(call["state"], rows, *arrays, scores, call["sinks"], decode_by=decode_by)
+    return cudnn.attend(call["state"], rows, arrays, scores, call["sinks"], decode_by=decode_by)
 
 
 def assert_follows(name, run, count, token, tolerance):

@@ -85,18 +85,19 @@ def test_tiles_of_the_past_and_the_chunk_merge_to_the_definition(name, vendor, p
         with jax.default_matmul_precision("highest"):
             want = attend(state, 1, q, k, v, scores=scores, sink_logits=sinks, implementation="xla")
         decode_by = "pallas" if vendor == "cudnn" and name != "prod" else "xla"
-        return want, cudnn.attend(
-            state, rows_of(state, 1), q, k, v, scores, sinks, decode_by=decode_by
-        )
+        call = partial(cudnn.attend, state, rows_of(state, 1), (q, k, v), scores, sinks)
+        return want, call(decode_by=decode_by), call(decode_by=decode_by, empty=True)
 
     for past in (lengths, (0, 0, 0)):  # later chunks, and a first one
         state = state.with_lengths(jnp.asarray(past, jnp.int32))
         with jax.numpy_dtype_promotion("standard"):  # the vendor is "xla" here, which mixes dtypes
-            want, got = both(state, *chunk(config, 16, jnp.bfloat16))
+            want, got, alone = both(state, *chunk(config, 16, jnp.bfloat16))
         want, got = (np.asarray(x, np.float32) for x in (want, got))
         assert np.isfinite(got).all()
         # bfloat16 operands and shares: 2**-9 each
         assert np.linalg.norm(got - want) <= 1.2e-2 * np.linalg.norm(want)
+        if max(past) == 0:  # known to be empty, its past is not even compiled
+            np.testing.assert_array_equal(np.asarray(alone, np.float32), got)
 
 
 WINDOWS = {
@@ -124,7 +125,7 @@ def in_a_window(config, lengths, count, vendor):
         with jax.default_matmul_precision("highest"):
             want = attend(state, 1, q, k, v, scores=scores, sink_logits=sinks, implementation="xla")
         rows = rows_of(state, 1)
-        return want, cudnn.attend(state, rows, q, k, v, scores, sinks, decode_by=decode_by)
+        return want, cudnn.attend(state, rows, (q, k, v), scores, sinks, decode_by=decode_by)
 
     return both, state, chunk(config, count, jnp.bfloat16)
 
@@ -182,7 +183,7 @@ def test_behind_a_window_no_array_has_queries_times_tokens(monkeypatch):
         return max(math.prod(map(int, shape.split("x")[:-1])) for shape in shapes)
 
     def by_vendor(state, *heads):
-        return cudnn.attend(state, rows_of(state, 1), *heads, Scores(), None, decode_by="xla")
+        return cudnn.attend(state, rows_of(state, 1), heads, Scores(), None, decode_by="xla")
 
     numbers = 3 * 2 * config.num_kv_heads * config.head_dim  # of a token's queries
     assert largest(by_vendor) <= numbers * (count + window)

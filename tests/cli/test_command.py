@@ -155,6 +155,25 @@ def test_a_prompt_of_a_file_draws_what_it_would_alone(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == second["text"]
 
 
+def test_samples_are_the_answers_to_so_many_prompts(tiny, tmp_path, capsys):
+    """Row by row, though the prompt is read once."""
+    prompt, out = "one prompt of some words " * 4, tmp_path / "answers.json"
+    (tmp_path / "prompts.txt").write_text(f"{prompt.strip()}\n" * 3)
+    flags = ["--model", tiny, "--tokens", "20", "--window", "16", "--temperature", "1"]
+    flags = ["generate", *flags, "--seed", "4", "--json", str(out)]
+    assert cli.main([*flags, "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    apart = json.loads(out.read_text())["answers"]
+    capsys.readouterr()
+    assert cli.main([*flags, prompt.strip(), "--samples", "3"]) == 0
+    found = json.loads(out.read_text())["answers"]
+    assert [(row["tokens"], row["seed"]) for row in found] == [
+        (row["tokens"], row["seed"]) for row in apart
+    ]
+    assert len({tuple(row["tokens"]) for row in found}) == 3
+    printed = "".join(f"> seed {4 + i}\n{row['text']}\n" for i, row in enumerate(found))
+    assert capsys.readouterr().out == printed
+
+
 def test_drafts_change_no_answer_and_are_counted(tiny, tmp_path, capsys):
     """By look-up and by a second model, with a compressed and with a dense cache."""
     out = tmp_path / "answers.json"
@@ -365,6 +384,13 @@ def test_bits_of_each_layer_that_cannot_be(command, text, beside, says, tiny, tm
         (["generate", "--prompts", "nowhere.txt"], "expected a prompt a line"),
         (["generate", "--prompts", "{}", "--stream"], "got --prompts with many"),
         (["generate", "--prompts", "{}"], "got no prompt"),
+        (["generate", "x", "--samples", "0"], "--samples must be at least 1"),
+        (["generate", "x", "--samples", "2"], "expected a --temperature above 0"),
+        (["generate", "x", "--samples", "2", "--stream"], "got --stream beside it"),
+        (
+            ["generate", "x", "--samples", "2", "--temperature", "1", "--bits", "16"],
+            "got 16 bits, expected a compressed cache",
+        ),
         (["generate", "x", "--top-p", "2"], "top_p: got 2.0"),
         (["generate", "x", "--model", "random:tiny", "--tokens", "300"], "at most 256"),
         (

@@ -68,3 +68,17 @@ def test_calls_are_those_of_single_tokens_and_of_a_chunk_behind_a_past():
     names = [name for name, *_ in vllm_kernels.recorded(sizes)]
     # for each batch its attention; one encode of single tokens, one of chunks; one tile
     assert sorted(names) == ["decode", "decode_attention", "decode_attention", "encode", "encode"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_their_own_compressed_cache_has_its_pages():
+    """The first runner of vLLM 0.26 asks for those of `auto`; runs where vLLM is installed."""
+    pytest.importorskip("vllm", reason="needs vLLM 0.26")
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+
+    vllm_engine._mend_theirs()
+    assert TurboQuantConfig.get_boundary_skip_layers(None) == []
+    *_, size = TurboQuantAttentionBackend.get_kv_cache_shape(3, 16, 8, 128, cache_dtype_str="auto")
+    # 48 GiB for 32 layers with 8 heads held 1,502,432 tokens by its log
+    assert size == (48 << 30) // (32 * 8 * 1_502_432)

@@ -12,7 +12,7 @@ from flax import nnx
 from turboquant_jax import cache
 from turboquant_jax.cache import Allocation, CacheConfig, CodecConfig
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
-from turboquant_jax.models.generate import NO_TOKEN, decode, pad_prompts, prefill
+from turboquant_jax.models.generate import NO_TOKEN, compiled_prefill, decode, pad_prompts, prefill
 from turboquant_jax.models.model import Llama, unstack
 from turboquant_jax.models.options import Sampling
 from turboquant_jax.models.past import COMPRESSED, compressed
@@ -132,6 +132,38 @@ def test_answers_to_one_prompt_read_it_together(model, config):
     assert cache.shared_blocks(together.state) == blocks  # and more of their own
 
 
+def test_answers_to_a_prompt_that_was_read_alone(model, config):
+    """Up to the capacity, with as many pages as they then fill."""
+    prompt = np.random.default_rng(2).integers(0, model.config.vocab_size, (1, 40)).astype(np.int32)
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def answers(batch, count):
+        """Of as many prompts, each asked for `count` answers."""
+        state = cache.create(config, batch, 60, key=jax.random.key(0))
+        lengths = jnp.full(batch, 40, jnp.int32)
+        tokens = jnp.asarray(np.tile(prompt, (batch, 1)))
+        logits, state = prefill(model, tokens, lengths, state, COMPRESSED)
+        if count > 1:
+            state = cache.repeat(state, count)
+        past = compressed(shared_blocks=cache.shared_blocks(state))
+        return decode(
+            model, jnp.repeat(logits, count, axis=0), jnp.full(3, 40, jnp.int32), keys, state, past,
+            max_tokens=21, sampling=Sampling(temperature=1.0),
+        )  # fmt: skip
+
+    apart, together = answers(3, 1), answers(1, 3)
+    np.testing.assert_array_equal(together.tokens, apart.tokens)
+    np.testing.assert_array_equal(together.state.lengths, [60] * 3)
+    assert not together.state.overflow.any()
+    for state, shared in ((apart.state, 0), (together.state, config.num_blocks(40))):
+        assert cache.shared_blocks(state) == shared
+        pages, slots = state.table.references.shape[0], state.table.page_table.shape[1]
+        assert pages == 3 * slots - 2 * shared
+        assert cache.free_pages(state) == 0
+    with pytest.raises(ValueError, match="sequences: got 3 to be 2, expected 1"):
+        cache.repeat(apart.state, 2)
+
+
 def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
     """Token for token and bit for bit; and bits that differ do not."""
     tokens, lengths = map(jnp.asarray, pad_prompts([[5, 6, 7] * 9, [11, 12]]))
@@ -148,6 +180,34 @@ def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
     other = run(mixed_cache((3, 1, 3), (2, 1, 2)))
     np.testing.assert_array_equal(other.state.lengths, plain.state.lengths)
     assert not np.array_equal(other.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_prompt_into_an_empty_past_is_read_by_a_smaller_program(model, config, tokens, window):
+    config = dataclasses.replace(config, sliding_window=window)
+    windowed = dataclasses.replace(model.config, sliding_window=window)
+    model = jax.jit(lambda: Llama(windowed, nnx.Rngs(3), jnp.float32))()
+    lengths = jnp.asarray([TOKENS // 2, TOKENS - 3])
+
+    def empty():
+        return cache.create(config, 2, 2 * TOKENS, key=jax.random.key(2))
+
+    def size(of_empty):
+        call = model, tokens, lengths, empty(), COMPRESSED
+        return len(compiled_prefill.lower(*call, empty=of_empty).as_text())
+
+    assert size(True) < 0.85 * size(False)
+    want, _ = compiled_prefill(model, tokens, lengths, empty(), COMPRESSED)
+    got, state = prefill(model, tokens, lengths, empty(), COMPRESSED)
+    chex.assert_trees_all_close(got, want, atol=2e-5)
+    np.testing.assert_array_equal(state.lengths, lengths)
+    # a second prompt sees the first, also where a row is empty
+    for kept in ([TOKENS // 2, TOKENS - 3], [0, TOKENS - 3]):
+        before = state.with_lengths(jnp.asarray(kept))
+        again = jax.tree.map(jnp.copy, before)
+        want, _ = compiled_prefill(model, tokens, lengths, before, COMPRESSED)
+        got, state = prefill(model, tokens, lengths, again, COMPRESSED)
+        np.testing.assert_array_equal(got, want)
 
 
 def test_layers_of_the_same_bits_are_lowered_once(model):

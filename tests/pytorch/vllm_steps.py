@@ -29,11 +29,18 @@ def codecs_of(config: CacheConfig):
 class Engine:
     """One layer, and the requests that it has."""
 
-    def __init__(self, bits: int = 8, count: int = 4, kernels: bool = False, heads: int = HEADS):
+    def __init__(
+        self,
+        bits: int = 8,
+        count: int = 4,
+        kernels: bool = False,
+        heads: int = HEADS,
+        pages_held: int = PAGES,
+    ):
         config = config_of(bits, heads=heads)
         codecs = codecs_of(config)
         size = pages.token_bytes(config, codecs)
-        self.memory = torch.zeros(PAGES, heads, BLOCK, size, dtype=torch.uint8)
+        self.memory = torch.zeros(pages_held, heads, BLOCK, size, dtype=torch.uint8)
         held = (torch.zeros(count + 1, BLOCK, heads, DIM) for _ in range(2))
         own = pages.carve(self.memory, config, codecs)
         phases = pre_rope.create(config, 4096, CPU)

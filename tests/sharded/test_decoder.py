@@ -11,7 +11,7 @@ import pytest
 from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, sharding
 from turboquant_jax.cache.mesh import make_mesh
-from turboquant_jax.models import LlamaConfig, load
+from turboquant_jax.models import LlamaConfig, dense, load
 from turboquant_jax.models import sharding as model_sharding
 from turboquant_jax.models.generate import decode, prefill
 from turboquant_jax.models.model import random_model
@@ -34,7 +34,8 @@ def generated(mesh, sampling):
         past, state = COMPRESSED, cache.create(CONFIG, BATCH, CAPACITY, key=key)
     else:
         past, model = on_mesh(mesh), model_sharding.shard(model, mesh)
-        state = sharding.create(mesh, CONFIG, BATCH, CAPACITY, key=key)
+        config = replace(CONFIG, num_kv_heads=model.config.num_kv_heads)
+        state = sharding.create(mesh, config, BATCH, CAPACITY, key=key)
     tokens = jax.random.randint(jax.random.key(1), (BATCH, PROMPT), 0, 96)
     lengths = jnp.array([PROMPT, PROMPT - 9], jnp.int32)
     logits, state = prefill(model, tokens, lengths, state, past)
@@ -43,7 +44,11 @@ def generated(mesh, sampling):
     return logits, call
 
 
-@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(data=2, tensor=2, context=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(tensor=2), dict(data=2, tensor=2, context=2), dict(tensor=4)],  # two devices a kv head
+    ids=str,
+)
 def test_the_same_tokens_as_on_one_device(sizes):
     sampling = Sampling(temperature=0.8)
     (expected, one), (logits, many) = (
@@ -54,9 +59,36 @@ def test_the_same_tokens_as_on_one_device(sizes):
     np.testing.assert_array_equal(got, want)
 
 
-def test_weights_of_a_gguf_file_go_to_their_devices(tmp_path, gguf_tensors, write_gguf):
-    config = replace(LLAMA, vocab_size=98, qkv_bias=False, bos_id=1, eos_ids=(2,))
-    model, mesh = random_model(config, 0, jnp.float32), make_mesh(tensor=2)
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_random_weights_are_those_of_one_device(tensor):
+    mesh = make_mesh(tensor=tensor)
+    expected = model_sharding.shard(random_model(LLAMA, 3, stacked=False), mesh)
+    found = model_sharding.random_model(LLAMA, 3, mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for leaf, own in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert leaf.sharding == own.sharding
+        np.testing.assert_array_equal(leaf, own)
+
+
+def test_a_dense_past_says_what_it_says_on_one_device():
+    mesh = make_mesh(data=2, tensor=2)
+    model = random_model(LLAMA, 0, jnp.float32, stacked=False)
+    tokens = jax.random.randint(jax.random.key(1), (BATCH, PROMPT), 0, 96)
+    lengths, keys = jnp.full(BATCH, PROMPT), jax.random.split(jax.random.key(2), BATCH)
+
+    def said(model, past):
+        state = dense.create(LLAMA, BATCH, CAPACITY, jnp.float32)
+        logits, state = prefill(model, tokens, lengths, state, past)
+        return decode(model, logits, lengths, keys, state, past, max_tokens=STEPS).tokens
+
+    got = said(model_sharding.shard(model, mesh), dense.on_mesh(mesh))
+    np.testing.assert_array_equal(got, said(model, dense.DENSE))
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_weights_of_a_gguf_file_go_to_their_devices(tmp_path, gguf_tensors, write_gguf, tensor):
+    config = replace(LLAMA, vocab_size=100, qkv_bias=False, bos_id=1, eos_ids=(2,))
+    model, mesh = random_model(config, 0, jnp.float32), make_mesh(tensor=tensor)
     path = write_gguf(tmp_path / "small.gguf", config, gguf_tensors(model))
     expected = model_sharding.shard(load(path).model, mesh)
     found, wanted = (jax.tree.leaves(m) for m in (load(path, mesh=mesh).model, expected))

@@ -4,6 +4,8 @@ A chunk of T new tokens sees the cache as it stands, and itself, causally and in
 only then is it appended. Decoding is the case T = 1, prefill any other, and the rule is one.
 """
 
+import dataclasses
+
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -90,12 +92,14 @@ def attend_projection(
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
     shared_blocks: int = 0,
+    empty: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """`attend_and_write` of what a layer projected, RoPE in the kernel's way where it is served.
 
     The layer may be given by its rows, `rows_of(cache, layer)`: layers whose rows differ in arrays
-    alone share one compiled call. Other arguments and errors are those of `attend`; ValueError also
-    for a cache of another sliding window than the projection's.
+    alone share one compiled call. `empty`: the caller knows that the cache holds no token, so that
+    of a prompt only its own attention is compiled. Other arguments and errors are those of
+    `attend`; ValueError also for a cache of another sliding window than the projection's.
     """
     rows = layer if isinstance(layer, LayerRows) else rows_of(cache, layer)
     _check(cache, *jax.eval_shape(Projection.heads, projection))
@@ -103,6 +107,7 @@ def attend_projection(
     scores = projection.scores
     queries = projection.qkv.shape[1]
     chosen = choose_attention(cache, queries, scores.softcap, implementation, shared_blocks)
+    chosen = dataclasses.replace(chosen, empty=empty)
     if chosen.attend == "pallas" and triton.turns(projection):
         heads, rotated = triton.turn(cache, rows, projection)
         return _attend_and_write(cache, rows, heads, scores, sink_logits, chosen, rotated)
@@ -128,15 +133,14 @@ def _attend_and_write(
 
 
 def _attend(cache: Cache, rows, heads, scores, sink_logits, chosen: Attention, rotated=None):
-    q, k, v = heads
     call = cache, rows, heads, scores, sink_logits
-    if chosen.attend == "pallas" and q.shape[1] == 1:
+    if chosen.attend == "pallas" and heads[0].shape[1] == 1:
         return triton.attend(*call, write=False, rotated=rotated, shared=chosen.shared)[0]
     if chosen.attend == "pallas":
         return triton.attend_several(*call, rotated, shared=chosen.shared)
     if chosen.attend == "xla":
-        return definition.attend(*call, chosen.shared)
-    return cudnn.attend(cache, rows, q, k, v, scores, sink_logits, decode_by=chosen.pages)
+        return definition.attend(*call, chosen.shared, chosen.empty)
+    return cudnn.attend(*call, decode_by=chosen.pages, empty=chosen.empty)
 
 
 def _check(cache: Cache, q, k, v) -> None:

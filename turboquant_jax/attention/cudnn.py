@@ -35,6 +35,7 @@ from turboquant_jax.attention import (
     tensor_cores,
     triton,
 )
+from turboquant_jax.attention.projection import Heads
 from turboquant_jax.attention.segments import Scores, SegmentPart, merge, over_shares, sink_part
 from turboquant_jax.cache import blocks, pre_rope
 from turboquant_jax.cache.layout import locate
@@ -54,15 +55,15 @@ VENDOR: Literal["cudnn", "xla"] = "cudnn"
 def attend(
     cache: Cache,
     rows: LayerRows,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    heads: Heads,
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
     *,
     decode_by: Implementation,
+    empty: bool = False,
 ) -> Float[Array, "B T N H"]:
     """What `api.attend` says, with operands in the cache's 16 bits; no cap."""
+    q, k, v = heads
     config = cache.config
     scale = scores.factor(config.head_dim)
     queries, keys, values = (x.astype(config.dtype) for x in (q, k, v))
@@ -98,6 +99,8 @@ def attend(
             bad_past = lax.pmax(bad_past.astype(jnp.int32), share.axis) > 0
         return merged([alone(), *parts], reach_of_past, bad_past)
 
+    if empty:
+        return merged([alone()])
     # each branch goes all the way to the output: what leaves a branch is copied
     return lax.cond(jnp.any(cache.lengths > 0), with_past, lambda: merged([alone()]))
 

@@ -32,11 +32,13 @@ def attend(
     scores: Scores,
     sink_logits: Float[Array, " N"] | None,
     shared: int = 0,
+    empty: bool = False,
 ) -> Float[Array, "B T N H"]:
     """What `api.attend` says."""
     q, k, v = heads
-    parts = [_exact(cache, rows, q, k, v, scores)]
-    for over in ([_blocks] if cache.layout.slots else []) + ([_prefix] if shared else []):
+    parts = [(_new if empty else _exact)(cache, rows, q, k, v, scores)]
+    blocks = [] if empty or not cache.layout.slots else [_blocks]
+    for over in blocks + ([_prefix] if shared else []):
         own = [
             over(
                 cache,
@@ -49,7 +51,7 @@ def attend(
             for member in rows.members
         ]
         parts.append(head_rotation.join_heads(rows, own, cache.kv_heads))
-    if cache.share is not None:
+    if cache.share is not None and not empty:
         parts = [over_shares(merge(parts), cache.share)]
     if sink_logits is not None:
         parts.append(sink_part(sink_logits, q.shape))
@@ -68,6 +70,14 @@ def _exact(cache: Cache, rows: LayerRows, q, k, v, scores: Scores) -> SegmentPar
     held = jnp.concatenate([held, cache.layout.counted(query >= 0)], axis=1)
     visible = held[:, None, :] & sees(cache.config, query, position)
     return attend_segment(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), visible, scores)
+
+
+def _new(cache: Cache, rows: LayerRows, q, k, v, scores: Scores) -> SegmentPart:
+    """The new tokens alone, of a cache that holds none."""
+    keys, values = (x.astype(cache.config.dtype) for x in (k, v))
+    token = jnp.arange(q.shape[1])[None, :]
+    visible = jnp.broadcast_to(sees(cache.config, token, token), (q.shape[0], *2 * q.shape[1:2]))
+    return attend_segment(q, keys, values, visible, scores)
 
 
 def _blocks(

@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from turboquant_jax.cache.calibration_file import load_calibration, save_calibration
     from turboquant_jax.cache.config import CacheConfig, CodecConfig, Format
     from turboquant_jax.cache.presets import Preset, preset
-    from turboquant_jax.cache.sharing import fork, free, free_pages, shared_blocks
+    from turboquant_jax.cache.sharing import fork, free, free_pages, repeat, shared_blocks
     from turboquant_jax.cache.state import Cache, create
     from turboquant_jax.cache.updating import append, begin, commit, propose, write
 else:  # loaded when they are first used: the configuration alone needs no JAX
@@ -20,7 +20,7 @@ else:  # loaded when they are first used: the configuration alone needs no JAX
         "calibration_file": ("load_calibration", "save_calibration"),
         "config": ("CacheConfig", "CodecConfig", "Format"),
         "presets": ("Preset", "preset"),
-        "sharing": ("fork", "free", "free_pages", "shared_blocks"),
+        "sharing": ("fork", "free", "free_pages", "repeat", "shared_blocks"),
         "state": ("Cache", "create"),
         "updating": ("append", "begin", "commit", "propose", "write"),
     }
@@ -48,6 +48,7 @@ __all__ = [
     "load_calibration",
     "preset",
     "propose",
+    "repeat",
     "save_calibration",
     "shared_blocks",
     "write",

@@ -1,11 +1,12 @@
 """Which format every head gets: the choice that loses least for what it costs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from pallas_kernels.primitives.limits import MAX_FORMATS
-from turboquant_jax.cache.allocation import Allocation, Losses
+from turboquant_jax.cache.allocation import Allocation, Losses, nested
 
 MAX_KINDS = 6
 """Formats of a cache: each is compiled apart, wherever its heads are."""
@@ -59,6 +60,43 @@ def choose(
     ]
     keys, values = (tuple(tuple(p[side] for p in row) for row in pairs) for side in (0, 1))
     return Allocation(keys, values)
+
+
+def choose_on_shards(
+    losses: Losses, costs: tuple[Sequence[float], Sequence[float]], budget: float, shards: int
+) -> Allocation:
+    """`choose`, so that every shard of the heads, in their order, has as many of each format.
+
+    In a layer the heads that lose most on their shards have one format, then the second, and so on.
+
+    Raises:
+      ValueError: shards that do not divide the heads.
+    """
+    if shards == 1:
+        return choose(losses, costs, budget)
+    keys, values = (np.asarray(side) for side in (losses.keys, losses.values))
+    layers, heads = keys.shape[:2]
+    if heads % shards:
+        raise ValueError(f"shards: got {shards} of {heads} kv heads, expected a divisor of them")
+    lost = keys.mean(axis=-1) + values.mean(axis=-1)
+    rank = np.argsort(-lost.reshape(layers, shards, -1), axis=-1, kind="stable")
+    own = rank + np.arange(0, heads, heads // shards)[None, :, None]  # [layers, shards, rank]
+    keys, values = (side[np.arange(layers)[:, None, None], own].sum(1) for side in (keys, values))
+    together = replace(losses, keys=nested(keys), values=nested(values))
+    of_all = tuple([shards * cost for cost in side] for side in costs)
+    chosen = choose(together, (of_all[0], of_all[1]), budget)
+    place = np.empty((layers, heads), int)  # of every head, its rank
+    np.put_along_axis(
+        place, own.reshape(layers, heads), np.tile(np.arange(heads // shards), shards)[None], 1
+    )
+    found = [
+        tuple(
+            tuple(pairs[rank % len(pairs)][side] for rank in row)
+            for pairs, row in zip(chosen.layers, place, strict=True)
+        )
+        for side in (0, 1)
+    ]
+    return Allocation(found[0], found[1])
 
 
 def _taken(loss: np.ndarray, chosen: np.ndarray) -> np.ndarray:

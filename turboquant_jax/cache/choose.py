@@ -31,12 +31,14 @@ class Attention:
     """What attends, what decodes the `pages` that prefill reads, and what compresses.
 
     `shared`: so many blocks of the sequences are those of the first one, and read once for all.
+    `empty`: the cache holds nothing, and no program is made for what it could hold.
     """
 
     attend: Implementation
     pages: Implementation
     compression: Compression
     shared: int = 0
+    empty: bool = False
 
 
 def choose_compression(cache: Cache, implementation: Implementation | None) -> Compression:

@@ -9,7 +9,7 @@ from turboquant_jax.cache.bytes import (
     exact_bytes_per_token,
     planned_bytes,
 )
-from turboquant_jax.cache.choice import choose
+from turboquant_jax.cache.choice import choose_on_shards
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.presets import Preset, codecs
 
@@ -18,10 +18,13 @@ LEAST_RATIO = {"lossless": 3.8, "max": 7.0}
 """Of these presets at that length; the matrices let `lossless` keep 3.5 at 8,192 tokens."""
 
 
-def fit_ratio(config: CacheConfig, losses: Losses, ratio: float, tokens: int) -> Allocation:
+def fit_ratio(
+    config: CacheConfig, losses: Losses, ratio: float, tokens: int, shards: int = 1
+) -> Allocation:
     """The allocation of least loss whose cache of `tokens` is `ratio` times smaller than exact.
 
-    Every array of the dense cache of one sequence counts, calibrated matrices too.
+    Every array of the dense cache of one sequence counts, calibrated matrices too. Of `shards` each
+    has as many heads of each format.
 
     Raises:
       ValueError: a ratio that the smallest formats do not reach.
@@ -33,15 +36,17 @@ def fit_ratio(config: CacheConfig, losses: Losses, ratio: float, tokens: int) ->
     if budget < heads * sum(map(min, costs)):
         raise ValueError(f"ratio: got {ratio}, expected one that the fewest bits reach")
     while True:  # parts have a few bytes of their own
-        allocation = choose(losses, costs, budget)
+        allocation = choose_on_shards(losses, costs, budget, shards)
         over = planned_bytes(replace(config, allocation=allocation), 1, tokens).total - most
         if over <= 0:
             return allocation
         budget -= over
 
 
-def fit_preset(config: CacheConfig, losses: Losses, name: Preset) -> Allocation:
+def fit_preset(config: CacheConfig, losses: Losses, name: Preset, shards: int = 1) -> Allocation:
     """The allocation of least loss in the bytes of a preset at 65,536 tokens, or in `LEAST_RATIO`.
+
+    Of `shards` each has as many heads of each format.
 
     Raises:
       ValueError: another name.
@@ -50,11 +55,15 @@ def fit_preset(config: CacheConfig, losses: Losses, name: Preset) -> Allocation:
     uniform = replace(config, key=key, value=value, allocation=None, scale_bits=16)
     ratio = compression_ratio(uniform, PRESET_TOKENS)
     least = max(ratio, LEAST_RATIO.get(name, 0.0))
-    return fit_ratio(config, losses, least, PRESET_TOKENS)
+    return fit_ratio(config, losses, least, PRESET_TOKENS, shards)
 
 
-def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> Allocation:
+def fit_loss(
+    config: CacheConfig, losses: Losses, kl: float, tokens: int, shards: int = 1
+) -> Allocation:
     """The allocation of the fewest bytes that loses at most `kl` nats a token, as predicted.
+
+    Of `shards` each has as many heads of each format.
 
     Raises:
       ValueError: a loss below that of the best formats.
@@ -62,13 +71,17 @@ def fit_loss(config: CacheConfig, losses: Losses, kl: float, tokens: int) -> All
     costs = _costs(config, losses, tokens)
     heads = config.num_layers * config.num_kv_heads
     low, high = (float(heads * sum(map(which, costs))) for which in (min, max))
-    if losses.of(choose(losses, costs, high)) > kl:
+
+    def choose(budget: float) -> Allocation:
+        return choose_on_shards(losses, costs, budget, shards)
+
+    if losses.of(choose(high)) > kl:
         raise ValueError(f"kl: got {kl}, expected one that the most bits reach")
     for _ in range(20):
         middle = (low + high) / 2
-        fits = losses.of(choose(losses, costs, middle)) <= kl
+        fits = losses.of(choose(middle)) <= kl
         low, high = (low, middle) if fits else (middle, high)
-    return choose(losses, costs, high)
+    return choose(high)
 
 
 def _costs(config: CacheConfig, losses: Losses, tokens: int) -> tuple[list[int], list[int]]:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
 
@@ -73,6 +73,11 @@ def make_mesh(data: int = 1, tensor: int = 1, context: int = 1, devices: Any = N
             f"expected positive sizes for at most {devices.size} devices"
         )
     return Mesh(devices.ravel()[:count].reshape(sizes), AXES)
+
+
+def abstract_mesh(data: int = 1, tensor: int = 1, context: int = 1) -> AbstractMesh:
+    """A mesh without devices, to plan for."""
+    return AbstractMesh((data, tensor, context), AXES)
 
 
 def on_shards(
@@ -123,7 +128,7 @@ def specs(cache: Cache) -> Cache:
     return jax.tree_util.tree_map_with_path(of_leaf, cache)
 
 
-def local_config(config: CacheConfig, mesh: Mesh) -> CacheConfig:
+def local_config(config: CacheConfig, mesh: Mesh | AbstractMesh) -> CacheConfig:
     """The configuration of a shard: its heads, in the order of their formats.
 
     Raises:
@@ -135,7 +140,7 @@ def local_config(config: CacheConfig, mesh: Mesh) -> CacheConfig:
     if config.num_kv_heads % tensor:
         raise ValueError(
             f"tensor: got {tensor} shards of {config.num_kv_heads} kv heads, expected a divisor of "
-            "them: split the context instead, or replicate heads"
+            "them: split the context, or repeat heads (`models.sharding.repeated_heads`)"
         )
     if shares > 1 and config.sliding_window is not None:
         raise ValueError(
@@ -165,7 +170,7 @@ def local_config(config: CacheConfig, mesh: Mesh) -> CacheConfig:
     return replace(config, num_kv_heads=heads, allocation=allocation)
 
 
-def head_order(config: CacheConfig, mesh: Mesh) -> Int[np.ndarray, "layers K"]:
+def head_order(config: CacheConfig, mesh: Mesh | AbstractMesh) -> Int[np.ndarray, "layers K"]:
     """Of each shard, one after the other, its heads in the order of their formats.
 
     Heads are numbered within their shard; one shard has them as they are.
@@ -183,7 +188,8 @@ def head_order(config: CacheConfig, mesh: Mesh) -> Int[np.ndarray, "layers K"]:
         if any(count != counted[0] for count in counted):
             raise ValueError(
                 f"layer {layer}: got {counted} heads of each format on {tensor} shards, expected "
-                "every shard to hold as many of each"
+                f"every shard to hold as many of each: `calibrate --tensor {tensor}` finds such, "
+                "and so does --preset beside --calibration and --mesh"
             )
         found.append(np.argsort(formats, axis=1, kind="stable").ravel())
     return np.stack(found).astype(np.int32)

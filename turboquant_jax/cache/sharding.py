@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from turboquant_jax.cache import calibration as calibrations
 from turboquant_jax.cache import sharing, state, updating
+from turboquant_jax.cache.bytes import Bytes, count_bytes
 from turboquant_jax.cache.calibration import Calibration
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.cache.layout import block_slots
@@ -56,23 +58,10 @@ def create(
     Raises:
       ValueError: what `state.create` refuses, and what the mesh does not divide.
     """
-    own, shards = local_config(config, mesh), mesh.shape[DATA] * mesh.shape[CONTEXT]
-    slots = block_slots(config, capacity, mesh.shape[CONTEXT])
-    for name, count, of in (("batch", batch, mesh.shape[DATA]), ("pages", num_pages or 0, shards)):
-        if count % of:
-            raise ValueError(f"{name}: got {count} on {of} shards, expected a multiple")
-    rows, heads = batch // mesh.shape[DATA], own.num_kv_heads
-    pages = rows * slots if num_pages is None else num_pages // shards
+    heads = local_config(config, mesh).num_kv_heads
     if calibration is not None:
         calibration = replace(calibration, study=None)
-
-    def make(key_order: Any, value_order: Any, calibration: Any) -> Cache:
-        cache = state.create(
-            own, rows, capacity, key=key, num_pages=pages,
-            key_order=key_order, value_order=value_order, calibration=calibration,
-        )  # fmt: skip
-        table = state.empty_table(rows, slots, pages, dense=num_pages is None)
-        return replace(cache, config=config, tables=(table,))
+    make = partial(_shard, mesh, config, batch, capacity, num_pages, key)
 
     def of_shard(*of_heads: Any) -> Cache:
         order = order_here(config, mesh)
@@ -85,6 +74,46 @@ def create(
         of_shard, mesh=mesh, in_specs=in_specs, out_specs=specs(like), check_vma=False
     )
     return jax.jit(made)(*of_heads)
+
+
+def _shard(
+    mesh: Mesh | AbstractMesh,
+    config: CacheConfig,
+    batch: int,
+    capacity: int,
+    num_pages: int | None,
+    key: Array,
+    *of_heads: Any,
+) -> Cache:
+    """The arrays of a shard of an empty cache; orders and calibration are those of its heads."""
+    own, shards = local_config(config, mesh), mesh.shape[DATA] * mesh.shape[CONTEXT]
+    slots = block_slots(config, capacity, mesh.shape[CONTEXT])
+    for name, count, of in (("batch", batch, mesh.shape[DATA]), ("pages", num_pages or 0, shards)):
+        if count % of:
+            raise ValueError(f"{name}: got {count} on {of} shards, expected a multiple")
+    rows = batch // mesh.shape[DATA]
+    pages = rows * slots if num_pages is None else num_pages // shards
+    options = dict(zip(("key_order", "value_order", "calibration"), of_heads, strict=True))
+    cache = state.create(own, rows, capacity, key=key, num_pages=pages, **options)
+    table = state.empty_table(rows, slots, pages, dense=num_pages is None)
+    return replace(cache, config=config, tables=(table,))
+
+
+def planned_bytes(
+    mesh: Mesh | AbstractMesh, config: CacheConfig, batch: int, capacity: int
+) -> Bytes:
+    """`bytes.planned_bytes` of what each device of a mesh allocates; no device is touched.
+
+    Raises:
+      ValueError: what the mesh does not divide.
+    """
+    own = local_config(config, mesh)
+    codecs = (codec for form in own.formats for codec in (form.key, form.value))
+    known = None
+    if any(codec.scales != "group" for codec in codecs):
+        known = calibrations.identity(own.num_layers, own.num_kv_heads, own.head_dim)
+    make = partial(_shard, mesh, config, batch, capacity, None, jax.random.key(0))
+    return count_bytes(jax.eval_shape(lambda: make(None, None, known)))
 
 
 def begin(mesh: Mesh, cache: Cache, counts: Int[Array, " B"], most: int) -> Cache:

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Int
 from turboquant_jax.cache import pages
 from turboquant_jax.cache.state import Cache
 
+_BY_ROW = "lengths", "pending", "overflow", "pending_pages"
+
 
 def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | int) -> Cache:
     """Make row `target` a copy of row `source`, which is not changed and may go its own way.
@@ -42,6 +44,43 @@ def fork(cache: Cache, source: Int[Array, ""] | int, target: Int[Array, ""] | in
         page_table=table.page_table.at[target].set(shared),
         lengths=copy_row(table.lengths, 0),
         overflow=copy_row(table.overflow, 0),
+    )
+
+
+def repeat(cache: Cache, count: int) -> Cache:
+    """`count` sequences that go on from the only one, whose blocks they share.
+
+    The pool gets the pages that each needs up to its capacity. Of the cache's values: not under
+    `jax.jit`. Use it to sample several answers to a prompt that was read once.
+
+    Raises:
+      ValueError: a cache of several sequences, or a count below 1.
+    """
+    table, layout = cache.table, cache.layout
+    if table.lengths.shape != (1,) or count < 1:
+        raise ValueError(
+            f"sequences: got {table.lengths.shape[0]} to be {count}, expected 1 to be at least 1"
+        )
+    held = jnp.arange(layout.slots) < layout.num_blocks(table.lengths[0])
+    shared = jnp.tile(jnp.where(held, table.page_table, pages.UNASSIGNED), (count - 1, 1))
+    # behind a sliding window no page stays shared
+    kept = 0 if cache.config.sliding_window is not None else int(held.sum())
+    more = (count - 1) * (layout.slots - kept)
+
+    def copied(array: jax.Array, axis: int = 1) -> jax.Array:
+        return jnp.repeat(array, count, axis)
+
+    def grown(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, [(0, more if axis == 1 else 0) for axis in range(array.ndim)])
+
+    exact = {
+        name: jax.tree.map(copied, getattr(cache, name)) for name in ("sinks", "window", "key_mean")
+    }
+    parts = tuple(replace(part, pool=jax.tree.map(grown, part.pool)) for part in cache.parts)
+    return replace(cache, **exact, parts=parts).with_table(
+        references=pages.share(jnp.pad(table.references, (0, more)), shared),
+        page_table=jnp.concatenate([table.page_table, shared]),
+        **{name: copied(getattr(table, name), 0) for name in _BY_ROW},
     )
 
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.check_folder(arguments.json)
         arguments.check(arguments)
         result = _run(arguments)
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+    except (ValueError, FileNotFoundError, NotImplementedError, TimeoutError) as error:
         print(f"turboquant-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

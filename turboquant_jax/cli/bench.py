@@ -14,6 +14,7 @@ from turboquant_jax.models import load, timing
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Measure and print."""
+    settings.join_hosts(arguments)
     if arguments.plot is not None:
         grid.require_plotting()
     widths = dict.fromkeys((grid.FULL, *getattr(arguments, "bits", [4])))
@@ -32,12 +33,15 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         def progress(what: str) -> None:
             bars.update(task, description=what)
 
-        checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
+        mesh = settings.mesh(arguments)
+        checkpoint = load(
+            arguments.model, settings.dtype(arguments.dtype), stacked=False, mesh=mesh
+        )
         segments = settings.segments(arguments, checkpoint.config.head_dim)
         kind = settings.calibrated(arguments, checkpoint.config, checkpoint.model)
         if kind is not None and kind.config.allocation is not None:
             caches, code = [caches[0], kind.config.allocation], kind.config.key.code
-        asked = grid.Grid(caches, *sizes, code=code, **segments)
+        asked = grid.Grid(caches, *sizes, code=code, mesh=mesh, **segments)
         if kind is not None:
             scales = kind.config.key.scales
             asked = replace(asked, scales=scales, calibration=kind.calibration)
@@ -48,7 +52,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
             rows.append(row)
             bars.update(task, advance=1)
     device = jax.devices()[0].device_kind
-    title = f"{checkpoint.name} on {device}, a copy runs at {bandwidth / 1e9:,.0f} GB/s"
+    many = "" if mesh is None else f"{mesh.size} x "
+    title = f"{checkpoint.name} on {many}{device}, a copy runs at {bandwidth / 1e9:,.0f} GB/s"
     if segments["rotation"] != "hadamard":
         title += f", {segments['rotation']} rotation"
     _show(console, title, rows)
@@ -59,6 +64,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
     return {
         "model": checkpoint.name,
         "device": device,
+        "mesh": None if mesh is None else dict(mesh.shape),
         "copy_bandwidth": bandwidth,
         "rotation": segments["rotation"],
         "rows": [asdict(row) for row in rows],

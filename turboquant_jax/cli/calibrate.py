@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
                 **settings.segments(arguments, checkpoint.config.head_dim),
             ),
             **{name: getattr(arguments, name) for name in (
-                "ratio", "kl", "capacity", "context", "windows", "alone", "seed"
+                "ratio", "kl", "capacity", "context", "windows", "alone", "seed", "tensor"
             )},
         )  # fmt: skip
         read = _texts(arguments, checkpoint.tokenizer)

@@ -39,6 +39,7 @@ def generate(arguments: argparse.Namespace) -> None:
             _stored(arguments, f"--{flag.replace('_', '-')}", many)
     _answers(arguments, least_tokens=1 if arguments.save_cache is None else 0)
     arguments.drafts = flags.drafts(arguments)
+    _samples(arguments)
     if arguments.mesh is not None:
         flags.mesh(arguments.mesh)
         for flag in ("save_cache", "load_cache", "drafts"):
@@ -63,6 +64,8 @@ def bench(arguments: argparse.Namespace) -> None:
     flags.check_at_least(arguments, 1, "batch", "context", "steps", "repeats", "chunk")
     widths = [bits for bits in getattr(arguments, "bits", [4]) if bits != choices.FULL]
     flags.check_bits("--bits", widths)
+    if arguments.mesh is not None:
+        flags.mesh(arguments.mesh)
     flags.check_segments(arguments)
     _model(arguments)
 
@@ -70,6 +73,8 @@ def bench(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """Of `plan`."""
     parse_memory(arguments.memory)
+    if arguments.mesh is not None:
+        flags.mesh(arguments.mesh)
     flags.check_cache(arguments)
     models.check_sized(arguments.model)
 
@@ -77,7 +82,7 @@ def plan(arguments: argparse.Namespace) -> None:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Of `calibrate`."""
     flags.check_folder(arguments.out)
-    flags.check_at_least(arguments, 1, "capacity", "windows", "alone")
+    flags.check_at_least(arguments, 1, "capacity", "windows", "alone", "tensor")
     flags.check_at_least(arguments, 16, "context")
     for name in ("ratio", "kl"):
         value = getattr(arguments, name)
@@ -100,6 +105,19 @@ def _answers(arguments: argparse.Namespace, least_tokens: int) -> None:
         raise ValueError("--stop: got an empty text, expected one to stop at")
     arguments.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     flags.check_cache(arguments, full=True)
+
+
+def _samples(arguments: argparse.Namespace) -> None:
+    flags.check_at_least(arguments, 1, "samples")
+    if arguments.samples == 1:
+        return
+    for name in ("prompts", "stream", "mesh"):
+        if getattr(arguments, name):
+            raise ValueError(f"--samples: got --{name} beside it, expected one prompt's answers")
+    if arguments.temperature == 0:
+        raise ValueError("--samples: got equal answers, expected a --temperature above 0")
+    if set(flags.bits(arguments).values()) == {choices.FULL}:
+        raise ValueError(f"--samples: got {choices.FULL} bits, expected a compressed cache")
 
 
 def _stored(arguments: argparse.Namespace, flag: str, many: bool) -> None:

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from turboquant_jax import cache
 from turboquant_jax.cli import compiling, settings, speculation
 from turboquant_jax.cli.texts import Row
 from turboquant_jax.models import Checkpoint, load, stops, stored
 from turboquant_jax.models.decoding import read, refuse_overflow, stream
 from turboquant_jax.models.generate import NO_TOKEN, decode
+from turboquant_jax.models.past import compressed
 from turboquant_jax.models.tokenizer import Tokenizer
 
 ROUNDED = 256
@@ -25,22 +27,25 @@ ROUNDED = 256
 
 def run(arguments: argparse.Namespace, console: Console) -> dict:
     """Generate and print."""
+    settings.join_hosts(arguments)
     allocation = settings.allocation(arguments.allocation)
     with compiling.shown("load the model"):
         dtype, mesh = settings.dtype(arguments.dtype), settings.mesh(arguments)
         checkpoint = load(arguments.model, dtype, stacked=False, mesh=mesh)
     say_rotation(arguments, checkpoint)
     prompts = [_encode(checkpoint.tokenizer, row, arguments.plain) for row in arguments.rows]
+    asked = arguments.rows * arguments.samples
     begin = time.perf_counter()
     call, loaded = _read(arguments, checkpoint, prompts)
     rows: list[list[int]] = []
     took = None
     if arguments.tokens:
-        rows, took = _tokens(call, checkpoint, arguments, prompts)
+        rows, took = _tokens(call, checkpoint, arguments, prompts * arguments.samples)
     seconds = time.perf_counter() - begin
     texts = [_cut(checkpoint.tokenizer.decode(row), arguments.stop).strip() for row in rows]
-    for prompt, text in zip(arguments.rows, [] if arguments.stream else texts, strict=False):
-        print(text if arguments.prompts is None else f"> {_shown(prompt)}\n{text}")
+    for i, text in enumerate([] if arguments.stream else texts):
+        named = f"> seed {arguments.seed + i}\n" if arguments.samples > 1 else ""
+        print(f"> {_shown(asked[i])}\n{text}" if arguments.prompts else named + text)
     return {
         "model": checkpoint.name,
         "bits": _said_bits(arguments, checkpoint, allocation),
@@ -51,7 +56,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         "speculation": took,
         "answers": [
             {"prompt": p, "text": t, "tokens": row, "seed": arguments.seed + i}
-            for i, (p, t, row) in enumerate(zip(arguments.rows, texts, rows, strict=bool(rows)))
+            for i, (p, t, row) in enumerate(zip(asked, texts, rows, strict=bool(rows)))
         ],
     }
 
@@ -100,8 +105,12 @@ def _read(
             return (), loaded
         new = [prompt[held:] for prompt in prompts]
         logits, lengths, state = read(model, new, state, past, start=held, chunk=chunk)
+        if (count := arguments.samples) > 1:
+            state = cache.repeat(state, count)
+            past = compressed(shared_blocks=cache.shared_blocks(state))
+            logits, lengths = (jnp.repeat(x, count, axis=0) for x in (logits, lengths))
         jax.block_until_ready(logits)
-    keys = jnp.stack([jax.random.key(arguments.seed + i) for i in range(len(prompts))])
+    keys = jnp.stack([jax.random.key(arguments.seed + i) for i in range(len(logits))])
     return (model, logits, lengths, keys, state, past), loaded
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Allocation, CacheConfig, Calibration, CodecConfig
+from turboquant_jax.cache import Allocation, CacheConfig, Calibration, CodecConfig, sharding
 from turboquant_jax.cache.config import CodecCode, Scales, value_code
 from turboquant_jax.models import Llama, dense, rope, timing
 from turboquant_jax.models.generate import Past
-from turboquant_jax.models.past import COMPRESSED
+from turboquant_jax.models.past import COMPRESSED, on_mesh
+from turboquant_jax.models.sharding import past_shardings
 
 FULL = 16
 Bits = tuple[int, int] | Allocation
@@ -64,6 +66,7 @@ class Grid:
       window, sinks, rotation, code: of the cache, see `CacheConfig`.
       centring: what is subtracted from the keys.
       scales, calibration: of groups of channels in an allocation, and the bases that they are in.
+      mesh: several devices, on which the decoder is.
     """
 
     bits: Sequence[Bits]
@@ -79,6 +82,7 @@ class Grid:
     centring: rope.Centring = "pre_rope"
     scales: Scales = "group"
     calibration: Calibration | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         for name in ("batches", "contexts", "steps", "repeats", "chunk"):
@@ -128,35 +132,52 @@ def _mean(bits: Bits) -> tuple[float, float]:
 def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
     config, full = _config(model, grid, bits), bits == (FULL, FULL)
     sizes = batch, context, context + grid.steps + 1
-    make: Callable[[], Any]
-    past: Past[Any]
     if full:
-        make, past = partial(timing.filled_dense, model.config, *sizes), dense.DENSE
+        make = partial(timing.filled_dense_on, grid.mesh, model.config, *sizes)
     else:
         known = grid.calibration if isinstance(bits, Allocation) else None
-        make, past = partial(timing.filled_cache, config, *sizes, calibration=known), COMPRESSED
-    timed = timing.time_decode(model, make, past, steps=grid.steps, repeats=grid.repeats)
+        make = partial(timing.filled_cache, config, *sizes, calibration=known, mesh=grid.mesh)
+    timed = timing.time_decode(
+        model, make, _past(grid, full), steps=grid.steps, repeats=grid.repeats, mesh=grid.mesh
+    )
     read = timing.past_bytes(config, context + grid.steps / 2, not full) * batch
-    ideal = (timing.weight_bytes(model) + read) / bandwidth
+    devices = 1 if grid.mesh is None else grid.mesh.size
+    ideal = (timing.weight_bytes(model) + read / devices) / bandwidth
     return _row("decode", bits, batch, context, timed.median, batch, ideal / timed.median, make)
 
 
 def _prefill(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, bandwidth: float):
-    sizes = batch, context
-    make: Callable[[], Any]
-    past: Past[Any]
-    if bits == (FULL, FULL):
-        make, past = partial(dense.create, model.config, *sizes), dense.DENSE
-    else:
-        config = _config(model, grid, bits)
-        known = grid.calibration if isinstance(bits, Allocation) else None
-        new = partial(cache.create, key=jax.random.key(0), calibration=known)
-        make, past = partial(new, config, *sizes), COMPRESSED
+    full = bits == (FULL, FULL)
+
+    def make() -> Any:
+        if full:
+            return _empty_dense(grid, model, batch, context)
+        options: dict[str, Any] = dict(key=jax.random.key(0))
+        options["calibration"] = grid.calibration if isinstance(bits, Allocation) else None
+        sizes = _config(model, grid, bits), batch, context
+        if grid.mesh is None:
+            return cache.create(*sizes, **options)
+        return sharding.create(grid.mesh, *sizes, **options)
+
     chunk = min(grid.chunk, context)
     timed = timing.time_prefill(
-        model, make, batch, context, past, chunk=chunk, repeats=grid.repeats
+        model, make, batch, context, _past(grid, full), chunk=chunk, repeats=grid.repeats
     )
     return _row("prefill", bits, batch, context, timed.median, batch * context, None, make)
+
+
+def _past(grid: Grid, full: bool) -> Past[Any]:
+    """How the decoder uses its past."""
+    if grid.mesh is None:
+        return dense.DENSE if full else COMPRESSED
+    return dense.on_mesh(grid.mesh) if full else on_mesh(grid.mesh)
+
+
+def _empty_dense(grid: Grid, model: Llama, batch: int, context: int) -> dense.Dense:
+    make = partial(dense.create, model.config, batch, context)
+    if grid.mesh is None:
+        return make()
+    return jax.jit(make, out_shardings=past_shardings(jax.eval_shape(make), grid.mesh))()
 
 
 def _row(

@@ -85,6 +85,13 @@ def _generate(commands) -> None:
     generate.add_argument(
         "--load-cache", type=Path, metavar="FILE", help="begin with this one's tokens, read before"
     )
+    generate.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers to one prompt, which is kept and read once; answer i is that of seed + i",
+    )
     flags.add_mesh(generate)
     flags.add_speculation(generate)
     flags.add_allocation(generate)
@@ -144,6 +151,7 @@ def _bench(commands) -> None:
     bench.set_defaults(check=checks.bench)
     flags.add_model(bench)
     flags.add_dtype(bench)
+    flags.add_mesh(bench)
     bench.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     bench.add_argument("--context", type=int, nargs="+", default=[1024], help="tokens of each")
     flags.add_preset(bench)
@@ -179,6 +187,7 @@ def _plan(commands) -> None:
     )
     plan.add_argument("--memory", required=True, help="24GB (10^9 bytes each) or 24GiB (2^30)")
     plan.add_argument("--batch", type=int, default=1, help="sequences of the same length")
+    flags.add_mesh(plan)
     flags.add_cache(plan, window=128)
     flags.add_calibration(plan)
     plan.add_argument("--weight-bits", type=float, default=16, help="bits of a parameter")
@@ -219,6 +228,9 @@ def _calibrate(commands) -> None:
         "--scale-bits", type=int, choices=(8, 16), default=16, help="of the scale of a vector"
     )
     calibrate.add_argument("--seed", type=int, default=0, help="of rotations and drawn texts")
+    calibrate.add_argument(
+        "--tensor", type=int, default=1, help="devices of --mesh tensor= that will share the heads"
+    )
     calibrate.set_defaults(preset=None)
     flags.add_segments(calibrate, window=128)
     calibrate.add_argument(

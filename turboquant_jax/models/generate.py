@@ -9,7 +9,7 @@ steps of a finished row leave anything in the past.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Past(Generic[State]):
     Of a past that can take tokens back, `propose` is `begin` of tokens of which `commit(state,
     accepted)` keeps the first ones of each row, and `room(state)` says how many of them, at least
     one, see what they would see one by one. So many single tokens less one `with_lengths` undoes.
+    `first` is the `attend` of a past that holds nothing: a prompt's own attention, and no more.
     """
 
     begin: Callable[[State, Int[Array, "B"], int], State]
@@ -48,6 +49,7 @@ class Past(Generic[State]):
     commit: Callable[..., State]
     propose: Callable[[State, Int[Array, "B"], int], State] | None = None
     room: Callable[[State], Int[Array, "B"]] | None = None
+    first: Attend[State] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -89,17 +91,26 @@ def prefill(
     Row b is `tokens[b, :lengths[b]]`, at least one token, at positions from `start[b]` (default 0)
     on. A forward pass takes `chunk` tokens at a time, which bounds the memory; the past that
     a chunk attends to is compressed already.
-    The state is donated: use the one returned.
+    The state is donated: use the one returned. One chunk into a state that is seen to be empty
+    is a smaller program.
 
     Raises:
       ValueError: an id that the embedding has no row for, where the values are at hand: not under
         `jax.jit`.
     """
     require_token_ids(tokens, model.config.vocab_size, lengths)
-    return compiled_prefill(model, tokens, lengths, state, past, start=start, chunk=chunk)
+    empty = past.first is not None and _is_empty(state)
+    return compiled_prefill(
+        model, tokens, lengths, state, past, start=start, chunk=chunk, empty=empty
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("past", "chunk"), donate_argnames="state")
+def _is_empty(state: Any) -> bool:
+    """Whether every row holds no token, where that can be looked at: not under `jax.jit`."""
+    return not isinstance(state.lengths, jax.core.Tracer) and not np.any(state.lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("past", "chunk", "empty"), donate_argnames="state")
 def compiled_prefill(
     model: Llama,
     tokens: Int[Array, "B T"],
@@ -109,14 +120,17 @@ def compiled_prefill(
     *,
     start: Int[Array, "B"] | None = None,
     chunk: int = CHUNK,
+    empty: bool = False,
 ) -> tuple[Float[Array, "B V"], State]:
-    """`prefill` of tokens that were looked at."""
+    """`prefill` of tokens that were looked at, into a state that was, where it is `empty`."""
     batch, length = tokens.shape
     chunk = min(length, chunk)
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk} tokens, expected at least 1")
     start = jnp.zeros_like(lengths) if start is None else start
     chunks = -(-length // chunk)
+    if empty and chunks == 1 and past.first is not None:
+        past = dataclasses.replace(past, attend=past.first)
     padded = jnp.pad(tokens, ((0, 0), (0, chunks * chunk - length)))
 
     def step(carry, chunk_and_offset):

@@ -25,22 +25,22 @@ def compressed(implementation: Implementation | None = None, shared_blocks: int 
     """
 
     # compiled apart, so that the layers of an unstacked decoder are traced and lowered once
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="empty")
     def attend_rows(
-        state: Cache, rows: LayerRows, projection: Projection
+        state: Cache, rows: LayerRows, projection: Projection, empty: bool
     ) -> tuple[Float[Array, "B T N H"], Cache]:
-        return attend_projection(
-            state, rows, projection, implementation=implementation, shared_blocks=shared_blocks
-        )
+        how = dict(implementation=implementation, shared_blocks=shared_blocks, empty=empty)
+        return attend_projection(state, rows, projection, **how)
 
     def attend(
-        state: Cache, layer: Int[Array, ""], projection: Projection
+        state: Cache, layer: Int[Array, ""], projection: Projection, empty: bool = False
     ) -> tuple[Float[Array, "B T N H"], Cache]:
-        return attend_rows(state, rows_of(state, layer), projection)
+        return attend_rows(state, rows_of(state, layer), projection, empty)
 
     compress: Implementation | None = "xla" if implementation == "xla" else None
     commit = functools.partial(cache.commit, implementation=compress)
-    return Past(cache.begin, attend, commit, cache.propose, _room)
+    first = None if shared_blocks else functools.partial(attend, empty=True)
+    return Past(cache.begin, attend, commit, cache.propose, _room, first)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ takes the same time whatever they say. Steps are timed inside the loop of `decod
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,17 +15,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from turboquant_jax import cache
-from turboquant_jax.cache import Cache, CacheConfig, Calibration
+from turboquant_jax.cache import Cache, CacheConfig, Calibration, sharding
 from turboquant_jax.cache.bytes import bytes_per_compressed_token, exact_bytes_per_token
 from turboquant_jax.cache.compression import with_pools
+from turboquant_jax.cache.mesh import on_shards
 from turboquant_jax.models import dense
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.dense import Dense
 from turboquant_jax.models.generate import Past, compiled_prefill, decode
 from turboquant_jax.models.model import Llama
+from turboquant_jax.models.sharding import past_shardings, placed
 
 _PATTERN = 61  # random pages, or tokens, that repeat: as many bits as the past would take too long
 # scales of 1 for the key and for the value, by the type of a word; codes of 8 bits below a base
@@ -37,11 +41,19 @@ def filled_cache(
     context: int,
     capacity: int,
     calibration: Calibration | None = None,
+    mesh: Mesh | None = None,
 ) -> Cache:
-    """A cache in which every sequence has `context` tokens of random codes, window and sinks."""
+    """A cache in which every sequence has `context` tokens of random codes, window and sinks.
+
+    On a mesh no device ever has all of it.
+    """
+    options: dict[str, Any] = dict(key=jax.random.key(0), calibration=calibration)
+    if mesh is not None:
+        state = sharding.create(mesh, config, batch, capacity, **options)
+        fill = on_shards(mesh, functools.partial(filled, context=context), ())
+        return jax.jit(fill, donate_argnums=0)(state)
     make = jax.jit(cache.create, static_argnums=(0, 1, 2))
-    state = make(config, batch, capacity, key=jax.random.key(0), calibration=calibration)
-    return filled(state, context)
+    return filled(make(config, batch, capacity, **options), context)
 
 
 def filled(state: Cache, context: int) -> Cache:
@@ -110,6 +122,15 @@ def filled_dense(config: LlamaConfig, batch: int, context: int, capacity: int) -
     )
 
 
+def filled_dense_on(
+    mesh: Mesh | None, config: LlamaConfig, batch: int, context: int, capacity: int
+) -> Dense:
+    """`filled_dense`, on a mesh or on one device."""
+    make = functools.partial(filled_dense, config, batch, context, capacity)
+    places = None if mesh is None else past_shardings(jax.eval_shape(make), mesh)
+    return jax.jit(make, out_shardings=places)()
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of a step of each repetition, and bytes of the compiler's temporaries."""
@@ -132,9 +153,13 @@ class CompiledDecode:
     seconds: float
 
 
-def compile_decode(model: Llama, make: Callable[[], Any], past: Past, steps: int) -> CompiledDecode:
+def compile_decode(
+    model: Llama, make: Callable[[], Any], past: Past, steps: int, mesh: Mesh | None = None
+) -> CompiledDecode:
     """Compile what a `DecodeLoop` with these arguments runs; nothing is allocated."""
     past_shapes = jax.eval_shape(make)
+    if mesh is not None:
+        past_shapes = placed(past_shapes, past_shardings(past_shapes, mesh))
     batch, vocab = past_shapes.lengths.shape[0], model.config.vocab_size
     logits = jax.ShapeDtypeStruct((batch, vocab), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
@@ -159,9 +184,10 @@ class DecodeLoop:
         past: Past,
         steps: int,
         compiled: CompiledDecode | None = None,
+        mesh: Mesh | None = None,
     ):
-        compiled = compiled or compile_decode(model, make, past, steps)
-        self._run, self.steps = compiled.run, steps
+        compiled = compiled or compile_decode(model, make, past, steps, mesh)
+        self._run, self.steps, self._mesh = compiled.run, steps, mesh
         self.compile_seconds = compiled.seconds
         self.temporary_bytes = _temporaries(self._run)
         self._state = make()
@@ -179,6 +205,8 @@ class DecodeLoop:
         model, logits, lengths, keys = self._arguments
         state = self._state.with_lengths(jnp.asarray(lengths))
         positions = jnp.asarray(lengths)  # not the same buffer: the state is donated
+        if self._mesh is not None:  # arrays without elements are on no device in particular
+            state = jax.device_put(state, past_shardings(state, self._mesh))
         jax.block_until_ready((state, positions))
         begin = time.perf_counter()
         made = jax.block_until_ready(self._run(model, logits, positions, keys, state))
@@ -197,9 +225,10 @@ def time_decode(
     steps: int = 64,
     repeats: int = 3,
     compiled: CompiledDecode | None = None,
+    mesh: Mesh | None = None,
 ) -> Timing:
     """Time steps of greedy decoding; see `DecodeLoop` for arguments and errors."""
-    loop = DecodeLoop(model, make, past, steps, compiled)
+    loop = DecodeLoop(model, make, past, steps, compiled, mesh)
     loop.seconds()
     seconds = tuple(loop.seconds() for _ in range(repeats))
     return Timing(seconds, loop.temporary_bytes, loop.compile_seconds)
@@ -223,7 +252,7 @@ def time_prefill(
     tokens = jax.random.randint(jax.random.key(4), shape, 0, vocab, jnp.int32)
     arguments = (model, tokens, jnp.full(batch, context, jnp.int32))
     begin = time.perf_counter()
-    run = compiled_prefill.lower(*arguments, make(), past, chunk=chunk).compile()
+    run = compiled_prefill.lower(*arguments, make(), past, chunk=chunk, empty=True).compile()
     compiled, seconds = time.perf_counter() - begin, []
     for repeat in range(repeats + 1):
         state = jax.block_until_ready(make())
@@ -254,9 +283,13 @@ def copy_bandwidth(nbytes: int = 2**30) -> float:
 
 
 def weight_bytes(model: Llama) -> int:
-    """Bytes of the weights that a step of decoding reads: of an untied embedding only some rows."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    return total if model.head is None else total - model.embedding[...].nbytes
+    """Bytes of the weights that each device reads in a step: of an untied embedding few rows."""
+    few = 0 if model.head is None else _own_bytes(model.embedding[...])
+    return sum(map(_own_bytes, jax.tree.leaves(model))) - few
+
+
+def _own_bytes(leaf: Array) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def past_bytes(config: CacheConfig, context: float, compressed: bool) -> float:

@@ -17,7 +17,7 @@ from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.gguf import GGUFFile
 from turboquant_jax.models.gguf_keys import architecture_of
 from turboquant_jax.models.model import Llama
-from turboquant_jax.models.sharding import shardings
+from turboquant_jax.models.sharding import repeat_heads, repeated_heads, shardings
 
 
 @runtime_checkable
@@ -181,10 +181,14 @@ def _read(
                     # (out, in) to (in, out); the vocabulary matrices stay
                     part[...] = (tensor.T if len(place) > 1 else tensor).reshape(part.shape)
                 _require_finite(source, name, part)
-        return jax.device_put(filled, where)
+        return jax.device_put(repeat_heads(place[-1], filled, own), where)
 
-    shapes = jax.tree.unflatten(structure, [leaf for _, leaf in leaves])
-    places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh))
+    own, places = config, [None] * len(leaves)
+    if mesh is not None:
+        own = repeated_heads(config, mesh)
+        placed, structure = _abstract(own, np.dtype(dtype), stacked)
+        shapes = jax.tree.unflatten(structure, [leaf for _, leaf in placed])
+        places = jax.tree.leaves(shardings(shapes, mesh))
     every = zip(leaves, places, strict=True)
     filled = [fill(path, leaf, where) for (path, leaf), where in every]
     return jax.tree.unflatten(structure, filled)

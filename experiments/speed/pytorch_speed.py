@@ -4,7 +4,8 @@ Random weights of Llama-3-8B in bfloat16, made on the device, through transforme
 `LlamaForCausalLM`; one new token a sequence, the most likely one, in every step. Caches are filled
 with random tokens, ours with random codes, at full length: a step takes the same time whatever they
 say. `dynamic` and `static` are transformers' own caches with its implementation "sdpa",
-`dynamic flash` the first with flash attention, `quantized` transformers' QuantizedCache; ours are
+`dynamic flash` the first with flash attention, `quantized` transformers' QuantizedCache, by hqq,
+which has no wheel, or by optimum-quanto, which builds CUDA code when it is first used; ours are
 `4 bits` (scalar codes for keys and values) and the preset `balanced` (a trellis of 3 bits).
 `captured` steps are replayed from a CUDA graph; `fused` ones too, with norms, RoPE, residuals and
 activations as one kernel each.

@@ -54,6 +54,13 @@ def test_configurations():
         creation.create(CacheConfig(1, 1, 16), 1, 300, seed=-1)
 
 
+def test_a_model_without_a_head_is_not_fused():
+    model = random_model("Llama").model
+    cache = TurboQuantCache.from_model(model, config=small_config(model))
+    with pytest.raises(ValueError, match="got LlamaModel, expected one for causal language"):
+        cache.capture(model, fuse=True)
+
+
 def test_another_model_or_attention():
     """A cache is for the model it was made for, under its attention; and the attention for it."""
     model, other = random_model("Llama"), random_model("Llama")

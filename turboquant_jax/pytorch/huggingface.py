@@ -194,8 +194,7 @@ class TurboQuantCache(Cache):
         model's matrices are called one by one then, and its layers are not.
 
         Raises:
-          ValueError: another model than the cache was made for; to be fused, another activation
-            than SiLU.
+          ValueError: another model than the cache was made for; to be fused, one without a head.
         """
         if supported.attention_modules(model) != self.modules:
             raise ValueError("model: got another one than the cache was made for")

@@ -147,7 +147,7 @@ def by_head(
 
 def _side_by_side(trips: Sequence[Trip], x: Array) -> list[Array]:
     """Each on a thread of its own, with the precision of this one."""
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
     def run(trip: Trip) -> Array:
         with jax.default_matmul_precision(precision):

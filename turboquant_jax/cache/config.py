@@ -69,7 +69,7 @@ class CodecConfig:
 
         Of more bits than a trellis has the code is a scalar one.
         """
-        if is_split(bits):
+        if not isinstance(bits, int):
             return replace(self, bits=bits)
         scalar = self.code == "trellis" and bits > MOST_TRELLIS_BITS
         return replace(self, bits=bits, scales="group", code="scalar" if scalar else self.code)

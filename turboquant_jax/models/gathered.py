@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files
 from turboquant_jax.cache import calibration as calibrations
-from turboquant_jax.cache.allocation import Bits, Losses, is_split, nested
+from turboquant_jax.cache.allocation import Bits, Losses, nested
 from turboquant_jax.models.model import Llama
 from turboquant_jax.models.sensitivity import alone, look_back
 from turboquant_jax.quantizers.channels import Basis
@@ -159,7 +159,7 @@ def _errors(
 
 
 def _is_measured(bits: Bits) -> bool:
-    return is_split(bits) or bits <= MEASURED
+    return not isinstance(bits, int) or bits <= MEASURED
 
 
 @partial(jax.jit, static_argnames="form")

@@ -15,10 +15,10 @@ def tokens_that_fit(
 ) -> int:
     """Most tokens a sequence for which a dense cache takes at most `budget` bytes, exactly."""
     low, high = 0, MOST_TOKENS
-    per_token = further_bytes(config, batch, mesh)
+    per_token = bytes_of_token(config, mesh)
     if per_token:  # no token is cheaper than a compressed one; a block or stripe may not be full
-        shares = 1 if mesh is None else mesh.shape[CONTEXT]
-        high = min(high, int(budget / per_token) + shares * STRIPE + 1)
+        rows, shares = (1, 1) if mesh is None else (mesh.shape[DATA], mesh.shape[CONTEXT])
+        high = min(high, int(budget * rows / (batch * per_token)) + shares * STRIPE + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (
@@ -34,9 +34,8 @@ def cache_bytes(config: CacheConfig, batch: int, tokens: int, mesh: AbstractMesh
     return sharding.planned_bytes(mesh, config, batch, tokens).total
 
 
-def further_bytes(config: CacheConfig, batch: int, mesh: AbstractMesh | None) -> float:
-    """Bytes of a further token of every sequence, on a mesh on each device."""
+def bytes_of_token(config: CacheConfig, mesh: AbstractMesh | None) -> float:
+    """Bytes of a further token of a sequence, on a mesh on each device that has the sequence."""
     if mesh is None:
-        return batch * bytes_per_compressed_token(config)
-    each = bytes_per_compressed_token(local_config(config, mesh)) / mesh.shape[CONTEXT]
-    return batch / mesh.shape[DATA] * each
+        return bytes_per_compressed_token(config)
+    return bytes_per_compressed_token(local_config(config, mesh)) / mesh.shape[CONTEXT]

@@ -19,7 +19,7 @@ from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.cache.bytes import exact_bytes_per_token
 from turboquant_jax.cache.mesh import DATA, TENSOR, abstract_mesh
 from turboquant_jax.cli import flags, settings
-from turboquant_jax.cli.capacity import MOST_TOKENS, cache_bytes, further_bytes, tokens_that_fit
+from turboquant_jax.cli.capacity import MOST_TOKENS, bytes_of_token, cache_bytes, tokens_that_fit
 from turboquant_jax.models import rope
 from turboquant_jax.models.config import LlamaConfig, parameter_count
 from turboquant_jax.models.gguf import open_gguf
@@ -259,7 +259,7 @@ def _row(
         *bits,
         tokens,
         cache_bytes(config, batch, tokens, mesh) if tokens else 0,
-        further_bytes(config, batch, mesh) / (batch if mesh is None else batch / mesh.shape[DATA]),
+        bytes_of_token(config, mesh),
         tokens / full_tokens if full_tokens else None,
     )
 

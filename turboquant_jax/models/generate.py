@@ -99,7 +99,8 @@ def prefill(
         `jax.jit`.
     """
     require_token_ids(tokens, model.config.vocab_size, lengths)
-    empty = past.first is not None and _is_empty(state)
+    # of several chunks the later ones find a past: the same program, whatever the first one finds
+    empty = past.first is not None and tokens.shape[1] <= chunk and _is_empty(state)
     return compiled_prefill(
         model, tokens, lengths, state, past, start=start, chunk=chunk, empty=empty
     )

@@ -26,7 +26,7 @@ from turboquant_jax.models.dense import DENSE
 from turboquant_jax.models.generate import Past, decode
 from turboquant_jax.models.model import random_model
 from turboquant_jax.models.past import COMPRESSED, on_mesh
-from turboquant_jax.models.sharding import past_shardings, placed
+from turboquant_jax.models.sharding import make_past, past_shardings, placed
 
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
 COMPILERS: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ class Decoder:
         """The past, filled; on a mesh no device ever has all of it."""
         sizes = self.batch, self.tokens, self.capacity
         if self.cache is None:
-            return timing.filled_dense_on(self.mesh, self.llama, *sizes)
+            return make_past(partial(timing.filled_dense, self.llama, *sizes), self.mesh)
         return timing.filled_cache(self.cache, *sizes, mesh=self.mesh)
 
     def make_model(self) -> Any:

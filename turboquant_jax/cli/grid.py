@@ -18,7 +18,7 @@ from turboquant_jax.cache.config import CodecCode, Scales, value_code
 from turboquant_jax.models import Llama, dense, rope, timing
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.past import COMPRESSED, on_mesh
-from turboquant_jax.models.sharding import past_shardings
+from turboquant_jax.models.sharding import make_past
 
 FULL = 16
 Bits = tuple[int, int] | Allocation
@@ -134,7 +134,7 @@ def _decode(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, band
     sizes = batch, context, context + grid.steps + 1
     make: Callable[[], Any]
     if full:
-        make = partial(timing.filled_dense_on, grid.mesh, model.config, *sizes)
+        make = partial(make_past, partial(timing.filled_dense, model.config, *sizes), grid.mesh)
     else:
         known = grid.calibration if isinstance(bits, Allocation) else None
         make = partial(timing.filled_cache, config, *sizes, calibration=known, mesh=grid.mesh)
@@ -152,7 +152,7 @@ def _prefill(model: Llama, grid: Grid, bits: Bits, batch: int, context: int, ban
 
     def make() -> Any:
         if full:
-            return _empty_dense(grid, model, batch, context)
+            return make_past(partial(dense.create, model.config, batch, context), grid.mesh)
         options: dict[str, Any] = dict(key=jax.random.key(0))
         options["calibration"] = grid.calibration if isinstance(bits, Allocation) else None
         sizes = _config(model, grid, bits), batch, context
@@ -172,13 +172,6 @@ def _past(grid: Grid, full: bool) -> Past[Any]:
     if grid.mesh is None:
         return dense.DENSE if full else COMPRESSED
     return dense.on_mesh(grid.mesh) if full else on_mesh(grid.mesh)
-
-
-def _empty_dense(grid: Grid, model: Llama, batch: int, context: int) -> dense.Dense:
-    make = partial(dense.create, model.config, batch, context)
-    if grid.mesh is None:
-        return make()
-    return jax.jit(make, out_shardings=past_shardings(jax.eval_shape(make), grid.mesh))()
 
 
 def _row(

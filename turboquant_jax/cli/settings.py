@@ -31,7 +31,7 @@ from turboquant_jax.models import Llama, LlamaConfig, dense, rope
 from turboquant_jax.models.generate import Past
 from turboquant_jax.models.identity import require_calibrated
 from turboquant_jax.models.past import COMPRESSED, on_mesh
-from turboquant_jax.models.sharding import past_shardings
+from turboquant_jax.models.sharding import make_past
 from turboquant_jax.quantizers.rotation import default_kind
 
 TABLE_BITS = (8, 4, 3, 2)
@@ -237,10 +237,8 @@ def empty_past(
     known, devices = None, mesh(arguments)
     if is_dense(arguments):
         make = partial(dense.create, config, batch, capacity, dtype(arguments.dtype))
-        if devices is None:
-            return make(), dense.DENSE
-        places = past_shardings(jax.eval_shape(make), devices)
-        return jax.jit(make, out_shardings=places)(), dense.on_mesh(devices)
+        past = dense.DENSE if devices is None else dense.on_mesh(devices)
+        return make_past(make, devices), past
     key, options = jax.random.key(arguments.seed), segments(arguments, config.head_dim)
     found, kind = allocation(arguments.allocation), calibrated(arguments, config, model)
     if kind is not None:

@@ -11,6 +11,7 @@ of a model with more kv heads, some of them equal, and so is its cache.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -157,6 +158,13 @@ def past_shardings(state: Any, mesh: Mesh) -> Any:
     """Where each array of a past, compressed or dense, or of its shapes, lies."""
     specs = dense.specs if isinstance(state, dense.Dense) else cache_mesh.specs
     return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), state, specs(state))
+
+
+def make_past(make: Callable[[], Any], mesh: Mesh | None) -> Any:
+    """The past that `make()` gives; on a mesh, if there is one, no device ever has all of it."""
+    if mesh is None:
+        return make()
+    return jax.jit(make, out_shardings=past_shardings(jax.eval_shape(make), mesh))()
 
 
 def placed(shapes: Any, places: Any) -> Any:

@@ -122,15 +122,6 @@ def filled_dense(config: LlamaConfig, batch: int, context: int, capacity: int) -
     )
 
 
-def filled_dense_on(
-    mesh: Mesh | None, config: LlamaConfig, batch: int, context: int, capacity: int
-) -> Dense:
-    """`filled_dense`, on a mesh or on one device."""
-    make = functools.partial(filled_dense, config, batch, context, capacity)
-    places = mesh and past_shardings(jax.eval_shape(make), mesh)
-    return jax.jit(make, out_shardings=places)()
-
-
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of a step of each repetition, and bytes of the compiler's temporaries."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, cache_config
-from experiments.speed.sharded_decoder import replicated_shapes
+from experiments.speed.sharded_decoder import COMPILERS, replicated_shapes
 from turboquant_jax import attention, cache
 from turboquant_jax.attention import sharding as attention_sharding
 from turboquant_jax.cache import Cache, CacheConfig, sharding
@@ -34,6 +34,7 @@ class Attention:
     tokens: int
     layers: int
     steps: int
+    compiler: str = ""
 
     def compiled(self) -> Any:
         """The loop, compiled for shapes alone."""
@@ -42,7 +43,8 @@ class Attention:
         if self.mesh is not None:
             state = placed(state, past_shardings(state, self.mesh))
             new = replicated_shapes(new, self.mesh)
-        return jax.jit(self._loop).lower(state, *new).compile()
+        options = COMPILERS[self.compiler]
+        return jax.jit(self._loop).lower(state, *new).compile(compiler_options=options)
 
     def seconds(self, repeats: int) -> float:
         """Of one layer's attention, the median of loops; the first one does not count."""

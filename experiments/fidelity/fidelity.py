@@ -33,6 +33,7 @@ from experiments.fidelity import choices, judgement, losses
 from experiments.fidelity import figure as drawing
 from experiments.fidelity.calibrated import Calibrated
 from experiments.fidelity.forcing import Forcing, cut
+from experiments.fidelity.informed import informed, moments
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting, peers, turbo, unique
 from experiments.harness import prepared
@@ -57,7 +58,7 @@ class Config:
     parts: tuple[str, ...] = option(
         (
             *("candidate", "chosen", "peer", "noise", "curve", "context", "centring", "length"),
-            *("calibrating", "calibrated", "language"),
+            *("calibrating", "calibrated", "language", "informed"),
         ),
         "what is measured, in order",
     )
@@ -115,6 +116,10 @@ def run(config: Config, track: Track) -> list[Row]:
         found = [one for file in files for one in calibrations.presets_of(file, forcing.model)]
         return [*found, *calibrations.uniform()]
 
+    def asked() -> list[Setting]:
+        texts = prepared.texts(CALIBRATION, short, 2, config.model)
+        return informed(moments(forcing.model, np.concatenate(list(texts.values()))))
+
     long, short, rows = config.context, config.screen, []
     made = {
         "candidate": lambda: measure("candidate", CALIBRATION, long, choices.candidates()),
@@ -136,6 +141,7 @@ def run(config: Config, track: Track) -> list[Row]:
         "calibrating": lambda: measure("calibrating", CALIBRATION, long, calibrated()),
         "calibrated": lambda: measure("calibrated", TEST, long, calibrated()),
         "language": lambda: measure("language", LANGUAGE, long, calibrated()),
+        "informed": lambda: measure("peer", TEST, long, asked()),
     }
     for part in config.parts:
         rows += made[part]()

@@ -52,7 +52,7 @@ def run(config: Config, track: Track) -> list[Row]:
 def _prompts(config: Config, task: str, length: int) -> Prompts:
     if config.model == "tiny":
         return random_prompts(4, length, depth=np.array([0.0, 0.0, 0.5, 1.0]))
-    return load(f"needle/{task}/{length}")
+    return load(f"needle/{task}/{length}", config.model)
 
 
 def _cells(asked: Asked, made: Answers, columns: Row) -> Iterator[Row]:

@@ -70,6 +70,9 @@ class Config:
         ("experiments/calibrations/smollm2-135m.safetensors",),
         "files of turboquant-jax calibrate whose presets are judged",
     )
+    windows: tuple[int, ...] = option(
+        (), "windows of `max` beside each of them, other than its own"
+    )
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
@@ -83,7 +86,7 @@ def run(config: Config, track: Track) -> list[Row]:
     """Candidates on the calibration texts, the best and the peers on the test texts, curves."""
     if unknown := {*config.parts} - {*Config().parts}:
         raise ValueError(f"parts: got {sorted(unknown)}, expected some of {Config().parts}")
-    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations"))
+    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations", "windows"))
     forcing = cut(prepared.model(config.model), config.precision)
     layers = forcing.model.config.num_layers
     seeds = list(range(config.seeds))
@@ -113,7 +116,11 @@ def run(config: Config, track: Track) -> list[Row]:
 
     def calibrated() -> list[Held]:
         files = config.calibrations if config.model != "tiny" else ()
-        found = [one for file in files for one in calibrations.presets_of(file, forcing.model)]
+        found = [
+            one
+            for file in files
+            for one in calibrations.presets_of(file, forcing.model, config.windows)
+        ]
         return [*found, *calibrations.uniform()]
 
     def asked() -> list[Setting]:

@@ -19,6 +19,7 @@ Both are given the texts that choose settings. `w128 sinks4` has our window and 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,22 +100,22 @@ class Informed(Setting):
 
 def informed(known: Moments) -> list[Setting]:
     """Both peers as they are, and with our window and sinks."""
-    ours = dict(window=128, sinks=4, block=64, centred=False)
+    ours: dict[str, Any] = dict(window=128, sinks=4, block=64, centred=False)
     code = Mean(2, "OSCAR", 4)
-    turned = dict(
+    turned: dict[str, Any] = dict(
         made=partial(_oscar, known), has_seeds=False, matrices=2 * known.queries.size
     )  # in 16 bits
-    theirs = dict(window=256, sinks=64, block=8, centred=False)
+    theirs: dict[str, Any] = dict(window=256, sinks=64, block=8, centred=False)
     found: list[Setting] = [
         Informed("OSCAR int2", code, code, **theirs, **turned),
         Informed("OSCAR int2 w128 sinks4", code, code, **ours, **turned),
     ]
-    alone = dict(window=0, sinks=0, block=8, centred=False)
+    alone: dict[str, Any] = dict(window=0, sinks=0, block=8, centred=False)
     for k, v in ((2, 2), (3, 2), (3, 3)):
         bits = greedy(scores(known), k)
         groups = np.mean([len(np.unique(head)) for layer in bits for head in layer])
         keys, values = Mean(k, "Block-GTQ", 2 * float(groups)), Mean(v, "TurboQuant", 2)
-        by_group = dict(made=partial(_block_gtq, bits, v), has_seeds=True)
+        by_group: dict[str, Any] = dict(made=partial(_block_gtq, bits, v), has_seeds=True)
         name = f"Block-GTQ K{k} V{v}"
         found.append(Informed(name, keys, values, **alone, **by_group))
         found.append(Informed(f"{name} w128 sinks4", keys, values, **ours, **by_group))

@@ -70,9 +70,7 @@ class Config:
         ("experiments/calibrations/smollm2-135m.safetensors",),
         "files of turboquant-jax calibrate whose presets are judged",
     )
-    windows: tuple[int, ...] = option(
-        (), "windows of `max` beside each of them, other than its own"
-    )
+    windows: tuple[int, ...] = option((0,), "other windows of `max` beside them, 0 for none")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
@@ -116,10 +114,9 @@ def run(config: Config, track: Track) -> list[Row]:
 
     def calibrated() -> list[Held]:
         files = config.calibrations if config.model != "tiny" else ()
+        windows = [window for window in config.windows if window]
         found = [
-            one
-            for file in files
-            for one in calibrations.presets_of(file, forcing.model, config.windows)
+            one for file in files for one in calibrations.presets_of(file, forcing.model, windows)
         ]
         return [*found, *calibrations.uniform()]
 

@@ -55,6 +55,7 @@ class Config:
 
     cases: tuple[str, ...] = option(("8x32768", "32x4096"), "batch x context")
     backends: tuple[str, ...] = option((THEIRS, OURS, IN_TREE), "the first is the baseline")
+    parts: tuple[str, ...] = option(("speed", "tokens"), "what to measure")
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     memory: int = option(48 << 30, "bytes of a cache")
@@ -110,7 +111,7 @@ def _jobs(config: Config) -> dict[str, dict[str, Any]]:
     jobs: dict[str, dict[str, Any]] = {}
     batches = sorted({int(case.partition("x")[0]) for case in config.cases})
     longest = max(int(case.partition("x")[2]) for case in config.cases)
-    for backend in config.backends:
+    for backend in config.backends if "speed" in config.parts else ():
         head = {"part": "speed", "backend": backend, "bits": 16 if backend == THEIRS else 4}
         jobs[f"speed {backend}"] = {
             "part": "speed", "head": head, "model": _described(_sizes(config)), "folder": "",
@@ -123,7 +124,7 @@ def _jobs(config: Config) -> dict[str, dict[str, Any]]:
             ),
         }  # fmt: skip
     real = [(THEIRS, 32)] * (THEIRS in config.backends) + [(OURS, bits) for bits in config.bits]
-    for backend, bits in real if config.folder else ():
+    for backend, bits in real if config.folder and "tokens" in config.parts else ():
         prompts = json.loads(Path(config.ids).read_text())
         jobs[f"tokens {backend} {bits}"] = {
             "part": "tokens", "head": {"part": "tokens", "backend": backend, "bits": bits},

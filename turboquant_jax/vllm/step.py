@@ -27,6 +27,11 @@ ENCODED = (2, 3, 4, 5)
 """Bits that the encode kernel is compiled for: with more, torch's Triton takes minutes."""
 
 
+def rows_of(count: int, most: int) -> int:
+    """Rows that so many single tokens are padded to: few shapes, for each is a program."""
+    return min(1 << (count - 1).bit_length(), most)
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A layer's tokens: `keys` and `values` [slots, block, K, H] of open blocks, and pages.
@@ -138,19 +143,22 @@ class Layer:
         )
 
     def _attend_singles(self, batch: Batch, q: Tensor, new: list[Tensor], scores: Scores) -> Tensor:
-        some = slice(batch.singles)
-        slot, table = batch.slots[some], batch.page_table[some].contiguous()
+        count = batch.singles
+        spare = rows_of(count, self.keys.shape[0] - 1) - count
+        slot = F.pad(batch.slots[:count], (0, spare), value=self.keys.shape[0] - 1)
+        table = F.pad(batch.page_table[:count], (0, 0, 0, spare), value=NOWHERE).contiguous()
+        lengths = F.pad(batch.lengths[:count], (0, spare)).contiguous()
         staged = [x.index_select(0, slot) for x in (self.keys, self.values)]
         means = self.pages.means
         mean = None if means is None else means.index_select(1, table[:, 0])
-        state = self._state(table, batch.lengths[some].contiguous(), staged, mean)
-        query, key, value = (x[:, None] for x in (q, *new))
+        state = self._state(table, lengths, staged, mean)
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, spare))[:, None] for x in (q, *new))
         if self.kernels:
             from turboquant_jax.pytorch import kernels
 
             heads = query, key, value
-            return kernels.attend_and_write(state, 0, heads, scores, None)[:, 0]
-        return definition.attend(state, 0, query, key, value, scores)[:, 0]
+            return kernels.attend_and_write(state, 0, heads, scores, None)[:count, 0]
+        return definition.attend(state, 0, query, key, value, scores)[:count, 0]
 
     def _attend_chunk(
         self,

@@ -14,6 +14,12 @@ values and a window of 64. `scale8` stores scales in 8 bits, which the library d
 centred by the mean of the first block as stored, `pre-RoPE` by its mean before the rotary
 embedding, at each key's own position.
 
+Two peers read a model first, as our calibration does; they are given the texts that choose
+(`fidelity.informed`). OSCAR turns keys and values by the eigenvectors of what attention asks of them
+and a Hadamard, clips, and has 2 bits with a zero and a step; 64 sinks and a window of 256.
+Block-GTQ gives pairs of channels that RoPE turns together bits of their own, and each group of
+equal bits a norm, a rotation and TurboQuant's levels.
+
 How both means do over length is read from the last tokens of each text: the same tokens are
 predicted after more and more of what precedes them.
 

@@ -15,8 +15,8 @@ centred by the mean of the first block as stored, `pre-RoPE` by its mean before 
 embedding, at each key's own position.
 
 Two peers read a model first, as our calibration does; they are given the texts that choose
-(`fidelity.informed`). OSCAR turns keys and values by the eigenvectors of what attention asks of them
-and a Hadamard, clips, and has 2 bits with a zero and a step; 64 sinks and a window of 256.
+(`fidelity.informed`). OSCAR turns keys and values by the eigenvectors of what attention asks of
+them and a Hadamard, clips, and has 2 bits with a zero and a step; 64 sinks and a window of 256.
 Block-GTQ gives pairs of channels that RoPE turns together bits of their own, and each group of
 equal bits a norm, a rotation and TurboQuant's levels.
 

@@ -73,9 +73,6 @@ def tokens(job: dict[str, Any]) -> Iterator[dict]:
         }
 
 
-PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {"speed": speed, "tokens": tokens}
-
-
 def _start(job: dict[str, Any]) -> tuple[Any, dict]:
     """vLLM's `LLM`, and what it said of itself when it started."""
     said = _Said()
@@ -86,8 +83,8 @@ def _start(job: dict[str, Any]) -> tuple[Any, dict]:
         if job["model"] is not None:
             (Path(folder) / "config.json").write_text(json.dumps(job["model"]))
         llm = vllm_environment.load(job["folder"] or folder, **job["settings"])
-    for cache in _runner(llm).kv_caches:
-        if job["settings"].get("load_format") == "dummy":
+    if job["settings"].get("load_format") == "dummy":
+        for cache in _runner(llm).kv_caches:
             # random bytes that are small positive numbers in every format
             _bytes_of(cache).random_(0, 64)
     return llm, {
@@ -226,6 +223,14 @@ def _greedy(llm: Any, prompts: Sequence[Sequence[int]], count: int) -> tuple[lis
     return found, sum(one.num_cached_tokens or 0 for one in done)
 
 
+def tensor(job: dict[str, Any]) -> Iterator[dict]:
+    """Greedy tokens of an engine over `devices`, at first and from cached prefixes."""
+    llm, head = _start(job)
+    for name in ("first", "prefixes cached"):
+        found, cached = _greedy(llm, job["prompts"], job["tokens"])
+        yield head | {"run": name, "cached_tokens": cached, "tokens_of": found}
+
+
 def _rule(count: int, logprobs: int | None = None) -> Any:
     from vllm import SamplingParams
 
@@ -248,6 +253,12 @@ def _bytes_of(x: Any) -> Any:
 
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
+
+PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {
+    "speed": speed,
+    "tokens": tokens,
+    "tensor": tensor,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1])

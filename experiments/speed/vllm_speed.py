@@ -20,6 +20,8 @@ of an engine: `first`; `prefixes cached`, in which the same prompts find theirs 
 from nothing`, with an empty cache; `preempted`, with so few blocks that requests are put back and
 resumed. `equal_first` compares with the engine's own first run. What could not be measured has a
 `note`.
+
+`tensor`, if it is asked for: random weights in float32, ours over one and over two GPUs.
 """
 
 import functools
@@ -55,7 +57,7 @@ class Config:
 
     cases: tuple[str, ...] = option(("8x32768", "32x4096"), "batch x context")
     backends: tuple[str, ...] = option((THEIRS, OURS, IN_TREE), "the first is the baseline")
-    parts: tuple[str, ...] = option(("speed", "tokens"), "what to measure")
+    parts: tuple[str, ...] = option(("speed", "tokens"), "what to measure; also: tensor")
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     memory: int = option(48 << 30, "bytes of a cache")
@@ -87,6 +89,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     journal = open_journal("vllm_speed", config, ("cases", "backends"))
     jobs = _jobs(config)
     with tempfile.TemporaryDirectory() as folder:
+        _add_tensor(jobs, config, Path(folder) / "model")
         children = {name: _Child(Path(folder), name, job) for name, job in jobs.items()}
         ours = {name: job for name, job in jobs.items() if job["head"]["backend"] == OURS}
         compiling = {name: _compile(job) for name, job in ours.items()} if _has_gpu() else {}
@@ -97,7 +100,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
                     compiling[name].wait()
                 measure = functools.partial(children[name].rows, config.each)
                 rows = journal.measure(name, measure)
-                base = rows if name.startswith(f"tokens {THEIRS}") else base
+                first = name.startswith(f"tokens {THEIRS}") or name.endswith(" 1")
+                base = rows if first else base
                 yield from (_compared(row, rows, base) for row in rows)
         finally:
             for child in children.values():
@@ -138,6 +142,28 @@ def _jobs(config: Config) -> dict[str, dict[str, Any]]:
         }  # fmt: skip
     # theirs last: it is the one that may not start
     return dict(sorted(jobs.items(), key=lambda job: job[1]["head"]["backend"] == IN_TREE))
+
+
+def _add_tensor(jobs: dict[str, dict[str, Any]], config: Config, folder: Path) -> None:
+    """Engines of one and of two devices over the same weights, if they are asked for."""
+    if "tensor" not in config.parts:
+        return
+    vllm_environment.save_random(folder)
+    prompts = [one["prompt_token_ids"] for one in vllm_environment.prompts()]
+    prompts = [[token % 2000 + 3 for token in prompt] for prompt in prompts]
+    for bits in config.bits:
+        for devices in (1, 2):
+            head = {"part": "tensor", "backend": OURS, "bits": bits, "devices": devices}
+            jobs[f"tensor {bits} {devices}"] = {
+                "part": "tensor", "head": head, "model": None, "folder": str(folder),
+                "prompts": prompts, "tokens": config.tokens,
+                "settings": _settings(
+                    OURS, bits, dtype="float32", kv_cache_memory_bytes=1 << 30,
+                    max_model_len=2048, max_num_seqs=len(prompts), max_num_batched_tokens=512,
+                    graphs=[len(prompts)], tensor_parallel_size=devices,
+                    disable_custom_all_reduce=True,
+                ),
+            }  # fmt: skip
 
 
 def _settings(backend: str, bits: int, *, graphs: list[int], **settings: Any) -> dict[str, Any]:
@@ -221,13 +247,15 @@ def _compile(job: dict[str, Any]) -> subprocess.Popen:
 
 def _launched(job: dict[str, Any]) -> Sizes:
     """What decides the programs of an engine of ours."""
+    from turboquant_jax.vllm.step import rows_of
+
     settings, model = job["settings"], job["model"]
     if model is None:
         model = json.loads((Path(job["folder"]) / "config.json").read_text())
-    heads = model["num_attention_heads"]
+    heads, devices = model["num_attention_heads"], settings.get("tensor_parallel_size", 1)
     sizes = Sizes(
-        heads=heads,
-        kv_heads=model["num_key_value_heads"],
+        heads=heads // devices,
+        kv_heads=model["num_key_value_heads"] // devices,
         head_dim=model.get("head_dim") or model["hidden_size"] // heads,
         bits=settings["additional_config"]["turboquant"]["bits"],
         dtype=settings["dtype"],
@@ -236,6 +264,9 @@ def _launched(job: dict[str, Any]) -> Sizes:
         pages=1,
         batches=tuple(settings["compilation_config"]["cudagraph_capture_sizes"]),
     )
+    if job["part"] != "speed":  # single tokens beside chunks are any number
+        padded = {rows_of(count, sizes.requests) for count in range(1, sizes.requests + 1)}
+        sizes = replace(sizes, batches=tuple(sorted(padded)))
     memory = settings["kv_cache_memory_bytes"]
     return replace(sizes, pages=vllm_kernels.pages_of(sizes, model["num_hidden_layers"], memory))
 

@@ -38,7 +38,7 @@ def main(out: str) -> None:
     for row in PARTS[job["part"]](job):
         rows.append(row)
         Path(out).write_text(json.dumps(rows))
-        words = {k: v for k, v in row.items() if k != "tokens_of"}
+        words = {k: v for k, v in row.items() if not k.endswith("_of")}
         print(f"{time.perf_counter() - begun:.0f} s: {words}", flush=True)
 
 
@@ -231,6 +231,23 @@ def tensor(job: dict[str, Any]) -> Iterator[dict]:
         yield head | {"run": name, "cached_tokens": cached, "tokens_of": found}
 
 
+def perplexity(job: dict[str, Any]) -> Iterator[dict]:
+    """Losses of the tokens of all prompts, but for the first of each."""
+    from vllm import SamplingParams
+
+    llm, head = _start(job)
+    rule = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
+    done = llm.generate(
+        [{"prompt_token_ids": list(x)} for x in job["prompts"]], rule, use_tqdm=False
+    )
+    losses = [
+        -options[token].logprob
+        for one in done
+        for token, options in zip(one.prompt_token_ids[1:], one.prompt_logprobs[1:], strict=True)
+    ]
+    yield head | {"losses_of": losses}
+
+
 def _rule(count: int, logprobs: int | None = None) -> Any:
     from vllm import SamplingParams
 
@@ -257,6 +274,7 @@ def _bytes_of(x: Any) -> Any:
 PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {
     "speed": speed,
     "tokens": tokens,
+    "perplexity": perplexity,
     "tensor": tensor,
 }
 

@@ -33,6 +33,7 @@ from experiments.fidelity import choices, judgement, losses
 from experiments.fidelity import figure as drawing
 from experiments.fidelity.calibrated import Calibrated
 from experiments.fidelity.forcing import Forcing, cut
+from experiments.fidelity.informed import informed, moments
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting, peers, turbo, unique
 from experiments.harness import prepared
@@ -57,7 +58,7 @@ class Config:
     parts: tuple[str, ...] = option(
         (
             *("candidate", "chosen", "peer", "noise", "curve", "context", "centring", "length"),
-            *("calibrating", "calibrated", "language"),
+            *("calibrating", "calibrated", "language", "informed"),
         ),
         "what is measured, in order",
     )
@@ -68,6 +69,9 @@ class Config:
     calibrations: tuple[str, ...] = option(
         ("experiments/calibrations/smollm2-135m.safetensors",),
         "files of turboquant-jax calibrate whose presets are judged",
+    )
+    windows: tuple[int, ...] = option(
+        (), "windows of `max` beside each of them, other than its own"
     )
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
@@ -82,7 +86,7 @@ def run(config: Config, track: Track) -> list[Row]:
     """Candidates on the calibration texts, the best and the peers on the test texts, curves."""
     if unknown := {*config.parts} - {*Config().parts}:
         raise ValueError(f"parts: got {sorted(unknown)}, expected some of {Config().parts}")
-    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations"))
+    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations", "windows"))
     forcing = cut(prepared.model(config.model), config.precision)
     layers = forcing.model.config.num_layers
     seeds = list(range(config.seeds))
@@ -112,8 +116,16 @@ def run(config: Config, track: Track) -> list[Row]:
 
     def calibrated() -> list[Held]:
         files = config.calibrations if config.model != "tiny" else ()
-        found = [one for file in files for one in calibrations.presets_of(file, forcing.model)]
+        found = [
+            one
+            for file in files
+            for one in calibrations.presets_of(file, forcing.model, config.windows)
+        ]
         return [*found, *calibrations.uniform()]
+
+    def asked() -> list[Setting]:
+        texts = prepared.texts(CALIBRATION, short, 2, config.model)
+        return informed(moments(forcing.model, np.concatenate(list(texts.values()))))
 
     long, short, rows = config.context, config.screen, []
     made = {
@@ -136,6 +148,7 @@ def run(config: Config, track: Track) -> list[Row]:
         "calibrating": lambda: measure("calibrating", CALIBRATION, long, calibrated()),
         "calibrated": lambda: measure("calibrated", TEST, long, calibrated()),
         "language": lambda: measure("language", LANGUAGE, long, calibrated()),
+        "informed": lambda: measure("peer", TEST, long, asked()),
     }
     for part in config.parts:
         rows += made[part]()

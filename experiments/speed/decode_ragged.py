@@ -35,7 +35,7 @@ class Config:
 
     shapes: str = option("8x32768,32x4096", "batch x capacity")
     bits: tuple[int, ...] = option((4, 2), "of keys and values")
-    seeds: int = option(3, "draws of the lengths")
+    seeds: int = option(2, "draws of the lengths")
     calls: int = option(8, "calls of a chain at least")
     turn: float = option(200.0, "megabytes of caches in turn, more than L2 holds")
 

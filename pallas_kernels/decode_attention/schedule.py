@@ -14,8 +14,9 @@ WIDE, WIDE_PROGRAMS = 8, 256
 WIDE_BITS = 128 * 8
 # A split of fewer tiles than this spends its time on starting and on being merged.
 MIN_TILES = 4
-# Splits that a sequence longer than others may have: so many times those of its share, up to what
-# one program merges of 128 channels, which a rotation wants together, and of one column.
+# Splits that a sequence longer than others may have: so many times those of its share, but beyond
+# twice as many only what one program merges of 128 channels, which a rotation wants together, and
+# of one column.
 LONGER, MERGED = 4, 64
 # Tokens of a tile: as many pages as it takes.
 TILE_TOKENS = 64
@@ -67,11 +68,12 @@ def default_schedule(
     few = little and not wide and pages * tokens == TILE_TOKENS
     programs = WIDE_PROGRAMS if wide else FEW_PROGRAMS if few else PROGRAMS
     splits = max(1, min(programs // sequences, tiles // MIN_TILES))
+    merged = MERGED // min(max(heads, 4), 8)
     return Schedule(
         splits=splits,
         pages=pages,
         warps=4 if wide else 1 if small and not few else 2,
         stages=3,
         exact_tiles=exact // size + EXACT_START if exact else 0,
-        most=min(LONGER * splits, MERGED // min(max(heads, 4), 8), tiles // MIN_TILES),
+        most=min(LONGER * splits, max(2 * splits, merged), tiles // MIN_TILES),
     )

@@ -9,6 +9,7 @@ as many, whatever its length. `ratio_to_equal` is of equal lengths by the same s
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,7 +76,9 @@ def cases_of(config: Config) -> list[tuple[dict[str, Any], Ragged]]:
                 for splits in SPLITS:
                     schedule = default if splits == SPLITS[1] else replace(default, most=0)
                     for kind, own in (("equal", same), ("drawn", lengths)):
-                        names = dict(bits=bits, batch=shape[0], capacity=shape[1], seed=seed)
+                        names: dict[str, Any] = dict(
+                            bits=bits, batch=shape[0], capacity=shape[1], seed=seed
+                        )
                         names |= dict(splits=splits, lengths=kind)
                         least = config.calls, config.turn * 1e6
                         case = Ragged(
@@ -98,7 +101,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             print(f"{names} failed: {str(chain)[:200]}", flush=True)
             continue
         q, caches = case.make()
-        took = device_time(lambda chain=chain, q=q, caches=caches: chain(q, caches)).busy
+        took = device_time(partial(chain, q, caches)).busy
         took = took / case.calls * 1e3
         base = where(rows, **names | dict(lengths="equal"))
         rows.append(

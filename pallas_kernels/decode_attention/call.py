@@ -75,7 +75,7 @@ def decode_attention(
             sketch,
             softmax,
             schedule,
-            blocks.page_table.shape,
+            (batch, blocks.page_table.shape[1]),
             per_head,
             exact=exact is not None,
         )

@@ -67,7 +67,7 @@ def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], pla
     exact = inputs["exact"]
     places = exact.places(length, exact.pending[0])
 
-    @triton.when(place.split == place.count - 1)
+    @triton.when(place.split == place.splits - 1)
     def _() -> None:
         rows = [row] * (len(exact.keys) - 1) + [sequence]
         peak, weight, sums = attend_exact(
@@ -141,8 +141,8 @@ def attend_format(
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
     work = tiles + plan.exact_tiles
-    begin = jnp.minimum(lax.div(place.split * work, place.count), tiles)
-    end = jnp.minimum(lax.div((place.split + 1) * work, place.count), tiles)
+    begin = jnp.minimum(lax.div(place.split * work, place.splits), tiles)
+    end = jnp.minimum(lax.div((place.split + 1) * work, place.splits), tiles)
     slots, first_page = inputs["page_table"].shape[0], pool_row() * plan.row_pages
 
     def slot_of(block):

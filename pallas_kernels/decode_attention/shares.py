@@ -15,7 +15,7 @@ class Place(NamedTuple):
     """Of a program: which of how many splits of a kv head of a sequence it has."""
 
     split: jax.Array
-    count: int | jax.Array
+    splits: int | jax.Array
     head: jax.Array
     sequence: jax.Array
 

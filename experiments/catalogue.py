@@ -13,7 +13,6 @@ from experiments.quantizers import (
 )
 from experiments.speed import (
     cpu_decode,
-    decode_ragged,
     decode_speed,
     decode_tokens,
     encode_speed,
@@ -44,7 +43,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     decode_speed,
     sharded_speed,
     decode_tokens,
-    decode_ragged,
     step_speed,
     encode_speed,
     prefill_speed,

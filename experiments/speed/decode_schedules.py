@@ -19,7 +19,7 @@ def schedule_of(bits: Pair, shape: Pair, code: CodeKind = "scalar") -> Schedule:
         bits=max(bits),
         tokens=PAGE,
         max_pages=shape[1] // PAGE,
-        little=bits == (4, 4) and code == "scalar",
+        work="little" if bits == (4, 4) and code == "scalar" else "usual",
     )
 
 

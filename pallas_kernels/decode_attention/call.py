@@ -71,13 +71,7 @@ def decode_attention(
         raise NotImplementedError("heads of several formats with a sketch")
     plans = tuple(
         make_decode_plan(
-            pool,
-            sketch,
-            softmax,
-            schedule,
-            (batch, blocks.page_table.shape[1]),
-            per_head,
-            exact=exact is not None,
+            pool, sketch, softmax, schedule, (batch, per_head), exact=exact is not None
         )
         for pool in blocks.pools
     )
@@ -94,8 +88,6 @@ def decode_attention(
         "page_table": blocks.page_table,
         "lengths": blocks.lengths,
     }
-    if not plan.shares.even:
-        inputs["every_length"] = blocks.lengths
     if blocks.heads is not None:
         inputs["heads"] = blocks.heads.astype(jnp.int32)
     if exact is not None:
@@ -108,8 +100,7 @@ def decode_attention(
     sinks = None
     if softmax.sink_logits is not None:
         sinks = softmax.sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
-    shares = None if plan.shares.even else (plan.shares, blocks.lengths)
-    out, lse = combine(parts, sinks, rotation, per_head, dtype, shares)
+    out, lse = combine(parts, sinks, rotation, per_head, dtype)
     if exact is not None and stored is not None:
         exact = dataclasses.replace(
             exact,
@@ -140,7 +131,7 @@ def run(
 ) -> tuple[dict[str, Any], tuple | None]:
     """Calls the kernel on the grid (splits, kv heads, sequences)."""
     plan = plans[0]
-    batch, splits, columns = plan.batch, plan.shares.most, plan.columns
+    batch, splits, columns = plan.batch, plan.splits, plan.columns
 
     def of_head(x):
         return triton.BlockSpec(
@@ -161,7 +152,7 @@ def run(
 
     pool = dict.fromkeys(("keys", "values", "scales", "bases"), shared)
     kinds = pool | {"queries": of_head, "key_tables": shared, "value_tables": shared}
-    kinds |= {"place": shared, "heads": shared, "every_length": shared}
+    kinds |= {"place": shared, "heads": shared}
     in_specs = {
         name: jax.tree.map(kinds.get(name, of_sequence), value)
         for name, value in inputs.items()

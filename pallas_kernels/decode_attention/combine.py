@@ -12,7 +12,6 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.decode_attention.exact import EMPTY, LOG2E
-from pallas_kernels.decode_attention.shares import Shares
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 from pallas_kernels.primitives.rotation import RotationOperand, load_parts, unrotate
@@ -32,7 +31,6 @@ def combine_kernel(
     gain: float,
     heads: int,
     rows: int,
-    shares: Shares | None = None,
 ) -> None:
     """One program of the grid (slice of channels and of heads, kv head, sequence).
 
@@ -54,13 +52,12 @@ def combine_kernel(
         head = jnp.arange(columns)
     channel = part * rows + jnp.arange(rows)
     inside = channel < channels
-    count = splits if shares is None else shares.count(inputs["lengths"], triton.program_id(2))
 
     def load(name: str, at: jax.Array, other: float) -> jax.Array:
         """[len(at), rows, columns]."""
         row = (channel,) if name == "sums" else ()
         place = (at[:, None, None], *(x[None, :, None] for x in row), head[None, None, :])
-        exists = jnp.broadcast_to((at < count)[:, None, None], (at.shape[0], rows, columns))
+        exists = jnp.broadcast_to((at < splits)[:, None, None], (at.shape[0], rows, columns))
         exists = exists & inside[None, :, None] if row else exists
         place = tuple(jnp.broadcast_to(x, exists.shape) for x in place)
         return triton.load(inputs[name].at[place], mask=exists, other=other)
@@ -137,12 +134,10 @@ def combine(
     rotation: RotationOperand | None,
     heads: int,
     dtype: DTypeLike,
-    shares: tuple[Shares, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
 
-    `exact` without the axis of splits, optional sink logits [K, G] and rotation of the splits,
-    `shares` with the lengths [B] where sequences have splits of different numbers ->
+    `exact` without the axis of splits, optional sink logits [K, G] and rotation of the splits ->
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     batch, kv_heads, splits, channels, columns = parts["sums"].shape
@@ -154,16 +149,13 @@ def combine(
     if rotation is not None and splits * _all_rows(channels) * min(columns, HEADS) > TILE:
         shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
         alone = {name: parts[name] for name in shapes}
-        merged = _run(alone, {name: new(*shape) for name, shape in shapes.items()}, heads, shares)
-        shares = None
+        merged = _run(alone, {name: new(*shape) for name, shape in shapes.items()}, heads)
         inputs |= {name: x[:, :, None] for name, x in merged.items()}
     if sinks is not None:
         inputs["sinks"] = sinks
     if rotation is not None:
         inputs["rotation"] = rotation
-    outputs = _run(
-        inputs, {"out": new(heads, channels, of=dtype), "lse": new(heads)}, heads, shares
-    )
+    outputs = _run(inputs, {"out": new(heads, channels, of=dtype), "lse": new(heads)}, heads)
     return outputs["out"], outputs["lse"]
 
 
@@ -173,10 +165,7 @@ def _all_rows(channels: int) -> int:
 
 
 def _run(
-    inputs: dict[str, Any],
-    outputs: dict[str, jax.ShapeDtypeStruct],
-    heads: int,
-    shares: tuple[Shares, jax.Array] | None,
+    inputs: dict[str, Any], outputs: dict[str, jax.ShapeDtypeStruct], heads: int
 ) -> dict[str, jax.Array]:
     """Calls the kernel on the grid (slices of channels and of heads, kv heads, sequences)."""
     batch, kv_heads, splits, channels, columns = inputs["sums"].shape
@@ -202,13 +191,9 @@ def _run(
         )
         signs = triton.BlockSpec((channels,), lambda i, h, j: (0,))
         in_specs["rotation"] = jax.tree.map(lambda x: matrix if x.ndim == 4 else signs, rotation)
-    options: dict[str, Any] = {"gain": 1.0 if rotation is None else rotation.gain}
-    if shares is not None:
-        options["shares"], lengths = shares
-        inputs = inputs | {"lengths": lengths}
-        in_specs["lengths"] = triton.BlockSpec(lengths.shape, lambda i, h, j: (0,))
+    gain = 1.0 if rotation is None else rotation.gain
     return triton.call(
-        lambda inputs, outputs: combine_kernel(inputs, outputs, heads=heads, rows=rows, **options),
+        lambda inputs, outputs: combine_kernel(inputs, outputs, heads=heads, rows=rows, gain=gain),
         triton.Launch((slices * -(-channels // rows), kv_heads, batch), warps=4, stages=1),
         in_specs=(in_specs,),
         out_specs=jax.tree.map(of_head, outputs),

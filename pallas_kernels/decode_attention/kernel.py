@@ -26,7 +26,6 @@ from pallas_kernels.decode_attention.exact import (
 )
 from pallas_kernels.decode_attention.phases import MANY, turning
 from pallas_kernels.decode_attention.scores import BIAS, BOUND, DecodePlan, Refs, prepare_query
-from pallas_kernels.decode_attention.shares import Place
 from pallas_kernels.decode_attention.tile import attend, place_of
 from pallas_kernels.decode_attention.uncoded import PARTS
 from pallas_kernels.primitives import triton
@@ -40,34 +39,21 @@ POOL = ("keys", "values", "scales", "bases", "key_tables", "value_tables")
 def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:
     """One program of the grid (split, kv head, sequence); writes the sums of its split.
 
-    The last one of a sequence also attends to the tokens in full precision, and has fewer blocks
-    for it. Of several `plans`, one for each format, the program takes that of its head.
+    The last one also attends to the tokens in full precision, and has fewer blocks for it. Of
+    several `plans`, one for each format, the program takes that of its head: the only branch.
     """
-    split, head, sequence = (triton.program_id(axis) for axis in range(3))
-    shares = plans[0].shares
-    if shares.even:
-        attend_split(inputs, outputs, plans, Place(split, shares.splits, head, sequence))
-        return
-    count = triton.uniform(shares.count(inputs["every_length"], sequence))
-
-    @triton.when(split < count)
-    def _() -> None:
-        attend_split(inputs, outputs, plans, Place(split, count, head, sequence))
-
-
-def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], place: Place) -> None:
-    """A program that has a split."""
-    plan, sequence, length = plans[0], place.sequence, inputs["lengths"][0]
+    plan = plans[0]
+    split, sequence, length = triton.program_id(0), triton.program_id(2), inputs["lengths"][0]
     row = sequence
     if "place" in inputs:
         row = sequence + inputs["place"][1] * plan.batch
     if "exact" not in inputs:
-        attend_blocks(inputs, outputs, plans, place, row, (0, length))
+        attend_blocks(inputs, outputs, plans, split, row, (0, length))
         return
     exact = inputs["exact"]
     places = exact.places(length, exact.pending[0])
 
-    @triton.when(place.split == place.splits - 1)
+    @triton.when(split == plan.splits - 1)
     def _() -> None:
         rows = [row] * (len(exact.keys) - 1) + [sequence]
         peak, weight, sums = attend_exact(
@@ -81,7 +67,7 @@ def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], pla
         if "keys" in outputs:
             write_newest(exact, places, rows, outputs["keys"], outputs["values"])
 
-    attend_blocks(inputs, outputs, plans, place, row, places.blocks)
+    attend_blocks(inputs, outputs, plans, split, row, places.blocks)
 
 
 def store_part(refs: Refs, plan: DecodePlan, peak: jax.Array, weight: jax.Array) -> None:
@@ -95,7 +81,7 @@ def attend_blocks(
     inputs: Refs,
     outputs: Refs,
     plans: tuple[DecodePlan, ...],
-    place: Place,
+    split: jax.Array,
     row: jax.Array,
     seen: tuple,
 ) -> None:
@@ -103,25 +89,26 @@ def attend_blocks(
     pools = [inputs | {name: inputs[name][number] for name in POOL} for number in range(len(plans))]
 
     def pool_row() -> jax.Array:
-        return place.head + inputs["place"][0] if "place" in inputs else place.head
+        head = triton.program_id(1)
+        return head + inputs["place"][0] if "place" in inputs else head
 
     if len(plans) == 1:
-        attend_format(pools[0], outputs, plans[0], place, row, pool_row, seen)
+        attend_format(pools[0], outputs, plans[0], split, row, pool_row, seen)
         return
-    own, its_row = (inputs["heads"][place.head, i] for i in range(2))
-    own = triton.uniform(own)
+    head = triton.program_id(1)
+    own, its_row = triton.uniform(inputs["heads"][head, 0]), inputs["heads"][head, 1]
     for number, (pool, plan) in enumerate(zip(pools, plans, strict=True)):
 
         @triton.when(own == number)
         def _(pool: Refs = pool, plan: DecodePlan = plan) -> None:
-            attend_format(pool, outputs, plan, place, row, lambda: its_row, seen)
+            attend_format(pool, outputs, plan, split, row, lambda: its_row, seen)
 
 
 def attend_format(
     inputs: Refs,
     outputs: Refs,
     plan: DecodePlan,
-    place: Place,
+    split: jax.Array,
     row: jax.Array,
     pool_row: Callable[[], jax.Array],
     seen: tuple,
@@ -141,8 +128,8 @@ def attend_format(
     blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
     tiles = lax.div(blocks + plan.pages - 1, plan.pages)
     work = tiles + plan.exact_tiles
-    begin = jnp.minimum(lax.div(place.split * work, place.splits), tiles)
-    end = jnp.minimum(lax.div((place.split + 1) * work, place.splits), tiles)
+    begin = jnp.minimum(lax.div(split * work, plan.splits), tiles)
+    end = jnp.minimum(lax.div((split + 1) * work, plan.splits), tiles)
     slots, first_page = inputs["page_table"].shape[0], pool_row() * plan.row_pages
 
     def slot_of(block):
@@ -217,8 +204,7 @@ def attend_format(
             angles = state["turning"].angles(turn_of(begin + 1))
     elif means:
         mean = mean_score(inputs["exact"], row, plan.columns, plan.heads, plan.scale)
-        if plan.soft_cap is not None:  # which is that of whole scores
-            state["mean"] = mean[None, :], jnp.ones((1, 1))
+        state["mean"] = mean[None, :], jnp.ones((1, 1))
 
     columns = plan.columns
     zeros = jnp.zeros((plan.value_order.columns // PHASES, columns), jnp.float32)
@@ -237,8 +223,6 @@ def attend_format(
     )
     weight = weight.sum(axis=0)
     weight = jnp.where(weight >= 0.0, weight, jnp.nan)
-    if means and not turns and plan.soft_cap is None:  # of all tokens: it moves the peak alone
-        peak = peak + jnp.where(weight != 0.0, mean, 0.0)
     store_part(outputs, plan, peak - BIAS, weight)
     write_output(plan, outputs["sums"], mass, sums)
 

@@ -5,10 +5,10 @@ from pallas_kernels.decode_attention.inputs import PagedBlocks, Sketch, Softmax
 from pallas_kernels.decode_attention.schedule import (
     TILE_TOKENS,
     Schedule,
+    Work,
     default_schedule,
 )
 from pallas_kernels.decode_attention.scores import DecodePlan, KeyGroup, KeySum, key_sum
-from pallas_kernels.decode_attention.shares import Shares
 from pallas_kernels.primitives.blocks import BlocksOperand
 from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.gather import key_decoder, value_decoders
@@ -39,6 +39,8 @@ def schedule_of(
     )
     of_sides = [x for pool in blocks.pools for x in (pool.key_codebooks, pool.value_codebooks)]
     little = all(x and all((b.bits, b.code) == (4, "scalar") for b in x) for x in of_sides)
+    turns = exact is not None and exact.phases is not None
+    work: Work = "usual" if not little else "little and turning" if turns else "little"
     slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
     return default_schedule(
         sequences=batch * kv_heads,
@@ -48,7 +50,7 @@ def schedule_of(
         tokens=blocks.pools[0].scales[0].shape[2],
         max_pages=max_pages,
         exact=int(slots * EXACT_BITS / bits),
-        little=little,
+        work=work,
     )
 
 
@@ -57,14 +59,13 @@ def make_decode_plan(
     sketch: Sketch | None,
     softmax: Softmax,
     schedule: Schedule,
-    table: tuple[int, int],
-    heads: int,
+    sizes: tuple[int, int],
     *,
     exact: bool,
 ) -> DecodePlan:
     """The static half of a call for the heads of a pool; ValueError for tiles that are too short.
 
-    `table`: sequences, and pages that each may have; `heads`: query heads of a kv head.
+    `sizes`: sequences, and query heads of a kv head.
     """
     _, pages, tokens = pool.scales[0].shape
     if schedule.pages * tokens < TILE_TOKENS:
@@ -82,24 +83,17 @@ def make_decode_plan(
     return DecodePlan(
         tokens=tokens,
         pages=schedule.pages,
-        heads=heads,
+        heads=sizes[1],
         key_sums=key_sums,
         value_decoders=value_decoders(pool.value_codebooks, tokens, schedule.pages),
         value_channels=pool.value_channels,
         value_words=pool.value_words,
         scale=scale,
         soft_cap=softmax.soft_cap,
-        batch=table[0],
+        batch=sizes[0],
         row_pages=pages,
         exact_tiles=schedule.exact_tiles if exact else 0,
-        shares=Shares(
-            batch=table[0],
-            splits=schedule.splits,
-            most=max(schedule.splits, schedule.most if table[0] > 1 else 0),
-            tile=schedule.pages * tokens,
-            limit=table[1] * tokens,
-            more=1 + (schedule.exact_tiles if exact else 0),
-        ),
+        splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
         uncoded=(not pool.key_codebooks, not pool.value_codebooks),

@@ -1,23 +1,23 @@
 """How the work of a call is cut into programs."""
 
 import dataclasses
+from typing import Literal
 
 # Programs in one wave on an H100 (132 multiprocessors, 7 or 8 on each): fewer leave it idle, more
 # programs run slower by 3 to 15 % (docs/kernels.md).
 PROGRAMS = 1024
-# Half as many, of two warps, where the codes of a tile are little work for its bytes: four on each,
-# with less on its way than eight have, and faster when those beside them are done.
-FEW_PROGRAMS = 528
+# Half as many where the codes of a tile are little work for its bytes, each with more on its way:
+# multiprocessors read at unlike speeds, so that some are done when others have a sixth to go, and
+# these can then still keep the memory busy.
+FEW_PROGRAMS = 512
+Work = Literal["usual", "little", "little and turning"]
+"""Little is that of 4 scalar bits; a mean that turns is more, and wants two warps."""
 # The same with more query heads of a kv head than this, two of whose programs fill the registers.
 WIDE, WIDE_PROGRAMS = 8, 256
 # Bits of a token's keys, or values, of which a tile of twice the tokens still fits beside another.
 WIDE_BITS = 128 * 8
 # A split of fewer tiles than this spends its time on starting and on being merged.
 MIN_TILES = 4
-# Splits that a sequence longer than others may have: so many times those of its share, but beyond
-# twice as many only what one program merges of 128 channels, which a rotation wants together, and
-# of one column.
-LONGER, MERGED = 4, 64
 # Tokens of a tile: as many pages as it takes.
 TILE_TOKENS = 64
 # Tiles in whose time the tokens in full precision are begun, and the blocks after them.
@@ -29,8 +29,6 @@ class Schedule:
     """Splits of a sequence; pages of a tile (at least 64 tokens); warps and stages of a program.
 
     `exact_tiles`: as many tiles fewer has the split that attends to tokens in full precision too.
-    `splits` are those of a sequence as long as the others. Of a batch a longer one has more, up to
-    `most`, if that is more, and a shorter one fewer: otherwise the longest would end alone.
     """
 
     splits: int
@@ -38,7 +36,6 @@ class Schedule:
     warps: int
     stages: int
     exact_tiles: int = 0
-    most: int = 0
 
 
 def default_schedule(
@@ -50,13 +47,13 @@ def default_schedule(
     tokens: int,
     max_pages: int,
     exact: int = 0,
-    little: bool = False,
+    work: Work = "usual",
 ) -> Schedule:
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
     `sequences`: times kv heads; `heads`: query heads of one kv head; `channels`: of the widest
     group; `bits`: of the widest code; `exact`: tokens of the blocks that have the bytes of those in
-    full precision beside them; `little`: whether decoding is as little work as of 4 scalar bits.
+    full precision beside them; `work`: of a tile.
     One warp needs no barrier, and suffices where its sums fit in the registers. Many heads fill
     those of four warps, which want as many rows of a tile: twice the tokens.
     """
@@ -65,15 +62,13 @@ def default_schedule(
     pages = max(1, size // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)
-    few = little and not wide and pages * tokens == TILE_TOKENS
+    few = work != "usual" and not wide and pages * tokens == TILE_TOKENS
     programs = WIDE_PROGRAMS if wide else FEW_PROGRAMS if few else PROGRAMS
-    splits = max(1, min(programs // sequences, tiles // MIN_TILES))
-    merged = MERGED // min(max(heads, 4), 8)
+    splits = min(programs // sequences, tiles // MIN_TILES)
     return Schedule(
-        splits=splits,
+        splits=max(1, splits),
         pages=pages,
-        warps=4 if wide else 1 if small and not few else 2,
-        stages=3,
+        warps=4 if wide else 1 if small and not (few and "turning" in work) else 2,
+        stages=4 if few else 3,
         exact_tiles=exact // size + EXACT_START if exact else 0,
-        most=min(LONGER * splits, max(2 * splits, merged), tiles // MIN_TILES),
     )

@@ -10,7 +10,6 @@ from jax import lax
 
 from pallas_kernels.decode_attention import uncoded
 from pallas_kernels.decode_attention.exact import capped
-from pallas_kernels.decode_attention.shares import Shares
 from pallas_kernels.decode_attention.uncoded import TokenOrder
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.blocks import ShortScales, Word, key_scale, value_scale
@@ -100,7 +99,7 @@ class DecodePlan:
     batch: int
     row_pages: int
     exact_tiles: int
-    shares: Shares
+    splits: int
     warps: int
     stages: int
     uncoded: tuple[bool, bool] = (False, False)

@@ -74,7 +74,7 @@ CASES = [
     Case(((3, 2),), codes=TRELLIS),
     Case(((1, 3),), (64,), tokens=32, heads=3, codes=TRELLIS),
     Case(((2, 4), (4, 3)), (32, 64), codes=TRELLIS),
-    Case(((4, 3),), (80,), codes=("scalar", "trellis"), schedule=Schedule(2, 1, 2, 3, 0, most=5)),
+    Case(((4, 3),), (80,), codes=("scalar", "trellis")),
     Case(sides=(((16, 4), (16, 2), (32, 1)), ((64, 2),)), joint=(True, False)),
     Case(
         sides=(((32, 3), (64, 1)), ((48, 4), (16, 3), (32, 1))),
@@ -193,7 +193,6 @@ LONG = [
     *(Case(((b, b),)) for b in (2, 3)),
     Case(((4, 4), (4, 4)), (48, 80), tokens=32, heads=5, options=OPTIONS),
     Case(codes=TRELLIS),
-    *(Case(((b, b),), schedule=Schedule(5, 1, w, 3, 0, most=16)) for b, w in ((4, 2), (2, 1))),
 ]
 
 
@@ -203,7 +202,7 @@ LONG = [
 def test_many_splits_equal_the_definition_compiled(case):
     """Schedules are chosen for long sequences: 24 splits or more, whose pipelines are filled."""
     call = make_call(case, slots=200 * 64 // case.tokens)
-    assert_close(call, *attend(call, False, case.schedule))
+    assert_close(call, *attend(call, False))
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)

@@ -46,7 +46,7 @@ CASES = [
     Case(2, 64, bits=(3, 2), codes=("trellis", "trellis"), start=70),
     Case(1, 80, 32, (3, 4), start=100, slots=9),
     Case(4, 64, 128, rotary=16, start=200, slots=3),
-    Case(2, 64, bits=(2, 2), slots=9, schedule=Schedule(2, 2, 1, 2, 4, most=4)),
+    Case(2, 64, bits=(2, 2), slots=9, schedule=Schedule(2, 2, 1, 2, 4)),
     Case(11, 80, rotary=48, start=30, slots=4),
 ]
 

@@ -39,6 +39,7 @@ def schedule_of(
     )
     of_sides = [x for pool in blocks.pools for x in (pool.key_codebooks, pool.value_codebooks)]
     little = all(x and all((b.bits, b.code) == (4, "scalar") for b in x) for x in of_sides)
+    little = little and not any(pool.bases for pool in blocks.pools)  # scales of 8 bits are work
     turns = exact is not None and exact.phases is not None
     work: Work = "usual" if not little else "little and turning" if turns else "little"
     slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)

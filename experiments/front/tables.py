@@ -32,7 +32,7 @@ def rows_of(name: str, out: Path) -> list[Row]:
     return results.read(out / name).rows
 
 
-def _attention(out: Path) -> list[Row]:
+def attention_rows(out: Path) -> list[Row]:
     """Decode attention; the latest schedule, of some settings, before all of the one before."""
     return [*rows_of("decode_speed.programs", out), *rows_of("decode_speed", out)]
 
@@ -65,7 +65,7 @@ def _percent(row: Row) -> str:
 
 def _headline(out: Path) -> Iterator[str]:
     """What it is worth, in three lines."""
-    loss, speed = rows_of("fidelity", out), _attention(out)
+    loss, speed = rows_of("fidelity", out), attention_rows(out)
     first, last = (centred(loss, SMALL, PRESETS[name]) for name in ("lossless", "max"))
     times = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
     times += [t for shape in SHAPES[:3] if (t := _with_mean(out, shape)) is not None]
@@ -170,7 +170,7 @@ def _decoder(rows: Sequence[Row], case: str, bits: int) -> float | None:
 
 
 def _speeds(out: Path) -> Iterator[str]:
-    attention, decoder = _attention(out), rows_of("llama_speed", out)
+    attention, decoder = attention_rows(out), rows_of("llama_speed", out)
     lines = []
     for batch, tokens in SHAPES:
         mean = _with_mean(out, (batch, tokens))

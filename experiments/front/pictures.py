@@ -9,6 +9,7 @@ from experiments.front.tables import (
     PRESETS,
     SHAPES,
     SMALL,
+    attention_rows,
     centred,
     one,
     rows_of,
@@ -73,7 +74,7 @@ def _curve(axis: Axes, rows: Sequence[Row], colour: str, line: str = "o-") -> No
 def speed(out: Path) -> Figure:
     """Times faster against times fewer bytes: attention alone, and a whole decoder."""
     made, ((left, right),) = plotting.panels(1, 2, 4.5, 3.6)
-    _attention(left, rows_of("decode_speed", out))
+    _attention(left, attention_rows(out))
     _decoder(right, rows_of("llama_speed", out))
     for axis, top, title in (
         (left, 9.6, "decode attention alone, over cuDNN"),
@@ -92,8 +93,9 @@ def _attention(axis: Axes, rows: Sequence[Row]) -> None:
     """A line for each shape, over 4, 3 and 2 bits."""
     for (batch, tokens), colour in zip(SHAPES, plotting.COLOURS, strict=False):
         case = where(rows, batch=batch, tokens=tokens)
-        base = _bytes(one(case, implementation="cudnn"))
-        found = [one(case, implementation="pallas", bits_k=b, bits_v=b) for b in (4, 3, 2)]
+        base = _bytes(where(case, implementation="cudnn")[0])
+        wanted = [dict(implementation="pallas", bits_k=b, bits_v=b) for b in (4, 3, 2)]
+        found = [where(case, **each)[0] for each in wanted]
         points = [(base / _bytes(row), row["speedup_over_cudnn"]) for row in found]
         _path(axis, points, f"{batch} x {tokens:,}", colour, {4096: 4, 131072: -5}.get(tokens, 0))
         if tokens == 131072:
@@ -129,6 +131,6 @@ def _path(
 
 PICTURES: dict[str, tuple[Callable[[Path], Figure], tuple[str, ...]]] = {
     "loss": (loss, ("fidelity", "layer_ablation.pre_rope")),
-    "speed": (speed, ("decode_speed", "llama_speed")),
+    "speed": (speed, ("decode_speed", "decode_speed.programs", "llama_speed")),
 }
 """How each is drawn, and from which results."""

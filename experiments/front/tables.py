@@ -32,6 +32,11 @@ def rows_of(name: str, out: Path) -> list[Row]:
     return results.read(out / name).rows
 
 
+def attention_rows(out: Path) -> list[Row]:
+    """Decode attention; the latest schedule, of some settings, before all of the one before."""
+    return [*rows_of("decode_speed.programs", out), *rows_of("decode_speed", out)]
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for cells in (head, ["---"] * len(head), *rows):
         yield f"| {' | '.join(cells)} |"
@@ -60,7 +65,7 @@ def _percent(row: Row) -> str:
 
 def _headline(out: Path) -> Iterator[str]:
     """What it is worth, in three lines."""
-    loss, speed = rows_of("fidelity", out), rows_of("decode_speed", out)
+    loss, speed = rows_of("fidelity", out), attention_rows(out)
     first, last = (centred(loss, SMALL, PRESETS[name]) for name in ("lossless", "max"))
     times = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
     times += [t for shape in SHAPES[:3] if (t := _with_mean(out, shape)) is not None]
@@ -148,7 +153,7 @@ def _around(out: Path) -> Iterator[str]:
 def _speed(rows: Sequence[Row], shape: tuple[int, int], bits: int, code: str = "pallas") -> float:
     batch, tokens = shape
     wanted = dict(batch=batch, tokens=tokens, bits_k=bits, bits_v=bits)
-    return one(rows, implementation=code, **wanted)["speedup_over_cudnn"]
+    return where(rows, implementation=code, **wanted)[0]["speedup_over_cudnn"]
 
 
 def _with_mean(out: Path, shape: tuple[int, int]) -> float | None:
@@ -165,7 +170,7 @@ def _decoder(rows: Sequence[Row], case: str, bits: int) -> float | None:
 
 
 def _speeds(out: Path) -> Iterator[str]:
-    attention, decoder = rows_of("decode_speed", out), rows_of("llama_speed", out)
+    attention, decoder = attention_rows(out), rows_of("llama_speed", out)
     lines = []
     for batch, tokens in SHAPES:
         mean = _with_mean(out, (batch, tokens))

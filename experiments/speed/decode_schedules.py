@@ -5,20 +5,21 @@ import itertools
 from experiments.speed.common import CHANNELS, HEADS, KV_HEADS
 from experiments.speed.decode_blocks import PAGE, Pair
 from pallas_kernels.decode_attention import Schedule, default_schedule
+from pallas_kernels.primitives.codebook import CodeKind
 
 GROUP = HEADS // KV_HEADS
 
 
-def schedule_of(bits: Pair, shape: Pair) -> Schedule:
+def schedule_of(bits: Pair, shape: Pair, code: CodeKind = "scalar") -> Schedule:
     """What the kernel chooses by itself."""
     return default_schedule(
-        batch=shape[0],
-        kv_heads=KV_HEADS,
+        sequences=shape[0] * KV_HEADS,
         heads=GROUP,
         channels=CHANNELS,
         bits=max(bits),
         tokens=PAGE,
         max_pages=shape[1] // PAGE,
+        work="little" if bits == (4, 4) and code == "scalar" else "usual",
     )
 
 

@@ -226,7 +226,7 @@ def cases_of(shape: Pair, bits: Sequence[Pair], sweep: Sequence[str]) -> list[Ca
         schedule = schedule_of(bits[0], shape)
         cases.append(Case("pallas-dense", bits[0], shape, schedule, paged=False))
         for pair in TRELLIS_BITS:
-            schedule = schedule_of(pair, shape)
+            schedule = schedule_of(pair, shape, "trellis")
             cases.append(Case("pallas-trellis", pair, shape, schedule, "trellis"))
     return cases
 

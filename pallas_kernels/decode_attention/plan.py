@@ -2,7 +2,12 @@
 
 from pallas_kernels.decode_attention.exact import LOG2E, ExactOperand
 from pallas_kernels.decode_attention.inputs import PagedBlocks, Sketch, Softmax
-from pallas_kernels.decode_attention.schedule import TILE_TOKENS, Schedule, default_schedule
+from pallas_kernels.decode_attention.schedule import (
+    TILE_TOKENS,
+    Schedule,
+    Work,
+    default_schedule,
+)
 from pallas_kernels.decode_attention.scores import DecodePlan, KeyGroup, KeySum, key_sum
 from pallas_kernels.primitives.blocks import BlocksOperand
 from pallas_kernels.primitives.codebook import CodebookOperand
@@ -32,16 +37,21 @@ def schedule_of(
         sum(bits * count for bits, count in zip(*side, strict=True)) / sum(side[1])
         for side in sides
     )
+    of_sides = [x for pool in blocks.pools for x in (pool.key_codebooks, pool.value_codebooks)]
+    little = all(x and all((b.bits, b.code) == (4, "scalar") for b in x) for x in of_sides)
+    little = little and not any(pool.bases for pool in blocks.pools)  # scales of 8 bits are work
+    turns = exact is not None and exact.phases is not None
+    work: Work = "usual" if not little else "little and turning" if turns else "little"
     slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
     return default_schedule(
-        batch=batch,
-        kv_heads=kv_heads,
+        sequences=batch * kv_heads,
         heads=heads,
         channels=max(max(pool.value_channels) for pool in blocks.pools),
         bits=max(bits for widths, _ in sides for bits in widths),
         tokens=blocks.pools[0].scales[0].shape[2],
         max_pages=max_pages,
         exact=int(slots * EXACT_BITS / bits),
+        work=work,
     )
 
 

@@ -1,10 +1,17 @@
 """How the work of a call is cut into programs."""
 
 import dataclasses
+from typing import Literal
 
 # Programs in one wave on an H100 (132 multiprocessors, 7 or 8 on each): fewer leave it idle, more
 # programs run slower by 3 to 15 % (docs/kernels.md).
 PROGRAMS = 1024
+# Half as many where the codes of a tile are little work for its bytes, each with more on its way:
+# multiprocessors read at unlike speeds, so that some are done when others have a sixth to go, and
+# these can then still keep the memory busy.
+FEW_PROGRAMS = 512
+Work = Literal["usual", "little", "little and turning"]
+"""Little is that of 4 scalar bits; a mean that turns is more, and wants two warps."""
 # The same with more query heads of a kv head than this, two of whose programs fill the registers.
 WIDE, WIDE_PROGRAMS = 8, 256
 # Bits of a token's keys, or values, of which a tile of twice the tokens still fits beside another.
@@ -33,19 +40,20 @@ class Schedule:
 
 def default_schedule(
     *,
-    batch: int,
-    kv_heads: int,
+    sequences: int,
     heads: int,
     channels: int,
     bits: int,
     tokens: int,
     max_pages: int,
     exact: int = 0,
+    work: Work = "usual",
 ) -> Schedule:
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
-    `heads`: query heads of one kv head; `channels`: of the widest group; `bits`: of the widest
-    code; `exact`: tokens of the blocks that have the bytes of those in full precision beside them.
+    `sequences`: times kv heads; `heads`: query heads of one kv head; `channels`: of the widest
+    group; `bits`: of the widest code; `exact`: tokens of the blocks that have the bytes of those in
+    full precision beside them; `work`: of a tile.
     One warp needs no barrier, and suffices where its sums fit in the registers. Many heads fill
     those of four warps, which want as many rows of a tile: twice the tokens.
     """
@@ -54,12 +62,13 @@ def default_schedule(
     pages = max(1, size // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)
-    programs = WIDE_PROGRAMS if wide else PROGRAMS
-    splits = min(programs // (batch * kv_heads), tiles // MIN_TILES)
+    few = work != "usual" and not wide and pages * tokens == TILE_TOKENS
+    programs = WIDE_PROGRAMS if wide else FEW_PROGRAMS if few else PROGRAMS
+    splits = min(programs // sequences, tiles // MIN_TILES)
     return Schedule(
         splits=max(1, splits),
         pages=pages,
-        warps=4 if wide else 1 if small else 2,
-        stages=3,
+        warps=4 if wide else 1 if small and not (few and "turning" in work) else 2,
+        stages=4 if few else 3,
         exact_tiles=exact // size + EXACT_START if exact else 0,
     )

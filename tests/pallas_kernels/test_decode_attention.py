@@ -113,15 +113,15 @@ class Call:
     lse: np.ndarray
 
 
-def make_call(case, seed=0):
+def make_call(case, seed=0, slots=6):
     """Three sequences: one empty, one that ends inside a block, one full."""
     rng = np.random.default_rng(seed)
-    kv_heads, pages, slots = 2, 20, 6
+    kv_heads, pages = 2, 3 * slots + 2
     pool, keys, values = random_pool(
         rng, pages, kv_heads, case.tokens, case.groups, case.codes, case.joint
     )
     q = rng.standard_normal((3, kv_heads * case.heads, keys.shape[-1])).astype(np.float32)
-    table = rng.permutation(pages)[:18].reshape(3, slots).astype(np.int32)
+    table = rng.permutation(pages)[: 3 * slots].reshape(3, slots).astype(np.int32)
     lengths = np.array([0, 3 * case.tokens + 5, slots * case.tokens], np.int32)
     heads = q.shape[1]
     every = {
@@ -186,6 +186,23 @@ def test_equals_definition_compiled(case):
     """What takes long to interpret: all widths, head dims, group sizes and schedules."""
     call = make_call(case)
     assert_close(call, *attend(call, False, case.schedule))
+
+
+LONG = [
+    *(Case(channels=(h,), heads=g) for h, g in ((64, 1), (80, 2), (128, 4), (128, 8), (256, 4))),
+    *(Case(((b, b),)) for b in (2, 3)),
+    Case(((4, 4), (4, 4)), (48, 80), tokens=32, heads=5, options=OPTIONS),
+    Case(codes=TRELLIS),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_many_splits_equal_the_definition_compiled(case):
+    """Schedules are chosen for long sequences: 24 splits or more, whose pipelines are filled."""
+    call = make_call(case, slots=200 * 64 // case.tokens)
+    assert_close(call, *attend(call, False))
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)

@@ -175,8 +175,6 @@ class WindowedSteps(Steps):
         self.ring[:count].copy_(self._rows(own, position, held & valid[:, None]))
         sink = torch.arange(self.config.sinks, device=table.device).expand(count, -1)
         self.sinks[:count].copy_(raw.rows(first[:count, None].long().expand_as(sink), sink))
-        for held in (self.ring, self.sinks):
-            held[count:padded].zero_()
         writes, sink_writes, sources = [self.write[:count]], [self.sink_write[:count]], []
         sources.append(self.each[: count if self.config.sinks else 0])
         sink_writes[0] = sink_writes[0][: sources[0].shape[0]]

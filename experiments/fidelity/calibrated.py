@@ -178,7 +178,7 @@ def presets_of(file: str, model: Llama, windows: Sequence[int] = ()) -> list[Cal
         plain = presets.preset(name, *sizes, tuple(inverse_frequencies(config)))
         key, value = (replace(own, **options) for own in (plain.key, plain.value))
         held = replace(plain, key=key, value=value, scale_bits=study.scale_bits)
-        held = held if window is None else replace(held, window=window)
+        held = replace(held, window=presets.window(name, True) if window is None else window)
         chosen = fitting.fit_preset(held, study.losses, name)
         label = f"{name} by {Path(file).stem}" + ("" if window is None else f" w{window}")
         made.append(Calibrated(label, replace(held, allocation=chosen), known))

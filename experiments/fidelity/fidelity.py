@@ -14,6 +14,12 @@ values and a window of 64. `scale8` stores scales in 8 bits, which the library d
 centred by the mean of the first block as stored, `pre-RoPE` by its mean before the rotary
 embedding, at each key's own position.
 
+Two peers read a model first, as our calibration does; they are given the texts that choose
+(`fidelity.informed`). OSCAR turns keys and values by the eigenvectors of what attention asks of
+them and a Hadamard, clips, and has 2 bits with a zero and a step; 64 sinks and a window of 256.
+Block-GTQ gives pairs of channels that RoPE turns together bits of their own, and each group of
+equal bits a norm, a rotation and TurboQuant's levels.
+
 How both means do over length is read from the last tokens of each text: the same tokens are
 predicted after more and more of what precedes them.
 
@@ -70,9 +76,7 @@ class Config:
         ("experiments/calibrations/smollm2-135m.safetensors",),
         "files of turboquant-jax calibrate whose presets are judged",
     )
-    windows: tuple[int, ...] = option(
-        (), "windows of `max` beside each of them, other than its own"
-    )
+    windows: tuple[int, ...] = option((0,), "other windows of `max` beside them, 0 for none")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
@@ -116,10 +120,9 @@ def run(config: Config, track: Track) -> list[Row]:
 
     def calibrated() -> list[Held]:
         files = config.calibrations if config.model != "tiny" else ()
+        windows = [window for window in config.windows if window]
         found = [
-            one
-            for file in files
-            for one in calibrations.presets_of(file, forcing.model, config.windows)
+            one for file in files for one in calibrations.presets_of(file, forcing.model, windows)
         ]
         return [*found, *calibrations.uniform()]
 

@@ -218,6 +218,44 @@ def _peers(out: Path) -> Iterator[str]:
     yield from _table(head, lines)
 
 
+def _calibrated(out: Path) -> Iterator[str]:
+    """Every preset with bits that are the same everywhere, and beside a calibration."""
+    losses = where(rows_of("fidelity", out), kind="calibrated", text="all")
+    needles = where(rows_of("needle", out), task="single")
+    answers = rows_of("greedy", out)
+    lines = []
+    for name, setting in PRESETS.items():
+        names = (f"{setting} pre-RoPE",) * 2, (f"{name} by {SMALL}", f"{name} by {BIASED}")
+        for words, (small, biased) in zip(("", ", calibrated"), names, strict=True):
+            row = one(losses, model=SMALL, preset=small)
+            sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
+            found = where(losses, model=BIASED, preset=biased)
+            cells = [f"{row['kl']:.4f}", _percent(row), f"{found[0]['kl']:.4f}" if found else ""]
+            cells += [_kept(where(needles, model=model), preset) for model, preset in
+                      ((SMALL, small), (BIASED, biased))]  # fmt: skip
+            lines.append([f"`{name}`{words}", *sizes, *cells, _beginning(answers, small)])
+    head = ["", "smaller at 8K", "at 64K", "KL, SmolLM2", "perplexity", "KL, Qwen2.5"]
+    yield from _table([*head, "needles, SmolLM2", "Qwen2.5", "equal tokens"], lines)
+
+
+def _kept(rows: Sequence[Row], preset: str) -> str:
+    """Needles found of those that full precision finds."""
+    found = where(rows, preset=preset)
+    kept, of = (sum(row[column] for row in found) for column in ("kept", "found_full"))
+    return f"{kept} of {of}" if found else ""
+
+
+def _beginning(rows: Sequence[Row], preset: str) -> str:
+    """Tokens of a greedy answer before the first that is not that of full precision, on average."""
+    found = where(rows, preset=preset)
+    count = sum(row["answers"] for row in found)
+    equal, tokens = (
+        sum(row[column] * row["answers"] for row in found) / count
+        for column in ("prefix", "tokens")
+    )
+    return f"{equal:.0f} of {tokens:.0f}"
+
+
 def _allocated(out: Path) -> Iterator[str]:
     """Bits of each layer, or head, beside the same bits everywhere."""
     rows = rows_of("layer_ablation.pre_rope", out)
@@ -268,6 +306,7 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "around": _around,
     "means": _means,
     "peers": _peers,
+    "calibrated": _calibrated,
     "allocated": _allocated,
     "decoder": _allowed,
     "longest": _longest,

@@ -61,7 +61,12 @@ def _token_claims(rows: Sequence[Row]) -> Iterator[Claim]:
             yield Claim(
                 QUESTION,
                 f"{bits}: the same tokens, {row['run']}",
-                f"{row['equal_first']} of {row['tokens']} before the first that differs",
+                f"{row['equal_first']} of {row['tokens']} before the first that differs"
+                + (
+                    f", where it leads by {lead:.1g} at most"
+                    if (lead := row.get("lead_first"))
+                    else ""
+                ),
                 _held(row["equal_first"] == row["tokens"]),
             )
 

@@ -18,8 +18,10 @@ tokens should be the baseline's, and at 4, whose need not be.
 the baseline's own token led there, at most, in log probability: a small one is a near-tie. The runs
 of an engine: `first`; `prefixes cached`, in which the same prompts find theirs in the cache; `again
 from nothing`, with an empty cache; `preempted`, with so few blocks that requests are put back and
-resumed. `equal_first` compares with the engine's own first run. What could not be measured has a
-`note`.
+resumed. `equal_first` and `lead_first` compare with the engine's own first run. What could not be
+measured has a `note`. With few bits a prefix that was found, or a request that is resumed, may give
+other tokens: what follows reads codes where the first run read the raw keys of its own chunk, and a
+resumed request reads the raw keys of what it had generated.
 
 `perplexity`, if it is asked for: of the same weights, over prompts that are read 64 tokens at a
 time, so that nearly all of a token's past is codes; `loss` is the mean in nats, `difference` and
@@ -72,7 +74,10 @@ class Config:
     seconds: float = option(0.0, "start nothing after so long, 0 for never")
 
 
-SMOKE = Config(("2x200",), (OURS,), "smollm2-135m", 1, 1 << 26, 2, 1)
+SMOKE = Config(
+    cases=("2x200",), backends=(OURS,), model="smollm2-135m", layers=1, memory=1 << 26, steps=2,
+    repeats=1,
+)  # fmt: skip
 
 
 def device() -> str:

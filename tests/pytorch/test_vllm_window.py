@@ -10,6 +10,7 @@ from tests.pytorch.skip import torch
 from tests.pytorch.vllm_steps import (
     BLOCK,
     LAST,
+    STEPS,
     TABLES,
     TEXTS,
     Engine,
@@ -75,11 +76,12 @@ def test_sinks_are_exact_in_the_first_page():
 
 
 def test_pages_do_not_depend_on_the_steps():
-    parts, whole = run(engine(bits=4)), engine(bits=4)
+    steps = (*STEPS, *({"a": 1},) * 3)  # the last but one fills the second block of "a"
+    parts, whole = run(engine(bits=4), steps), engine(bits=4)
     for request, count in parts.past.items():
         whole.step(TABLES, TEXTS, {request: count})
     for one, other in zip(*(e.layer.pages.part.pool.rows for e in (parts, whole)), strict=True):
-        pages = [TABLES["a"][1], TABLES["b"][1], TABLES["b"][2]]
+        pages = [*TABLES["a"][1:3], *TABLES["b"][1:4]]
         assert torch.equal(one.tensor[:, pages], other.tensor[:, pages])
         assert one.tensor[:, pages].any()
     first = [TABLES["a"][1], TABLES["b"][1]]

@@ -49,7 +49,6 @@ class TurboQuantBackend(AttentionBackend):
 
     Attributes:
       shared: of the engine that was made last, for shapes of memory that vLLM asks the class for.
-      latest: builder of the step's metadata, to which that of windows adds.
     """
 
     accept_output_buffer: bool = True
@@ -57,7 +56,6 @@ class TurboQuantBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
     shared: ClassVar[Shared | None] = None
-    latest: ClassVar["TurboQuantBuilder | None"] = None
 
     @staticmethod
     def get_name() -> str:
@@ -148,7 +146,7 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         self.count = vllm_config.scheduler_config.max_num_seqs
         self.steps: Steps | None = None
         self.metadata: TurboQuantMetadata | None = None
-        TurboQuantBackend.latest = self
+        windows.WindowBuilder.beside = self
 
     def build(
         self,

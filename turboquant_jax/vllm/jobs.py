@@ -6,15 +6,12 @@ only the device knows; no value on the device is waited for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pallas_kernels.primitives.period import PERIOD
-
-if TYPE_CHECKING:
-    from turboquant_jax.vllm.windowed import Window
 
 BLOCKS = 64
 """Blocks of chunks that are compressed by one call: one shape, so one program."""
@@ -115,6 +112,30 @@ def of_chunks(chunks: Sequence[Chunk], table: Tensor, block: int) -> ChunkJobs |
 
 
 @dataclass(frozen=True, eq=False)
+class Window:
+    """Where a step has tokens in full precision: rows of `raw.Raw`, int64.
+
+    Attributes:
+      write: [tokens, K], of all new tokens; of sinks [m, K], of the first m of `sink_source`.
+      sink_write, sink_source: of sinks among them, and which of the new tokens they are.
+      ring, sinks: [rows, slots, K], of the requests with one new token, padded by `rows_of`.
+      rings: buffers [most requests, slots, K, H] that keys and values of `ring` are gathered into,
+        for one layer after the other.
+      past: of each chunk [n, K], what its queries see in full precision; sinks come first.
+      open: of each chunk [n, K], the tokens of its open block.
+    """
+
+    write: Tensor
+    sink_write: Tensor
+    sink_source: Tensor
+    ring: Tensor
+    sinks: Tensor
+    rings: tuple[Tensor, Tensor]
+    past: tuple[Tensor, ...]
+    open: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The requests of a step; the first `singles` have one new token each, then come chunks.
 
@@ -142,4 +163,4 @@ class Batch:
     turned: Tensor | None = None
     chunks: tuple[Chunk, ...] = ()
     chunk_jobs: ChunkJobs | None = None
-    window: "Window | None" = None
+    window: Window | None = None

@@ -17,35 +17,11 @@ from turboquant_jax.pytorch.layout import Layout
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import Exact
 from turboquant_jax.vllm import jobs, tiles
-from turboquant_jax.vllm.jobs import Batch, Chunk
+from turboquant_jax.vllm.jobs import Batch, Chunk, Window
 from turboquant_jax.vllm.pages import NOWHERE, PageRows
 from turboquant_jax.vllm.raw import Raw
 from turboquant_jax.vllm.step import Layer, rows_of
 from turboquant_jax.vllm.steps import Steps
-
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """Where a step has its raw tokens: rows of `Raw`, int64.
-
-    Attributes:
-      write: [tokens, K], of all new tokens; of sinks [m, K], of the first m of `sink_source`.
-      sink_write, sink_source: of sinks among them, and which of the new tokens they are.
-      ring, sinks: [rows, slots, K], of the requests with one new token, padded by `rows_of`.
-      rings: buffers [most requests, slots, K, H] that keys and values of `ring` are gathered into,
-        for one layer after the other.
-      past: of each chunk [n, K], what its queries see in full precision; sinks come first.
-      open: of each chunk [n, K], the tokens of its open block.
-    """
-
-    write: Tensor
-    sink_write: Tensor
-    sink_source: Tensor
-    ring: Tensor
-    sinks: Tensor
-    rings: tuple[Tensor, Tensor]
-    past: tuple[Tensor, ...]
-    open: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +175,6 @@ class WindowedSteps(Steps):
         self.ring[:count].copy_(self._rows(own, position, held & valid[:, None]))
         sink = torch.arange(self.config.sinks, device=table.device).expand(count, -1)
         self.sinks[:count].copy_(raw.rows(first[:count, None].long().expand_as(sink), sink))
-        for held in (self.ring, self.sinks):
-            held[count:padded].zero_()
         writes, sink_writes, sources = [self.write[:count]], [self.sink_write[:count]], []
         sources.append(self.each[: count if self.config.sinks else 0])
         sink_writes[0] = sink_writes[0][: sources[0].shape[0]]

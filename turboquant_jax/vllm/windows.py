@@ -102,8 +102,13 @@ class WindowMetadata(AttentionMetadata):
 
 
 class WindowBuilder(AttentionMetadataBuilder[WindowMetadata]):
-    """Adds its pages to the metadata of our layers, whose group comes before."""
+    """Adds its pages to the metadata of our layers, whose group comes before.
 
+    Attributes:
+      beside: their builder.
+    """
+
+    beside: ClassVar[Any] = None
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
@@ -119,10 +124,8 @@ class WindowBuilder(AttentionMetadataBuilder[WindowMetadata]):
         fast_build: bool = False,
     ) -> WindowMetadata:
         """The step of our layers, which has none yet, gets its window."""
-        from turboquant_jax.vllm.backend import TurboQuantBackend
-
-        own, common = TurboQuantBackend.latest, common_attn_metadata
-        assert own is not None and own.metadata is not None and own.metadata.batch.window is None
+        own, common = self.beside, common_attn_metadata
+        assert own is not None and own.metadata.batch.window is None
         assert isinstance(own.steps, WindowedSteps)
         count = common.num_reqs
         table, seen = common.block_table_tensor[:count], common.seq_lens[:count]

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from tests.pytorch.models import CACHE, FAMILIES, prompts, random_model, torch
 from tests.pytorch.test_huggingface import GREEDY, small_config
+from turboquant_jax.pytorch import choose, fused, runner
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
 LOOKS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
@@ -54,6 +56,50 @@ def test_a_fused_step_is_the_models(family):
     for name, leaf in cache.state.leaves.items():
         if not leaf.dtype.is_floating_point:
             assert torch.equal(leaf, other.state.leaves[name]), name
+
+
+@torch.no_grad()
+def test_a_fused_step_by_the_kernels(monkeypatch):
+    """Interpreted; RoPE goes by ours, and what it leaves in the window is the models' keys."""
+    made = [random_model("Qwen2", head_dim=16).to(torch.bfloat16) for _ in range(2)]
+    caches, names = [], []
+    for model in made:
+        model.set_attn_implementation("turboquant")
+        config = replace(small_config(model), block=32)  # which the kernels serve
+        caches.append(TurboQuantCache.from_model(model, config=config, capacity=100))
+        model(**prompts(2, 46), **{CACHE: caches[-1]})
+    tokens = prompts(2, 2)["input_ids"].split(1, dim=1)
+    plain = caches[0].capture(made[0])
+    expected = [plain(token) for token in tokens]
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda name, *x: names.append(name) or run(name, *x))
+    monkeypatch.setattr(choose, "_resolve", lambda state, asked, reason: reason is None)
+    step = caches[1].capture(made[1], fuse=True)
+    for token, want in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(step(token), want, rtol=0, atol=0.03 * want.abs().max().item())
+    assert names.count("rope_and_rotate") == 4 and "rotate" not in names
+    for side in ("keys", "values"):
+        ours, theirs = (getattr(cache.state.window, side).tensor.float() for cache in caches)
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < 0.01
+
+
+def test_matrices_side_by_side_share_their_memory():
+    """Of a model as of another one: same values, same module, half the products."""
+    model, other = random_model("Qwen2"), random_model("Qwen2")
+    fused.prepare(model)
+    for layer in model.model.layers:
+        own = layer.self_attn
+        for name in ("weight", "bias"):
+            parameters = [getattr(m, name) for m in (own.q_proj, own.k_proj, own.v_proj)]
+            whole = fused.side_by_side(parameters)
+            assert torch.equal(whole, torch.cat(parameters))
+            whole[-1].zero_()
+            assert not parameters[-1][-1].any()
+    model.load_state_dict(other.state_dict())  # in place: the product is that of the new weights
+    assert torch.equal(fused.side_by_side(parameters), torch.cat(parameters))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(other.named_parameters())[name])
 
 
 class Forbidding(torch.utils._python_dispatch.TorchDispatchMode):

@@ -149,8 +149,16 @@ class TurboQuantCache(Cache):
         """Bytes of every tensor of the cache."""
         return 0 if self.state is None else self.state.nbytes
 
-    def attend(self, layer: int, heads: tuple, mask: Tensor | None, scores: Scores, sink_logits):
-        """Attention of new tokens [B, T, heads, H] of a layer, which then are in the cache."""
+    def attend(
+        self,
+        layer: int,
+        heads: tuple,
+        mask: Tensor | None,
+        scores: Scores,
+        sink_logits: Tensor | None,
+        rotated: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of new tokens [B, T, heads, H], or those of `choose.turned`, then cached."""
         if layer == 0:
             count, device = heads[1].shape[1], heads[1].device
             if self.steps.captured is None:
@@ -158,7 +166,7 @@ class TurboQuantCache(Cache):
             assert self.state is not None
             self.steps.begin(self.state, count, mask)
         assert self.state is not None
-        return self.steps.layer(self.state, layer, heads, scores, sink_logits)
+        return self.steps.layer(self.state, layer, heads, scores, sink_logits, rotated)
 
     def room(self, batch: int, count: int, device: torch.device) -> State:
         """The tensors, with room for `count` more tokens of each of `batch` sequences.
@@ -191,7 +199,8 @@ class TurboQuantCache(Cache):
         """A context in which the model's single tokens over this cache are a CUDA graph.
 
         `fuse`: norms, RoPE, residuals and activations as one kernel each, by `torch.compile`; the
-        model's matrices are called one by one then, and its layers are not.
+        model's layers are not called then, and weights of matrices that read the same vectors are
+        put side by side for good, where its parameters are views of them.
 
         Raises:
           ValueError: another model than the cache was made for; to be fused, one without a head.
@@ -200,6 +209,7 @@ class TurboQuantCache(Cache):
             raise ValueError("model: got another one than the cache was made for")
         if fuse:
             fused.check(model)
+            fused.prepare(model)
         return capture.CapturedStep(self, model, fuse)
 
     def reset(self) -> None:

@@ -166,17 +166,25 @@ def rotate(query: torch.Tensor, rotation: Operand) -> Call:
 
 @Operator
 def rope_and_rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Operand
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotation: Operand,
+    *,
+    kv_heads: int | None = None,
 ) -> Call:
     """RoPE of queries and keys of a projection [B, K, G + 2, H]: q, k, v and rotated q.
 
-    cos, sin float32 [B, H/2]; rotated [B, K * G, H] is float32.
+    With `kv_heads` it is [B, N + 2 K, H], queries before keys before values. cos, sin float32
+    [B, H/2]; rotated [B, K * G, H] is float32.
     """
-    batch, kv_heads, group, channels = qkv.shape
-    query, key = (batch, kv_heads * (group - 2), channels), (batch, kv_heads, channels)
+    batch, channels = qkv.shape[0], qkv.shape[-1]
+    rows = qkv.numel() // (batch * channels)
+    count = qkv.shape[1] if kv_heads is None else kv_heads
+    query, key = (batch, rows - 2 * count, channels), (batch, count, channels)
     new = functools.partial(torch.empty, device=qkv.device)
     outputs = (*(new(x, dtype=qkv.dtype) for x in (query, key, key)), new(query))
-    arguments = dict(qkv=qkv, cos=cos, sin=sin, rotation=rotation)
+    arguments = dict(qkv=qkv, cos=cos, sin=sin, rotation=rotation, kv_heads=kv_heads)
     return Call("rope_and_rotate", arguments, (), outputs)
 
 

@@ -58,8 +58,9 @@ def test_a_fused_step_is_the_models(family):
             assert torch.equal(leaf, other.state.leaves[name]), name
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_a_fused_step_by_the_kernels(monkeypatch):
+def test_a_fused_step_by_the_kernels(batch, monkeypatch):
     """Interpreted; RoPE goes by ours, and what it leaves in the window is the models' keys."""
     made = [random_model("Qwen2", head_dim=16).to(torch.bfloat16) for _ in range(2)]
     caches, names = [], []
@@ -67,17 +68,19 @@ def test_a_fused_step_by_the_kernels(monkeypatch):
         model.set_attn_implementation("turboquant")
         config = replace(small_config(model), block=32)  # which the kernels serve
         caches.append(TurboQuantCache.from_model(model, config=config, capacity=100))
-        model(**prompts(2, 46), **{CACHE: caches[-1]})
-    tokens = prompts(2, 2)["input_ids"].split(1, dim=1)
+        model(**prompts(batch, 46), **{CACHE: caches[-1]})
+    tokens = prompts(batch, 2)["input_ids"].split(1, dim=1)
     plain = caches[0].capture(made[0])
     expected = [plain(token) for token in tokens]
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda name, *x: names.append(name) or run(name, *x))
     monkeypatch.setattr(choose, "_resolve", lambda state, asked, reason: reason is None)
+    monkeypatch.setattr(fused, "_one_vector", lambda x: x.numel() == x.shape[-1])
     step = caches[1].capture(made[1], fuse=True)
     for token, want in zip(tokens, expected, strict=True):
         torch.testing.assert_close(step(token), want, rtol=0, atol=0.03 * want.abs().max().item())
     assert names.count("rope_and_rotate") == 4 and "rotate" not in names
+    assert names.count("matrix_vector") == (2 * (2 * 4 + 1) if batch == 1 else 0)
     for side in ("keys", "values"):
         ours, theirs = (getattr(cache.state.window, side).tensor.float() for cache in caches)
         error = (ours - theirs).norm() / theirs.norm()

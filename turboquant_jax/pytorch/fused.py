@@ -4,8 +4,9 @@ transformers runs a norm, a rotation by RoPE, a residual or an activation as up 
 which in a CUDA graph take longer than they move bytes. Here they are four functions, which
 `torch.compile` makes one kernel each, once for all layers; in bfloat16 RoPE goes by the kernel that
 also rotates the queries. Plain matrices that read the same vectors are one product: their weights
-are put side by side, where the model's own parameters then are views of them (`side_by_side`).
-Other modules are called as they are; layers themselves are not called.
+are put side by side, where the model's own parameters then are views of them (`side_by_side`). For
+a single sequence the product is our kernel's, which reads a matrix faster than cuBLAS. Other
+modules are called as they are; layers themselves are not called.
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from turboquant_jax.pytorch import choose, supported
+from turboquant_jax.pytorch import choose, operators, supported
 from turboquant_jax.pytorch.segments import Scores
 
 
@@ -94,10 +95,11 @@ def step(model: Any, cache: Any, ids: Tensor, positions: Tensor, by: Between) ->
         h = _attention(layer.self_attn, cache, index, h, angles, by)
         after = layer.post_attention_layernorm
         x, h = by.add_and_normalize(x, h, after.weight, after.variance_epsilon)
-        h = layer.mlp.down_proj(by.gate(_products(h, [layer.mlp.gate_proj, layer.mlp.up_proj])))
+        h = by.gate(_products(h, [layer.mlp.gate_proj, layer.mlp.up_proj]))
+        h = _products(h, [layer.mlp.down_proj])
         after = norms[index + 1]
         x, h = by.add_and_normalize(x, h, after.weight, after.variance_epsilon)
-    return model.lm_head(h)
+    return _products(h, [model.lm_head])
 
 
 class Angles(NamedTuple):
@@ -122,7 +124,7 @@ def _attention(
         q, k, v = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
         found = (*by.rotate(q, k, angles.whole, norms), v), None
     attended = cache.attend(index, found[0], None, Scores(module.scaling), None, found[1])
-    return module.o_proj(attended.flatten(2))
+    return _products(attended.flatten(2), [module.o_proj])
 
 
 def _products(x: Tensor, modules: list[Any]) -> Tensor:
@@ -131,7 +133,14 @@ def _products(x: Tensor, modules: list[Any]) -> Tensor:
         return torch.cat([module(x) for module in modules], dim=-1)
     weight, bias = (side_by_side(own) for own in _parameters(modules))
     assert weight is not None
-    return torch.nn.functional.linear(x, weight, bias)
+    if not _one_vector(x):
+        return torch.nn.functional.linear(x, weight, bias)
+    return operators.matrix_vector(weight, x.flatten(), bias).view(*x.shape[:-1], -1)
+
+
+def _one_vector(x: Tensor) -> bool:
+    """Whether the kernel serves a product of x [..., D]."""
+    return x.is_cuda and x.dtype != torch.float32 and x.numel() == x.shape[-1]
 
 
 def _plain(modules: list[Any]) -> bool:

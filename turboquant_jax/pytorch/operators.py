@@ -189,6 +189,13 @@ def rope_and_rotate(
 
 
 @Operator
+def matrix_vector(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
+    """W x + b [N] of a matrix [N, D], a vector [D] and a bias [N], of one 16-bit type."""
+    output = torch.empty(weight.shape[:1], dtype=weight.dtype, device=weight.device)
+    return Call("matrix_vector", dict(weight=weight, x=x, bias=bias), (), (output,))
+
+
+@Operator
 def trellis_encode(rows: torch.Tensor, levels: Sequence[float]) -> Call:
     """Indices uint8 [d, vectors] of the best trellis paths of float32 columns."""
     output = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)

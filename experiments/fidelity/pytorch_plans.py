@@ -28,9 +28,8 @@ from turboquant_jax.cache.presets import Preset
 from turboquant_jax.cache.presets import preset as preset_config
 from turboquant_jax.models import PRESETS
 from turboquant_jax.models.frequencies import inverse_frequencies
-from turboquant_jax.pytorch import choose, creation, kernels, operators, plan_store, runner
+from turboquant_jax.pytorch import choose, creation, kernels, plan_store, runner
 from turboquant_jax.pytorch.segments import Scores
-from turboquant_jax.pytorch.state import State
 
 Call = tuple[str, str, plan_store.Shapes, plan_store.Shapes]
 TEXTS = (("smollm2-135m", 8, 8192), ("qwen2.5-0.5b", 16, 4096))
@@ -89,8 +88,6 @@ def recorded(job: Job) -> list[Call]:
             state = creation.create(config, batch, job.capacity)
         heads = tuple(torch.zeros(batch, 1, n, config.head_dim, dtype=dtype) for n in sizes)
         choose.attend_and_write(state, 0, heads, Scores(), None, "kernels")
-        if job.dtype == "bfloat16":
-            _fused(job, state)
         if config.key.code == "scalar":
             choose.commit(state, None, "kernels")
             return list(found)
@@ -101,31 +98,6 @@ def recorded(job: Job) -> list[Call]:
             rows = torch.zeros(1).expand(*shape, config.head_dim)
             kernels.trellis_search(rows, group.levels, group.constants.levels)
     return [call for call in found if call[2][0][0][-1]]  # a chunk of nothing is no call
-
-
-def _fused(job: Job, state: State) -> None:
-    """What of a fused step the kernels serve."""
-    sizes, batch = PRESETS[job.model], job.batch
-
-    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.zeros(1, dtype=dtype).expand(shape)
-
-    heads = sizes.num_heads + 2 * sizes.num_kv_heads
-    angles = [new(batch, sizes.head_dim // 2, dtype=torch.float32) for _ in range(2)]
-    kernels.rope_and_rotate(state, 0, new(batch, heads, sizes.head_dim), tuple(angles))
-    if batch > 1:
-        return
-    hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    attended = sizes.num_heads * sizes.head_dim
-    for rows, channels, biased in (
-        (heads * sizes.head_dim, hidden, sizes.qkv_bias),
-        (hidden, attended, False),
-        (2 * inner, hidden, False),
-        (hidden, inner, False),
-        (sizes.vocab_size, hidden, False),
-    ):
-        bias = new(rows) if biased else None
-        operators.matrix_vector(new(rows, channels), new(channels), bias)
 
 
 def compiled(job: Job, capability: int) -> str:

@@ -40,29 +40,20 @@ def rotate(q: Float[Array, "B N H"], rotation: RotationOperand) -> Float[Array, 
 
 
 def rope_and_rotate(
-    qkv: Float[Array, "B K group H"] | Float[Array, "B rows H"],
+    qkv: Float[Array, "B K group H"],
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
     rotation: RotationOperand,
-    *,
-    kv_heads: int | None = None,
 ) -> tuple[
     Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"], Float[Array, "B N H"]
 ]:
     """RoPE of queries and keys, and Pi q in float32, in one kernel where XLA makes three more.
 
-    Each kv head has its G queries, its key and its value, group after group; with `kv_heads` all
-    queries come first, then all keys, then all values: rows = N + 2 K. The pairs (i, i + H/2) of
-    their channels are turned. Returns queries, keys and values in their dtype, and what `rotate`
-    makes of the queries, with its errors.
+    Each kv head has its G queries, its key and its value; the pairs (i, i + H/2) of their channels
+    are turned. Returns queries, keys and values in their dtype, and what `rotate` makes of the
+    queries, with its errors.
     """
-    batch, *_, channels = qkv.shape
-    side_by_side = kv_heads is not None
-    if kv_heads is None:
-        kv_heads = qkv.shape[1]
-    group = qkv.size // (batch * kv_heads * channels)
-    if qkv.size != batch * kv_heads * group * channels or group < 3:
-        raise ValueError(f"projections: got {qkv.shape}, expected G + 2 rows a kv head, {kv_heads}")
+    batch, kv_heads, group, channels = qkv.shape
     _check_exact("projections", qkv, rotation)
     matrices = rotation.parts.shape[1]  # one, or one for each kv head
     heads = kv_heads // matrices
@@ -73,22 +64,19 @@ def rope_and_rotate(
     angles = triton.BlockSpec(cos.shape, lambda i, j, h: (0, 0))
     shapes = [(heads, count, channels) for count in (group - 2, 1, 1, group - 2)]
     types = [qkv.dtype] * 3 + [jnp.float32]
-    if side_by_side:
-        block = triton.BlockSpec(qkv.shape, lambda i, j, h: (0, 0, 0))
-    else:
-        block = of_head(heads, group, channels)
-        qkv = qkv.reshape(batch, matrices, heads, group, channels)
     query, key, value, rotated = triton.call(
-        functools.partial(rope_and_rotate_kernel, gain=rotation.gain, sizes=(heads, group)),
+        functools.partial(rope_and_rotate_kernel, gain=rotation.gain),
         _launch(channels, batch * heads * group, matrices),
-        in_specs=(block, (angles, angles), jax.tree.map(_of_matrix, rotation)),
+        in_specs=(
+            of_head(heads, group, channels), (angles, angles), jax.tree.map(_of_matrix, rotation),
+        ),
         out_specs=[of_head(*shape) for shape in shapes],
         out_shape=[
             jax.ShapeDtypeStruct((batch, matrices, *shape), dtype)
             for shape, dtype in zip(shapes, types, strict=True)
         ],
         name="rope_and_rotate",
-    )(qkv, (cos, sin), rotation)
+    )(qkv.reshape(batch, matrices, heads, group, channels), (cos, sin), rotation)  # fmt: skip
     queries, keys = (batch, -1, channels), (batch, kv_heads, channels)
     return query.reshape(queries), key.reshape(keys), value.reshape(keys), rotated.reshape(queries)
 

@@ -36,15 +36,13 @@ def rotate_kernel(q: Any, rotation: Any, out: Any, *, gain: float) -> None:
 
 def rope_and_rotate_kernel(
     qkv: Any, angles: tuple[Any, Any], rotation: Any,
-    query: Any, key: Any, value: Any, rotated: Any, *, gain: float, sizes: tuple[int, int],
+    query: Any, key: Any, value: Any, rotated: Any, *, gain: float,
 ) -> None:  # fmt: skip
     """One program of the grid (rows of the matrix, vectors, matrices); `angles`: cos and sin.
 
-    `sizes`: kv heads of a matrix, and vectors of a kv head. Halves of vectors, which meet only in
-    the sums of the product.
+    Halves of vectors, which meet only in the sums of the product.
     """
-    batch, channels = qkv.shape[0], qkv.shape[-1]
-    heads, group = sizes
+    batch, heads, group, channels = qkv.shape
     half = channels // 2
     pair = jnp.arange(max(16, power_of_two(half)))
     row = triton.program_id(0) * ROWS + jnp.arange(ROWS)
@@ -55,11 +53,7 @@ def rope_and_rotate_kernel(
     mask = exists & inside
 
     def load(channel: jax.Array) -> jax.Array:
-        if len(qkv.shape) == 3:
-            found = _side_by_side(qkv.shape[1], head, place, sizes)
-            at = qkv.at[sequence[:, None], found[:, None], channel[None, :]]
-        else:
-            at = qkv.at[sequence[:, None], head[:, None], place[:, None], channel[None, :]]
+        at = qkv.at[sequence[:, None], head[:, None], place[:, None], channel[None, :]]
         return triton.load(at, mask=mask, other=0.0)
 
     raw = [load(pair), load(pair + half)]
@@ -92,18 +86,6 @@ def rope_and_rotate_kernel(
     at = rotated.at[sequence[:, None], head[:, None], place[:, None], row[None, :]]
     stored = exists & (place < group - 2)[:, None] & (row < channels)[None, :]
     triton.store(at, sums * gain, mask=stored)
-
-
-def _side_by_side(
-    rows: int, head: jax.Array, place: jax.Array, sizes: tuple[int, int]
-) -> jax.Array:
-    """Where a vector is among all queries, then all keys, then all values."""
-    heads, group = sizes
-    head = head + triton.program_id(2) * heads
-    count = rows // group
-    queries = rows - 2 * count
-    found = jnp.where(place == group - 2, queries + head, queries + count + head)
-    return jnp.where(place < group - 2, head * (group - 2) + place, found)
 
 
 def _add_product(

@@ -70,14 +70,6 @@ def test_rope_turns_pairs_by_their_angles(small):
     np.testing.assert_allclose(rotated.double(), q.double() @ matrix.T, atol=1e-4)
 
 
-def test_a_vector_times_a_matrix():
-    rng = np.random.default_rng(4)
-    weight, x, bias = (torch.from_numpy(rng.normal(0, 1, n)).bfloat16() for n in ((9, 40), 40, 9))
-    want = weight.double() @ x.double() + bias.double()
-    got = operators.matrix_vector(weight, x, bias)
-    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
-
-
 def test_rotated_means_are_products():
     rng = np.random.default_rng(3)
     means, parts = rng.normal(0, 1, (6, 2, 24)), rng.normal(0, 1, (3, 3, 1, 8, 8))

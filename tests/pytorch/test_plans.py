@@ -216,27 +216,6 @@ def test_a_kernel_compiles_without_spills(attention):
         assert binary.cubin[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("capability", [90, 80])
-def test_what_a_fused_step_adds_compiles_without_spills(capability):
-    """Of Llama-3-8B's sizes."""
-    half, wide = torch.bfloat16, torch.float32
-
-    def new(*shape, dtype=half):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rotation = operands.RotationOperand(parts=new(1, 1, 128, 128), signs=new(128, dtype=wide))
-    angles = new(8, 64, dtype=wide), new(8, 64, dtype=wide)
-    turned = (new(8, 48, 128), *angles, rotation), dict(kv_heads=8)
-    for operator, given in (
-        ("rope_and_rotate", turned),
-        ("matrix_vector", ((new(4096, 14336), new(14336)), {})),
-    ):
-        (kernel,) = plan_store.plan_of(*calls.flat(operator, given)).kernels
-        binary = triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, capability)
-        assert (binary.name, binary.spilled) == (operator, 0)
-        assert binary.warps == kernel.warps
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -7,7 +7,6 @@ are sentences, so that a refusal can say them.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from pallas_kernels.primitives.limits import MAX_FORMATS, MAX_HEADS, PAGE_TOKENS
@@ -29,11 +28,10 @@ def attend_and_write(
     implementation: Implementation | None = None,
     *,
     empty: bool = False,
-    rotated: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries, keys and values [B, T, heads, H], then `updating.write` of them.
 
-    `empty`: whether the caller knows that the cache holds no tokens. `rotated`: of `turned`.
+    `empty`: whether the caller knows that the cache holds no tokens.
 
     Raises:
       ValueError: an unknown implementation, or keys and values of the wrong shape.
@@ -43,7 +41,7 @@ def attend_and_write(
     if _resolve(state, implementation, _why_not_attend(state, q)):
         from turboquant_jax.pytorch import kernels
 
-        return kernels.attend_and_write(state, layer, heads, scores, sink_logits, rotated)
+        return kernels.attend_and_write(state, layer, heads, scores, sink_logits)
     window = state.config.sliding_window
     plain = scores.softcap is None and sink_logits is None
     if empty and plain and (window is None or window >= q.shape[1]):
@@ -52,24 +50,6 @@ def attend_and_write(
         output = definition.attend(state, layer, q, k, v, scores, sink_logits)
     updating.write(state, layer, k, v, compression_of(state, below(implementation)))
     return output
-
-
-def turned(
-    state: State, layer: int, projected: Tensor, angles: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
-    """RoPE and rotation of a projection [B, N + 2 K, H] by one kernel, where it serves.
-
-    cos, sin float32 [B, H/2]. Returns heads for `attend_and_write`, and its `rotated`.
-    """
-    q = projected[:, None, 2 * state.config.num_kv_heads :]
-    reason = _why_not_attend(state, q)
-    if projected.dtype != torch.bfloat16:
-        reason = f"a projection in {projected.dtype}, served is torch.bfloat16"
-    if not _resolve(state, None, reason):
-        return None
-    from turboquant_jax.pytorch import kernels
-
-    return kernels.rope_and_rotate(state, layer, projected, angles)
 
 
 def commit(state: State, rows: Tensor | None, implementation: Implementation | None = None) -> None:

@@ -2,11 +2,9 @@
 
 transformers runs a norm, a rotation by RoPE, a residual or an activation as up to ten kernels each,
 which in a CUDA graph take longer than they move bytes. Here they are four functions, which
-`torch.compile` makes one kernel each, once for all layers; in bfloat16 RoPE goes by the kernel that
-also rotates the queries. Plain matrices that read the same vectors are one product: their weights
-are put side by side, where the model's own parameters then are views of them (`side_by_side`). For
-a single sequence the product is our kernel's, which reads a matrix faster than cuBLAS. Other
-modules are called as they are; layers themselves are not called.
+`torch.compile` makes one kernel each, once for all layers. Plain matrices that read one vector are
+one product: their weights are put side by side, where the model's own parameters then are views
+of them (`side_by_side`). Other modules are called as they are; layers themselves are not called.
 """
 
 import functools
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from turboquant_jax.pytorch import choose, operators, supported
+from turboquant_jax.pytorch import supported
 from turboquant_jax.pytorch.segments import Scores
 
 
@@ -87,60 +85,41 @@ def step(model: Any, cache: Any, ids: Tensor, positions: Tensor, by: Between) ->
     own = supported.decoder(model)
     x = own.embed_tokens(ids)
     cos, sin = own.rotary_emb(x, positions)
-    pairs = (y[:, 0, : y.shape[-1] // 2].float() for y in (cos, sin))
-    angles = Angles((cos[:, :, None], sin[:, :, None]), tuple(pairs))
+    angles = cos[:, :, None], sin[:, :, None]
     norms = [layer.input_layernorm for layer in own.layers] + [own.norm]
     h = by.normalize(x, norms[0].weight, norms[0].variance_epsilon)
     for index, layer in enumerate(own.layers):
         h = _attention(layer.self_attn, cache, index, h, angles, by)
         after = layer.post_attention_layernorm
         x, h = by.add_and_normalize(x, h, after.weight, after.variance_epsilon)
-        h = by.gate(_products(h, [layer.mlp.gate_proj, layer.mlp.up_proj]))
-        h = _products(h, [layer.mlp.down_proj])
+        h = layer.mlp.down_proj(by.gate(_products(h, [layer.mlp.gate_proj, layer.mlp.up_proj])))
         after = norms[index + 1]
         x, h = by.add_and_normalize(x, h, after.weight, after.variance_epsilon)
-    return _products(h, [model.lm_head])
-
-
-class Angles(NamedTuple):
-    """Cosines and sines of a step's positions."""
-
-    whole: tuple[Tensor, Tensor]  # [B, 1, 1, H], in the dtype of the model
-    pairs: tuple[Tensor, ...]  # float32 [B, H/2]
+    return model.lm_head(h)
 
 
 def _attention(
-    module: Any, cache: Any, index: int, h: Tensor, angles: Angles, by: Between
+    module: Any, cache: Any, index: int, h: Tensor, angles: tuple[Tensor, Tensor], by: Between
 ) -> Tensor:
     matrices = [module.q_proj, module.k_proj, module.v_proj]
     heads = _products(h, matrices).unflatten(-1, (-1, module.head_dim))
-    kv_heads, norms, found = cache.config.num_kv_heads, None, None
+    kv_heads, norms = cache.config.num_kv_heads, None
+    q, k, v = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
     if hasattr(module, "q_norm"):
         weights = module.q_norm.weight, module.k_norm.weight
         norms = (*weights, module.q_norm.variance_epsilon)
-    else:
-        found = choose.turned(cache.state, index, heads[:, 0], angles.pairs)
-    if found is None:
-        q, k, v = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
-        found = (*by.rotate(q, k, angles.whole, norms), v), None
-    attended = cache.attend(index, found[0], None, Scores(module.scaling), None, found[1])
-    return _products(attended.flatten(2), [module.o_proj])
+    q, k = by.rotate(q, k, angles, norms)
+    found = cache.attend(index, (q, k, v), None, Scores(module.scaling), None)
+    return module.o_proj(found.flatten(2))
 
 
 def _products(x: Tensor, modules: list[Any]) -> Tensor:
     """What the modules make of x [..., D], side by side."""
-    if not _plain(modules):
+    if torch.compiler.is_compiling() or not _plain(modules):
         return torch.cat([module(x) for module in modules], dim=-1)
     weight, bias = (side_by_side(own) for own in _parameters(modules))
     assert weight is not None
-    if not _one_vector(x):
-        return torch.nn.functional.linear(x, weight, bias)
-    return operators.matrix_vector(weight, x.flatten(), bias).view(*x.shape[:-1], -1)
-
-
-def _one_vector(x: Tensor) -> bool:
-    """Whether the kernel serves a product of x [..., D]."""
-    return x.is_cuda and x.dtype != torch.float32 and x.numel() == x.shape[-1]
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _plain(modules: list[Any]) -> bool:

@@ -149,16 +149,8 @@ class TurboQuantCache(Cache):
         """Bytes of every tensor of the cache."""
         return 0 if self.state is None else self.state.nbytes
 
-    def attend(
-        self,
-        layer: int,
-        heads: tuple,
-        mask: Tensor | None,
-        scores: Scores,
-        sink_logits: Tensor | None,
-        rotated: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of new tokens [B, T, heads, H], or those of `choose.turned`, then cached."""
+    def attend(self, layer: int, heads: tuple, mask: Tensor | None, scores: Scores, sink_logits):
+        """Attention of new tokens [B, T, heads, H] of a layer, which then are in the cache."""
         if layer == 0:
             count, device = heads[1].shape[1], heads[1].device
             if self.steps.captured is None:
@@ -166,7 +158,7 @@ class TurboQuantCache(Cache):
             assert self.state is not None
             self.steps.begin(self.state, count, mask)
         assert self.state is not None
-        return self.steps.layer(self.state, layer, heads, scores, sink_logits, rotated)
+        return self.steps.layer(self.state, layer, heads, scores, sink_logits)
 
     def room(self, batch: int, count: int, device: torch.device) -> State:
         """The tensors, with room for `count` more tokens of each of `batch` sequences.
@@ -200,7 +192,7 @@ class TurboQuantCache(Cache):
 
         `fuse`: norms, RoPE, residuals and activations as one kernel each, by `torch.compile`; the
         model's layers are not called then, and weights of matrices that read the same vectors are
-        put side by side for good, where its parameters are views of them.
+        put side by side for good: its parameters are views of them.
 
         Raises:
           ValueError: another model than the cache was made for; to be fused, one without a head.

@@ -23,12 +23,10 @@ def attend_and_write(
     heads: tuple[Tensor, Tensor, Tensor],
     scores: Scores,
     sink_logits: Tensor | None,
-    rotated: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per sequence over a layer and the new token, which is written.
 
     Queries [B, 1, N, H], keys and values [B, 1, K, H]; the output has the dtype of the queries.
-    `rotated`: the queries of `rope_and_rotate`, if they went that way.
     """
     query = heads[0][:, 0].contiguous()
     new = [x.to(state.window.keys.storage.dtype).contiguous() for x in heads[1:]]
@@ -36,7 +34,7 @@ def attend_and_write(
     turned = any(codec.order is not None or codec.transform is not None for codec in values)
     turned = turned or any(group.matrix is not None for codec in values for group in codec.groups)
     output, _ = operators.decode_attention(
-        _rotated(state, layer, query) if rotated is None else rotated,
+        _rotated(state, layer, query),
         _paged(state, layer),
         operands.Softmax(
             scale=scores.factor(state.config.head_dim),
@@ -48,20 +46,6 @@ def attend_and_write(
         dtype=query.dtype,
     )
     return output[:, None]
-
-
-def rope_and_rotate(
-    state: State, layer: int, projected: Tensor, angles: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """RoPE of a projection [B, N + 2 K, H], queries before keys before values, of 16 bits.
-
-    cos, sin float32 [B, H/2]. Returns heads as `attend_and_write` takes them, and its `rotated`.
-    """
-    rotation = kernel_operands.of_layer(state, layer, 0)
-    kv_heads = state.config.num_kv_heads
-    *heads, rotated = operators.rope_and_rotate(projected, *angles, rotation, kv_heads=kv_heads)
-    q, k, v = (x[:, None] for x in heads)
-    return (q, k, v), rotated
 
 
 def codecs_of(state: State, layer: int, side: int) -> list[Codec]:

@@ -166,33 +166,18 @@ def rotate(query: torch.Tensor, rotation: Operand) -> Call:
 
 @Operator
 def rope_and_rotate(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    rotation: Operand,
-    *,
-    kv_heads: int | None = None,
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Operand
 ) -> Call:
     """RoPE of queries and keys of a projection [B, K, G + 2, H]: q, k, v and rotated q.
 
-    With `kv_heads` it is [B, N + 2 K, H], queries before keys before values. cos, sin float32
-    [B, H/2]; rotated [B, K * G, H] is float32.
+    cos, sin float32 [B, H/2]; rotated [B, K * G, H] is float32.
     """
-    batch, channels = qkv.shape[0], qkv.shape[-1]
-    rows = qkv.numel() // (batch * channels)
-    count = qkv.shape[1] if kv_heads is None else kv_heads
-    query, key = (batch, rows - 2 * count, channels), (batch, count, channels)
+    batch, kv_heads, group, channels = qkv.shape
+    query, key = (batch, kv_heads * (group - 2), channels), (batch, kv_heads, channels)
     new = functools.partial(torch.empty, device=qkv.device)
     outputs = (*(new(x, dtype=qkv.dtype) for x in (query, key, key)), new(query))
-    arguments = dict(qkv=qkv, cos=cos, sin=sin, rotation=rotation, kv_heads=kv_heads)
+    arguments = dict(qkv=qkv, cos=cos, sin=sin, rotation=rotation)
     return Call("rope_and_rotate", arguments, (), outputs)
-
-
-@Operator
-def matrix_vector(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
-    """W x + b [N] of a matrix [N, D], a vector [D] and a bias [N], of one 16-bit type."""
-    output = torch.empty(weight.shape[:1], dtype=weight.dtype, device=weight.device)
-    return Call("matrix_vector", dict(weight=weight, x=x, bias=bias), (), (output,))
 
 
 @Operator

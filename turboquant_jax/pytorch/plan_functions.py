@@ -13,7 +13,6 @@ from typing import Any
 import pallas_kernels.decode
 import pallas_kernels.decode_attention
 import pallas_kernels.encode
-import pallas_kernels.product
 import pallas_kernels.rope
 import pallas_kernels.trellis
 from pallas_kernels.decode_attention.plan import schedule_of
@@ -127,10 +126,6 @@ def _rope_and_rotate(**arguments) -> tuple[list, dict]:
     return list(pallas_kernels.rope.rope_and_rotate(**arguments)), {}
 
 
-def _matrix_vector(**arguments) -> tuple[list, dict]:
-    return [pallas_kernels.product.matrix_vector(**arguments)], {}
-
-
 def _trellis_encode(rows, levels) -> tuple[list, dict]:
     return [pallas_kernels.trellis.encode(rows, levels)], {}
 
@@ -141,6 +136,5 @@ FUNCTIONS: dict[str, Callable[..., tuple[list, dict]]] = {
     "decode": _decode,
     "rotate": _rotate,
     "rope_and_rotate": _rope_and_rotate,
-    "matrix_vector": _matrix_vector,
     "trellis_encode": _trellis_encode,
 }

@@ -80,21 +80,13 @@ class Steps:
         self.seen += count
 
     def layer(
-        self,
-        state: State,
-        layer: int,
-        heads: tuple,
-        scores: Scores,
-        sink_logits: Tensor | None,
-        rotated: Tensor | None = None,
+        self, state: State, layer: int, heads: tuple, scores: Scores, sink_logits: Tensor | None
     ) -> Tensor:
         """Attention of new queries, keys and values [B, T, heads, H], which are then written."""
         order = self.order
         if order is not None:
             heads = tuple(_along_tokens(x, order) for x in heads)
-        output = choose.attend_and_write(
-            state, layer, heads, scores, sink_logits, empty=self.empty, rotated=rotated
-        )
+        output = choose.attend_and_write(state, layer, heads, scores, sink_logits, empty=self.empty)
         if order is not None:
             output = _along_tokens(output, torch.argsort(order, dim=1))
         if layer == state.config.num_layers - 1:

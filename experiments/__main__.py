@@ -19,6 +19,7 @@ from experiments.harness.results import OtherConfigurationError
 
 REPORT = Path(__file__).parent.parent / "REPORT.md"
 SMOKE_OUT = Path("build/experiments")
+_SAME = "model", "kind", "split", "text", "task", "context", "last", "preset", "depth"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,10 +156,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
-    """Rows of the same model and kind are replaced; the figure is drawn anew."""
+    """Rows of the same model, setting and texts are replaced; the figure is drawn anew."""
     for folder in args.folders:
         held = results.read(args.out / folder.name)
-        rows, meta = results.join(held, results.read(folder), ("model", "kind"))
+        rows, meta = results.join(held, results.read(folder), _SAME)
         experiment = next(e for e in EXPERIMENTS if name_of(e) == folder.name.partition(".")[0])
         results.write(held.folder, rows, meta, report.draw(experiment, rows))
         print(f"{len(rows)} rows: {held.folder}")

@@ -157,8 +157,8 @@ def _side_by_side(trips: Sequence[Trip], x: Array) -> list[Array]:
         return list(pool.map(run, trips))
 
 
-def presets_of(file: str, model: Llama) -> list[Calibrated]:
-    """The presets beside a calibration, the smallest first.
+def presets_of(file: str, model: Llama, windows: Sequence[int] = ()) -> list[Calibrated]:
+    """The presets beside a calibration, the smallest first; then `max` with other windows.
 
     Raises:
       FileNotFoundError: no such file.
@@ -173,12 +173,14 @@ def presets_of(file: str, model: Llama) -> list[Calibrated]:
     sizes = config.num_layers, config.num_kv_heads, config.head_dim
     options: dict[str, Any] = dict(study.codec)
     made = []
-    for name in _NAMES:
+    asked: list[tuple[presets.Preset, int | None]] = [(name, None) for name in _NAMES]
+    for name, window in [*asked, *(("max", window) for window in windows)]:
         plain = presets.preset(name, *sizes, tuple(inverse_frequencies(config)))
         key, value = (replace(own, **options) for own in (plain.key, plain.value))
         held = replace(plain, key=key, value=value, scale_bits=study.scale_bits)
+        held = replace(held, window=presets.window(name, True) if window is None else window)
         chosen = fitting.fit_preset(held, study.losses, name)
-        label = f"{name} by {Path(file).stem}"
+        label = f"{name} by {Path(file).stem}" + ("" if window is None else f" w{window}")
         made.append(Calibrated(label, replace(held, allocation=chosen), known))
     return made
 

@@ -23,6 +23,8 @@ AIMS = {
         (7.0, "ratio_64k", 0.015),
     ),
 }
+PERPLEXITY = {"smollm2-135m": (7.0, "ratio_64k", 0.004)}
+"""By model: least ratio, its column, and the most that perplexity may rise."""
 _WHEN = {"ratio": "at the texts' length", "ratio_64k": "at 65,536 tokens"}
 
 
@@ -33,16 +35,27 @@ def calibrated_claims(rows: Sequence[Row]) -> Iterator[Claim]:
         "code alone": where(rows, kind="calibrated", text="code"),
         "German": where(rows, kind="language", text="all"),
     }
+    peers = where(rows, kind="peer", text="all")
     files = dict.fromkeys(_file(row) for row in judged["test texts"])
     for file in filter(None, files):
-        yield from _aims(file, [row for row in judged["test texts"] if _file(row) == file])
+        own = [row for row in judged["test texts"] if _file(row) == file]
+        presets = [row for row in own if not _window(row)]
+        yield from _aims(file, presets)
+        yield from _perplexity(file, presets)
         for texts, found in judged.items():
             yield from _equal_bytes(file, found, texts)
+        yield from _windows(file, own)
+        yield from _peers(file, presets, peers)
 
 
 def _file(row: Row) -> str:
     """Of a calibrated preset; nothing of a uniform one."""
-    return row["preset"].partition(" by ")[2]
+    return row["preset"].partition(" by ")[2].partition(" ")[0]
+
+
+def _window(row: Row) -> str:
+    """Of a calibrated preset with another window than its own."""
+    return row["preset"].partition(" by ")[2].partition(" ")[2]
 
 
 def _aims(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
@@ -62,12 +75,62 @@ def _aims(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
+def _perplexity(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
+    if rows[0]["model"] not in PERPLEXITY:
+        return
+    least, column, limit = PERPLEXITY[rows[0]["model"]]
+    if not (reach := [row for row in rows if row[column] >= least]):
+        return
+    row = min(reach, key=lambda row: row[column])
+    yield Claim(
+        "our aim",
+        f"{row['model']}, calibrated ({file}), at {least:g}x and more, true bytes "
+        f"{_WHEN[column]}: perplexity up by at most {limit:.1%}",
+        describe(row),
+        of_aim(is_below(row["perplexity_change"], row["perplexity_change_se"], limit)),
+    )
+
+
+def _windows(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
+    """Other windows in the same bytes at 65,536 tokens."""
+    found = {row["preset"]: row for row in rows}
+    for row in rows:
+        if _window(row):
+            usual = found[row["preset"].removesuffix(f" {_window(row)}")]
+            yield Claim(
+                QUESTION,
+                f"{row['model']}: in the bytes of {usual['preset']} at 65,536 tokens a window of "
+                f"{row['window']} loses less than one of {usual['window']}",
+                f"{describe(row)}; {describe(usual)}",
+                is_less(row, usual),
+            )
+
+
+def _peers(file: str, rows: Sequence[Row], peers: Sequence[Row]) -> Iterator[Claim]:
+    """Of the presets the largest that is no larger than the peer at 65,536 tokens."""
+    size = "bytes_per_token_64k"
+    for peer in peers:
+        if not (smaller := [row for row in rows if row[size] <= peer[size]]):
+            continue
+        row = max(smaller, key=lambda row: row[size])
+        yield Claim(
+            "our aim",
+            f"{row['model']}, calibrated ({file}): less KL than {peer['preset']} at no more bytes "
+            f"({peer['ratio_64k']:.2f}x at 64K)",
+            f"{describe(row)}; {describe(peer)}",
+            of_aim(is_less(row, peer)),
+            topic=f"{row['model']}, calibrated ({file}): less KL than peers at no more bytes at "
+            "65,536 tokens; KL over the peer's",
+            short=f"{row['kl'] / peer['kl']:.3f} ({peer['preset']})",
+        )
+
+
 def _equal_bytes(file: str, rows: Sequence[Row], texts: str) -> Iterator[Claim]:
     """Beside the uniform preset that has no fewer bytes at 65,536 tokens, its mean exact."""
     size = "bytes_per_token_64k"
     for row in rows:
         larger = [one for one in rows if not _file(one) and one[size] >= row[size]]
-        if _file(row) != file or not larger:
+        if _file(row) != file or _window(row) or not larger:
             continue
         other = min(larger, key=lambda one: one[size])
         yield Claim(

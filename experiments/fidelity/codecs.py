@@ -155,14 +155,18 @@ class Exact:
 
 @dataclass(frozen=True)
 class Mean:
-    """What vectors of different bits take on average, with scales in 8 bits; codes nothing."""
+    """What vectors take on average that every layer codes in its own way; codes nothing itself.
+
+    `beside` are the bytes of a vector beside its codes: its scale, in 8 bits.
+    """
 
     bits: float
     name: str = "trellis, scale in 8 bits, bits of every layer's own"
+    beside: float = 1
 
     def vector_bytes(self, dim: int) -> float:
-        """Bytes of a vector: codes and a scale."""
-        return dim * self.bits / 8 + 1
+        """Bytes of a vector: codes, and what is beside them."""
+        return dim * self.bits / 8 + self.beside
 
     def trip(self, key: Array, dim: int) -> Trip:
         """Only for accounting."""

@@ -14,6 +14,12 @@ values and a window of 64. `scale8` stores scales in 8 bits, which the library d
 centred by the mean of the first block as stored, `pre-RoPE` by its mean before the rotary
 embedding, at each key's own position.
 
+Two peers read a model first, as our calibration does; they are given the texts that choose
+(`fidelity.informed`). OSCAR turns keys and values by the eigenvectors of what attention asks of
+them and a Hadamard, clips, and has 2 bits with a zero and a step; 64 sinks and a window of 256.
+Block-GTQ gives pairs of channels that RoPE turns together bits of their own, and each group of
+equal bits a norm, a rotation and TurboQuant's levels.
+
 How both means do over length is read from the last tokens of each text: the same tokens are
 predicted after more and more of what precedes them.
 
@@ -33,6 +39,7 @@ from experiments.fidelity import choices, judgement, losses
 from experiments.fidelity import figure as drawing
 from experiments.fidelity.calibrated import Calibrated
 from experiments.fidelity.forcing import Forcing, cut
+from experiments.fidelity.informed import informed, moments
 from experiments.fidelity.losses import Subject
 from experiments.fidelity.settings import Setting, peers, turbo, unique
 from experiments.harness import prepared
@@ -57,7 +64,7 @@ class Config:
     parts: tuple[str, ...] = option(
         (
             *("candidate", "chosen", "peer", "noise", "curve", "context", "centring", "length"),
-            *("calibrating", "calibrated", "language"),
+            *("calibrating", "calibrated", "language", "informed"),
         ),
         "what is measured, in order",
     )
@@ -69,6 +76,7 @@ class Config:
         ("experiments/calibrations/smollm2-135m.safetensors",),
         "files of turboquant-jax calibrate whose presets are judged",
     )
+    windows: tuple[int, ...] = option((0,), "other windows of `max` beside them, 0 for none")
     seconds: float = option(0.0, "stop starting new settings after so long, 0 for never")
 
 
@@ -82,7 +90,7 @@ def run(config: Config, track: Track) -> list[Row]:
     """Candidates on the calibration texts, the best and the peers on the test texts, curves."""
     if unknown := {*config.parts} - {*Config().parts}:
         raise ValueError(f"parts: got {sorted(unknown)}, expected some of {Config().parts}")
-    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations"))
+    journal = open_journal("fidelity", config, ("parts", "settings", "calibrations", "windows"))
     forcing = cut(prepared.model(config.model), config.precision)
     layers = forcing.model.config.num_layers
     seeds = list(range(config.seeds))
@@ -112,8 +120,15 @@ def run(config: Config, track: Track) -> list[Row]:
 
     def calibrated() -> list[Held]:
         files = config.calibrations if config.model != "tiny" else ()
-        found = [one for file in files for one in calibrations.presets_of(file, forcing.model)]
+        windows = [window for window in config.windows if window]
+        found = [
+            one for file in files for one in calibrations.presets_of(file, forcing.model, windows)
+        ]
         return [*found, *calibrations.uniform()]
+
+    def asked() -> list[Setting]:
+        texts = prepared.texts(CALIBRATION, short, 2, config.model)
+        return informed(moments(forcing.model, np.concatenate(list(texts.values()))))
 
     long, short, rows = config.context, config.screen, []
     made = {
@@ -136,6 +151,7 @@ def run(config: Config, track: Track) -> list[Row]:
         "calibrating": lambda: measure("calibrating", CALIBRATION, long, calibrated()),
         "calibrated": lambda: measure("calibrated", TEST, long, calibrated()),
         "language": lambda: measure("language", LANGUAGE, long, calibrated()),
+        "informed": lambda: measure("peer", TEST, long, asked()),
     }
     for part in config.parts:
         rows += made[part]()

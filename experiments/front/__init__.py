@@ -13,7 +13,7 @@ from experiments.front.tables import TABLES
 from experiments.harness import plotting, results
 from experiments.harness.plotting import Figure
 
-FILES = ("README.md", "docs/guides/measured.md")
+FILES = ("README.md", "docs/guides/measured.md", "docs/guides/presets.md")
 IMAGES = Path("docs/images")
 
 _BLOCK = re.compile(r"<!-- ([\w-]+): from the rows -->\n.*?<!-- end -->", re.DOTALL)

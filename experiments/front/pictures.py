@@ -33,7 +33,7 @@ def loss(out: Path) -> Figure:
     _curve(left, found, plotting.OURS, "o--")
     _say(left, found[-1], "bits by head", plotting.OURS)
     left.text(3.7, 1.1e-3, "this library", fontsize=8.5, color=plotting.OURS, weight="bold")
-    peers = where(rows, kind="peer", text="all")
+    peers = where(rows, kind="peer", model=SMALL, text="all")
     for names, words, colour in (
         (("KIVI int4", "KIVI int2"), "KIVI", plotting.KIVI),
         (("vLLM 4bit_nc, every layer", "vLLM 3bit_nc, every layer"), "vLLM", plotting.VLLM),

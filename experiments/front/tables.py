@@ -92,7 +92,7 @@ def _presets(out: Path) -> Iterator[str]:
             ]
         )
     for name in ("KIVI int2", "vLLM 3bit_nc, every layer", "per-token int4", "fp8"):
-        row = one(rows, kind="peer", text="all", preset=name)
+        row = one(rows, kind="peer", model=SMALL, text="all", preset=name)
         sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
         bits = {"fp8": "8, 8"}.get(name, f"{name[-1]}, {name[-1]}" if "int" in name else "3, 3")
         lines.append([f"*{PEERS[name]}*", bits, *sizes, f"{row['kl']:.4f}", _percent(row), ""])
@@ -208,16 +208,52 @@ def _means(out: Path) -> Iterator[str]:
 
 def _peers(out: Path) -> Iterator[str]:
     rows = where(rows_of("fidelity", out), kind="peer", text="all")
-    lines = [
-        [
-            row["preset"],
-            *(f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k")),
-            f"{row['kl']:.4f}",
-            _percent(row),
-        ]
-        for row in rows
-    ]
-    yield from _table(["", "smaller at 8K", "at 64K", "KL", "perplexity"], lines)
+    lines = []
+    for row in where(rows, model=SMALL):
+        biased = where(rows, model=BIASED, preset=row["preset"])
+        cells = [f"{biased[0]['kl']:.4f}", _percent(biased[0])] if biased else ["", ""]
+        sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
+        lines.append([row["preset"], *sizes, f"{row['kl']:.4f}", _percent(row), *cells])
+    head = ["", "smaller at 8K", "at 64K", "KL, SmolLM2", "perplexity", "KL, Qwen2.5", "perplexity"]
+    yield from _table(head, lines)
+
+
+def _calibrated(out: Path) -> Iterator[str]:
+    """Every preset with bits that are the same everywhere, and beside a calibration."""
+    losses = where(rows_of("fidelity", out), kind="calibrated", text="all")
+    needles = where(rows_of("needle", out), task="single")
+    answers = rows_of("greedy", out)
+    lines = []
+    for name, setting in PRESETS.items():
+        names = (f"{setting} pre-RoPE",) * 2, (f"{name} by {SMALL}", f"{name} by {BIASED}")
+        for words, (small, biased) in zip(("", ", calibrated"), names, strict=True):
+            row = one(losses, model=SMALL, preset=small)
+            sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
+            found = where(losses, model=BIASED, preset=biased)
+            cells = [f"{row['kl']:.4f}", _percent(row), f"{found[0]['kl']:.4f}" if found else ""]
+            cells += [_kept(where(needles, model=model), preset) for model, preset in
+                      ((SMALL, small), (BIASED, biased))]  # fmt: skip
+            lines.append([f"`{name}`{words}", *sizes, *cells, _beginning(answers, small)])
+    head = ["", "smaller at 8K", "at 64K", "KL, SmolLM2", "perplexity", "KL, Qwen2.5"]
+    yield from _table([*head, "needles, SmolLM2", "Qwen2.5", "equal tokens"], lines)
+
+
+def _kept(rows: Sequence[Row], preset: str) -> str:
+    """Needles found of those that full precision finds."""
+    found = where(rows, preset=preset)
+    kept, of = (sum(row[column] for row in found) for column in ("kept", "found_full"))
+    return f"{kept} of {of}" if found else ""
+
+
+def _beginning(rows: Sequence[Row], preset: str) -> str:
+    """Tokens of a greedy answer before the first that is not that of full precision, on average."""
+    found = where(rows, preset=preset)
+    count = sum(row["answers"] for row in found)
+    equal, tokens = (
+        sum(row[column] * row["answers"] for row in found) / count
+        for column in ("prefix", "tokens")
+    )
+    return f"{equal:.0f} of {tokens:.0f}"
 
 
 def _allocated(out: Path) -> Iterator[str]:
@@ -270,6 +306,7 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "around": _around,
     "means": _means,
     "peers": _peers,
+    "calibrated": _calibrated,
     "allocated": _allocated,
     "decoder": _allowed,
     "longest": _longest,

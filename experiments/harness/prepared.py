@@ -68,14 +68,14 @@ def texts(
     return found
 
 
-def prompts(name: str) -> dict[str, np.ndarray]:
-    """Arrays of SmolLM2's prompts by name, such as "needle/1024".
+def prompts(name: str, model: str = SMOLLM2) -> dict[str, np.ndarray]:
+    """Arrays of a model's prompts by name, such as "needle/single/1024".
 
     Raises:
       MissingDataError: the file is not there.
     """
     prefix = f"prompts/{name}/"
-    return {k.removeprefix(prefix): v for k, v in _arrays(SMOLLM2).items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in _arrays(model).items() if k.startswith(prefix)}
 
 
 @lru_cache(maxsize=1)

@@ -45,7 +45,7 @@ def check(config: CacheConfig, known: Calibration | None = None, tokens: int = 1
     state = state.with_lengths(jnp.array([1000, 777, 220], jnp.int32)).with_table(page_table=table)
     q = jax.random.normal(jax.random.key(2), (3, tokens, HEADS, CHANNELS))
     k, v = jax.random.normal(jax.random.key(3), (2, 3, tokens, KV_HEADS, CHANNELS))
-    run = jax.jit(attention.attend, static_argnames="implementation")
+    run = jax.jit(attention.attend, static_argnames=("layer", "implementation"))
     with jax.default_matmul_precision("highest"):
         want = run(state, 0, q, k, v, implementation="xla")
     got = run(state, 0, q, k, v, implementation="pallas")

@@ -32,7 +32,7 @@ Case = tuple[str, Row, Prompts]
 class Asking:
     """What needles and questions have in common to run."""
 
-    model: str = option(prepared.SMOLLM2, "smollm2-135m, or tiny: random weights")
+    model: str = option(prepared.SMOLLM2, f"{', '.join(prepared.MODELS)}, or tiny: random weights")
     settings: int = option(0, "how many settings, 0 for all")
     seed: int = option(0, "seed of the rotations")
     mixed: int = option(0, "whether mixed caches of layer_ablation are asked too, 0 or 1")

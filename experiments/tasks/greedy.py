@@ -59,7 +59,7 @@ def run(config: Config, track: Track) -> list[Row]:
 def _questions(config: Config, task: str) -> Prompts:
     if config.model == "tiny":
         return random_prompts(4, 160)
-    return load(f"questions/{task}")
+    return load(f"questions/{task}", config.model)
 
 
 def answered(model: Llama, questions: Prompts, most: int) -> Prompts:

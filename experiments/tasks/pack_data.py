@@ -1,7 +1,7 @@
 """Make `.data/<model>.npz`: everything that the experiments on a language model read.
 
 `python -m experiments.tasks.pack_data` needs the packages of requirements.txt; `--model` and
-`--checkpoint`, a GGUF file, choose another model than SmolLM2, which has texts and no prompts.
+`--checkpoint`, a GGUF file, choose another model than SmolLM2.
 `--weights` also puts the weights there, cut for machines that take no large files:
 
     cat .data/<model>.part* > .data/<model>.gguf
@@ -165,9 +165,7 @@ def main() -> None:
     if checkpoint is None:
         parser.error(f"--checkpoint: {args.model} is in no package")
     tokenizer = tokenizer_from_gguf(open_gguf(checkpoint).metadata, ())
-    arrays = dict(texts(tokenizer.encode, args.handbook))
-    if args.model == prepared.SMOLLM2:
-        arrays |= dict(prompts(tokenizer))
+    arrays = dict(texts(tokenizer.encode, args.handbook)) | dict(prompts(tokenizer))
     file = prepared.texts_file(args.model)
     file.parent.mkdir(exist_ok=True)
     np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -59,13 +59,13 @@ def chat(tokenizer: Tokenizer, request: str) -> str:
     return tokenizer.apply_chat([{"role": "user", "content": request}])
 
 
-def load(name: str) -> Prompts:
-    """SmolLM2's by name, such as "needle/single/1024".
+def load(name: str, model: str) -> Prompts:
+    """Those of a model by name, such as "needle/single/1024".
 
     Raises:
       MissingDataError: `.data/` has none.
     """
-    held = prepared.prompts(name)
+    held = prepared.prompts(name, model)
     tokens, start, count = (held.pop(part) for part in ("tokens", "start", "count"))
     return Prompts(tokens.astype(np.int32), start, count, held)
 

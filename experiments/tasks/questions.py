@@ -63,7 +63,7 @@ def run(config: Config, track: Track) -> list[Row]:
 
 def _prompts(config: Config, task: str) -> Prompts:
     if config.model != "tiny":
-        return load(f"questions/{task}")
+        return load(f"questions/{task}", config.model)
     labels = {"case": np.repeat(np.arange(2), 2), "ending": np.tile(np.arange(2), 2)}
     labels |= {"correct": np.array([1, 0, 0, 1]), "letters": np.full(4, 4)}
     return random_prompts(4, 160, **labels)

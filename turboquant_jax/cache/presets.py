@@ -37,6 +37,8 @@ Preset = Literal["lossless", "balanced", "compact", "max"]
 
 WINDOW = 128
 """Newest tokens in full precision, of every preset."""
+CALIBRATED_WINDOWS: dict[str, int] = {"max": 256}
+"""Of the presets that have more of them beside a calibration, in the same bytes at length."""
 
 _CODECS = {
     "lossless": (CodecConfig(4, code="trellis"), CodecConfig(4, code="trellis")),
@@ -55,6 +57,11 @@ def codecs(name: Preset) -> tuple[CodecConfig, CodecConfig]:
     if name not in _CODECS:
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(_CODECS)}")
     return _CODECS[name]
+
+
+def window(name: Preset, calibrated: bool = False) -> int:
+    """Newest tokens in full precision, of a preset alone or beside a calibration of the model."""
+    return CALIBRATED_WINDOWS.get(name, WINDOW) if calibrated else WINDOW
 
 
 def preset(

@@ -165,7 +165,9 @@ def with_table(asked: tuple[int, int]) -> list[tuple[int, int]]:
 
 def segments(arguments: argparse.Namespace, head_dim: int | None = None) -> dict[str, Any]:
     """Window, sinks, centring and rotation: as asked for, or what serves the head dim."""
-    usual = arguments.usual_window if arguments.preset is None else presets.WINDOW
+    usual, name = arguments.usual_window, arguments.preset
+    if name is not None:
+        usual = presets.window(name, getattr(arguments, "calibration", None) is not None)
     default = None if head_dim is None else default_kind(head_dim)
     return {
         "window": getattr(arguments, "window", usual),

@@ -32,7 +32,7 @@ from turboquant_jax.cache import CacheConfig, CodecConfig, codec, files
 from turboquant_jax.cache import calibration as calibrations
 from turboquant_jax.cache.allocation import Bits, Losses, nested
 from turboquant_jax.models.model import Llama
-from turboquant_jax.models.sensitivity import alone, look_back
+from turboquant_jax.models.sensitivity import alone, compiled, look_back
 from turboquant_jax.quantizers.channels import Basis
 
 _SIDES = ("keys", "values")
@@ -162,7 +162,7 @@ def _is_measured(bits: Bits) -> bool:
     return not isinstance(bits, int) or bits <= MEASURED
 
 
-@partial(jax.jit, static_argnames="form")
+@partial(compiled, static_argnames="form")
 def error(
     form: CodecConfig, key: Array, basis: Basis | None, x: Float[Array, "T K H"]
 ) -> Float[Array, "T K H"]:
@@ -178,4 +178,4 @@ def _normed(moment: np.ndarray) -> np.ndarray:
     return np.divide(moment, size, out=np.zeros_like(moment), where=size > 0)
 
 
-_moments = jax.jit(calibrations.moments)
+_moments = compiled(calibrations.moments)

@@ -31,6 +31,9 @@ from turboquant_jax.models.model import Layer, Llama, rms_norm, unstack
 from turboquant_jax.models.rope import rotation_angles
 
 _ROWS = 256  # of the logits at a time
+# A pass runs a few times: XLA for GPUs would compile dozens of kernels for each of its products to
+# find the fastest, which takes several times as long as all passes.
+compiled = partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
 ASKED = 128
 """Predictions of a text, at most, whose change says what errors lose (`alone`)."""
 
@@ -152,7 +155,7 @@ def _embed(model, tokens, start: int):
     return model.embedding[...][tokens][None], rotation_angles(model.config, positions)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(compiled, static_argnames="config")
 def _see(layer, hidden, angles, config):
     def attend(state, index, projection):
         q, k, v = projection.heads()
@@ -167,7 +170,7 @@ def _see(layer, hidden, angles, config):
     return Seen(*(x.astype(jnp.float32) for x in (q, k, v)))
 
 
-@jax.jit
+@compiled
 def _before(layer, hidden, angles):
     """Keys and values of tokens, float32."""
 
@@ -178,7 +181,7 @@ def _before(layer, hidden, angles):
     return layer(hidden, *angles, jnp.int32(0), (), attend)[1]
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(compiled, static_argnames="config")
 def _forward(layer, hidden, angles, off, config, before=None):
     """Of all tokens, or of those behind others with the keys and values `before`."""
 
@@ -188,17 +191,17 @@ def _forward(layer, hidden, angles, off, config, before=None):
     return layer(hidden, *angles, jnp.int32(0), (), attend)[0]
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(compiled, static_argnames="config")
 def _first(layer, hidden, angles, off: ManyErrors, config, before):
     return lax.map(lambda own: _forward(layer, hidden, angles, own, config, before), off)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(compiled, static_argnames="config")
 def _next(layer, hidden, angles, config, before):
     return lax.map(lambda own: _forward(layer, own, angles, None, config, before), hidden)
 
 
-@jax.jit
+@compiled
 def _log_probabilities(model, hidden):
     def at(own):
         return jax.nn.log_softmax(model.logits(final(model, own[None, None]))[0, 0])
@@ -206,7 +209,7 @@ def _log_probabilities(model, hidden):
     return lax.map(at, hidden, batch_size=_ROWS)
 
 
-@jax.jit
+@compiled
 def _kl(model, expected, hidden):
     """Of P texts, the mean over these predictions."""
 
@@ -242,7 +245,7 @@ def _attend(projection, off: Errors | None, config: CacheConfig, before=None):
     return out.reshape(1, *q.shape)
 
 
-@jax.jit
+@compiled
 def _likelihood(model, hidden, key):
     """The gradient by `hidden` of sum_t log p(y_t), y_t drawn from p."""
 
@@ -261,7 +264,7 @@ def _likelihood(model, hidden, key):
     return pull(back.reshape(1, -1, hidden.shape[2])[:, :count].astype(normed.dtype))[0]
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(compiled, static_argnames="config")
 def _backward(layer, hidden, angles, back, config):
     """The gradient by what enters the layer, and by errors of its keys and values."""
 

@@ -1,5 +1,7 @@
 """Runs `tests/sharded` where there are eight devices: in a process of its own, of virtual ones.
 
+Without what is slow there: every format, and the decoder, on each of twenty meshes. That is
+
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/sharded
 """
 
@@ -17,7 +19,17 @@ FOLDER = Path(__file__).with_name("sharded")
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_on_eight_virtual_devices(file):
     flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+    ]
     done = subprocess.run(
         [*command, FOLDER / file],
         # threads of XLA: with one a core, on two cores, all can wait for each other in collectives

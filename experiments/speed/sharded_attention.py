@@ -1,4 +1,4 @@
-"""Attention over a cache on a mesh: compiled ahead, timed, and compared with one device."""
+"""Attention over a cache on a mesh: compiled ahead, and timed."""
 
 import statistics
 import time
@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.speed.common import CHANNELS, HEADS, KV_HEADS, cache_config
-from experiments.speed.sharded_decoder import replicated_shapes
+from experiments.speed.sharded_decoder import COMPILERS, replicated_shapes
 from turboquant_jax import attention, cache
 from turboquant_jax.attention import sharding as attention_sharding
 from turboquant_jax.cache import Cache, CacheConfig, sharding
@@ -22,7 +21,6 @@ from turboquant_jax.models.sharding import past_shardings, placed
 from turboquant_jax.models.timing import filled_cache
 
 _ROOM = 64
-_NEAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Attention:
     tokens: int
     layers: int
     steps: int
+    compiler: str = ""
 
     def compiled(self) -> Any:
         """The loop, compiled for shapes alone."""
@@ -42,7 +41,8 @@ class Attention:
         if self.mesh is not None:
             state = placed(state, past_shardings(state, self.mesh))
             new = replicated_shapes(new, self.mesh)
-        return jax.jit(self._loop).lower(state, *new).compile()
+        options = COMPILERS[self.compiler]
+        return jax.jit(self._loop).lower(state, *new).compile(compiler_options=options)
 
     def seconds(self, repeats: int) -> float:
         """Of one layer's attention, the median of loops; the first one does not count."""
@@ -80,42 +80,8 @@ class Attention:
         return lax.fori_loop(0, self.steps, step, q)
 
 
-def queries(batch: int, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, tuple]:
+def queries(batch: int) -> tuple[jax.Array, tuple]:
     """Of one token a sequence the query, and its key and value."""
-    q = jax.random.normal(jax.random.key(4), (batch, 1, HEADS, CHANNELS), dtype)
+    q = jax.random.normal(jax.random.key(4), (batch, 1, HEADS, CHANNELS), jnp.bfloat16)
     shape = batch, 1, KV_HEADS, CHANNELS
-    return q, tuple(jax.random.normal(jax.random.key(i), shape, dtype) for i in (5, 6))
-
-
-def check(mesh: Mesh | None) -> None:
-    """A mesh that is wrong is not timed: a prompt and a few tokens, against one device.
-
-    The second sequence completes its first block by a single token.
-
-    Raises:
-      ValueError: a relative error of the outputs that is not small.
-    """
-    if mesh is None:
-        return
-    print(f"check {dict(mesh.shape)}", flush=True)
-    config, batch, capacity = cache_config(1, 4, "pre_rope"), 2, 9200
-    counts = jnp.array([9000, config.sinks + config.window + config.block - 1], jnp.int32)
-    shape = 2, 1, batch, capacity - 200, KV_HEADS, CHANNELS
-    k, v = jax.random.normal(jax.random.key(7), shape, jnp.bfloat16)
-    q, new = queries(batch, jnp.float32)
-    found = []
-    for own in (None, mesh):
-        create, append, attend = cache.create, cache.append, attention.attend
-        if own is not None:
-            create, append = (partial(f, own) for f in (sharding.create, sharding.append))
-            attend = partial(attention_sharding.attend, own)
-        state = create(config, batch, capacity, key=jax.random.key(0))
-        append = jax.jit(append)
-        state = append(state, k, v, counts)
-        for _ in range(2):
-            state = append(state, *(x.astype(jnp.bfloat16)[None] for x in new))
-        found.append(np.asarray(jax.jit(attend, static_argnums=1)(state, 0, q, *new)))
-    error = float(np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0]))
-    print(f"checked {dict(mesh.shape)}: relative error {error:.1e}", flush=True)
-    if not error < _NEAR:
-        raise ValueError(f"{mesh}: got relative error {error}, expected below {_NEAR}")
+    return q, tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (5, 6))

@@ -3,7 +3,6 @@
 import gc
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,39 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.profiler import ProfileData
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from turboquant_jax import cache
-from turboquant_jax.cache import CacheConfig, sharding
+from turboquant_jax.cache import CacheConfig
 from turboquant_jax.models import dense, timing
 from turboquant_jax.models import sharding as model_sharding
 from turboquant_jax.models.config import LlamaConfig
 from turboquant_jax.models.dense import DENSE
-from turboquant_jax.models.generate import Past, decode
+from turboquant_jax.models.generate import Past
 from turboquant_jax.models.model import random_model
 from turboquant_jax.models.past import COMPRESSED, on_mesh
-from turboquant_jax.models.sharding import make_past, past_shardings, placed
+from turboquant_jax.models.sharding import make_past, placed
 
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
+_KERNELS = "xla_gpu_experimental_use_collective_kernels"
+_NCCL = {
+    "xla_gpu_enable_command_buffer": _IN_GRAPHS,
+    "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
+    _KERNELS: "",
+}
 COMPILERS: dict[str, dict[str, Any]] = {
     "": {},
     "graphs": {"xla_gpu_enable_command_buffer": _IN_GRAPHS},
     "kernels": {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True},
-    "nccl": {
-        "xla_gpu_enable_command_buffer": _IN_GRAPHS,
-        "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
-        "xla_gpu_experimental_use_collective_kernels": "",
-    },
+    "gather": {_KERNELS: "COLLECTIVE_KERNEL_ALL_REDUCE,COLLECTIVE_KERNEL_ALL_GATHER"},
+    "nccl": _NCCL,
+    "symmetric": _NCCL | {"xla_gpu_experimental_enable_nccl_symmetric_buffers": True},
+    "launches": {"xla_gpu_enable_command_buffer": ""},
 }
-"""XLA as it is; asked for collectives in CUDA graphs; for its own kernel of small sums; for NCCL's
-sums in CUDA graphs.
+"""XLA as it is; asked for collectives in CUDA graphs; for its own kernel of small sums; for its own
+kernels of sums and gathers; for NCCL's sums in CUDA graphs; the same with NCCL's symmetric memory;
+for no graphs.
 """
 
 KINDS = {
-    "collectives": ("nccl", "allreduce", "all_reduce", "allgather", "all-gather", "all-reduce"),
+    "collectives": ("nccl", "all_reduce", "all-reduce", "all_gather", "all-gather", "pmin"),
     "attention": ("attention", "combine", "rope", "encode", "flash", "fmha"),
     "products": ("gemm", "dot", "cutlass", "nvjet", "cublas", "splitk"),
 }
@@ -93,75 +96,27 @@ class Decoder:
             return random_model(self.llama, 0, stacked=False)
         return model_sharding.random_model(self.llama, 0, self.mesh)
 
-    def compiled(self) -> Any:
+    def compiled(self) -> timing.CompiledDecode:
         """The loop, compiled for shapes alone: nothing is allocated."""
         model = jax.eval_shape(partial(random_model, self.llama, 0, stacked=False))
-        past, seeds = jax.eval_shape(self._empty), jax.eval_shape(self._seeds)
         if self.mesh is not None:
             model = placed(model, model_sharding.shardings(model, self.mesh))
-            past = placed(past, past_shardings(past, self.mesh))
-            seeds = replicated_shapes(seeds, self.mesh)
-        logits, positions, keys = seeds
-        lowered = decode.lower(
-            model, logits, positions, keys, past, self.past, max_tokens=self.steps + 1
-        )
-        return lowered.compile(compiler_options=COMPILERS[self.compiler])
-
-    def _empty(self) -> Any:
-        if self.cache is None:
-            return dense.create(self.llama, self.batch, self.capacity)
-        if self.mesh is None:
-            return cache.create(self.cache, self.batch, self.capacity, key=jax.random.key(0))
-        return sharding.create(
-            self.mesh, self.cache, self.batch, self.capacity, key=jax.random.key(0)
+        options = COMPILERS[self.compiler]
+        return timing.compile_decode(
+            model, self.make_past, self.past, self.steps, self.mesh, options
         )
 
-    def _seeds(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = jax.random.normal(jax.random.key(2), (self.batch, self.llama.vocab_size))
-        positions = jnp.full(self.batch, self.tokens, jnp.int32)
-        return logits, positions, jax.random.split(jax.random.key(3), self.batch)
-
-    def loop(self, model: Any, run: Any) -> "Loop":
+    def loop(self, model: Any, compiled: timing.CompiledDecode) -> "Loop":
         """The loop with weights and a past on the devices."""
-        seeds = self._seeds()
-        if self.mesh is not None:
-            seeds = jax.device_put(seeds, NamedSharding(self.mesh, P()))
-        return Loop(self, run, model, seeds, self.make_past())
+        return Loop(model, self.make_past, self.past, self.steps, compiled, self.mesh)
 
 
-@dataclass
-class Loop:
-    """Steps of decoding, each time from the same lengths on."""
-
-    decoder: Decoder
-    run: Any
-    model: Any
-    seeds: tuple
-    state: Any
-
-    def __call__(self) -> float:
-        """Seconds of a step.
-
-        Raises:
-          ValueError: a past without room for the steps.
-        """
-        decoder = self.decoder
-        lengths = jnp.full(decoder.batch, decoder.tokens, jnp.int32)
-        state = self.state.with_lengths(lengths)
-        if decoder.mesh is not None:
-            state = jax.device_put(state, past_shardings(state, decoder.mesh))
-        jax.block_until_ready(state)
-        begin = time.perf_counter()
-        made = jax.block_until_ready(self.run(self.model, *self.seeds, state))
-        seconds = time.perf_counter() - begin
-        self.state = made.state
-        if bool(jnp.any(made.state.overflow)):
-            raise ValueError(f"got a past without room for {decoder.steps} tokens, expected it")
-        return seconds / decoder.steps
+class Loop(timing.DecodeLoop):
+    """Steps of decoding, timed, and taken apart."""
 
     def median(self, repeats: int) -> float:
         """Seconds of a step, the median of loops; the first one does not count."""
-        return statistics.median([self() for _ in range(repeats + 1)][1:])
+        return statistics.median([self.seconds() for _ in range(repeats + 1)][1:])
 
     def parts(self) -> dict[str, float]:
         """Seconds of a step that the devices spend in each kind of kernel, their mean.
@@ -172,15 +127,15 @@ class Loop:
         options.python_tracer_level = options.host_tracer_level = 0
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder, profiler_options=options):
-                self()
+                self.seconds()
             (trace,) = Path(folder).rglob("*.xplane.pb")
             found, devices = _kernels(ProfileData.from_file(str(trace)))
         for name, seconds in sorted(found.items(), key=lambda item: -item[1])[:25]:
-            each = 1e6 * seconds / devices / self.decoder.steps
+            each = 1e6 * seconds / devices / self.steps
             print(f"  {each:9.1f} us a step  {name[:110]}", flush=True)
         parts: dict[str, float] = defaultdict(float)
         for name, seconds in found.items():
-            parts[kind_of(name)] += seconds / devices / self.decoder.steps
+            parts[kind_of(name)] += seconds / devices / self.steps
         return dict(parts)
 
 

@@ -92,9 +92,16 @@ def stored(cache, sizes):
     return found
 
 
-def assert_equal(got, expected):
+def assert_equal(got, expected, edges=0.0):
+    """Bit for bit; but of codes of a byte such a share may be the next ones."""
     assert got.keys() == expected.keys()
     for name, array in expected.items():
         array, other = np.asarray(array), np.asarray(got[name])
         assert array.dtype == other.dtype and array.shape == other.shape, name
-        assert array.tobytes() == other.tobytes(), name
+        if edges and array.dtype == np.uint8:
+            unlike = array != other
+            assert np.mean(unlike) <= edges, name
+            array, other = (x.astype(np.int32)[unlike] for x in (array, other))
+            np.testing.assert_array_equal(np.abs(array - other), 1, str(name))
+        else:
+            assert array.tobytes() == other.tobytes(), name

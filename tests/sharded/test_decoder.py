@@ -1,8 +1,10 @@
 """A decoder on a mesh says what it says on one device; its weights lie where they belong."""
 
+import itertools
 import math
 import re
 from dataclasses import replace
+from functools import cache as once
 from functools import partial
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from turboquant_jax import cache
-from turboquant_jax.cache import CacheConfig, sharding
+from turboquant_jax.cache import CacheConfig, layout, sharding
 from turboquant_jax.cache.mesh import make_mesh
 from turboquant_jax.models import LlamaConfig, dense, load
 from turboquant_jax.models import sharding as model_sharding
@@ -29,19 +31,26 @@ LLAMA = LlamaConfig(
 CONFIG = CacheConfig(2, 2, 16, block=8, window=8, dtype="float32")
 
 
-def generated(mesh, sampling):
-    model = random_model(LLAMA, 0, jnp.float32, stacked=False)
-    key = jax.random.key(0)
+MESHES = [
+    dict(data=data, tensor=tensor, context=context)
+    for data, tensor, context in itertools.product((1, 2, 4, 8), repeat=3)
+    if 2 <= data * tensor * context <= 8
+]
+
+
+def generated(mesh, sampling, llama=LLAMA, batch=BATCH, prompt=PROMPT):
+    model = random_model(llama, 0, jnp.float32, stacked=False)
+    key, capacity = jax.random.key(0), prompt + 24
     if mesh is None:
-        past, state = COMPRESSED, cache.create(CONFIG, BATCH, CAPACITY, key=key)
+        past, state = COMPRESSED, cache.create(CONFIG, batch, capacity, key=key)
     else:
         past, model = on_mesh(mesh), model_sharding.shard(model, mesh)
         config = replace(CONFIG, num_kv_heads=model.config.num_kv_heads)
-        state = sharding.create(mesh, config, BATCH, CAPACITY, key=key)
-    tokens = jax.random.randint(jax.random.key(1), (BATCH, PROMPT), 0, 96)
-    lengths = jnp.array([PROMPT, PROMPT - 9], jnp.int32)
+        state = sharding.create(mesh, config, batch, capacity, key=key)
+    tokens = jax.random.randint(jax.random.key(1), (batch, prompt), 0, 96)
+    lengths = jnp.full(batch, prompt, jnp.int32).at[1].add(-9)
     logits, state = prefill(model, tokens, lengths, state, past)
-    keys = jax.random.split(jax.random.key(2), BATCH)
+    keys = jax.random.split(jax.random.key(2), batch)
     call = partial(decode, model, logits, lengths, keys, state, past, sampling=sampling)
     return logits, call
 
@@ -59,6 +68,29 @@ def test_the_same_tokens_as_on_one_device(sizes):
     np.testing.assert_allclose(logits, expected, atol=2e-5)  # sums in another order
     got, want = (call(max_tokens=STEPS).tokens for call in (many, one))
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.fixture
+def of_eight(monkeypatch):
+    """Eight sequences of six stripes, and as many heads as there are devices."""
+    monkeypatch.setattr(layout, "STRIPE", 16)
+    llama = replace(LLAMA, num_heads=8, max_position=128)
+    return dict(sampling=GREEDY, llama=llama, batch=8, prompt=100)
+
+
+@once
+def greedy(**options):
+    logits, call = generated(None, **options)
+    return np.asarray(logits), np.asarray(call(max_tokens=STEPS).tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_same_greedy_tokens_on_every_mesh(of_eight, sizes):
+    expected, want = greedy(**of_eight)
+    logits, call = generated(make_mesh(**sizes), **of_eight)
+    np.testing.assert_allclose(logits, expected, atol=2e-5)  # sums in another order
+    np.testing.assert_array_equal(call(max_tokens=STEPS).tokens, want)
 
 
 def test_a_step_exchanges_two_sums_a_layer_and_a_few_numbers():

@@ -10,12 +10,12 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from turboquant_jax import cache
@@ -145,20 +145,36 @@ class CompiledDecode:
 
 
 def compile_decode(
-    model: Llama, make: Callable[[], Any], past: Past, steps: int, mesh: Mesh | None = None
+    model: Llama,
+    make: Callable[[], Any],
+    past: Past,
+    steps: int,
+    mesh: Mesh | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> CompiledDecode:
-    """Compile what a `DecodeLoop` with these arguments runs; nothing is allocated."""
+    """Compile what a `DecodeLoop` with these arguments runs, `options` being those of XLA.
+
+    Nothing is allocated; of the model too the shapes, with their places on a mesh, are enough.
+    """
     past_shapes = jax.eval_shape(make)
+    batch = past_shapes.lengths.shape[0]
+    logits, keys = jax.eval_shape(functools.partial(_seeds, batch, model.config.vocab_size))
     if mesh is not None:
         past_shapes = placed(past_shapes, past_shardings(past_shapes, mesh))
-    batch, vocab = past_shapes.lengths.shape[0], model.config.vocab_size
-    logits = jax.ShapeDtypeStruct((batch, vocab), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        logits, keys = placed((logits, keys), (everywhere, everywhere))
     begin = time.perf_counter()
     lowered = decode.lower(
         model, logits, past_shapes.lengths, keys, past_shapes, past, max_tokens=steps + 1
     )
-    return CompiledDecode(lowered.compile(), time.perf_counter() - begin)
+    compiled = lowered.compile(compiler_options=dict(options or {}))
+    return CompiledDecode(compiled, time.perf_counter() - begin)
+
+
+def _seeds(batch: int, vocab: int) -> tuple[Array, Array]:
+    """Logits to begin with, and the keys of the sequences."""
+    logits = jax.random.normal(jax.random.key(2), (batch, vocab), jnp.float32)
+    return logits, jax.random.split(jax.random.key(3), batch)
 
 
 class DecodeLoop:
@@ -182,9 +198,9 @@ class DecodeLoop:
         self.compile_seconds = compiled.seconds
         self.temporary_bytes = _temporaries(self._run)
         self._state = make()
-        shape = self._state.lengths.shape[0], model.config.vocab_size
-        logits = jax.random.normal(jax.random.key(2), shape, jnp.float32)
-        keys = jax.random.split(jax.random.key(3), shape[0])
+        logits, keys = _seeds(self._state.lengths.shape[0], model.config.vocab_size)
+        if mesh is not None:
+            logits, keys = jax.device_put((logits, keys), NamedSharding(mesh, PartitionSpec()))
         self._arguments = model, logits, jax.device_get(self._state.lengths), keys
 
     def seconds(self) -> float:

@@ -18,7 +18,7 @@ from jax import lax
 
 from turboquant_jax import cache, models
 from turboquant_jax.cache.presets import preset as preset_config
-from turboquant_jax.models.generate import prefill
+from turboquant_jax.models.generate import compiled_prefill
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.models.rope import inverse_frequencies
 
@@ -67,7 +67,7 @@ def _logits(config: cache.CacheConfig, model: Any, prompt: jax.Array, tokens: ja
     length = jnp.full(1, prompt.shape[1], jnp.int32)
     capacity = prompt.shape[1] + len(tokens)
     state = cache.create(config, 1, capacity, key=jax.random.key(0))
-    logits, state = prefill(model, prompt, length, state, COMPRESSED)
+    logits, state = compiled_prefill(model, prompt, length, state, COMPRESSED, empty=True)
 
     def step(carry, token):
         position, state = carry

@@ -5,12 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.fidelity.pytorch_greedy import FIRST
 from turboquant_jax.cache.config import CacheConfig
 from turboquant_jax.pytorch import supported
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
-
-_FIRST = 128
-"""Tokens that go first, as one chunk: the window of the presets holds them all."""
 
 
 @torch.no_grad()
@@ -37,7 +35,7 @@ def losses(model: Any, config: CacheConfig, texts: np.ndarray, fuse: bool) -> di
         found["kl"].append((full.exp() * (full - own)).sum(dim=-1))
         found["agrees"].append(own.argmax(dim=-1) == full.argmax(dim=-1))
 
-    begin = min(_FIRST, config.window, tokens.shape[1] - 1)
+    begin = min(FIRST, config.window, tokens.shape[1] - 1)
     compare(model(tokens[:, :begin], use_cache=True, **{supported.CACHE: cache}).logits, 0)
     step = cache.capture(model, fuse=fuse)
     for place in range(begin, tokens.shape[1] - 1):

@@ -1,13 +1,15 @@
 """Real weights under PyTorch beside our own decoder: the same tokens, the same perplexity.
 
-SmolLM2-135M-Instruct in transformers' `LlamaForCausalLM`, its weights read from GGUF.
+SmolLM2-135M-Instruct in transformers' `LlamaForCausalLM`, or Qwen2.5-Coder in `Qwen2ForCausalLM`,
+their weights read from GGUF.
 
 `greedy`: transformers' `generate` with a captured step over a `TurboQuantCache`. Our own decoder is
 given the same tokens one by one, with a cache of the same configuration and seed, on the same
 device; `tokens_equal` are those before the first that it would not have chosen, `tokens_agreeing`
 all that it would. Where they part, `gap_torch` and `gap_jax` say how far the best token leads in
 the logits of each, and `logit_difference` how far these are apart at most: gaps of that order are a
-near-tie.
+near-tie. `beside` says where our own decoder ran, if not on torch's device: of a run that ended
+before it did, differences are those of torch's 64 largest logits.
 
 `perplexity`: the test texts of `fidelity`, token by token through the captured step, the model in
 float32 and the cache in bfloat16 as there; KL and agreement are against the model's own attention
@@ -42,6 +44,9 @@ from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
 
 NEEDS = "the extra torch, token ids in .data/ by python -m experiments.tasks.pack_data, and a GPU"
 
+FIRST = 128
+"""Tokens that go first, as one chunk: the window of the presets holds them all."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -51,16 +56,20 @@ class Config:
         ("lossless", "max", "balanced", "compact"), "presets of the cache"
     )
     dtypes: tuple[str, ...] = option(("float32", "bfloat16"), "of the model, for greedy")
+    parts: tuple[str, ...] = option(
+        ("perplexity", "greedy"), "what to run", choices=("perplexity", "greedy")
+    )
     prompt: int = option(512, "tokens of the prompt")
     tokens: int = option(256, "tokens that are generated")
-    context: int = option(8192, "tokens of the texts, 0 for no perplexity")
+    context: int = option(8192, "tokens of the texts")
     texts: str = option("test", "test texts, or the packaged novel", choices=("test", "novel"))
-    checkpoint: str = option("", "GGUF file, if not the packaged SmolLM2", path=True)
+    model: str = option(prepared.SMOLLM2, f"one of {', '.join(prepared.MODELS)}")
+    checkpoint: str = option("", "its GGUF file, if neither in .data/ nor packaged", path=True)
     fuse: bool = option(False, "fused steps, with few kernels between the matrices")
     seconds: float = option(0.0, "start nothing after so long, 0 for never")
 
 
-SMOKE = Config(("max",), ("float32",), 210, 3, 40, "novel")
+SMOKE = Config(("max",), ("float32",), ("perplexity", "greedy"), 210, 3, 40, "novel")
 device = pytorch_speed.device
 
 
@@ -72,37 +81,49 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     from experiments.harness import torch_models
 
     try:
-        path = Path(config.checkpoint) if config.checkpoint else packaged_smollm2()
+        path = Path(config.checkpoint) if config.checkpoint else _weights(config.model)
     except FileNotFoundError as error:
         raise MissingDataError(str(error)) from error
     jobs = [(preset, dtype) for dtype in config.dtypes for preset in config.presets]
-    journal = open_journal("pytorch_greedy", config, ("presets", "dtypes"))
+    jobs *= "greedy" in config.parts
+    journal = open_journal("pytorch_greedy", config, ("presets", "dtypes", "parts"))
     where = torch_models.device()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file = {job: Path(folder, "-".join(job) + ".npz") for job in jobs}
         theirs = {job: _start_jax(path, config, file[job], stack) for job in jobs}
 
-        def greedy(preset: Preset, dtype: str) -> list[Row]:
+        @functools.cache
+        def choose(preset: Preset, dtype: str) -> None:
             model = torch_models.model_of_gguf(path, getattr(torch, dtype), where)
-            own = _generate(config, model, preset, _prompt(path, config), file[preset, dtype])
-            del model
+            _generate(config, model, preset, _prompt(path, config), file[preset, dtype])
             print(f"{preset} {dtype}: torch has chosen", file=sys.stderr, flush=True)
+
+        def greedy(preset: Preset, dtype: str) -> list[Row]:
+            for job in jobs:  # while our own decoder compiles
+                choose(*job)
             if theirs[preset, dtype].wait():
                 raise RuntimeError("our own decoder failed; its words are above")
-            with np.load(file[preset, dtype].with_suffix(".out.npz")) as held:
-                compared = _compared(own, held["logits"])
-            head = {"part": "greedy", "preset": preset, "dtype": dtype, "captured": 1}
-            return [head | {"fused": int(config.fuse), "context": config.prompt} | compared]
+            own = file[preset, dtype]
+            with np.load(own) as ours, np.load(own.with_suffix(".out.npz")) as other:
+                compared = _compared(ours["logits"], other["logits"])
+            head: Row = {"model": config.model, "part": "greedy", "preset": preset, "dtype": dtype}
+            head |= {"captured": 1, "fused": int(config.fuse), "context": config.prompt}
+            return [head | compared]
 
         def perplexity(preset: Preset) -> list[Row]:
             model = torch_models.model_of_gguf(path, torch.float32, where)
             return [_perplexity(config, model, preset, _texts(path, config))]
 
-        for preset in config.presets * bool(config.context):
+        for preset in config.presets * ("perplexity" in config.parts):
             yield from journal.measure(preset, functools.partial(perplexity, preset))
         for preset, dtype in track(jobs, "pytorch_greedy"):
             job = functools.partial(greedy, preset, dtype)
             yield from journal.measure(f"{preset} {dtype}", job)
+
+
+def _weights(model: str) -> Path:
+    file = prepared.weights_file(model)
+    return packaged_smollm2() if model == prepared.SMOLLM2 and not file.is_file() else file
 
 
 def _tokenizer(path: Path):
@@ -115,13 +136,14 @@ def _prompt(path: Path, config: Config) -> np.ndarray:
 
 def _texts(path: Path, config: Config) -> np.ndarray:
     if config.texts == "test":
-        return np.concatenate(list(prepared.texts(prepared.TEST, config.context).values()))
+        texts = prepared.texts(prepared.TEST, config.context, model=config.model)
+        return np.concatenate(list(texts.values()))
     count = 2 * config.context
     return np.asarray(_tokenizer(path).encode(default_text())[:count]).reshape(2, -1)
 
 
-def _generate(config: Config, model, preset: Preset, prompt: np.ndarray, file: Path) -> np.ndarray:
-    """Logits [tokens, V] by `generate`; what it read and chose goes into a file."""
+def _generate(config: Config, model, preset: Preset, prompt: np.ndarray, file: Path) -> None:
+    """What `generate` read and chose goes into a file, with its logits [tokens, V]."""
     import torch
 
     from turboquant_jax.pytorch import TurboQuantCache, supported
@@ -137,10 +159,10 @@ def _generate(config: Config, model, preset: Preset, prompt: np.ndarray, file: P
             **{supported.CACHE: cache},
         )  # fmt: skip
     tokens = found.sequences[0, prompt.shape[1] :].cpu().numpy()
+    logits = torch.stack([x[0].float() for x in found.logits]).cpu().numpy()
     whole = file.with_suffix(".part.npz")
-    np.savez(whole, prompt=prompt, tokens=tokens, config=repr(cache.config))
+    np.savez(whole, prompt=prompt, tokens=tokens, config=repr(cache.config), logits=logits)
     whole.rename(file)
-    return torch.stack([x[0].float() for x in found.logits]).cpu().numpy()
 
 
 def _start_jax(
@@ -193,7 +215,8 @@ def _perplexity(config: Config, model, preset: Preset, texts: np.ndarray) -> Row
     cache_config = replace(supported.cache_config(model, preset), dtype="bfloat16")
     found = pytorch_forcing.losses(model, cache_config, texts, config.fuse)
     return {
-        "part": "perplexity", "preset": preset, "dtype": "float32", "captured": 1,
+        "model": config.model, "part": "perplexity", "preset": preset, "dtype": "float32",
+        "captured": 1,
         "fused": int(config.fuse), "context": texts.shape[1], "tokens": found["nll"].size,
         "perplexity_full": float(np.exp(found["full"].mean())),
         "perplexity": float(np.exp(found["nll"].mean())),

@@ -6,8 +6,7 @@ from experiments.harness import results
 from experiments.harness.experiment import AIM, Claim, Row, where
 from experiments.harness.statistics import SIGMAS, met
 
-_TEXTS = 8192
-"""Tokens of the texts of which `fidelity` has rows."""
+_NAMES = {"smollm2-135m": "SmolLM2", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B"}
 _SETTINGS = {
     "lossless": "K4 V4 trellis w128 pre-RoPE",
     "balanced": "K3 V3 trellis w128 pre-RoPE",
@@ -35,30 +34,35 @@ def _greedy(rows: Sequence[Row]) -> Iterator[Claim]:
             )
         yield Claim(
             AIM,
-            f"SmolLM2 in {row['dtype']}, {row['preset']}: transformers' generate chooses the "
+            f"{_name(row)} in {row['dtype']}, {row['preset']}: transformers' generate chooses the "
             "tokens of our own decoder, or another at a near-tie",
             measured,
             met(near_tie),
-            topic="under PyTorch, greedy tokens of SmolLM2 are our own decoder's, or near-ties",
+            topic=f"under PyTorch, greedy tokens of {_name(row)} are our own decoder's, "
+            "or near-ties",
             short=f"{row['dtype']}, {row['preset']}: {row['tokens_agreeing']} of {count}",
         )
 
 
 def _perplexity(rows: Sequence[Row]) -> Iterator[Claim]:
     held = results.read(results.COMMITTED / "fidelity").rows
-    for row in where(rows, context=_TEXTS):
-        setting = _SETTINGS[row["preset"]]
-        found = where(held, preset=setting, kind="centring", text="all", context=_TEXTS)
-        for report in where(found, model="smollm2-135m"):
+    for row in rows:
+        setting, context = _SETTINGS[row["preset"]], row["context"]
+        found = where(held, preset=setting, kind="centring", text="all", context=context)
+        for report in where(found, model=row["model"]):
             difference = abs(row["perplexity_change"] - report["perplexity_change"])
             yield Claim(
                 AIM,
-                f"SmolLM2, {row['preset']}: perplexity under PyTorch is that of fidelity",
+                f"{_name(row)}, {row['preset']}: perplexity under PyTorch is that of fidelity",
                 f"{row['perplexity']:.4f} against {report['perplexity']:.4f}; "
                 f"{row['perplexity_change']:+.3%} against {report['perplexity_change']:+.3%} "
                 f"± {report['perplexity_change_se']:.3%} by the cache",
                 met(difference <= SIGMAS * report["perplexity_change_se"]),
-                topic="under PyTorch, perplexity of SmolLM2 is that of fidelity",
+                topic=f"under PyTorch, perplexity of {_name(row)} is that of fidelity",
                 short=f"{row['preset']} {row['perplexity_change']:+.2%}, "
                 f"{report['perplexity_change']:+.2%} there",
             )
+
+
+def _name(row: Row) -> str:
+    return _NAMES[row["model"]]

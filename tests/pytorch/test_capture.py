@@ -7,6 +7,7 @@ import pytest
 
 from tests.pytorch.models import CACHE, FAMILIES, prompts, random_model, torch
 from tests.pytorch.test_huggingface import GREEDY, small_config
+from turboquant_jax.pytorch import fused
 from turboquant_jax.pytorch.huggingface import TurboQuantCache
 
 LOOKS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
@@ -54,6 +55,27 @@ def test_a_fused_step_is_the_models(family):
     for name, leaf in cache.state.leaves.items():
         if not leaf.dtype.is_floating_point:
             assert torch.equal(leaf, other.state.leaves[name]), name
+
+
+def test_matrices_side_by_side_are_the_models_own(tmp_path):
+    """Views of one memory, which loading writes to; a model is saved as before."""
+    model, other = random_model("Qwen2"), random_model("Qwen2")
+    fused.prepare(model)
+    for layer in model.model.layers:
+        own = layer.self_attn
+        for name in ("weight", "bias"):
+            parameters = [getattr(m, name) for m in (own.q_proj, own.k_proj, own.v_proj)]
+            whole = fused.side_by_side(parameters)
+            assert torch.equal(whole, torch.cat(parameters))
+            whole[-1].zero_()
+            assert not parameters[-1][-1].any()
+    model.load_state_dict(other.state_dict())  # in place: the product is that of the new weights
+    assert torch.equal(fused.side_by_side(parameters), torch.cat(parameters))
+    model.save_pretrained(tmp_path)
+    for held in (model, type(model).from_pretrained(tmp_path)):
+        assert all(torch.equal(x, y) for x, y in zip(held.parameters(), other.parameters()))
+    own.q_proj.register_forward_hook(lambda *given: None)
+    assert not fused._plain([own.q_proj, own.k_proj])
 
 
 class Forbidding(torch.utils._python_dispatch.TorchDispatchMode):

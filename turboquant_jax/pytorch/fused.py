@@ -2,8 +2,9 @@
 
 transformers runs a norm, a rotation by RoPE, a residual or an activation as up to ten kernels each,
 which in a CUDA graph take longer than they move bytes. Here they are four functions, which
-`torch.compile` makes one kernel each, once for all layers. Matrices, embeddings and the head are
-the model's own modules; layers themselves are not called.
+`torch.compile` makes one kernel each, once for all layers. Plain matrices that read one vector are
+one product: their weights are put side by side, where the model's own parameters then are views
+of them (`side_by_side`). Other modules are called as they are; layers themselves are not called.
 """
 
 import functools
@@ -50,8 +51,9 @@ def rotate(
     return turned(q), turned(k)
 
 
-def gate(x: Tensor, y: Tensor) -> Tensor:
-    """SwiGLU's product: other activations are refused where the model is described."""
+def gate(xy: Tensor) -> Tensor:
+    """SwiGLU's product of halves: other activations are refused where the model is described."""
+    x, y = xy.chunk(2, dim=-1)
     return torch.nn.functional.silu(x) * y
 
 
@@ -90,7 +92,7 @@ def step(model: Any, cache: Any, ids: Tensor, positions: Tensor, by: Between) ->
         h = _attention(layer.self_attn, cache, index, h, angles, by)
         after = layer.post_attention_layernorm
         x, h = by.add_and_normalize(x, h, after.weight, after.variance_epsilon)
-        h = layer.mlp.down_proj(by.gate(layer.mlp.gate_proj(h), layer.mlp.up_proj(h)))
+        h = layer.mlp.down_proj(by.gate(_products(h, [layer.mlp.gate_proj, layer.mlp.up_proj])))
         after = norms[index + 1]
         x, h = by.add_and_normalize(x, h, after.weight, after.variance_epsilon)
     return model.lm_head(h)
@@ -99,12 +101,68 @@ def step(model: Any, cache: Any, ids: Tensor, positions: Tensor, by: Between) ->
 def _attention(
     module: Any, cache: Any, index: int, h: Tensor, angles: tuple[Tensor, Tensor], by: Between
 ) -> Tensor:
-    matrices = module.q_proj, module.k_proj, module.v_proj
-    q, k, v = (matrix(h).unflatten(-1, (-1, module.head_dim)) for matrix in matrices)
-    norms = None
+    matrices = [module.q_proj, module.k_proj, module.v_proj]
+    heads = _products(h, matrices).unflatten(-1, (-1, module.head_dim))
+    kv_heads, norms = cache.config.num_kv_heads, None
+    q, k, v = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
     if hasattr(module, "q_norm"):
         weights = module.q_norm.weight, module.k_norm.weight
         norms = (*weights, module.q_norm.variance_epsilon)
     q, k = by.rotate(q, k, angles, norms)
     found = cache.attend(index, (q, k, v), None, Scores(module.scaling), None)
     return module.o_proj(found.flatten(2))
+
+
+def _products(x: Tensor, modules: list[Any]) -> Tensor:
+    """What the modules make of x [..., D], side by side."""
+    if torch.compiler.is_compiling() or not _plain(modules):
+        return torch.cat([module(x) for module in modules], dim=-1)
+    weight, bias = (side_by_side(own) for own in _parameters(modules))
+    assert weight is not None
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _plain(modules: list[Any]) -> bool:
+    """Whether these are matrices that nothing hooks onto."""
+    return all(
+        type(m) is torch.nn.Linear
+        and not (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+        for m in modules
+    )
+
+
+def _parameters(modules: list[Any]) -> tuple[list[Any], list[Any]]:
+    return [m.weight for m in modules], [m.bias for m in modules]
+
+
+def prepare(model: Any) -> None:
+    """Put weights side by side, layer by layer, so that memory is needed twice for one at most."""
+    for layer in supported.decoder(model).layers:
+        own, mlp = layer.self_attn, layer.mlp
+        for modules in ([own.q_proj, own.k_proj, own.v_proj], [mlp.gate_proj, mlp.up_proj]):
+            if _plain(modules):
+                for parameters in _parameters(modules):
+                    side_by_side(parameters)
+        if own.q_proj.weight.is_cuda:
+            torch.cuda.empty_cache()  # what is free now is too small for the next layer's
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def side_by_side(parameters: list[Any]) -> Tensor | None:
+    """Parameters as one tensor, of which they are views from the first call on; None for none."""
+    first = parameters[0]
+    if first is None:
+        return None
+    storage, place = first.untyped_storage().data_ptr(), first.data_ptr()
+    for x in parameters:
+        if x.untyped_storage().data_ptr() != storage or x.data_ptr() != place:
+            break
+        place += x.nbytes
+    else:
+        rows = sum(len(x) for x in parameters)
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    whole = torch.cat([x.detach() for x in parameters])
+    for x, own in zip(parameters, whole.split([len(x) for x in parameters]), strict=True):
+        x.data = own
+    return whole

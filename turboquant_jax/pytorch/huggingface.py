@@ -191,7 +191,8 @@ class TurboQuantCache(Cache):
         """A context in which the model's single tokens over this cache are a CUDA graph.
 
         `fuse`: norms, RoPE, residuals and activations as one kernel each, by `torch.compile`; the
-        model's matrices are called one by one then, and its layers are not.
+        model's layers are not called then, and weights of matrices that read the same vectors are
+        put side by side for good: its parameters are views of them.
 
         Raises:
           ValueError: another model than the cache was made for; to be fused, one without a head.
@@ -200,6 +201,7 @@ class TurboQuantCache(Cache):
             raise ValueError("model: got another one than the cache was made for")
         if fuse:
             fused.check(model)
+            fused.prepare(model)
         return capture.CapturedStep(self, model, fuse)
 
     def reset(self) -> None:

@@ -220,16 +220,19 @@ def _peers(out: Path) -> Iterator[str]:
 
 def _calibrated(out: Path) -> Iterator[str]:
     """Every preset with bits that are the same everywhere, and beside a calibration."""
-    losses = where(rows_of("fidelity", out), kind="calibrated", text="all")
+    every = rows_of("fidelity", out)
+    losses = where(every, kind="calibrated", text="all")
     needles = where(rows_of("needle", out), task="single")
     answers = rows_of("greedy", out)
-    lines = []
+    full = "full precision"
+    lines = [[full, *[""] * 7, _beginning(answers, full)]]
     for name, setting in PRESETS.items():
         names = (f"{setting} pre-RoPE",) * 2, (f"{name} by {SMALL}", f"{name} by {BIASED}")
         for words, (small, biased) in zip(("", ", calibrated"), names, strict=True):
             row = one(losses, model=SMALL, preset=small)
             sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
             found = where(losses, model=BIASED, preset=biased)
+            found += [centred(every, BIASED, setting)] if not words else []
             cells = [f"{row['kl']:.4f}", _percent(row), f"{found[0]['kl']:.4f}" if found else ""]
             cells += [_kept(where(needles, model=model), preset) for model, preset in
                       ((SMALL, small), (BIASED, biased))]  # fmt: skip

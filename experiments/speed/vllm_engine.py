@@ -38,7 +38,7 @@ def main(out: str) -> None:
     for row in PARTS[job["part"]](job):
         rows.append(row)
         Path(out).write_text(json.dumps(rows))
-        words = {k: v for k, v in row.items() if k != "tokens_of"}
+        words = {k: v for k, v in row.items() if not k.endswith("_of")}
         print(f"{time.perf_counter() - begun:.0f} s: {words}", flush=True)
 
 
@@ -73,9 +73,6 @@ def tokens(job: dict[str, Any]) -> Iterator[dict]:
         }
 
 
-PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {"speed": speed, "tokens": tokens}
-
-
 def _start(job: dict[str, Any]) -> tuple[Any, dict]:
     """vLLM's `LLM`, and what it said of itself when it started."""
     said = _Said()
@@ -86,8 +83,8 @@ def _start(job: dict[str, Any]) -> tuple[Any, dict]:
         if job["model"] is not None:
             (Path(folder) / "config.json").write_text(json.dumps(job["model"]))
         llm = vllm_environment.load(job["folder"] or folder, **job["settings"])
-    for cache in _runner(llm).kv_caches:
-        if job["settings"].get("load_format") == "dummy":
+    if job["settings"].get("load_format") == "dummy":
+        for cache in _runner(llm).kv_caches:
             # random bytes that are small positive numbers in every format
             _bytes_of(cache).random_(0, 64)
     return llm, {
@@ -226,6 +223,31 @@ def _greedy(llm: Any, prompts: Sequence[Sequence[int]], count: int) -> tuple[lis
     return found, sum(one.num_cached_tokens or 0 for one in done)
 
 
+def tensor(job: dict[str, Any]) -> Iterator[dict]:
+    """Greedy tokens of an engine over `devices`, at first and from cached prefixes."""
+    llm, head = _start(job)
+    for name in ("first", "prefixes cached"):
+        found, cached = _greedy(llm, job["prompts"], job["tokens"])
+        yield head | {"run": name, "cached_tokens": cached, "tokens_of": found}
+
+
+def perplexity(job: dict[str, Any]) -> Iterator[dict]:
+    """Losses of the tokens of all prompts, but for the first of each."""
+    from vllm import SamplingParams
+
+    llm, head = _start(job)
+    rule = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
+    done = llm.generate(
+        [{"prompt_token_ids": list(x)} for x in job["prompts"]], rule, use_tqdm=False
+    )
+    losses = [
+        -options[token].logprob
+        for one in done
+        for token, options in zip(one.prompt_token_ids[1:], one.prompt_logprobs[1:], strict=True)
+    ]
+    yield head | {"losses_of": losses}
+
+
 def _rule(count: int, logprobs: int | None = None) -> Any:
     from vllm import SamplingParams
 
@@ -248,6 +270,13 @@ def _bytes_of(x: Any) -> Any:
 
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
+
+PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {
+    "speed": speed,
+    "tokens": tokens,
+    "perplexity": perplexity,
+    "tensor": tensor,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1])

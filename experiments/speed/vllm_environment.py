@@ -184,6 +184,7 @@ OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # multicast, which virtual machines may not have
 }
 
 
@@ -197,6 +198,18 @@ def load(model: str, **settings):
 
     defaults = dict(skip_tokenizer_init=True, disable_log_stats=True, seed=0)
     return LLM(model=model, **(defaults | settings))
+
+
+def save_random(folder: Path) -> None:
+    """A Llama with random weights that are the same however many devices load it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=512, intermediate_size=1024, vocab_size=2048, initializer_range=0.1)
+    known = {k: v for k, v in TINY.items() if k not in ("architectures", "model_type")}
+    config = LlamaConfig(**(known | sizes | {"torch_dtype": "float32"}))
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def engine(folder: Path, backend: str, **settings):

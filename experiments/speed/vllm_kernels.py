@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 from turboquant_jax.cache.config import CacheConfig, CodecConfig
 from turboquant_jax.pytorch import plan_store
-from turboquant_jax.vllm.settings import BLOCK
+from turboquant_jax.vllm.settings import BLOCK, SINKS
 
 Call = tuple[str, str, plan_store.Shapes, plan_store.Shapes]
 
@@ -30,6 +30,7 @@ class Sizes:
       context: tokens of the longest.
       pages: blocks that the engine has.
       batches: of single tokens.
+      window: in full precision, with sinks.
     """
 
     heads: int
@@ -41,6 +42,7 @@ class Sizes:
     context: int
     pages: int
     batches: tuple[int, ...]
+    window: int = 0
 
 
 def pages_of(sizes: Sizes, layers: int, memory: int) -> int:
@@ -55,6 +57,7 @@ def recorded(sizes: Sizes) -> list[Call]:
     from turboquant_jax.pytorch import runner
     from turboquant_jax.pytorch.segments import Scores
     from turboquant_jax.vllm.steps import Steps
+    from turboquant_jax.vllm.windowed import WindowedSteps
 
     found: dict[Call, None] = {}
 
@@ -65,13 +68,15 @@ def recorded(sizes: Sizes) -> list[Call]:
     try:
         layer, dtype = _layer(sizes), getattr(torch, sizes.dtype)
         columns = -(-sizes.context // BLOCK)
-        steps = Steps([layer], sizes.requests, columns, torch.device("cpu"))
-        chunk = BLOCK + 2
-        for batch, new, past in [*((b, 1, BLOCK) for b in sizes.batches), (1, chunk, BLOCK)]:
+        kind = WindowedSteps if sizes.window else Steps
+        steps = kind([layer], sizes.requests, columns, torch.device("cpu"))
+        chunk, past = BLOCK + 2, BLOCK + sizes.window + 2 * SINKS
+        for batch, new in [*((b, 1) for b in sizes.batches), (1, chunk)]:
             starts, seen = [i * new for i in range(batch + 1)], [past + new] * batch
             after, begins = (torch.tensor(x, dtype=torch.int32) for x in (seen, starts))
             table = torch.ones(batch, columns, dtype=torch.int32)
             step = steps.batch(table, after, begins, batch * (new == 1), starts, seen)
+            step = steps.complete(step, after)
             counts = sizes.heads, sizes.kv_heads, sizes.kv_heads
             heads = [torch.zeros(batch * new, n, sizes.head_dim, dtype=dtype) for n in counts]
             layer.run(*heads, step, Scores())
@@ -98,7 +103,8 @@ def _config(sizes: Sizes) -> CacheConfig:
         codec = replace(codec, rotation="haar")
     frequencies = tuple(1e4 ** -(2 * i / dim) for i in range(dim // 2))  # not in programs
     return CacheConfig(
-        1, sizes.kv_heads, dim, codec, codec, block=BLOCK, window=0, sinks=0,
+        1, sizes.kv_heads, dim, codec, codec, block=BLOCK, window=sizes.window,
+        sinks=SINKS if sizes.window else 0,
         rope_frequencies=frequencies, dtype=sizes.dtype,
     )  # fmt: skip
 
@@ -124,17 +130,20 @@ def _layer(sizes: Sizes):
     import torch
 
     from turboquant_jax.pytorch import pre_rope
-    from turboquant_jax.vllm import pages
+    from turboquant_jax.vllm import pages, raw
     from turboquant_jax.vllm.step import Layer
+    from turboquant_jax.vllm.windowed import Windowed
 
     config, cpu = _config(sizes), torch.device("cpu")
     codecs = _codecs(config)
     shape = sizes.pages, config.num_kv_heads, BLOCK, pages.token_bytes(config, codecs)
     memory = torch.zeros(shape, dtype=torch.uint8)
-    held = (sizes.requests + 1, BLOCK, config.num_kv_heads, config.head_dim)
-    keys, values = (torch.zeros(held, dtype=getattr(torch, sizes.dtype)) for _ in range(2))
+    dtype, open_ = getattr(torch, sizes.dtype), 0 if sizes.window else BLOCK
+    held = (sizes.requests + 1, open_, config.num_kv_heads, config.head_dim)
+    keys, values = (torch.zeros(held, dtype=dtype) for _ in range(2))
     own = pages.carve(memory, config, codecs)
-    return Layer(config, pre_rope.create(config, sizes.context, cpu), keys, values, own, True)
+    of = config, pre_rope.create(config, sizes.context, cpu), keys, values, own, True
+    return Windowed(*of, raw=raw.over(own, config, dtype)) if sizes.window else Layer(*of)
 
 
 def main(capability: int, *texts: str) -> None:

@@ -20,33 +20,34 @@ of an engine: `first`; `prefixes cached`, in which the same prompts find theirs 
 from nothing`, with an empty cache; `preempted`, with so few blocks that requests are put back and
 resumed. `equal_first` compares with the engine's own first run. What could not be measured has a
 `note`.
+
+`perplexity`, if it is asked for: of the same weights, over prompts that are read 64 tokens at a
+time, so that nearly all of a token's past is codes; `loss` is the mean in nats, `difference` and
+`error` that to the baseline's, token by token, and its standard error.
+
+`tensor`, if it is asked for: random weights in float32, ours over one and over two GPUs.
 """
 
 import functools
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.harness.data import MissingDataError
 from experiments.harness.experiment import Claim, Row, Track, option
 from experiments.harness.journal import open_journal
-from experiments.speed import vllm_claims, vllm_environment, vllm_kernels
+from experiments.speed import vllm_claims, vllm_environment, vllm_jobs
 from experiments.speed.vllm_claims import IN_TREE, OURS, THEIRS
-from experiments.speed.vllm_kernels import Sizes
-from turboquant_jax.models import PRESETS
-from turboquant_jax.models.config import LlamaConfig
-from turboquant_jax.vllm.settings import BLOCK
 
 NEEDS = "vLLM 0.26 with the extra torch, and an NVIDIA GPU of 80 GB for its full size"
-ROOM = 512
-"""Tokens that a request may have beside its prompt."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Config:
 
     cases: tuple[str, ...] = option(("8x32768", "32x4096"), "batch x context")
     backends: tuple[str, ...] = option((THEIRS, OURS, IN_TREE), "the first is the baseline")
-    parts: tuple[str, ...] = option(("speed", "tokens"), "what to measure")
+    parts: tuple[str, ...] = option(("speed", "tokens"), "also: perplexity, tensor")
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     memory: int = option(48 << 30, "bytes of a cache")
@@ -64,6 +65,7 @@ class Config:
     folder: str = option("", "Hugging Face folder of SmolLM2 for `tokens`, if any", path=True)
     ids: str = option("", "JSON of token ids, one list a prompt, for `tokens`", path=True)
     bits: tuple[int, ...] = option((8, 4), "of ours, for `tokens`")
+    windows: tuple[int, ...] = option((0,), "of ours, in tokens; with one there are four sinks")
     tokens: int = option(96, "tokens that are generated after each prompt")
     blocks: int = option(40, "blocks that are left to preempt requests, 0 for none")
     each: float = option(90.0, "most seconds of an engine, its start included")
@@ -85,8 +87,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     if importlib.util.find_spec("vllm") is None:
         raise MissingDataError("vllm: got none; see experiments.speed.vllm_environment")
     journal = open_journal("vllm_speed", config, ("cases", "backends"))
-    jobs = _jobs(config)
     with tempfile.TemporaryDirectory() as folder:
+        jobs = vllm_jobs.jobs_of(config, Path(folder) / "model")
         children = {name: _Child(Path(folder), name, job) for name, job in jobs.items()}
         ours = {name: job for name, job in jobs.items() if job["head"]["backend"] == OURS}
         compiling = {name: _compile(job) for name, job in ours.items()} if _has_gpu() else {}
@@ -97,78 +99,15 @@ def run(config: Config, track: Track) -> Iterator[Row]:
                     compiling[name].wait()
                 measure = functools.partial(children[name].rows, config.each)
                 rows = journal.measure(name, measure)
-                base = rows if name.startswith(f"tokens {THEIRS}") else base
+                head = jobs[name]["head"]
+                if head["backend"] == THEIRS or head.get("devices") == 1:
+                    base = rows
                 yield from (_compared(row, rows, base) for row in rows)
         finally:
             for child in children.values():
                 child.close()
             for process in compiling.values():
                 process.kill()
-
-
-def _jobs(config: Config) -> dict[str, dict[str, Any]]:
-    """Every engine, by name."""
-    jobs: dict[str, dict[str, Any]] = {}
-    batches = sorted({int(case.partition("x")[0]) for case in config.cases})
-    longest = max(int(case.partition("x")[2]) for case in config.cases)
-    for backend in config.backends if "speed" in config.parts else ():
-        head = {"part": "speed", "backend": backend, "bits": 16 if backend == THEIRS else 4}
-        jobs[f"speed {backend}"] = {
-            "part": "speed", "head": head, "model": _described(_sizes(config)), "folder": "",
-            "cases": config.cases, "steps": config.steps, "repeats": config.repeats,
-            "settings": _settings(
-                backend, 4, dtype="bfloat16", kv_cache_memory_bytes=config.memory,
-                max_model_len=longest + ROOM, max_num_seqs=max(batches),
-                max_num_batched_tokens=2048, graphs=batches, load_format="dummy",
-                enable_prefix_caching=False,
-            ),
-        }  # fmt: skip
-    real = [(THEIRS, 32)] * (THEIRS in config.backends) + [(OURS, bits) for bits in config.bits]
-    for backend, bits in real if config.folder and "tokens" in config.parts else ():
-        prompts = json.loads(Path(config.ids).read_text())
-        jobs[f"tokens {backend} {bits}"] = {
-            "part": "tokens", "head": {"part": "tokens", "backend": backend, "bits": bits},
-            "model": None, "folder": config.folder, "prompts": prompts, "tokens": config.tokens,
-            "blocks": config.blocks if backend == OURS else 0,
-            "settings": _settings(
-                backend, bits, dtype="float32", kv_cache_memory_bytes=1 << 30,
-                max_model_len=2048, max_num_seqs=len(prompts), max_num_batched_tokens=512,
-                graphs=[len(prompts)],
-            ),
-        }  # fmt: skip
-    # theirs last: it is the one that may not start
-    return dict(sorted(jobs.items(), key=lambda job: job[1]["head"]["backend"] == IN_TREE))
-
-
-def _settings(backend: str, bits: int, *, graphs: list[int], **settings: Any) -> dict[str, Any]:
-    """Of an engine whose decode steps are CUDA graphs, and nothing else is compiled."""
-    settings["compilation_config"] = {
-        "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graphs
-    }  # fmt: skip
-    if backend == IN_TREE:
-        return settings | {"kv_cache_dtype": IN_TREE}
-    settings["attention_config"] = {"backend": backend}
-    if backend == OURS:
-        settings |= {"block_size": BLOCK, "additional_config": {"turboquant": {"bits": bits}}}
-    return settings
-
-
-def _sizes(config: Config) -> LlamaConfig:
-    sizes = PRESETS[config.model]
-    return replace(sizes, num_layers=config.layers or sizes.num_layers)
-
-
-def _described(sizes: LlamaConfig) -> dict[str, Any]:
-    """The model as a Hugging Face configuration."""
-    return dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size, num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim, vocab_size=sizes.vocab_size, max_position_embeddings=65536,
-        rms_norm_eps=sizes.rms_norm_eps, rope_theta=sizes.rope_theta, torch_dtype="bfloat16",
-        hidden_act="silu", tie_word_embeddings=sizes.tie_embeddings, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
 
 
 class _Child:
@@ -214,34 +153,15 @@ def _compile(job: dict[str, Any]) -> subprocess.Popen:
 
     major, minor = torch.cuda.get_device_capability()
     module = "experiments.speed.vllm_kernels"
-    command = [sys.executable, "-m", module, str(10 * major + minor), repr(_launched(job))]
+    command = [sys.executable, "-m", module, str(10 * major + minor), repr(vllm_jobs.launched(job))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stdout=sys.stderr)
 
 
-def _launched(job: dict[str, Any]) -> Sizes:
-    """What decides the programs of an engine of ours."""
-    settings, model = job["settings"], job["model"]
-    if model is None:
-        model = json.loads((Path(job["folder"]) / "config.json").read_text())
-    heads = model["num_attention_heads"]
-    sizes = Sizes(
-        heads=heads,
-        kv_heads=model["num_key_value_heads"],
-        head_dim=model.get("head_dim") or model["hidden_size"] // heads,
-        bits=settings["additional_config"]["turboquant"]["bits"],
-        dtype=settings["dtype"],
-        requests=settings["max_num_seqs"],
-        context=settings["max_model_len"],
-        pages=1,
-        batches=tuple(settings["compilation_config"]["cudagraph_capture_sizes"]),
-    )
-    memory = settings["kv_cache_memory_bytes"]
-    return replace(sizes, pages=vllm_kernels.pages_of(sizes, model["num_hidden_layers"], memory))
-
-
 def _compared(row: Row, own: Sequence[Row], base: Sequence[Row]) -> Row:
-    """Tokens beside the baseline's first, and beside the engine's own."""
+    """Tokens beside the baseline's first, and beside the engine's own; losses beside its."""
+    if "losses_of" in row:
+        return _losses(row, base)
     if "tokens_of" not in row:
         return row
     found = {name: value for name, value in row.items() if name != "tokens_of"}
@@ -253,8 +173,19 @@ def _compared(row: Row, own: Sequence[Row], base: Sequence[Row]) -> Row:
             equal = [_equal(mine, theirs) for mine, theirs in pairs]
             found[name] = sum(equal)
             leads = [y[n][1] for n, (_, y) in zip(equal, pairs, strict=True) if n < len(y)]
-            if leads and name == "equal":
-                found["lead"] = max(leads)
+            if leads:
+                found[name.replace("equal", "lead")] = max(leads)
+    return found
+
+
+def _losses(row: Row, base: Sequence[Row]) -> Row:
+    found = {name: value for name, value in row.items() if name != "losses_of"}
+    own = row["losses_of"]
+    found |= {"tokens": len(own), "loss": statistics.mean(own)}
+    if base and "losses_of" in base[0]:
+        apart = [x - y for x, y in zip(own, base[0]["losses_of"], strict=True)]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        found |= {"difference": statistics.mean(apart), "error": error}
     return found
 
 

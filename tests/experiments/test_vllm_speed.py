@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.speed import vllm_claims, vllm_engine, vllm_speed
+from experiments.speed import vllm_claims, vllm_engine, vllm_jobs, vllm_speed
 
 pytest.importorskip("torch", reason="needs torch: make test-torch")
 from experiments.speed import vllm_kernels
@@ -51,20 +51,35 @@ def test_tokens_of_a_cache_are_those_of_its_log():
 def test_every_engine_has_its_own_settings(tmp_path):
     file = tmp_path / "ids.json"
     file.write_text("[[1, 2], [3]]")
-    config = vllm_speed.Config(folder=str(tmp_path), ids=str(file))
-    jobs = vllm_speed._jobs(config)
+    parts = "speed", "tokens", "perplexity"
+    config = vllm_speed.Config(folder=str(tmp_path), ids=str(file), parts=parts, windows=(0, 128))
+    jobs = vllm_jobs.jobs_of(config, tmp_path)
     settings = {name: job["settings"] for name, job in jobs.items()}
-    assert settings["speed CUSTOM"]["block_size"] == 64
-    assert settings["speed turboquant_4bit_nc"]["kv_cache_dtype"] == "turboquant_4bit_nc"
-    assert "kv_cache_dtype" not in settings["speed TRITON_ATTN"]
+    assert settings["speed CUSTOM 0"]["block_size"] == 64
+    assert settings["speed turboquant_4bit_nc 0"]["kv_cache_dtype"] == "turboquant_4bit_nc"
+    assert "kv_cache_dtype" not in settings["speed TRITON_ATTN 0"]
     same = [{x["kv_cache_memory_bytes"] for name, x in settings.items() if part in name}
             for part in ("speed", "tokens")]  # fmt: skip
     assert [len(x) for x in same] == [1, 1]
-    assert settings["tokens CUSTOM 8"]["max_num_seqs"] == 2
+    assert settings["tokens CUSTOM 8 0"]["max_num_seqs"] == 2
+    own = settings["perplexity CUSTOM 4 128"]
+    assert own["additional_config"] == {"turboquant": {"bits": 4, "window": 128}}
+    assert own["max_num_batched_tokens"] == 64
+    assert [job["head"].get("window", 0) for job in jobs.values()].count(128) == 5
 
 
-def test_calls_are_those_of_single_tokens_and_of_a_chunk_behind_a_past():
-    sizes = vllm_kernels.Sizes(4, 2, 32, 4, "float32", 3, 256, 5, (1, 2))
+def test_losses_are_compared_token_by_token():
+    base, own = ([{"part": "perplexity", "losses_of": x}] for x in ([1.0, 3.0], [1.5, 3.1]))
+    found = vllm_speed._compared(own[0], own, base)
+    assert (found["tokens"], found["loss"]) == (2, pytest.approx(2.3))
+    # differences of 0.5 and 0.1: their mean, and half of what they lie apart
+    assert found["difference"] == pytest.approx(0.3)
+    assert found["error"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_calls_are_those_of_single_tokens_and_of_a_chunk_behind_a_past(window):
+    sizes = vllm_kernels.Sizes(4, 2, 32, 4, "float32", 3, 256, 5, (1, 2), window)
     names = [name for name, *_ in vllm_kernels.recorded(sizes)]
     # for each batch its attention; one encode of single tokens, one of chunks; one tile
     assert sorted(names) == ["decode", "decode_attention", "decode_attention", "encode", "encode"]

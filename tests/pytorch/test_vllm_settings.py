@@ -38,13 +38,20 @@ class Settings:
 def test_settings_of_an_engine():
     assert settings.cache_config(Settings()) == replace(config_of(4), block=BLOCK)
     assert settings.cache_config(Settings({"bits": 8})).key.bits == 8
+    windowed = settings.cache_config(Settings({"window": 128}))
+    assert (windowed.window, windowed.sinks) == (128, 4)
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (dict(entry={"bits": 9}), "got {'bits': 9}, expected bits, one of"),
-        (dict(entry={"window": 9}), "expected bits, one of"),
+        (
+            dict(entry={"bits": 9}),
+            "got {'bits': 9, 'window': 0, 'sinks': 0}, expected bits, one of",
+        ),
+        (dict(entry={"window": 9}), "multiple of 64"),
+        (dict(entry={"sinks": 4}), "with a window sinks"),
+        (dict(entry={"other": 1}), "'other': 1}, expected bits"),
         (dict(block_size=16), "block_size: got 16, expected 64"),
         (dict(kv_transfer_config="some"), "kv_transfer_config: got some, expected None"),
         (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER: got 1, expected 0"),

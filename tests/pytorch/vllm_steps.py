@@ -6,24 +6,51 @@ from tests.pytorch.skip import torch
 from turboquant_jax.cache import CacheConfig, CodecConfig
 from turboquant_jax.pytorch import codec, constants, pre_rope
 from turboquant_jax.pytorch.segments import Scores
-from turboquant_jax.vllm import pages, settings
+from turboquant_jax.vllm import pages, raw, settings
 from turboquant_jax.vllm.step import Layer
 from turboquant_jax.vllm.steps import Steps
+from turboquant_jax.vllm.windowed import Windowed, WindowedSteps
 
 CPU, DIM, HEADS, GROUP, PAGES, BLOCK = torch.device("cpu"), 16, 2, 2, 24, settings.BLOCK
+FIRST, LAST = 24, 240
+"""Pages of windows."""
 
 
-def config_of(bits: int, dim: int = DIM, heads: int = HEADS) -> CacheConfig:
+def config_of(
+    bits: int, dim: int = DIM, heads: int = HEADS, window: int = 0, sinks: int = 0
+) -> CacheConfig:
     frequencies = tuple(10_000.0 ** -(np.arange(dim // 2) / (dim // 2)))
     own = CodecConfig(bits)
     return CacheConfig(
-        1, heads, dim, own, own, window=0, sinks=0, rope_frequencies=frequencies, dtype="float32"
-    )
+        1, heads, dim, own, own, window=window, sinks=sinks, rope_frequencies=frequencies,
+        dtype="float32",
+    )  # fmt: skip
 
 
 def codecs_of(config: CacheConfig):
     (pair,) = constants.codecs_of(config, 0)
     return tuple(codec.create(own, None, None, CPU) for own in pair)
+
+
+class Windows:
+    """Pages of the window, by vLLM's rules: given for all new tokens, taken back behind it."""
+
+    def __init__(self, config: CacheConfig, codecs):
+        self.tokens = raw.tokens_of(config, codecs, torch.float32)
+        self.kept = config.window + config.block  # the window of vLLM's spec
+        self.free, self.held = list(range(FIRST, LAST)), {}
+
+    def tables(self, order: list[str], past: list[int], seen: list[int]):
+        columns = -(-len(TABLES["a"]) * BLOCK // self.tokens)
+        for request, before, after in zip(order, past, seen, strict=True):
+            own = self.held.setdefault(request, {})
+            for column in [c for c in own if (c + 1) * self.tokens <= before - self.kept + 1]:
+                self.free.append(own.pop(column))
+            for column in range(before // self.tokens, -(-after // self.tokens)):
+                if column not in own:
+                    own[column] = self.free.pop(0)
+        rows = [[self.held[r].get(c, 0) for c in range(columns)] for r in order]
+        return torch.tensor(rows, dtype=torch.int32)
 
 
 class Engine:
@@ -36,16 +63,25 @@ class Engine:
         kernels: bool = False,
         heads: int = HEADS,
         pages_held: int = PAGES,
+        window: int = 0,
+        sinks: int = 0,
     ):
-        config = config_of(bits, heads=heads)
+        config = config_of(bits, heads=heads, window=window, sinks=sinks)
         codecs = codecs_of(config)
         size = pages.token_bytes(config, codecs)
         self.memory = torch.zeros(pages_held, heads, BLOCK, size, dtype=torch.uint8)
-        held = (torch.zeros(count + 1, BLOCK, heads, DIM) for _ in range(2))
         own = pages.carve(self.memory, config, codecs)
         phases = pre_rope.create(config, 4096, CPU)
-        self.layer = Layer(config, phases, *held, own, kernels)
-        self.steps = Steps([self.layer], count, len(TABLES["a"]), CPU)
+        self.windows = Windows(config, codecs) if window else None
+        if window:
+            held = (torch.zeros(count + 1, 0, heads, DIM) for _ in range(2))
+            whole = raw.over(own, config, torch.float32)
+            self.layer = Windowed(config, phases, *held, own, kernels, raw=whole)
+            self.steps = WindowedSteps([self.layer], count, len(TABLES["a"]), CPU)
+        else:
+            held = (torch.zeros(count + 1, BLOCK, heads, DIM) for _ in range(2))
+            self.layer = Layer(config, phases, *held, own, kernels)
+            self.steps = Steps([self.layer], count, len(TABLES["a"]), CPU)
         self.past: dict[str, int] = {}
         self.found: dict[str, list] = {}
 
@@ -64,6 +100,9 @@ class Engine:
             start,
             seen,
         )
+        if self.windows is not None:
+            table = self.windows.tables(order, past, seen)
+            batch = self.steps.with_window(batch, table, torch.tensor(seen, dtype=torch.int32))
         heads = (
             torch.cat([texts[r][i][p : p + n] for r, p, n in zip(order, past, new, strict=True)])
             for i in range(3)

@@ -24,10 +24,11 @@ from turboquant_jax.pytorch import codec, constants, pre_rope
 from turboquant_jax.pytorch.codec import Codec
 from turboquant_jax.pytorch.pre_rope import Phases
 from turboquant_jax.pytorch.segments import Scores
-from turboquant_jax.vllm import pages, settings
+from turboquant_jax.vllm import pages, raw, settings, windows
 from turboquant_jax.vllm.jobs import Batch
 from turboquant_jax.vllm.step import Layer
 from turboquant_jax.vllm.steps import Steps
+from turboquant_jax.vllm.windowed import Windowed, WindowedSteps
 
 SEED = 0
 """Of the rotations: pages of all engines are alike."""
@@ -48,6 +49,7 @@ class TurboQuantBackend(AttentionBackend):
 
     Attributes:
       shared: of the engine that was made last, for shapes of memory that vLLM asks the class for.
+      latest: builder of the step's metadata, to which that of windows adds.
     """
 
     accept_output_buffer: bool = True
@@ -55,6 +57,7 @@ class TurboQuantBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
     shared: ClassVar[Shared | None] = None
+    latest: ClassVar["TurboQuantBuilder | None"] = None
 
     @staticmethod
     def get_name() -> str:
@@ -144,6 +147,8 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         self.count = vllm_config.scheduler_config.max_num_seqs
         self.steps: Steps | None = None
+        self.metadata: TurboQuantMetadata | None = None
+        TurboQuantBackend.latest = self
 
     def build(
         self,
@@ -161,7 +166,8 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 own.impl.layer_over(own.kv_cache, number) for number, own in enumerate(attention)
             ]
             columns = common.block_table_tensor.shape[1]
-            self.steps = Steps(layers, self.count, columns, self.device)
+            kind = WindowedSteps if isinstance(layers[0], Windowed) else Steps
+            self.steps = kind(layers, self.count, columns, self.device)
             if layers[0].kernels:
                 self.steps.warm_up(attention[0].impl.num_heads, self.vllm_config.model_config.dtype)
         batch = self.steps.batch(
@@ -172,7 +178,8 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             common.query_start_loc_cpu.tolist(),
             common.seq_lens_cpu_upper_bound.tolist(),  # exact without speculation
         )
-        return TurboQuantMetadata(common.num_actual_tokens, batch, self.steps.layers)
+        self.metadata = TurboQuantMetadata(common.num_actual_tokens, batch, self.steps.layers)
+        return self.metadata
 
 
 class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
@@ -214,9 +221,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Memory of open blocks: before vLLM measures how much is left for pages."""
         config = self.shared.config
+        if config.window:
+            windows.add_layer(self)
         shape = (
             self.vllm_config.scheduler_config.max_num_seqs + 1,
-            config.block,
+            0 if config.window else config.block,  # a window has the open block
             config.num_kv_heads,
             config.head_dim,
         )
@@ -232,8 +241,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         assert self.open is not None
         self.number = number
         own = pages.carve(kv_cache, self.shared.config, self.shared.codecs)
-        kernels = kv_cache.device.type == "cuda"
-        return Layer(self.shared.config, self.shared.phases, *self.open, own, kernels, number)
+        config = self.shared.config
+        of = config, self.shared.phases, *self.open, own, kv_cache.device.type == "cuda", number
+        if not config.window:
+            return Layer(*of)
+        return Windowed(*of, raw=raw.over(own, config, self.open[0].dtype))
 
     def forward(
         self,

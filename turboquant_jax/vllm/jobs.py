@@ -6,12 +6,15 @@ only the device knows; no value on the device is waited for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pallas_kernels.primitives.period import PERIOD
+
+if TYPE_CHECKING:
+    from turboquant_jax.vllm.windowed import Window
 
 BLOCKS = 64
 """Blocks of chunks that are compressed by one call: one shape, so one program."""
@@ -126,6 +129,7 @@ class Batch:
       turned: of each layer the means of `filled`, float32 [layers, n, K, 2, H], or None.
       chunks: the others.
       chunk_jobs: blocks that these fill.
+      window: where tokens in full precision lie in pages, if they do (`windowed`).
     """
 
     page_table: Tensor
@@ -138,3 +142,4 @@ class Batch:
     turned: Tensor | None = None
     chunks: tuple[Chunk, ...] = ()
     chunk_jobs: ChunkJobs | None = None
+    window: "Window | None" = None

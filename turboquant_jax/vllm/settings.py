@@ -10,6 +10,8 @@ from turboquant_jax.models.huggingface_config import config_from_huggingface
 BLOCK = 64
 """Tokens of a page."""
 BITS = (2, 3, 4, 5, 6, 7, 8)
+SINKS = 4
+"""With a window; a page of 2 bits has room for that many in 32 bits."""
 NAME = "turboquant"
 """Of our entry in vLLM's `additional_config`."""
 
@@ -21,10 +23,14 @@ def cache_config(vllm_config: Any) -> CacheConfig:
       ValueError: what is not served; says what is.
     """
     own = dict((vllm_config.additional_config or {}).get(NAME, {}))
-    bits = own.pop("bits", 4)
-    if own or bits not in BITS:
-        got = {"bits": bits} | own
-        raise ValueError(f"additional_config[{NAME!r}]: got {got}, expected bits, one of {BITS}")
+    bits, window = own.pop("bits", 4), own.pop("window", 0)
+    sinks = own.pop("sinks", SINKS if window else 0)
+    if own or bits not in BITS or not _served(window, sinks):
+        got = {"bits": bits, "window": window, "sinks": sinks} | own
+        raise ValueError(
+            f"additional_config[{NAME!r}]: got {got}, expected bits, one of {BITS}, window, a "
+            f"multiple of {BLOCK}, and with a window sinks, 0 to {SINKS}"
+        )
     _check(vllm_config)
     model = vllm_config.model_config
     described = config_from_huggingface(model.hf_config.to_dict())
@@ -42,11 +48,18 @@ def cache_config(vllm_config: Any) -> CacheConfig:
         key=codec,
         value=codec,
         block=BLOCK,
-        window=0,
-        sinks=0,
+        window=window,
+        sinks=sinks,
         rope_frequencies=tuple(inverse_frequencies(described).tolist()),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _served(window: Any, sinks: Any) -> bool:
+    """Whole blocks, so that a block lies in one piece; sinks that the first page has room for."""
+    if type(window) is not int or type(sinks) is not int:
+        return False
+    return window >= 0 and window % BLOCK == 0 and 0 <= sinks <= (SINKS if window else 0)
 
 
 def _check(vllm_config: Any) -> None:

@@ -56,7 +56,7 @@ class Layer:
         if batch.singles:
             for held, own in zip((self.keys, self.values), single, strict=True):
                 held.flatten(0, 1).index_copy_(0, batch.place, own)
-        self._compress_all(batch, runs)
+        self._compress_all(batch, runs, [self.keys, self.values])
         found = []
         if batch.singles:
             found.append(self._attend_singles(batch, q[: batch.singles], single, scores))
@@ -83,11 +83,14 @@ class Layer:
                 padded = F.pad(own[-rest:], (0, 0, 0, 0, 0, self.config.block - rest))
                 held.index_copy_(0, slot, padded[None])
 
-    def _compress_all(self, batch: Batch, runs: list[list[Tensor]]) -> None:
-        """First the opening blocks of sequences, whose means the others need."""
+    def _compress_all(self, batch: Batch, runs: list[list[Tensor]], held: list[Tensor]) -> None:
+        """First the opening blocks of sequences, whose means the others need.
+
+        `held`: keys and values [rows, block, K, H], where `batch.filled` has its rows.
+        """
         if batch.filled is not None:
             turned = None if batch.turned is None else batch.turned[self.number]
-            self._compress([self.keys, self.values], batch.filled, batch.columns, turned)
+            self._compress(held, batch.filled, batch.columns, turned)
         if batch.chunk_jobs is None:
             return
         block, counts = self.config.block, batch.chunk_jobs.counts
@@ -143,15 +146,29 @@ class Layer:
         )
 
     def _attend_singles(self, batch: Batch, q: Tensor, new: list[Tensor], scores: Scores) -> Tensor:
+        nowhere = self.keys.shape[0] - 1
+        spare = rows_of(batch.singles, nowhere) - batch.singles
+        slot = F.pad(batch.slots[: batch.singles], (0, spare), value=nowhere)
+        staged = [x.index_select(0, slot) for x in (self.keys, self.values)]
+        return self._attend(batch, staged, self._no_sinks(staged), q, new, scores)
+
+    def _attend(
+        self,
+        batch: Batch,
+        window: list[Tensor],
+        sinks: Exact,
+        q: Tensor,
+        new: list[Tensor],
+        scores: Scores,
+    ) -> Tensor:
+        """Single tokens over pages and a window [rows, slots, K, H] of padded rows."""
         count = batch.singles
-        spare = rows_of(count, self.keys.shape[0] - 1) - count
-        slot = F.pad(batch.slots[:count], (0, spare), value=self.keys.shape[0] - 1)
+        spare = window[0].shape[0] - count
         table = F.pad(batch.page_table[:count], (0, 0, 0, spare), value=NOWHERE).contiguous()
         lengths = F.pad(batch.lengths[:count], (0, spare)).contiguous()
-        staged = [x.index_select(0, slot) for x in (self.keys, self.values)]
         means = self.pages.means
         mean = None if means is None else means.index_select(1, table[:, 0])
-        state = self._state(table, lengths, staged, mean)
+        state = self._state(table, lengths, window, mean, sinks)
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, spare))[:, None] for x in (q, *new))
         if self.kernels:
             from turboquant_jax.pytorch import kernels
@@ -216,38 +233,49 @@ class Layer:
         return keys[0].to(dtype), values[0].to(dtype)
 
     @cached_property
-    def _nothing(self) -> tuple[Tensor, Tensor]:
-        """Sinks, and the reference counts of pages, which nothing here reads."""
-        none = self.keys.new_zeros(0, *self.keys.shape[2:])
+    def _references(self) -> Tensor:
+        """The reference counts of pages, which nothing here reads."""
         pages = self.pages.part.pool.scales[0].lead[1]
-        return none, torch.zeros(1, dtype=torch.int32, device=none.device).expand(pages)
+        return torch.zeros(1, dtype=torch.int32, device=self.keys.device).expand(pages)
 
     @cached_property
     def _ones(self) -> Tensor:
         """int32, as many as there are slots."""
         return torch.ones(self.keys.shape[0], dtype=torch.int32, device=self.keys.device)
 
+    @staticmethod
+    def _no_sinks(window: list[Tensor]) -> Exact:
+        none = window[0].new_zeros(0, *window[0].shape[2:])
+        sinks = PageRows((1, window[0].shape[0], 0), none)
+        return Exact(sinks, sinks)
+
     def _state(
-        self, table: Tensor, lengths: Tensor, window: list[Tensor], means: Tensor | None
+        self,
+        table: Tensor,
+        lengths: Tensor,
+        window: list[Tensor],
+        means: Tensor | None,
+        sinks: Exact | None = None,
     ) -> State:
-        """The torch cache whose window is the open blocks [B, block, K, H]: these tensors alone."""
-        config, batch = self.config, window[0].shape[0]
-        none, references = self._nothing
-        sinks = PageRows((1, batch, 0), none)
+        """The torch cache whose window is [B, slots, K, H] in full precision: these tensors alone.
+
+        Without a window of its own, open blocks.
+        """
+        config = self.config
         held = [PageRows((1, *x.shape[:2]), x.flatten(0, 1)) for x in window]
         one = self._ones[: lengths.shape[0]]
         return State(
             config=config,
-            capacity=config.block * max(table.shape[1], 1),
+            capacity=config.sinks + config.window + config.block * max(table.shape[1], 1),
             table=Table(
                 lengths=lengths,
                 pending=one,
                 overflow=one,
                 page_table=table,
                 pending_pages=table,
-                references=references,
+                references=self._references,
             ),
-            sinks=Exact(sinks, sinks),
+            sinks=sinks or self._no_sinks(window),
             window=Exact(held[0], held[1]),
             key_mean=means,
             phases=self.phases,

@@ -94,15 +94,21 @@ class Steps:
         """
         layer, new = self.layers[0], self.block + 1
         table, device = self.table[:1] * 0, self.table.device
-        seen = torch.full((1,), self.block + new, dtype=torch.int32, device=device)
+        stop = layer.config.sinks + layer.config.window + self.block + new
+        seen = torch.full((1,), stop, dtype=torch.int32, device=device)
         starts = torch.tensor([0, new], dtype=torch.int32, device=device)
-        step = self.batch(table, seen, starts, 0, [0, new], [self.block + new])
+        step = self.batch(table, seen, starts, 0, [0, new], [stop])
+        step = self.complete(step, seen)
         counts = heads, *[layer.config.num_kv_heads] * 2
         q, k, v = (
             torch.zeros(new, count, layer.config.head_dim, dtype=dtype, device=device)
             for count in counts
         )
         layer.run(q, k, v, step, Scores())
+
+    def complete(self, batch: Batch, seen: Tensor) -> Batch:
+        """A step that is only compiled, with all that it needs."""
+        return batch
 
     def _fill(self, filled: Jobs) -> None:
         """The blocks of single tokens for all layers alike, and the means that the layers have."""

@@ -1,0 +1,257 @@
+"""A layer and the steps of an engine with a window and sinks in full precision; see `raw`.
+
+All new tokens go into pages of the window before any query looks. A request with one new token has
+its window gathered from them into a ring, as the decode kernel reads it, and the block that it
+completes is compressed from there. Blocks are compressed as soon as they are full, since another
+request may share their page; attention reads them only behind the window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from turboquant_jax.pytorch.layout import Layout
+from turboquant_jax.pytorch.segments import Scores
+from turboquant_jax.pytorch.state import Exact
+from turboquant_jax.vllm import jobs, tiles
+from turboquant_jax.vllm.jobs import Batch, Chunk
+from turboquant_jax.vllm.pages import NOWHERE, PageRows
+from turboquant_jax.vllm.raw import Raw
+from turboquant_jax.vllm.step import Layer, rows_of
+from turboquant_jax.vllm.steps import Steps
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Where a step has its raw tokens: rows of `Raw`, int64.
+
+    Attributes:
+      write: [tokens, K], of all new tokens; of sinks [m, K], of the first m of `sink_source`.
+      sink_write, sink_source: of sinks among them, and which of the new tokens they are.
+      ring, sinks: [rows, slots, K], of the requests with one new token, padded by `rows_of`.
+      rings: buffers [most requests, slots, K, H] that keys and values of `ring` are gathered into,
+        for one layer after the other.
+      past: of each chunk [n, K], what its queries see in full precision; sinks come first.
+      open: of each chunk [n, K], the tokens of its open block.
+    """
+
+    write: Tensor
+    sink_write: Tensor
+    sink_source: Tensor
+    ring: Tensor
+    sinks: Tensor
+    rings: tuple[Tensor, Tensor]
+    past: tuple[Tensor, ...]
+    open: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Windowed(Layer):
+    """`Layer` with raw tokens in pages in place of open blocks; `keys` and `values` are empty."""
+
+    raw: Raw | None = None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scores: Scores) -> Tensor:
+        """Attention [tokens, N, H] of new queries; keys and values are [tokens, K, H]."""
+        window, raw = batch.window, self.raw
+        assert window is not None and raw is not None
+        new = [x.to(raw.keys.dtype) for x in (k, v)]
+        raw.write(window.write, new)
+        if window.sink_source.shape[0]:
+            raw.write(window.sink_write, [x.index_select(0, window.sink_source) for x in new])
+        runs = [self._run_of(n, chunk, batch, new) for n, chunk in enumerate(batch.chunks)]
+        if batch.singles:
+            raw.read_into(window.rings, window.ring)
+        blocks = [x.view(-1, self.config.block, *x.shape[2:]) for x in window.rings]
+        self._compress_all(batch, runs, blocks)
+        found = []
+        if batch.singles:
+            own = [x[: batch.singles] for x in new]
+            ring = [x[: window.ring.shape[0]] for x in window.rings]
+            held = [PageRows((1, *x.shape[:2]), x.flatten(0, 1)) for x in raw.read(window.sinks)]
+            sinks = Exact(held[0], held[1])
+            found.append(self._attend(batch, ring, sinks, q[: batch.singles], own, scores))
+        for number, chunk in enumerate(batch.chunks):
+            found.append(self._attend_new(batch, number, chunk, q, new, scores))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _run_of(self, number: int, chunk: Chunk, batch: Batch, new: list[Tensor]) -> list[Tensor]:
+        """Keys and values from the open block's first token to the chunk's last."""
+        assert batch.window is not None and self.raw is not None
+        first = max(0, self.config.sinks - chunk.past)
+        own = [x[chunk.start + first : chunk.start + chunk.new] for x in new]
+        if not batch.window.open[number].shape[0]:
+            return own
+        old = self.raw.read(batch.window.open[number])
+        return [torch.cat(pair) for pair in zip(old, own, strict=True)]
+
+    def _attend_new(
+        self,
+        batch: Batch,
+        number: int,
+        chunk: Chunk,
+        q: Tensor,
+        new: list[Tensor],
+        scores: Scores,
+    ) -> Tensor:
+        """Several new tokens: themselves, what is in full precision before them, and the pages."""
+        assert batch.window is not None and self.raw is not None
+        if not chunk.past:
+            return self._attend_chunk(batch, chunk, [], q, new, scores)
+        own = slice(chunk.start, chunk.start + chunk.new)
+        query, (key, value) = q[own], (x[own].to(q.dtype) for x in new)
+        factor = scores.factor(self.config.head_dim)
+        parts = [tiles.attend(query, key, value, factor, causal=True)]
+        if batch.window.past[number].shape[0]:
+            keys, values = (x.to(q.dtype) for x in self.raw.read(batch.window.past[number]))
+            parts.append(tiles.attend(query, keys, values, factor))
+        behind = self.config.compressed_tokens(chunk.past)
+        if behind:
+            parts.append(self._attend_pages(batch.page_table[chunk.row], behind, query, factor))
+        return tiles.join(parts)[0].to(q.dtype)
+
+
+class WindowedSteps(Steps):
+    """`Steps` of such layers: vLLM's tables of both groups come one after the other."""
+
+    def __init__(self, layers: Sequence[Windowed], count: int, columns: int, device: torch.device):
+        super().__init__(layers, count, columns, device)
+        config, raw = layers[0].config, layers[0].raw
+        assert raw is not None
+        self.config, self.raw = config, raw
+        self.layout = Layout(config, config.sinks, config.window + config.block, 0)
+        heads = config.num_kv_heads
+        self.write, self.sink_write = (
+            torch.zeros(count, heads, dtype=torch.int64, device=device) for _ in range(2)
+        )
+        self.each = torch.arange(count, device=device)
+        self.ring, self.sinks = (
+            torch.zeros(count, slots, heads, dtype=torch.int64, device=device)
+            for slots in (self.layout.ring, config.sinks)
+        )
+
+        shape = count, self.layout.ring, heads, config.head_dim
+        keys, values = (torch.zeros(shape, dtype=raw.keys.dtype, device=device) for _ in range(2))
+        self.rings = keys, values
+
+    def batch(
+        self,
+        table: Tensor,
+        seen: Tensor,
+        starts: Tensor,
+        singles: int,
+        host_starts: Sequence[int],
+        host_seen: Sequence[int],
+    ) -> Batch:
+        """As in `Steps`; what the window needs is added by `with_window`."""
+        count, sinks = table.shape[0], self.config.sinks
+        some, one = slice(count), slice(singles)
+        self.table[some].copy_(table)
+        self.lengths[some].copy_((seen - starts.diff()).clamp(min=0))
+        # blocks begin behind the sinks, and lie in the page after their own
+        table, lengths = self.table[some, bool(sinks) :], self.lengths[some]
+        chunks = tuple(
+            Chunk(row, start, stop - start, host_seen[row] - (stop - start))
+            for row, (start, stop) in enumerate(pairwise(host_starts[: count + 1]))
+            if row >= singles and stop > start
+        )
+        self.filled.page.fill_(-1)
+        self.columns.fill_(-1)
+        if any(end > sinks and (end - sinks) % self.block == 0 for end in host_seen[:singles]):
+            before, after = ((x - sinks).clamp(min=0) for x in (lengths[one], seen[one]))
+            blocks = self.layout.ring // self.block
+            rows = self.each[one] * blocks + before // self.block % blocks
+            own = (table[one].contiguous(), before, after, rows.int())
+            self._fill(jobs.of_singles(*own, self.block))
+        behind = tuple(self._behind_sinks(chunk) for chunk in chunks)
+        return Batch(
+            page_table=table,
+            lengths=lengths,
+            slots=self.found[some],
+            place=self.place[one],
+            singles=singles,
+            filled=self.filled if singles else None,
+            columns=self.columns,
+            turned=self.turned,
+            chunks=chunks,
+            chunk_jobs=jobs.of_chunks(behind, table.contiguous(), self.block),
+        )
+
+    def with_window(self, batch: Batch, table: Tensor, seen: Tensor) -> Batch:
+        """The step and where its raw tokens are, by the window's pages int32 [B, columns]."""
+        count, lengths, raw = batch.singles, batch.lengths[: batch.singles], self.raw
+        padded = rows_of(count, self.each.shape[0]) if count else 0
+        first, own = self.table[:, 0], table[:count]
+        valid = seen[:count] > lengths
+        rows = self._rows(own, lengths[:, None], valid[:, None])[:, 0]
+        self.write[:count].copy_(rows)
+        is_sink = valid & (lengths < self.config.sinks)
+        place = lengths.clamp(max=max(self.config.sinks - 1, 0))
+        self.sink_write[:count].copy_(
+            raw.rows(torch.where(is_sink, first[:count], NOWHERE).long(), place)
+        )
+        # as it is with the new token, but for the edge, which is that before it
+        position = self.layout.exact_positions(lengths[:, None] + 1)[0][:, self.config.sinks :]
+        held = (position >= self.layout.edge(lengths[:, None])) & (position >= 0)
+        self.ring[:count].copy_(self._rows(own, position, held & valid[:, None]))
+        sink = torch.arange(self.config.sinks, device=table.device).expand(count, -1)
+        self.sinks[:count].copy_(raw.rows(first[:count, None].long().expand_as(sink), sink))
+        for held in (self.ring, self.sinks):
+            held[count:padded].zero_()
+        writes, sink_writes, sources = [self.write[:count]], [self.sink_write[:count]], []
+        sources.append(self.each[: count if self.config.sinks else 0])
+        sink_writes[0] = sink_writes[0][: sources[0].shape[0]]
+        past, opened = [], []
+        for chunk in batch.chunks:
+            of = table[chunk.row]
+            stop, sinks = chunk.past + chunk.new, self.config.sinks
+            writes.append(self._span(of, chunk.past, stop))
+            own_sinks = min(stop, sinks) - min(chunk.past, sinks)
+            if own_sinks:
+                where = torch.arange(chunk.past, chunk.past + own_sinks, device=table.device)
+                sink_writes.append(raw.rows(first[chunk.row].long().expand_as(where), where))
+                sources.append(where - chunk.past + chunk.start)
+            edge = sinks + self.config.compressed_tokens(chunk.past)
+            known = torch.arange(min(sinks, chunk.past), device=table.device)
+            sink_rows = raw.rows(first[chunk.row].long().expand_as(known), known)
+            past.append(torch.cat([sink_rows, self._span(of, edge, chunk.past)]))
+            begun = sinks + max(0, chunk.past - sinks) // self.block * self.block
+            opened.append(self._span(of, begun, chunk.past))
+        whole = Window(
+            write=writes[0] if len(writes) == 1 else torch.cat(writes),
+            sink_write=sink_writes[0] if len(sink_writes) == 1 else torch.cat(sink_writes),
+            sink_source=sources[0] if len(sources) == 1 else torch.cat(sources),
+            ring=self.ring[:padded],
+            sinks=self.sinks[:padded],
+            rings=self.rings,
+            past=tuple(past),
+            open=tuple(opened),
+        )
+        return replace(batch, window=whole)
+
+    def complete(self, batch: Batch, seen: Tensor) -> Batch:
+        """With the window in vLLM's null page, for a step that is only compiled."""
+        columns = -(-int(batch.page_table.shape[1] + 1) * self.block // self.raw.tokens)
+        return self.with_window(batch, self.table.new_zeros(seen.shape[0], columns), seen)
+
+    def _behind_sinks(self, chunk: Chunk) -> Chunk:
+        """The chunk as blocks count it."""
+        before, after = (
+            max(0, end - self.config.sinks) for end in (chunk.past, chunk.past + chunk.new)
+        )
+        return Chunk(chunk.row, chunk.start, after - before, before)
+
+    def _rows(self, table: Tensor, position: Tensor, kept: Tensor) -> Tensor:
+        """Rows [B, n, K] of positions [B, n] in the window's pages; others are the null page's."""
+        column = (position // self.raw.tokens).clamp(0, table.shape[1] - 1).long()
+        page = torch.where(kept, torch.gather(table, 1, column), NOWHERE).long()
+        return self.raw.rows(page, torch.where(kept, position % self.raw.tokens, 0))
+
+    def _span(self, table: Tensor, first: int, stop: int) -> Tensor:
+        """Rows [n, K] of the positions from `first` to `stop` of one request."""
+        position = torch.arange(first, max(first, stop), device=table.device)
+        page = table.index_select(0, position // self.raw.tokens).long()
+        return self.raw.rows(page, position % self.raw.tokens)

@@ -29,23 +29,22 @@ _WHEN = {"ratio": "at the texts' length", "ratio_64k": "at 65,536 tokens"}
 
 
 def calibrated_claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Of one model, file by file: aims, then uniform bits on texts unlike those that it read."""
+    """Of one model: windows, aims, peers, then file by file uniform bits."""
     judged = {
         "test texts": where(rows, kind="calibrated", text="all"),
         "code alone": where(rows, kind="calibrated", text="code"),
         "German": where(rows, kind="language", text="all"),
     }
-    peers = where(rows, kind="peer", text="all")
-    files = dict.fromkeys(_file(row) for row in judged["test texts"])
-    for file in filter(None, files):
-        own = [row for row in judged["test texts"] if _file(row) == file]
-        presets = [row for row in own if not _window(row)]
-        yield from _aims(file, presets)
-        yield from _perplexity(file, presets)
+    yield from _windows(judged["test texts"], "test texts")
+    yield from _windows(where(rows, kind="calibrating", text="all"), "the texts that choose")
+    files = dict.fromkeys(filter(None, map(_file, judged["test texts"])))
+    presets = [row for row in judged["test texts"] if _file(row) and not _window(row)]
+    yield from _aims(presets)
+    yield from _perplexity(presets)
+    yield from _peers(presets, where(rows, kind="peer", text="all"))
+    for file in files:
         for texts, found in judged.items():
             yield from _equal_bytes(file, found, texts)
-        yield from _windows(file, own)
-        yield from _peers(file, presets, peers)
 
 
 def _file(row: Row) -> str:
@@ -58,25 +57,26 @@ def _window(row: Row) -> str:
     return row["preset"].partition(" by ")[2].partition(" ")[2]
 
 
-def _aims(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
-    for least, column, limit in AIMS.get(rows[0]["model"], ()):
+def _aims(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Of the presets of all files the largest that is small enough."""
+    for least, column, limit in AIMS.get(rows[0]["model"], ()) if rows else ():
         reach = [row for row in rows if row[column] >= least]
         if not reach:
             continue
         row = min(reach, key=lambda row: row[column])  # the one of the most bytes
         yield Claim(
             "our aim",
-            f"{row['model']}, calibrated ({file}), at {least:g}x and more, true bytes "
-            f"{_WHEN[column]}: a KL divergence of at most {limit:g} nats",
+            f"{row['model']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
+            f"a KL divergence of at most {limit:g} nats",
             describe(row),
             of_aim(is_below(row["kl"], row["kl_se"], limit)),
-            topic=f"{row['model']}, calibrated ({file}): KL",
+            topic=f"{row['model']}, calibrated: KL",
             short=f"{least:g}x {_WHEN[column]}, {limit:g}: {row['kl']:.4f}",
         )
 
 
-def _perplexity(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
-    if rows[0]["model"] not in PERPLEXITY:
+def _perplexity(rows: Sequence[Row]) -> Iterator[Claim]:
+    if not rows or rows[0]["model"] not in PERPLEXITY:
         return
     least, column, limit = PERPLEXITY[rows[0]["model"]]
     if not (reach := [row for row in rows if row[column] >= least]):
@@ -84,29 +84,30 @@ def _perplexity(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
     row = min(reach, key=lambda row: row[column])
     yield Claim(
         "our aim",
-        f"{row['model']}, calibrated ({file}), at {least:g}x and more, true bytes "
-        f"{_WHEN[column]}: perplexity up by at most {limit:.1%}",
+        f"{row['model']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
+        f"perplexity up by at most {limit:.1%}",
         describe(row),
         of_aim(is_below(row["perplexity_change"], row["perplexity_change_se"], limit)),
     )
 
 
-def _windows(file: str, rows: Sequence[Row]) -> Iterator[Claim]:
+def _windows(rows: Sequence[Row], texts: str) -> Iterator[Claim]:
     """Other windows in the same bytes at 65,536 tokens."""
     found = {row["preset"]: row for row in rows}
     for row in rows:
-        if _window(row):
-            usual = found[row["preset"].removesuffix(f" {_window(row)}")]
+        usual = found.get(row["preset"].removesuffix(f" {_window(row)}"))
+        if _window(row) and usual is not None:
+            first, second = sorted((row, usual), key=lambda one: -one["window"])
             yield Claim(
                 QUESTION,
-                f"{row['model']}: in the bytes of {usual['preset']} at 65,536 tokens a window of "
-                f"{row['window']} loses less than one of {usual['window']}",
-                f"{describe(row)}; {describe(usual)}",
-                is_less(row, usual),
+                f"{row['model']}, {texts}: in the bytes of {usual['preset']} at 65,536 tokens a "
+                f"window of {first['window']} loses less than one of {second['window']}",
+                f"{describe(first)}; {describe(second)}",
+                is_less(first, second),
             )
 
 
-def _peers(file: str, rows: Sequence[Row], peers: Sequence[Row]) -> Iterator[Claim]:
+def _peers(rows: Sequence[Row], peers: Sequence[Row]) -> Iterator[Claim]:
     """Of the presets the largest that is no larger than the peer at 65,536 tokens."""
     size = "bytes_per_token_64k"
     for peer in peers:
@@ -115,11 +116,11 @@ def _peers(file: str, rows: Sequence[Row], peers: Sequence[Row]) -> Iterator[Cla
         row = max(smaller, key=lambda row: row[size])
         yield Claim(
             "our aim",
-            f"{row['model']}, calibrated ({file}): less KL than {peer['preset']} at no more bytes "
+            f"{row['model']}, calibrated: less KL than {peer['preset']} at no more bytes "
             f"({peer['ratio_64k']:.2f}x at 64K)",
             f"{describe(row)}; {describe(peer)}",
             of_aim(is_less(row, peer)),
-            topic=f"{row['model']}, calibrated ({file}): less KL than peers at no more bytes at "
+            topic=f"{row['model']}, calibrated: less KL than peers at no more bytes at "
             "65,536 tokens; KL over the peer's",
             short=f"{row['kl'] / peer['kl']:.3f} ({peer['preset']})",
         )

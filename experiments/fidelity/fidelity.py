@@ -73,7 +73,7 @@ class Config:
     seeds: int = option(3, "draws of the rotations")
     precision: str = option("highest", "of float32 products, see jax.default_matmul_precision")
     calibrations: tuple[str, ...] = option(
-        ("experiments/calibrations/smollm2-135m.safetensors",),
+        tuple(f"experiments/calibrations/smollm2-135m{end}.safetensors" for end in ("", "-six")),
         "files of turboquant-jax calibrate whose presets are judged",
     )
     windows: tuple[int, ...] = option((0,), "other windows of `max` beside them, 0 for none")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.harness import results
-from experiments.harness.experiment import Row, where
+from experiments.harness.experiment import Row, distinct, where
 from experiments.speed.llama_figure import limit_of
 
 SMALL, BIASED = "smollm2-135m", "qwen2.5-coder-0.5b"
@@ -14,6 +14,8 @@ PRESETS = {
     "compact": "K3 V2 trellis w128",
     "max": "K2 V2 trellis w128",
 }
+CALIBRATED = {"lossless": SMALL, "balanced": SMALL, "compact": SMALL, "max": f"{SMALL}-six"}
+"""The file that stands for a preset, of those of SmolLM2."""
 PEERS = {
     "KIVI int4": "KIVI, int4",
     "KIVI int2": "KIVI, int2",
@@ -225,29 +227,39 @@ def _peers(out: Path) -> Iterator[str]:
 
 def _calibrated(out: Path) -> Iterator[str]:
     """Every preset with bits that are the same everywhere, and beside a calibration."""
-    losses = where(rows_of("fidelity", out), kind="calibrated", text="all")
+    every = rows_of("fidelity", out)
+    losses = where(every, kind="calibrated", text="all")
     needles = where(rows_of("needle", out), task="single")
     answers = rows_of("greedy", out)
-    lines = []
-    for name, setting in PRESETS.items():
-        names = (f"{setting} pre-RoPE",) * 2, (f"{name} by {SMALL}", f"{name} by {BIASED}")
-        for words, (small, biased) in zip(("", ", calibrated"), names, strict=True):
-            row = one(losses, model=SMALL, preset=small)
-            sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
-            found = where(losses, model=BIASED, preset=biased)
-            cells = [f"{row['kl']:.4f}", _percent(row), f"{found[0]['kl']:.4f}" if found else ""]
-            cells += [_kept(where(needles, model=model), preset) for model, preset in
-                      ((SMALL, small), (BIASED, biased))]  # fmt: skip
-            lines.append([f"`{name}`{words}", *sizes, *cells, _beginning(answers, small)])
+    full = "full precision"
+    lines = [[full, *[""] * 5, _kept(where(needles, model=SMALL), full), _beginning(answers, full)]]
+    shown = [(f"`{name}`", f"{setting} pre-RoPE") for name, setting in PRESETS.items()]
+    for name, file in CALIBRATED.items():
+        shown.append((f"`{name}`, calibrated", f"{name} by {file}"))
+    shown.append(("the same, a window of 128", f"max by {SMALL} w128"))
+    for words, preset in shown:
+        row = one(losses, model=SMALL, preset=preset)
+        sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
+        other = where(every, kind="centring", model=BIASED, text="all", preset=preset)
+        cells = [f"{row['kl']:.4f}", _percent(row), *(f"{one['kl']:.4f}" for one in other)]
+        cells += [""] * (not other)
+        kept = _kept(where(needles, model=SMALL), preset)
+        lines.append([words, *sizes, *cells, kept, _beginning(answers, preset)])
     head = ["", "smaller at 8K", "at 64K", "KL, SmolLM2", "perplexity", "KL, Qwen2.5"]
-    yield from _table([*head, "needles, SmolLM2", "Qwen2.5", "equal tokens"], lines)
+    yield from _table([*head, "needles", "equal tokens"], lines)
 
 
 def _kept(rows: Sequence[Row], preset: str) -> str:
-    """Needles found of those that full precision finds."""
+    """Needles found of those that full precision finds; the lengths where not all were asked."""
     found = where(rows, preset=preset)
     kept, of = (sum(row[column] for row in found) for column in ("kept", "found_full"))
-    return f"{kept} of {of}" if found else ""
+    asked = sorted(distinct(found, "context"))
+    lengths = (
+        ""
+        if asked == sorted(distinct(rows, "context"))
+        else (f" ({', '.join(f'{length // 1024}K' for length in asked)})")
+    )
+    return f"{kept} of {of}{lengths}"
 
 
 def _beginning(rows: Sequence[Row], preset: str) -> str:

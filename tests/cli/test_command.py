@@ -248,6 +248,8 @@ def test_a_preset_is_the_library_s(command, name):
     assert settings.table(arguments)[bits] == expected.key.code
     shorter = parse([command, *given, "--preset", name, "--window", "32"])
     assert settings.segments(shorter)["window"] == 32, "what is said counts"
+    beside = parse([command, *given, "--preset", name, "--calibration", "file"])
+    assert settings.segments(beside)["window"] == (256 if name == "max" else 128)
 
 
 @pytest.mark.parametrize("name", get_args(presets.Preset))

@@ -161,4 +161,4 @@ def test_a_number_that_is_not_in_the_rows_is_found(tmp_path):
         (tmp_path / file).write_text((ROOT / file).read_text().replace("3.53x", "3.54x"))
     (tmp_path / front.IMAGES).symlink_to(ROOT / front.IMAGES)
     problems = front.check(tmp_path, ROOT / "experiments/results")
-    assert len(problems) == 1 and "README.md" in problems[0]
+    assert len(problems) == 2 and "README.md" in problems[0] and "presets.md" in problems[1]

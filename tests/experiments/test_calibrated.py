@@ -61,14 +61,19 @@ def test_bytes_are_those_of_the_cache_and_its_matrices(held):
     assert counted.codecs > 3 * 2 * 64 * 64 * 4  # two matrices of each of three heads
 
 
-def test_smollm2_s_presets_take_the_bytes_of_the_uniform_ones():
-    file = "experiments/calibrations/smollm2-135m.safetensors"
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-six"])
+def test_smollm2_s_presets_take_the_bytes_of_the_uniform_ones(name):
+    file = f"experiments/calibrations/{name}.safetensors"
     model = prepared.model(prepared.SMOLLM2)
-    found = calibrated.presets_of(file, model)
+    *found, shorter = calibrated.presets_of(file, model, [128])
     for one, uniform in zip(found, calibrated.uniform(), strict=True):
         assert len(one.config.formats) <= 6
         sizes, same = (each.sizes(model.config, 8192) for each in (one, uniform))
         assert sizes["ratio_64k"] >= same["ratio_64k"] and sizes["ratio"] >= 3.5
-        assert sizes["ratio_64k"] >= 7.0 * (one.preset == "max by smollm2-135m")
+        assert sizes["ratio_64k"] >= 7.0 * (one.preset == f"max by {name}")
+        assert one.config.window == (256 if one.preset == f"max by {name}" else 128)
+    assert (shorter.preset, shorter.config.window) == (f"max by {name} w128", 128)
+    wide, narrow = (one.sizes(model.config, 65_536)["ratio"] for one in (found[0], shorter))
+    assert wide == pytest.approx(narrow, rel=1e-3) and min(wide, narrow) >= 7.0
     with pytest.raises(ValueError, match="calibration of Smollm2"):
         calibrated.presets_of(file, prepared.model("tiny"))

@@ -20,6 +20,7 @@ def test_windows_and_peers_are_judged_and_do_not_stand_for_the_preset():
     rows = [
         _row("max by a", 0.009),
         _row("max by a w256", 0.004, window=256),
+        _row("max by b w256", 0.004, window=256),  # without the preset's own
         _row("OSCAR int2", 0.02, 6.5, kind="peer"),
         _row("KIVI int4", 0.001, 3.0, kind="peer"),
         _row("smaller", 0.1, 9.0, kind="peer"),

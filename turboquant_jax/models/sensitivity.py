@@ -181,8 +181,7 @@ def _before(layer, hidden, angles):
     return layer(hidden, *angles, jnp.int32(0), (), attend)[1]
 
 
-@partial(compiled, static_argnames="config")
-def _forward(layer, hidden, angles, off, config, before=None):
+def _pass(layer, hidden, angles, off, config, before=None):
     """Of all tokens, or of those behind others with the keys and values `before`."""
 
     def attend(state, index, projection):
@@ -191,22 +190,27 @@ def _forward(layer, hidden, angles, off, config, before=None):
     return layer(hidden, *angles, jnp.int32(0), (), attend)[0]
 
 
+_forward = compiled(_pass, static_argnames="config")
+
+
 @partial(compiled, static_argnames="config")
 def _first(layer, hidden, angles, off: ManyErrors, config, before):
-    return lax.map(lambda own: _forward(layer, hidden, angles, own, config, before), off)
+    return lax.map(lambda own: _pass(layer, hidden, angles, own, config, before), off)
 
 
 @partial(compiled, static_argnames="config")
 def _next(layer, hidden, angles, config, before):
-    return lax.map(lambda own: _forward(layer, own, angles, None, config, before), hidden)
+    return lax.map(lambda own: _pass(layer, own, angles, None, config, before), hidden)
 
 
-@compiled
-def _log_probabilities(model, hidden):
+def _predict(model, hidden):
     def at(own):
         return jax.nn.log_softmax(model.logits(final(model, own[None, None]))[0, 0])
 
     return lax.map(at, hidden, batch_size=_ROWS)
+
+
+_log_probabilities = compiled(_predict)
 
 
 @compiled
@@ -214,7 +218,7 @@ def _kl(model, expected, hidden):
     """Of P texts, the mean over these predictions."""
 
     def of_text(own):
-        found = _log_probabilities(model, own)
+        found = _predict(model, own)
         return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=1))
 
     return lax.map(of_text, hidden)
@@ -269,7 +273,7 @@ def _backward(layer, hidden, angles, back, config):
     """The gradient by what enters the layer, and by errors of its keys and values."""
 
     def run(hidden, off):
-        return _forward(layer, hidden, angles, off, config)
+        return _pass(layer, hidden, angles, off, config)
 
     nothing = jnp.zeros((hidden.shape[1], layer.config.num_kv_heads, layer.config.head_dim))
     return jax.vjp(run, hidden, (nothing, nothing))[1](back)

@@ -158,53 +158,65 @@ class WindowedSteps(Steps):
 
     def with_window(self, batch: Batch, table: Tensor, seen: Tensor) -> Batch:
         """The step and where its raw tokens are, by the window's pages int32 [B, columns]."""
-        count, lengths, raw = batch.singles, batch.lengths[: batch.singles], self.raw
+        count = batch.singles
         padded = rows_of(count, self.each.shape[0]) if count else 0
-        first, own = self.table[:, 0], table[:count]
-        valid = seen[:count] > lengths
-        rows = self._rows(own, lengths[:, None], valid[:, None])[:, 0]
-        self.write[:count].copy_(rows)
-        is_sink = valid & (lengths < self.config.sinks)
-        place = lengths.clamp(max=max(self.config.sinks - 1, 0))
-        self.sink_write[:count].copy_(
-            raw.rows(torch.where(is_sink, first[:count], NOWHERE).long(), place)
+        written = [self._of_singles(table[:count], seen[:count], batch.lengths[:count], padded)]
+        written += [self._written(table[chunk.row], chunk) for chunk in batch.chunks]
+        write, sink_write, sink_source = (
+            own[0] if len(own) == 1 else torch.cat(own) for own in zip(*written, strict=True)
         )
-        # as it is with the new token, but for the edge, which is that before it
-        position = self.layout.exact_positions(lengths[:, None] + 1)[0][:, self.config.sinks :]
-        held = (position >= self.layout.edge(lengths[:, None])) & (position >= 0)
-        self.ring[:count].copy_(self._rows(own, position, held & valid[:, None]))
-        sink = torch.arange(self.config.sinks, device=table.device).expand(count, -1)
-        self.sinks[:count].copy_(raw.rows(first[:count, None].long().expand_as(sink), sink))
-        writes, sink_writes, sources = [self.write[:count]], [self.sink_write[:count]], []
-        sources.append(self.each[: count if self.config.sinks else 0])
-        sink_writes[0] = sink_writes[0][: sources[0].shape[0]]
-        past, opened = [], []
-        for chunk in batch.chunks:
-            of = table[chunk.row]
-            stop, sinks = chunk.past + chunk.new, self.config.sinks
-            writes.append(self._span(of, chunk.past, stop))
-            own_sinks = min(stop, sinks) - min(chunk.past, sinks)
-            if own_sinks:
-                where = torch.arange(chunk.past, chunk.past + own_sinks, device=table.device)
-                sink_writes.append(raw.rows(first[chunk.row].long().expand_as(where), where))
-                sources.append(where - chunk.past + chunk.start)
-            edge = sinks + self.config.compressed_tokens(chunk.past)
-            known = torch.arange(min(sinks, chunk.past), device=table.device)
-            sink_rows = raw.rows(first[chunk.row].long().expand_as(known), known)
-            past.append(torch.cat([sink_rows, self._span(of, edge, chunk.past)]))
-            begun = sinks + max(0, chunk.past - sinks) // self.block * self.block
-            opened.append(self._span(of, begun, chunk.past))
+        seen_by = [self._seen(table[chunk.row], chunk) for chunk in batch.chunks]
         whole = Window(
-            write=writes[0] if len(writes) == 1 else torch.cat(writes),
-            sink_write=sink_writes[0] if len(sink_writes) == 1 else torch.cat(sink_writes),
-            sink_source=sources[0] if len(sources) == 1 else torch.cat(sources),
+            write=write,
+            sink_write=sink_write,
+            sink_source=sink_source,
             ring=self.ring[:padded],
             sinks=self.sinks[:padded],
             rings=self.rings,
-            past=tuple(past),
-            open=tuple(opened),
+            past=tuple(past for past, _ in seen_by),
+            open=tuple(opened for _, opened in seen_by),
         )
         return replace(batch, window=whole)
+
+    def _of_singles(
+        self, table: Tensor, seen: Tensor, lengths: Tensor, padded: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills what requests with one new token read; says what they write (see `Window`)."""
+        count, sinks = table.shape[0], self.config.sinks
+        first, valid = self.table[:count, 0].long(), seen > lengths
+        self.write[:count].copy_(self._rows(table, lengths[:, None], valid[:, None])[:, 0])
+        page = torch.where(valid & (lengths < sinks), first, NOWHERE)
+        self.sink_write[:count].copy_(self.raw.rows(page, lengths.clamp(max=max(sinks - 1, 0))))
+        # as it is with the new token, but for the edge, which is that before it
+        position = self.layout.exact_positions(lengths[:, None] + 1)[0][:, sinks:]
+        held = (position >= self.layout.edge(lengths[:, None])) & (position >= 0)
+        self.ring[:count].copy_(self._rows(table, position, held & valid[:, None]))
+        place = torch.arange(sinks, device=table.device).expand(count, -1)
+        self.sinks[:count].copy_(self.raw.rows(first[:, None].expand_as(place), place))
+        for rows in (self.ring, self.sinks):
+            rows[count:padded].zero_()
+        some = slice(count if sinks else 0)
+        return self.write[:count], self.sink_write[some], self.each[some]
+
+    def _written(self, table: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a chunk writes, and where its sinks, and which of the new tokens they are."""
+        stop = chunk.past + chunk.new
+        ends = (min(end, self.config.sinks) for end in (chunk.past, stop))
+        sinks = torch.arange(*ends, device=table.device)
+        rows = self._sinks_of(chunk, sinks)
+        return self._span(table, chunk.past, stop), rows, sinks - chunk.past + chunk.start
+
+    def _seen(self, table: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """What a chunk's queries see in full precision before it, and its open block."""
+        sinks, past = self.config.sinks, chunk.past
+        known = torch.arange(min(sinks, past), device=table.device)
+        window = self._span(table, sinks + self.config.compressed_tokens(past), past)
+        begun = sinks + max(0, past - sinks) // self.block * self.block
+        return torch.cat([self._sinks_of(chunk, known), window]), self._span(table, begun, past)
+
+    def _sinks_of(self, chunk: Chunk, place: Tensor) -> Tensor:
+        """Rows [n, K] of sinks [n] of a request, which its first page has."""
+        return self.raw.rows(self.table[chunk.row, 0].long().expand_as(place), place)
 
     def complete(self, batch: Batch, seen: Tensor) -> Batch:
         """With the window in vLLM's null page, for a step that is only compiled."""

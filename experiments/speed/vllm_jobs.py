@@ -74,7 +74,7 @@ def _tokens(config: "Config") -> dict[str, dict[str, Any]]:
             "blocks": config.blocks if backend == OURS else 0,
             "settings": _settings(
                 backend, bits, window, dtype="float32", kv_cache_memory_bytes=1 << 30,
-                max_model_len=2048, max_num_seqs=len(prompts), max_num_batched_tokens=512,
+                max_model_len=2048, max_num_seqs=len(prompts), max_num_batched_tokens=config.chunk,
                 graphs=[len(prompts)], gpu_memory_utilization=SHARE,
             ),
         }  # fmt: skip

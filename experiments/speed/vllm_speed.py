@@ -70,6 +70,7 @@ class Config:
     windows: tuple[int, ...] = option((0,), "of ours, in tokens; with one there are four sinks")
     tokens: int = option(96, "tokens that are generated after each prompt")
     blocks: int = option(40, "blocks that are left to preempt requests, 0 for none")
+    chunk: int = option(512, "most tokens of a step, for `tokens`: with a window, few to preempt")
     each: float = option(90.0, "most seconds of an engine, its start included")
     seconds: float = option(0.0, "start nothing after so long, 0 for never")
 

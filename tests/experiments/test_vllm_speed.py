@@ -52,7 +52,9 @@ def test_every_engine_has_its_own_settings(tmp_path):
     file = tmp_path / "ids.json"
     file.write_text("[[1, 2], [3]]")
     parts = "speed", "tokens", "perplexity"
-    config = vllm_speed.Config(folder=str(tmp_path), ids=str(file), parts=parts, windows=(0, 128))
+    config = vllm_speed.Config(
+        folder=str(tmp_path), ids=str(file), parts=parts, windows=(0, 128), chunk=96
+    )
     jobs = vllm_jobs.jobs_of(config, tmp_path)
     settings = {name: job["settings"] for name, job in jobs.items()}
     assert settings["speed CUSTOM 0"]["block_size"] == 64
@@ -62,6 +64,7 @@ def test_every_engine_has_its_own_settings(tmp_path):
             for part in ("speed", "tokens")]  # fmt: skip
     assert [len(x) for x in same] == [1, 1]
     assert settings["tokens CUSTOM 8 0"]["max_num_seqs"] == 2
+    assert settings["tokens CUSTOM 8 0"]["max_num_batched_tokens"] == 96
     own = settings["perplexity CUSTOM 4 128"]
     assert own["additional_config"] == {"turboquant": {"bits": 4, "window": 128}}
     assert own["max_num_batched_tokens"] == 64

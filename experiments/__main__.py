@@ -19,7 +19,10 @@ from experiments.harness.results import OtherConfigurationError
 
 REPORT = Path(__file__).parent.parent / "REPORT.md"
 SMOKE_OUT = Path("build/experiments")
-_SAME = "model", "kind", "split", "text", "task", "context", "last", "preset", "depth"
+_SAME = (
+    *("model", "part", "kind", "split", "text", "task", "context", "last", "preset", "depth"),
+    "dtype",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
-    """Rows of the same model, setting and texts are replaced; the figure is drawn anew."""
+    """Rows of the same model, part, setting and texts are replaced; the figure is drawn anew."""
     for folder in args.folders:
         held = results.read(args.out / folder.name)
         rows, meta = results.join(held, results.read(folder), _SAME)

@@ -41,7 +41,9 @@ def main(path: str, file: str, backend: str, tokens: str, prompt: str, parent: s
             jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, int(prompt)), (int(tokens),))
         )
         logits = jax.jit(functools.partial(_logits, config))
-        compiled = logits.lower(checkpoint.model, *shapes).compile()
+        lowered = logits.lower(checkpoint.model, *shapes)
+        # which of dozens of kernels is fastest for a product takes minutes, and a run is seconds
+        compiled = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
     print(f"{place.stem}: compiled in {time.process_time():.0f} s of a core", file=sys.stderr)
     while not place.exists():
         if os.getppid() != int(parent):

@@ -301,7 +301,7 @@ def test_meta_is_json_with_a_digest(experiment, tmp_path):
 
 
 def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
-    """Rows of the same model and kind are replaced, all others stay, every run is named."""
+    """Rows of the same model, kind and dtype are replaced, all others stay, every run is named."""
 
     def write(folder, rows, command):
         meta = {"config": results.config_of(Config()), "command": command, "versions": {}}
@@ -310,12 +310,13 @@ def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
 
     held, other = tmp_path / "results" / "planted", tmp_path / "elsewhere" / "planted"
     small, large = ({"model": m, "kind": "k", "value": 1.5} for m in ("small", "large"))
+    half = small | {"dtype": "bfloat16"}
     write(held, [small], "first")
     for value in (2.0, 6.0):
-        write(other, [large | {"value": value}], "second")
+        write(other, [row | {"value": value} for row in (large, half)], "second")
         assert command.main(["add", str(other), "--out", str(held.parent)]) == 0
     found = results.read(held)
-    assert found.rows == [small, large | {"value": 6}] and found.intact
+    assert found.rows == [small, large | {"value": 6}, half | {"value": 6}] and found.intact
     assert found.meta["command"] == "first"
     assert [meta["command"] for meta in found.meta["added"]] == ["second"]
     assert write_report(tmp_path) == 0

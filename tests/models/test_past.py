@@ -182,8 +182,8 @@ def test_bits_of_each_layer_that_are_equal_generate_what_uniform_bits_do(model):
     assert not np.array_equal(other.tokens, plain.tokens)
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_a_prompt_into_an_empty_past_is_read_by_a_smaller_program(model, config, tokens, window):
+def test_a_prompt_into_an_empty_past_is_read_by_a_smaller_program(model, config, tokens):
+    window = 20 if config.key.code == "trellis" else None  # both, without crossing them
     config = dataclasses.replace(config, sliding_window=window)
     windowed = dataclasses.replace(model.config, sliding_window=window)
     model = jax.jit(lambda: Llama(windowed, nnx.Rngs(3), jnp.float32))()

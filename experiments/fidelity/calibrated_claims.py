@@ -57,13 +57,17 @@ def _window(row: Row) -> str:
     return row["preset"].partition(" by ")[2].partition(" ")[2]
 
 
+def _largest(rows: Sequence[Row], column: str, least: float) -> Row | None:
+    """Of the most bytes among those that are at least so many times smaller."""
+    reach = [row for row in rows if row[column] >= least]
+    return min(reach, key=lambda row: row[column], default=None)
+
+
 def _aims(rows: Sequence[Row]) -> Iterator[Claim]:
     """Of the presets of all files the largest that is small enough."""
     for least, column, limit in AIMS.get(rows[0]["model"], ()) if rows else ():
-        reach = [row for row in rows if row[column] >= least]
-        if not reach:
+        if (row := _largest(rows, column, least)) is None:
             continue
-        row = min(reach, key=lambda row: row[column])  # the one of the most bytes
         yield Claim(
             "our aim",
             f"{row['model']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
@@ -79,9 +83,8 @@ def _perplexity(rows: Sequence[Row]) -> Iterator[Claim]:
     if not rows or rows[0]["model"] not in PERPLEXITY:
         return
     least, column, limit = PERPLEXITY[rows[0]["model"]]
-    if not (reach := [row for row in rows if row[column] >= least]):
+    if (row := _largest(rows, column, least)) is None:
         return
-    row = min(reach, key=lambda row: row[column])
     yield Claim(
         "our aim",
         f"{row['model']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "

@@ -32,6 +32,11 @@ class Chunk(NamedTuple):
     new: int
     past: int
 
+    def behind(self, sinks: int) -> "Chunk":
+        """The same as blocks count it, which begin behind the sinks."""
+        before, after = (max(0, end - sinks) for end in (self.past, self.past + self.new))
+        return self._replace(new=after - before, past=before)
+
 
 @dataclass(frozen=True, eq=False)
 class Jobs:

@@ -57,13 +57,13 @@ class Steps:
           singles: how many requests have one token; they come first.
           host_starts, host_seen: the same numbers, as the host knows them.
         """
-        count = table.shape[0]
+        count, sinks = table.shape[0], self.layers[0].config.sinks
         some, one = slice(count), slice(singles)
         self.table[some].copy_(table)
         self.lengths[some].copy_((seen - starts.diff()).clamp(min=0))
-        table, lengths, found = self.table[some], self.lengths[some], self.found[some]
-        found.copy_(self.slots.assign(table, lengths, seen, self.block))
-        self.place[one].copy_(found[one].long() * self.block + lengths[one] % self.block)
+        # blocks begin behind the sinks, and lie in the page after their own
+        pages, lengths = self.table[some, bool(sinks) :], self.lengths[some]
+        self._assign(seen, singles)
         chunks = tuple(
             Chunk(row, start, stop - start, host_seen[row] - (stop - start))
             for row, (start, stop) in enumerate(pairwise(host_starts[: count + 1]))
@@ -71,21 +71,34 @@ class Steps:
         )
         self.filled.page.fill_(-1)  # behind the batch, and everywhere if no block is filled
         self.columns.fill_(-1)
-        if any(end and end % self.block == 0 for end in host_seen[:singles]):
-            own = (self.table[one], lengths[one], seen[one], found[one])
+        if any(end > sinks and (end - sinks) % self.block == 0 for end in host_seen[:singles]):
+            before, after = ((x - sinks).clamp(min=0) for x in (lengths[one], seen[one]))
+            own = (pages[one].contiguous(), before, after, self._open_rows(before))
             self._fill(jobs.of_singles(*own, self.block))
+        behind = tuple(chunk.behind(sinks) for chunk in chunks)
         return Batch(
-            page_table=table,
+            page_table=pages,
             lengths=lengths,
-            slots=found,
+            slots=self.found[some],
             place=self.place[one],
             singles=singles,
             filled=self.filled if singles else None,
             columns=self.columns,
             turned=self.turned,
             chunks=chunks,
-            chunk_jobs=jobs.of_chunks(chunks, table, self.block),
+            chunk_jobs=jobs.of_chunks(behind, pages.contiguous(), self.block),
         )
+
+    def _assign(self, seen: Tensor, singles: int) -> None:
+        """A slot for the open block of every request, and where the single tokens go."""
+        one = slice(singles)
+        table, lengths, found = (x[: len(seen)] for x in (self.table, self.lengths, self.found))
+        found.copy_(self.slots.assign(table, lengths, seen, self.block))
+        self.place[one].copy_(found[one].long() * self.block + lengths[one] % self.block)
+
+    def _open_rows(self, before: Tensor) -> Tensor:
+        """Where single tokens [n], behind so many others, have their open blocks: rows int32."""
+        return self.found[: len(before)]
 
     def warm_up(self, heads: int, dtype: torch.dtype) -> None:
         """Run what no captured graph has: compiled at the start, not at the first request.

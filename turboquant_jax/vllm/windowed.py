@@ -8,7 +8,6 @@ request may share their page; attention reads them only behind the window.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from turboquant_jax.pytorch.layout import Layout
 from turboquant_jax.pytorch.segments import Scores
 from turboquant_jax.pytorch.state import Exact
-from turboquant_jax.vllm import jobs, tiles
+from turboquant_jax.vllm import tiles
 from turboquant_jax.vllm.jobs import Batch, Chunk, Window
 from turboquant_jax.vllm.pages import NOWHERE, PageRows
 from turboquant_jax.vllm.raw import Raw
@@ -113,48 +112,13 @@ class WindowedSteps(Steps):
         keys, values = (torch.zeros(shape, dtype=raw.keys.dtype, device=device) for _ in range(2))
         self.rings = keys, values
 
-    def batch(
-        self,
-        table: Tensor,
-        seen: Tensor,
-        starts: Tensor,
-        singles: int,
-        host_starts: Sequence[int],
-        host_seen: Sequence[int],
-    ) -> Batch:
-        """As in `Steps`; what the window needs is added by `with_window`."""
-        count, sinks = table.shape[0], self.config.sinks
-        some, one = slice(count), slice(singles)
-        self.table[some].copy_(table)
-        self.lengths[some].copy_((seen - starts.diff()).clamp(min=0))
-        # blocks begin behind the sinks, and lie in the page after their own
-        table, lengths = self.table[some, bool(sinks) :], self.lengths[some]
-        chunks = tuple(
-            Chunk(row, start, stop - start, host_seen[row] - (stop - start))
-            for row, (start, stop) in enumerate(pairwise(host_starts[: count + 1]))
-            if row >= singles and stop > start
-        )
-        self.filled.page.fill_(-1)
-        self.columns.fill_(-1)
-        if any(end > sinks and (end - sinks) % self.block == 0 for end in host_seen[:singles]):
-            before, after = ((x - sinks).clamp(min=0) for x in (lengths[one], seen[one]))
-            blocks = self.layout.ring // self.block
-            rows = self.each[one] * blocks + before // self.block % blocks
-            own = (table[one].contiguous(), before, after, rows.int())
-            self._fill(jobs.of_singles(*own, self.block))
-        behind = tuple(self._behind_sinks(chunk) for chunk in chunks)
-        return Batch(
-            page_table=table,
-            lengths=lengths,
-            slots=self.found[some],
-            place=self.place[one],
-            singles=singles,
-            filled=self.filled if singles else None,
-            columns=self.columns,
-            turned=self.turned,
-            chunks=chunks,
-            chunk_jobs=jobs.of_chunks(behind, table.contiguous(), self.block),
-        )
+    def _assign(self, seen: Tensor, singles: int) -> None:
+        """Open blocks are in the window's pages: `with_window` says where."""
+
+    def _open_rows(self, before: Tensor) -> Tensor:
+        """Rows of the rings, as blocks."""
+        blocks = self.layout.ring // self.block
+        return (self.each[: len(before)] * blocks + before // self.block % blocks).int()
 
     def with_window(self, batch: Batch, table: Tensor, seen: Tensor) -> Batch:
         """The step and where its raw tokens are, by the window's pages int32 [B, columns]."""
@@ -222,13 +186,6 @@ class WindowedSteps(Steps):
         """With the window in vLLM's null page, for a step that is only compiled."""
         columns = -(-int(batch.page_table.shape[1] + 1) * self.block // self.raw.tokens)
         return self.with_window(batch, self.table.new_zeros(seen.shape[0], columns), seen)
-
-    def _behind_sinks(self, chunk: Chunk) -> Chunk:
-        """The chunk as blocks count it."""
-        before, after = (
-            max(0, end - self.config.sinks) for end in (chunk.past, chunk.past + chunk.new)
-        )
-        return Chunk(chunk.row, chunk.start, after - before, before)
 
     def _rows(self, table: Tensor, position: Tensor, kept: Tensor) -> Tensor:
         """Rows [B, n, K] of positions [B, n] in the window's pages; others are the null page's."""

@@ -18,6 +18,7 @@ from jax import lax
 
 from turboquant_jax import cache, models
 from turboquant_jax.cache.presets import preset as preset_config
+from turboquant_jax.models import sensitivity
 from turboquant_jax.models.generate import compiled_prefill
 from turboquant_jax.models.past import COMPRESSED
 from turboquant_jax.models.rope import inverse_frequencies
@@ -40,10 +41,9 @@ def main(path: str, file: str, backend: str, tokens: str, prompt: str, parent: s
         shapes = (
             jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, int(prompt)), (int(tokens),))
         )
-        logits = jax.jit(functools.partial(_logits, config))
-        lowered = logits.lower(checkpoint.model, *shapes)
-        # which of dozens of kernels is fastest for a product takes minutes, and a run is seconds
-        compiled = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+        # run once: with kernels tried out for its products, compiling would take minutes
+        logits = sensitivity.compiled(functools.partial(_logits, config))
+        compiled = logits.lower(checkpoint.model, *shapes).compile()
     print(f"{place.stem}: compiled in {time.process_time():.0f} s of a core", file=sys.stderr)
     while not place.exists():
         if os.getppid() != int(parent):

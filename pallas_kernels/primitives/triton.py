@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as backend
 
+from pallas_kernels.primitives import branches
+
 # Threads of a warp.
 LANES = 32
 
@@ -63,11 +65,15 @@ def loads_again() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """The programs of a kernel: their grid, the warps of each, the stages of their loops' loads."""
+    """The programs of a kernel: their grid, the warps of each, the stages of their loops' loads.
+
+    `apart`: its large branches are compiled as functions.
+    """
 
     grid: tuple[int, ...]
     warps: int
     stages: int
+    apart: bool = False
 
 
 def call(
@@ -106,8 +112,9 @@ def call(
             interpret=interpret,
             input_output_aliases=aliases,
             name=name,
-            compiler_params=backend.CompilerParams(
-                num_warps=launch.warps, num_stages=launch.stages
+            # torch's Triton takes the first function of a module for the kernel
+            compiler_params=branches.parameters(
+                launch.warps, launch.stages, launch.apart and not loads_again()
             ),
         )(*operands)
         if not all(specs[i].asked for i in wide):

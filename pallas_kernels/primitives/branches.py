@@ -29,11 +29,13 @@ except ImportError:
 
 LARGE = 300
 """Operations of a branch that becomes a function."""
+LONG = 6000
+"""Operations of all of them, where that is worth it: a function takes some more registers."""
 
 
 @dataclass(frozen=True)
 class Apart(backend.CompilerParams):
-    """Compiler parameters of a kernel whose large branches become functions."""
+    """Compiler parameters of a kernel whose large branches become functions, if it is long."""
 
 
 def parameters(warps: int, stages: int, apart: bool) -> backend.CompilerParams:
@@ -59,22 +61,24 @@ if SERVED:
 
 
 def outlined(bytecode: bytes) -> bytes:
-    """A module of Triton IR with every large branch of its kernel as a function."""
+    """A module of Triton IR, the large branches of its kernel as functions where it is long."""
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         dialects.dialect.register_dialect(context)
         module = ir.Module.parse(bytecode)
         (kernel,) = module.body.operations
         (entry,) = kernel.operation.regions[0].blocks
-        large = [
-            block
+        branches = [
+            (block, [*_nested(block)])
             for op in entry.operations
-            if op.operation.name == "scf.if" and not op.operation.results
+            if op.operation.name == "scf.if" and not len(op.operation.results)
             for region in op.operation.regions
             for block in region.blocks
-            if sum(1 for _ in _nested(block)) >= LARGE
         ]
-        for number, block in enumerate(large):
-            _outline(module, block, f"branch_{number}")
+        large = [(block, ops) for block, ops in branches if len(ops) >= LARGE]
+        if sum(len(ops) for _, ops in large) < LONG:
+            return bytecode
+        for number, (block, ops) in enumerate(large):
+            _outline(module, block, ops, f"branch_{number}")
         module.operation.verify()
         buffer = io.BytesIO()
         module.operation.write_bytecode(buffer)
@@ -90,16 +94,21 @@ def _nested(block: Any) -> Iterator[Any]:
                 yield from _nested(inner)
 
 
-def _outline(module: Any, block: Any, name: str) -> None:
-    """Move what a branch does into a function of this name, and call it instead.
+def _outline(module: Any, block: Any, ops: list[Any], name: str) -> None:
+    """Move what a branch does, `ops`, into a function of this name, and call it instead.
 
     Its arguments are what the branch takes from outside; constants it makes itself.
     """
-    ops = list(_nested(block))
-    inside = {*ops}
-    outside = dict.fromkeys(
-        value for op in ops for value in op.operands if _defining(value) not in inside
-    )
+    made = {value for op in ops for value in op.results}
+    made |= {
+        value
+        for op in ops
+        for region in op.regions
+        for at in region.blocks
+        for value in at.arguments
+    }
+    taken = [(op, place, value) for op in ops for place, value in enumerate(op.operands)]
+    outside = dict.fromkeys(value for _, _, value in taken if value not in made)
     constants = [value for value in outside if _is_constant(value)]
     arguments = [value for value in outside if not _is_constant(value)]
     types = [value.type for value in arguments]
@@ -116,10 +125,9 @@ def _outline(module: Any, block: Any, name: str) -> None:
     own = dict(zip(arguments, body.arguments, strict=True))
     with ir.InsertionPoint(body):
         own |= {value: value.owner.clone().operation.results[0] for value in constants}
-    for op in ops:
-        for place, value in enumerate(op.operands):
-            if value in own:
-                op.operands[place] = own[value]
+    for op, place, value in taken:
+        if value in own:
+            op.operands[place] = own[value]
     *moved, end = [op.operation for op in block.operations]
     for op in moved:
         body.append(op)
@@ -128,12 +136,6 @@ def _outline(module: Any, block: Any, name: str) -> None:
     with ir.InsertionPoint(end):
         callee: Any = ir.FlatSymbolRefAttr.get(name)
         ir.Operation.create("tt.call", operands=arguments, attributes={"callee": callee})
-
-
-def _defining(value: Any) -> Any:
-    """The operation that makes a value, or whose region has it as an argument."""
-    owner = value.owner
-    return owner.owner.operation if isinstance(owner, ir.Block) else owner.operation
 
 
 def _is_constant(value: Any) -> bool:

@@ -47,12 +47,12 @@ def functions(bytecode):
 
 @pytest.fixture(scope="module")
 def apart_and_whole():
-    """The decode kernel for heads of two formats, as it is, and as jax would lower it."""
-    apart = modules("formats step")["decode_attention"]
+    """The decode kernel for heads of four formats, as it is, and as jax would lower it."""
+    apart = modules("pallas-7x")["decode_attention"]
     branches.SERVED = False
     jax.clear_caches()  # or the lowering is the one just made
     try:
-        return functions(apart), functions(modules("formats step")["decode_attention"])
+        return functions(apart), functions(modules("pallas-7x")["decode_attention"])
     finally:
         branches.SERVED = True
         jax.clear_caches()
@@ -62,8 +62,8 @@ def test_each_format_is_a_function(apart_and_whole):
     (kernel, *others), _ = apart_and_whole
     assert [name for name, _ in others] == [f"branch_{i}" for i in range(len(others))]
     assert kernel[1]["tt.call"] == len(others)
-    assert len(others) == 3  # the tokens in full precision, and two formats
-    assert all(counts[LOOP] for _, counts in others)
+    assert len(others) == 5  # the tokens in full precision, and four formats
+    assert all(counts[LOOP] for _, counts in others[1:])
     assert LOOP not in kernel[1]
     assert all(sum(counts.values()) >= branches.LARGE for _, counts in others)
 
@@ -82,11 +82,12 @@ def test_torch_gets_one_function():
     """Its Triton takes the first function of a module for the kernel."""
     jax.clear_caches()
     with triton.loading_again():
-        found = functions(modules("formats step")["decode_attention"])
+        found = functions(modules("pallas-7x")["decode_attention"])
     jax.clear_caches()
     assert len(found) == 1
 
 
-def test_one_format_is_no_branch():
-    found = functions(modules("attend 4x4 32x4096")["decode_attention"])
-    assert len(found) == 1
+@pytest.mark.parametrize("name", ("attend 4x4 32x4096", "formats step"))
+def test_short_kernels_are_whole(name):
+    ((_, counts),) = functions(modules(name)["decode_attention"])
+    assert "tt.call" not in counts

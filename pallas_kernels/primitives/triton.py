@@ -1,4 +1,4 @@
-"""The only module that touches Pallas' Triton backend.
+"""The only module, with `branches`, that touches Pallas' Triton backend.
 
 Triton is the backend because it serves sm_80 and newer and its kernels can be interpreted on a CPU.
 jax deprecates it from 0.11 on without a removal date and says so (DeprecationWarning,

@@ -67,14 +67,7 @@ def outlined(bytecode: bytes) -> bytes:
         module = ir.Module.parse(bytecode)
         (kernel,) = module.body.operations
         (entry,) = kernel.operation.regions[0].blocks
-        branches = [
-            (block, [*_nested(block)])
-            for op in entry.operations
-            if op.operation.name == "scf.if" and not len(op.operation.results)
-            for region in op.operation.regions
-            for block in region.blocks
-        ]
-        large = [(block, ops) for block, ops in branches if len(ops) >= LARGE]
+        large = [*_large(entry)]
         if sum(len(ops) for _, ops in large) < LONG:
             return bytecode
         for number, (block, ops) in enumerate(large):
@@ -83,6 +76,19 @@ def outlined(bytecode: bytes) -> bytes:
         buffer = io.BytesIO()
         module.operation.write_bytecode(buffer)
         return buffer.getvalue()
+
+
+def _large(block: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """The outermost large branches in a block, and their operations."""
+    for op in block.operations:
+        is_branch = op.operation.name == "scf.if" and not len(op.operation.results)
+        for region in op.operation.regions:
+            for inner in region.blocks:
+                ops = [*_nested(inner)] if is_branch else []
+                if len(ops) >= LARGE:
+                    yield inner, ops
+                else:
+                    yield from _large(inner)
 
 
 def _nested(block: Any) -> Iterator[Any]:

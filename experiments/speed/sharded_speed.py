@@ -40,6 +40,7 @@ from turboquant_jax.models import PRESETS, LlamaConfig
 from turboquant_jax.models import sharding as model_sharding
 
 NEEDS = GPU
+KEYS = ("what", "axis", "devices", "batch", "tokens")
 _AIMS = {"attention": 0.85, "decoder": 0.75}
 _AIM_OF_TWO = 1.7
 LARGE = "decoder70b"

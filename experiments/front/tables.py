@@ -239,7 +239,9 @@ def _calibrated(out: Path) -> Iterator[str]:
     for words, preset in shown:
         row = one(losses, model=SMALL, preset=preset)
         sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
-        other = where(every, kind="centring", model=BIASED, text="all", preset=preset)
+        own = preset.replace(f" by {CALIBRATED}", f" by {BIASED}")
+        kind = "centring" if own == preset else "calibrated"
+        other = where(every, kind=kind, model=BIASED, text="all", context=4096, preset=own)
         cells = [f"{row['kl']:.4f}", _percent(row), *(f"{one['kl']:.4f}" for one in other)]
         cells += [""] * (not other)
         kept = _kept(where(needles, model=SMALL), preset)

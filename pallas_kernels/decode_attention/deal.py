@@ -81,13 +81,14 @@ def find(batch: int, splits: int, work: jax.Array) -> Task:
 def _alike(batch: int, splits: int, number: jax.Array) -> tuple:
     sequence = jnp.minimum(lax.div(number, splits), batch - 1)
     exists = (number < batch * splits).astype(jnp.int32)
-    return sequence, number - sequence * splits, jnp.int32(splits), jnp.int32(0), exists
+    zero = number - number  # a branch yields no constants
+    return sequence, number - sequence * splits, zero + splits, zero, exists
 
 
 def _by_length(batch: int, splits: int, number: jax.Array, work: jax.Array) -> tuple:
     which = jnp.arange(work.shape[0])
     work = jnp.where(which < batch, work, 0)
-    share = jnp.maximum(_quotient(work.sum(), jnp.int32(batch * splits)), MIN_TILES)
+    share = jnp.maximum(_share(work.sum(), batch, splits), MIN_TILES)
     count = jnp.maximum(_quotient(work, jnp.full_like(work, share)), 1)
     count = jnp.where(which < batch, count, 0)
     end = jnp.cumsum(count)
@@ -101,6 +102,11 @@ def _by_length(batch: int, splits: int, number: jax.Array, work: jax.Array) -> t
     own = triton.uniform(jnp.where(which == sequence, count, 0).sum())
     more = batch * splits + before(jnp.maximum(count - splits, 0))
     return sequence, number - before(count), own, more, exists
+
+
+def _share(total: jax.Array, batch: int, splits: int) -> jax.Array:
+    """Tiles that a program has at most: those of each in an equal batch."""
+    return _quotient(total, jnp.int32(batch * splits))
 
 
 def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -9,9 +9,9 @@ than their launches has. Bytes are those of the packed cache (codes and scales).
 `pallas-exact` sees one newest token in full precision too, as a mean of the keys needs: `mean`
 is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 where it is empty.
 
-`lengths` of a batch of that many tokens in all, a table of pages of half of them a sequence: "equal",
-"uniform" (evenly spread between 1/8 and 15/8 of the mean, in random order) or "one long" (half of all
-tokens in one sequence). cuDNN's time beside them is that of equal lengths.
+`lengths`: of sequences whose mean is `tokens`, with room for half of all tokens in each. "equal",
+"uniform" (evenly spread between 1/8 and 15/8 of the mean, in random order) or "one long" (one has
+half of all tokens). cuDNN's time beside them is that of equal lengths.
 
 `pallas-7x` are heads of four calibrated formats (`calibrated_blocks`), with the mean before RoPE;
 its bits are means over the heads.

@@ -72,13 +72,15 @@ def _unlike(rows: Sequence[Row]) -> Iterator[Claim]:
     """Batches of unlike lengths beside those of equal ones."""
     for equal in where(rows, lengths="equal"):
         same = {name: equal[name] for name in ("bits_k", "bits_v", "batch", "tokens")}
-        found = [row for row in where(rows, **same) if row.get("lengths") not in ("", "equal", None)]
+        found = [
+            row for row in where(rows, **same) if row.get("lengths") not in ("", "equal", None)
+        ]
         ratios = [row["milliseconds"] / equal["milliseconds"] for row in found]
         if ratios:
             yield Claim(
                 OURS,
-                f"{equal['bits_k']:g} bits, {equal['batch']} sequences of {equal['tokens']:,} tokens on "
-                f"average: other lengths take at most {UNLIKE:.2f} times as long as equal ones",
+                f"{equal['bits_k']:g} bits, {equal['batch']} x {equal['tokens']:,}: unlike lengths "
+                f"take at most {UNLIKE:.2f} times as long as equal ones of as many tokens",
                 ", ".join(
                     f"{x:.2f} ({row['lengths']})" for x, row in zip(ratios, found, strict=True)
                 ),

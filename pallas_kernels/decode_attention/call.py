@@ -182,9 +182,7 @@ def run(
             later=exact.later,
         )
         inputs = inputs | {"exact": dataclasses.replace(exact, layer=None)}
-        out_shape["exact"] = {
-            name: new(batch, kv_heads, *shape) for name, shape in shapes.items()
-        }
+        out_shape["exact"] = {name: new(batch, kv_heads, *shape) for name, shape in shapes.items()}
         out_specs["exact"] = jax.tree.map(of_head, out_shape["exact"])
         if exact.write:
             for name in ("keys", "values"):
@@ -195,7 +193,9 @@ def run(
     outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plans=plans),
         triton.Launch(
-            (deal.programs(batch, plan.splits), kv_heads, batch), warps=plan.warps, stages=plan.stages
+            (deal.programs(batch, plan.splits), kv_heads, batch),
+            warps=plan.warps,
+            stages=plan.stages,
         ),
         in_specs=(in_specs,),
         out_specs=out_specs,

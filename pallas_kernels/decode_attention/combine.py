@@ -63,7 +63,7 @@ def combine_kernel(
         count = inputs["dealt"][0]
 
     def load(name: str, first: Any, at: jax.Array, most: int) -> jax.Array:
-        """[len(at), rows, columns] of the slots `at` behind the first, of which there are `most`."""
+        """[len(at), rows, columns] of the slots `at` behind the first, which are `most`."""
         row = (channel,) if name == "sums" else ()
         slot = first + at
         place = (slot[:, None, None], *(x[None, :, None] for x in row), head[None, None, :])

@@ -24,7 +24,7 @@ MOST = 512
 class Task(NamedTuple):
     """The work of a program, in int32 scalars.
 
-    head: a kv head. sequence; split: its number among the `splits` of the sequence. slot: where its sums go.
+    head: a kv head. split: its number among the `splits` of the sequence. slot: where its sums go.
     more: the first slot of those splits that are beyond the schedule's. exists: if there is any.
     """
 

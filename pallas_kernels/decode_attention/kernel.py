@@ -68,9 +68,7 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...])
         attend_split(inputs, outputs, plans, task)
 
 
-def attend_split(
-    inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], task: Task
-) -> None:
+def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], task: Task) -> None:
     """What a program does whose task is known."""
     plan, sequence = plans[0], task.sequence
     length, row = inputs["lengths"][sequence], sequence
@@ -123,12 +121,16 @@ class Tiles(NamedTuple):
 def tiles_of(plan: DecodePlan, seen: tuple, turns: bool) -> Tiles:
     """Those with the tokens from seen[0] up to seen[1]; of one sequence or of a vector of them."""
     start, length = seen
-    first = seen_first = jnp.int32(0) if is_zero(start) else lax.div(start, like(start, plan.tokens))
+    first = seen_first = (
+        jnp.int32(0) if is_zero(start) else lax.div(start, like(start, plan.tokens))
+    )
     if turns and plan.tokens < PERIOD:  # tiles are whole turns
         first = first - lax.rem(first, like(first, PERIOD // plan.tokens))
     blocks = lax.div(length + plan.tokens - 1, like(length, plan.tokens)) - first
     blocks = jnp.maximum(blocks, 0)
-    return Tiles(first, seen_first, blocks, lax.div(blocks + plan.pages - 1, like(blocks, plan.pages)))
+    return Tiles(
+        first, seen_first, blocks, lax.div(blocks + plan.pages - 1, like(blocks, plan.pages))
+    )
 
 
 def is_zero(start: Any) -> bool:

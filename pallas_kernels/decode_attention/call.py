@@ -130,7 +130,7 @@ def _of_pools(
 def run(
     plans: tuple[DecodePlan, ...], inputs: dict[str, Any], kv_heads: int, channels: int
 ) -> tuple[dict[str, Any], tuple | None]:
-    """Calls the kernel on the grid (programs, kv heads, sequences).
+    """Calls the kernel on the grid (splits, kv heads, sequences).
 
     What is of one sequence is passed of all, as a program finds its own (`deal`).
     """
@@ -192,11 +192,7 @@ def run(
     inputs = jax.tree.map(jnp.asarray, inputs)
     outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plans=plans),
-        triton.Launch(
-            (deal.programs(batch, plan.splits), kv_heads, batch),
-            warps=plan.warps,
-            stages=plan.stages,
-        ),
+        triton.Launch((plan.splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
         in_specs=(in_specs,),
         out_specs=out_specs,
         out_shape=out_shape,

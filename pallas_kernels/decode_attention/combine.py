@@ -39,9 +39,8 @@ def combine_kernel(
 
     Slot i has sums [slots, channels, columns], weight and peak [slots, columns] of a split: its
     output is 2**peak * sums, its softmax denominator 2**peak * weight. A sequence has `splits` of
-    them; or as many as `dealt` says, those beyond `splits` from the slot on that it says. The
-    splits are multiplied by the transpose of `rotation`, where there is one; `exact`, a part like a
-    split, is not.
+    them, or as many as `dealt` says, from the slot on that it says. The splits are multiplied by
+    the transpose of `rotation`, where there is one; `exact`, a part like a split, is not.
 
     Outputs are `out` and `lse`, or those of a part. Of splits that are one tile everything is
     loaded before the first use, so that there is one wait for memory, and in the layout of the
@@ -58,9 +57,11 @@ def combine_kernel(
     channel = part * rows + jnp.arange(rows)
     inside = channel < channels
 
-    own, count = triton.program_id(2) * splits, splits
+    own, usual = triton.program_id(2) * splits, None
     if "dealt" in inputs:
-        count = inputs["dealt"][0]
+        own += triton.program_id(2)
+        first, count = inputs["dealt"][0], inputs["dealt"][1]
+        usual = (first == own) & (count == splits)
 
     def load(name: str, first: Any, at: jax.Array, most: int) -> jax.Array:
         """[len(at), rows, columns] of the slots `at` behind the first, which are `most`."""
@@ -84,8 +85,8 @@ def combine_kernel(
     def tile(i: Any, names: Iterable[str]) -> dict[str, jax.Array]:
         at = i * step + jnp.arange(step)
         held = {name: load(name, own, at, splits) for name in names}
-        if "dealt" in inputs:  # loaded beside the number, and not after it
-            held = {name: _where(at < count, x, OTHERS[name]) for name, x in held.items()}
+        if usual is not None:  # loaded beside the number, and not after it
+            held = {name: jnp.where(usual, x, OTHERS[name]) for name, x in held.items()}
         return held
 
     held = tile(0, OTHERS)
@@ -117,7 +118,8 @@ def combine_kernel(
         sums = lax.fori_loop(1, turns, lambda i, sums: add(tile(i, OTHERS), sums), sums)
     total, out = sums
     if "dealt" in inputs:
-        top, total, out = _further(load, inputs["dealt"], splits, (top, total, out))
+        place = first, jnp.where(usual, 0, count)
+        top, total, out = _dealt(load, place, (top, total, out))
     if "sums" in outputs:
         same = jnp.broadcast_to(head[None, :], (rows, columns))  # in all rows
         triton.store(outputs["peak"].at[same], top)
@@ -143,16 +145,10 @@ def combine_kernel(
     triton.store(outputs["lse"].at[same], log, mask=same < heads)
 
 
-def _where(known: jax.Array, x: jax.Array, other: float) -> jax.Array:
-    """`other` in the place of what no split has stored."""
-    return jnp.where(jnp.broadcast_to(known[:, None, None], x.shape), x, other)
-
-
-def _further(load: Callable, dealt: Any, splits: int, carry: tuple) -> tuple:
-    """Peak, weight and sums with the splits beyond `splits`, of a long sequence."""
-    rows, columns = carry[0].shape
+def _dealt(load: Callable, place: tuple, carry: tuple) -> tuple:
+    """Peak, weight and sums with the splits in `place`: (the first slot, how many)."""
+    (first, count), (rows, columns) = place, carry[0].shape
     step = max(1, FEW // (rows * columns))
-    count, first = dealt[0] - splits, dealt[1]
 
     def add(i: jax.Array, carry: tuple) -> tuple:
         top, *sums = carry
@@ -163,7 +159,7 @@ def _further(load: Callable, dealt: Any, splits: int, carry: tuple) -> tuple:
         new = ((held[name] * share).sum(axis=0) for name in ("weight", "sums"))
         return peak, *(x * old + y for x, y in zip(sums, new, strict=True))
 
-    return lax.fori_loop(0, lax.div(jnp.maximum(count, 0) + step - 1, step), add, carry)
+    return lax.fori_loop(0, lax.div(count + step - 1, step), add, carry)
 
 
 def combine(
@@ -176,9 +172,9 @@ def combine(
 ) -> tuple[jax.Array, jax.Array]:
     """peak, weight [K, slots, columns], sums [K, slots, H, columns] of the decode kernel,
 
-    where slots are `splits` of each sequence, one after the other; `dealt` [K, B, 2]: how many
-    splits each has, and where those beyond `splits` begin, if that differs; `exact` [B, K, ...]
-    without slots; optional sink logits [K, G] and rotation of the splits ->
+    where slots are `splits` of each sequence, one after the other; or, with one more slot between
+    sequences, as many of each as `dealt` [K, B, 2] says, behind the first that it says; `exact`
+    [B, K, ...] without slots; optional sink logits [K, G] and rotation of the splits ->
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
     kv_heads, slots, channels, columns = parts["sums"].shape

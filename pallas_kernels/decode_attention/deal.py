@@ -1,10 +1,9 @@
-"""Which split of which sequence a program of the decode kernel takes, from the lengths.
+"""Which tiles of which sequences a program of the decode kernel takes, from the lengths.
 
-A batch of sequences that are equally long has the splits of the schedule, `splits` of each. Of
-others a sequence has as many as it has shares of the work, where a share is what each of those
-would have; so no program has more than in an equal batch of the same tokens, and there are at most
-as many programs more as there are sequences. They are launched in any case and leave at once where
-they are not needed. Everything depends on lengths alone.
+The tiles of all sequences of a batch lie in a row, and every program of a kv head takes an equal
+stretch of them, a piece of one sequence or pieces of several. Of sequences that are equally long
+these are the splits of the schedule. There are as many programs as in an equal batch, whatever the
+lengths: more would share schedulers of a multiprocessor that others have alone.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention.schedule import MIN_TILES
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 
@@ -21,94 +19,73 @@ from pallas_kernels.primitives.dequantize import power_of_two
 MOST = 512
 
 
-class Task(NamedTuple):
-    """The work of a program, in int32 scalars.
+class Stretch(NamedTuple):
+    """What a program takes, in int32 scalars: number of the program; tiles from `begin` to `end`.
 
-    head: a kv head. split: its number among the `splits` of the sequence. slot: where its sums go.
-    more: the first slot of those splits that are beyond the schedule's. exists: if there is any.
+    They are of the sequences from `first` to `last`, and `start` is the first tile of `first`.
     """
+
+    number: Any
+    begin: Any
+    end: Any
+    first: Any
+    last: Any
+    start: Any
+
+
+class Piece(NamedTuple):
+    """Tiles of a sequence from `begin` to `end`; `slot`: where their sums go."""
 
     head: Any
     sequence: Any
-    split: Any
-    splits: Any
+    begin: Any
+    end: Any
     slot: Any
-    more: Any
-    exists: Any
 
 
 def dealt(batch: int) -> bool:
-    """Whether the splits of a sequence are found by the program, or the schedule's."""
+    """Whether a program finds its sequences by their lengths."""
     return 1 < batch <= MOST
 
 
-def programs(batch: int, splits: int) -> int:
-    """Of a kv head, a sequence."""
-    return splits + 1 if dealt(batch) else splits
-
-
 def slots(batch: int, splits: int) -> int:
-    """For the sums of the splits of a kv head: those of the schedule, then the others.
-
-    Of the others there are fewer than of the schedule's: a sequence that has some has all of its
-    own, and every other one at least one.
-    """
-    return batch * splits * (2 if dealt(batch) else 1)
+    """For the pieces of a kv head: each program, and each sequence after the first, begins one."""
+    return batch * (splits + 1 if dealt(batch) else splits)
 
 
 def sequences(batch: int) -> jax.Array:
-    """Numbers of all sequences as a vector for `find`: the last one stands in beyond the end."""
+    """Numbers of all sequences as a vector: the last one stands in beyond the end."""
     return jnp.minimum(jnp.arange(power_of_two(batch)), batch - 1)
 
 
-def find(batch: int, splits: int, work: jax.Array) -> Task:
-    """The task of this program of the grid (programs, kv head, sequence).
-
-    `work`: int32 tiles of each of the `sequences`.
-    """
-    number = triton.program_id(2) * programs(batch, splits) + triton.program_id(0)
-    alike = (work.max() == work.min()).astype(jnp.int32)
-    found = lax.cond(
-        triton.uniform(alike) > 0,
-        lambda: _alike(batch, splits, number),
-        lambda: _by_length(batch, splits, number, work),
-    )
-    sequence, split, count, more, exists = found
-    slot = jnp.where(split < splits, sequence * splits, more - splits) + split
-    return Task(triton.program_id(1), sequence, split, count, slot, more, exists > 0)
+def find(batch: int, splits: int, work: jax.Array) -> Stretch:
+    """That of this program of the grid (splits, kv head, sequence); `work`: tiles of each."""
+    number = triton.program_id(2) * splits + triton.program_id(0)
+    work, end = _in_a_row(batch, work)
+    total, programs = work.sum(), batch * splits
+    low, high = lax.div(number * total, programs), lax.div((number + 1) * total, programs)
+    before = (end <= low).astype(jnp.int32)
+    first, last = before.sum(), (end - work < high).astype(jnp.int32).sum() - 1
+    start = (work * before).sum()
+    found = (triton.uniform(x) for x in (low, high, first, jnp.minimum(last, batch - 1), start))
+    return Stretch(number, *found)
 
 
-def _alike(batch: int, splits: int, number: jax.Array) -> tuple:
-    sequence = jnp.minimum(lax.div(number, splits), batch - 1)
-    exists = (number < batch * splits).astype(jnp.int32)
-    zero = number - number  # a branch yields no constants
-    return sequence, number - sequence * splits, zero + splits, zero, exists
+def pieces_of(batch: int, splits: int, work: jax.Array, sequence: jax.Array) -> tuple:
+    """(the first slot, the number of slots) of a sequence."""
+    work, end = _in_a_row(batch, work)
+    own = jnp.arange(work.shape[0]) == sequence
+    total, stop = work.sum(), jnp.where(own, end, 0).sum()
+    count = jnp.where(own, work, 0).sum()
+
+    def program(tile: jax.Array) -> jax.Array:
+        return lax.div((tile + 1) * (batch * splits) - 1, jnp.maximum(total, 1))
+
+    first = program(stop - count)
+    return first + sequence, jnp.where(count > 0, program(stop - 1) - first + 1, 0)
 
 
-def _by_length(batch: int, splits: int, number: jax.Array, work: jax.Array) -> tuple:
-    which = jnp.arange(work.shape[0])
-    work = jnp.where(which < batch, work, 0)
-    share = jnp.maximum(_share(work.sum(), batch, splits), MIN_TILES)
-    count = jnp.maximum(_quotient(work, jnp.full_like(work, share)), 1)
-    count = jnp.where(which < batch, count, 0)
-    end = jnp.cumsum(count)
-    sequence = triton.uniform((end <= number).astype(jnp.int32).sum())
-    exists = (sequence < batch).astype(jnp.int32)
-    sequence = jnp.minimum(sequence, batch - 1)
-
-    def before(x: jax.Array) -> jax.Array:
-        return triton.uniform(jnp.where(which < sequence, x, 0).sum())
-
-    own = triton.uniform(jnp.where(which == sequence, count, 0).sum())
-    more = batch * splits + before(jnp.maximum(count - splits, 0))
-    return sequence, number - before(count), own, more, exists
-
-
-def _share(total: jax.Array, batch: int, splits: int) -> jax.Array:
-    """Tiles that a program has at most: those of each in an equal batch."""
-    return _quotient(total, jnp.int32(batch * splits))
-
-
-def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, rounded up."""
-    return lax.div(x + y - 1, y)
+def _in_a_row(batch: int, work: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The work of each sequence, nothing beyond the last; where each ends."""
+    work = jnp.where(jnp.arange(work.shape[0]) < batch, work, 0)
+    return work, jnp.cumsum(work)

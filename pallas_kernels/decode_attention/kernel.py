@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention import deal
-from pallas_kernels.decode_attention.deal import Task
+from pallas_kernels.decode_attention.deal import Piece
 from pallas_kernels.decode_attention.exact import (
     EMPTY,
     attend_exact,
@@ -42,35 +42,57 @@ POOL = ("keys", "values", "scales", "bases", "key_tables", "value_tables")
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:
-    """One program of the grid (`deal.programs`, kv head, sequence); writes the sums of its split.
+    """One program of the grid (split, kv head, sequence); writes the sums of its pieces.
 
-    The last one also attends to the tokens in full precision, and has fewer blocks for it. Of
-    several `plans`, one for each format, the program takes that of its head: the only branch.
+    The one that has the last piece of a sequence also attends to the tokens in full precision, and
+    has fewer blocks for it. Of several `plans`, one for each format, the program takes that of its
+    head: the only branch.
     """
-    plan = plans[0]
+    plan, head = plans[0], triton.program_id(1)
+    split, sequence = triton.program_id(0), triton.program_id(2)
     if not deal.dealt(plan.batch):
-        sequence, split = triton.program_id(2), triton.program_id(0)
-        slot, head = sequence * plan.splits + split, triton.program_id(1)
-        task = Task(head, sequence, split, plan.splits, slot, 0, True)
-        attend_split(inputs, outputs, plans, task)
+        work = work_of(plan, inputs, sequence)
+        begin = lax.div(split * work, plan.splits)
+        end = lax.div((split + 1) * work, plan.splits)
+        slot = sequence * plan.splits + split
+        attend_piece(inputs, outputs, plans, Piece(head, sequence, begin, end, slot))
         return
-    every = deal.sequences(plan.batch)
-    lengths = triton.load(inputs["lengths"].at[every])
-    seen = (0, lengths)
+    work = work_of(plan, inputs, deal.sequences(plan.batch))
+    stretch = deal.find(plan.batch, plan.splits, work)
+
+    @triton.when(split == 0)
+    def _() -> None:
+        found = deal.pieces_of(plan.batch, plan.splits, work, sequence)
+        for i, x in enumerate(found):
+            triton.store(outputs["dealt"].at[sequence, jnp.full((1,), i)], jnp.full((1,), x))
+
+    def body(i: jax.Array, start: jax.Array) -> jax.Array:
+        sequence = stretch.first + i
+        end = work_of(plan, inputs, sequence)
+        piece = Piece(
+            head, sequence,
+            jnp.maximum(stretch.begin - start, 0), jnp.minimum(stretch.end - start, end),
+            stretch.number + sequence,
+        )  # fmt: skip
+        attend_piece(inputs, outputs, plans, piece)
+        return start + end
+
+    triton.rare_loop(stretch.last - stretch.first + 1, body, stretch.start)
+
+
+def work_of(plan: DecodePlan, inputs: Refs, sequence: jax.Array) -> jax.Array:
+    """Tiles of a sequence, or of a vector of them, with what full precision counts for."""
+    load = lambda ref: triton.load(ref.at[sequence])  # noqa: E731
+    seen = (0, load(inputs["lengths"]))
     if "exact" in inputs:
         exact = inputs["exact"]
-        seen = exact.places(lengths, triton.load(exact.pending.at[every])).blocks
-    work = tiles_of(plan, seen, turns_of(inputs)).count + plan.exact_tiles
-    task = deal.find(plan.batch, plan.splits, jnp.broadcast_to(work, lengths.shape))
-
-    @triton.when(task.exists)
-    def _() -> None:
-        attend_split(inputs, outputs, plans, task)
+        seen = exact.places(seen[1], load(exact.pending)).blocks
+    return tiles_of(plan, seen, turns_of(inputs)).count + plan.exact_tiles
 
 
-def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], task: Task) -> None:
-    """What a program does whose task is known."""
-    plan, sequence = plans[0], task.sequence
+def attend_piece(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], piece: Piece) -> None:
+    """A piece of a sequence, with the tokens in full precision if it is the last one."""
+    plan, sequence = plans[0], piece.sequence
     length, row = inputs["lengths"][sequence], sequence
     if "place" in inputs:
         row = sequence + inputs["place"][1] * plan.batch
@@ -78,20 +100,16 @@ def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], tas
         "queries": [triton.Row(x, sequence) for x in inputs["queries"]],
         "page_table": triton.Row(inputs["page_table"], sequence),
     }
-    parts = outputs | {name: triton.Row(outputs[name], task.slot) for name in PART}
-    if "dealt" in outputs:  # by one program of each sequence
-        for i, x in enumerate((task.splits, task.more)):
-            mask = jnp.full((1,), task.split == 0)
-            place = outputs["dealt"].at[sequence, jnp.full((1,), i)]
-            triton.store(place, jnp.full((1,), x), mask=mask)
+    parts = outputs | {name: triton.Row(outputs[name], piece.slot) for name in PART}
     if "exact" not in inputs:
-        attend_blocks(inputs, parts, plans, task, row, (0, length))
+        attend_blocks(inputs, parts, plans, piece, row, (0, length))
         return
     exact = inputs["exact"]
     places = exact.places(length, exact.pending[sequence])
     exact = dataclasses.replace(exact, query=triton.Row(exact.query, sequence))
+    work = tiles_of(plan, places.blocks, turns_of(inputs)).count + plan.exact_tiles
 
-    @triton.when(task.split == task.splits - 1)
+    @triton.when(piece.end == work)
     def _() -> None:
         rows = [row] * (len(exact.keys) - 1) + [sequence]
         peak, weight, sums = attend_exact(
@@ -106,7 +124,7 @@ def attend_split(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], tas
         if "keys" in outputs:
             write_newest(exact, places, rows, outputs["keys"], outputs["values"])
 
-    attend_blocks(inputs | {"exact": exact}, parts, plans, task, row, places.blocks)
+    attend_blocks(inputs | {"exact": exact}, parts, plans, piece, row, places.blocks)
 
 
 class Tiles(NamedTuple):
@@ -160,7 +178,7 @@ def attend_blocks(
     inputs: Refs,
     outputs: Refs,
     plans: tuple[DecodePlan, ...],
-    task: Task,
+    piece: Piece,
     row: jax.Array,
     seen: tuple,
 ) -> None:
@@ -168,25 +186,25 @@ def attend_blocks(
     pools = [inputs | {name: inputs[name][number] for name in POOL} for number in range(len(plans))]
 
     def pool_row() -> jax.Array:
-        return task.head + inputs["place"][0] if "place" in inputs else task.head
+        return piece.head + inputs["place"][0] if "place" in inputs else piece.head
 
     if len(plans) == 1:
-        attend_format(pools[0], outputs, plans[0], task, row, pool_row, seen)
+        attend_format(pools[0], outputs, plans[0], piece, row, pool_row, seen)
         return
-    own = triton.uniform(inputs["heads"][task.head, 0])
-    its_row = inputs["heads"][task.head, 1]
+    own = triton.uniform(inputs["heads"][piece.head, 0])
+    its_row = inputs["heads"][piece.head, 1]
     for number, (pool, plan) in enumerate(zip(pools, plans, strict=True)):
 
         @triton.when(own == number)
         def _(pool: Refs = pool, plan: DecodePlan = plan) -> None:
-            attend_format(pool, outputs, plan, task, row, lambda: its_row, seen)
+            attend_format(pool, outputs, plan, piece, row, lambda: its_row, seen)
 
 
 def attend_format(
     inputs: Refs,
     outputs: Refs,
     plan: DecodePlan,
-    task: Task,
+    piece: Piece,
     row: jax.Array,
     pool_row: Callable[[], jax.Array],
     seen: tuple,
@@ -201,9 +219,7 @@ def attend_format(
     turns = turns_of(inputs)
     many = turns and plan.columns > MANY
     first, seen_first, blocks, tiles = tiles_of(plan, seen, turns)
-    work = tiles + plan.exact_tiles
-    begin = jnp.minimum(lax.div(task.split * work, task.splits), tiles)
-    end = jnp.minimum(lax.div((task.split + 1) * work, task.splits), tiles)
+    begin, end = jnp.minimum(piece.begin, tiles), jnp.minimum(piece.end, tiles)
     slots, first_page = inputs["page_table"].shape[0], pool_row() * plan.row_pages
 
     def slot_of(block):

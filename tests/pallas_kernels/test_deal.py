@@ -1,4 +1,4 @@
-"""Who takes what: every split has one program and one slot, and none has more than its share."""
+"""Who takes what: every tile is of one program, no program has more than its share."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import deal
-from pallas_kernels.decode_attention.schedule import MIN_TILES
 from pallas_kernels.primitives import triton
 
 LENGTHS = {
@@ -18,52 +17,68 @@ LENGTHS = {
 }
 
 
-def tasks(splits, work):
-    """Those of all programs of a kv head."""
+def dealt(splits, work):
+    """[first, last, begin, end, start] of all programs of a kv head, the slots of all sequences."""
     batch = len(work)
-    grid = deal.programs(batch, splits), batch
-    shapes = [jax.ShapeDtypeStruct(grid, jnp.int32)] * 6
 
-    def kernel(work, *outputs):
-        task = deal.find(batch, splits, triton.load(work.at[deal.sequences(batch)]))
-        for ref, x in zip(outputs, task[1:], strict=True):
-            ref[0, 0] = jnp.asarray(x, jnp.int32)
+    def kernel(work, stretches, pieces):
+        every = triton.load(work.at[deal.sequences(batch)])
+        found = deal.find(batch, splits, every)
+        names = "first", "last", "begin", "end", "start"
+        for i, name in enumerate(names):
+            stretches[0, 0, i] = getattr(found, name)
+        of_sequence = deal.pieces_of(batch, splits, every, triton.program_id(2))
+        for i, x in enumerate(of_sequence):
+            pieces[0, i] = x
 
-    block = triton.BlockSpec((1, 1), lambda i, h, j: (i, j))
+    new = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     with triton.interpreted():
-        found = triton.call(
-            kernel, triton.Launch((grid[0], 1, batch), 1, 1), name="deal", out_shape=shapes,
-            in_specs=(triton.BlockSpec((batch,), lambda i, h, j: (0,)),), out_specs=[block] * 6,
+        stretches, pieces = triton.call(
+            kernel, triton.Launch((splits, 1, batch), 1, 1), name="deal",
+            in_specs=(triton.BlockSpec((batch,), lambda i, h, j: (0,)),),
+            out_shape=[new(batch, splits, 5), new(batch, 2)],
+            out_specs=[
+                triton.BlockSpec((1, 1, 5), lambda i, h, j: (j, i, 0)),
+                triton.BlockSpec((1, 2), lambda i, h, j: (j, 0)),
+            ],
         )(jnp.asarray(work, jnp.int32))  # fmt: skip
-    return deal.Task(None, *(np.asarray(x).T.ravel() for x in found))
+    return np.asarray(stretches).reshape(-1, 5), np.asarray(pieces)
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize(("batch", "splits"), [(3, 7), (5, 3), (8, 1)])
-def test_splits_are_dealt_once_each(kind, batch, splits):
+def test_every_tile_is_dealt_once(kind, batch, splits):
     work = LENGTHS[kind](np.random.default_rng(batch), batch)
     assert work.min() < work.max()
-    share = max(-(-work.sum() // (batch * splits)), MIN_TILES)
-    task = tasks(splits, work)
-    there = task.exists > 0
-    count = np.zeros(batch, int)
-    for sequence in range(batch):
-        mine = there & (task.sequence == sequence)
-        count[sequence] = mine.sum()
-        assert (task.splits[mine] == count[sequence]).all()
-        np.testing.assert_array_equal(task.split[mine], np.arange(count[sequence]))
-        slots = np.arange(count[sequence]) + sequence * splits
-        slots[splits:] += task.more[mine][0] - (sequence + 1) * splits
-        np.testing.assert_array_equal(task.slot[mine], slots)
-    np.testing.assert_array_equal(count, np.maximum(-(-work // share), 1))
-    assert len(set(task.slot[there])) == there.sum() <= deal.programs(batch, splits) * batch
-    assert task.slot[there].max() < deal.slots(batch, splits)
+    stretches, pieces = dealt(splits, work)
+    tiles, written = [[] for _ in work], {}
+    for number, (first, last, begin, end, start) in enumerate(stretches):
+        assert end - begin <= -(-work.sum() // (batch * splits))
+        for sequence in range(first, last + 1):
+            mine = range(max(begin - start, 0), min(end - start, work[sequence]))
+            tiles[sequence] += mine
+            assert written.setdefault(number + sequence, sequence) == sequence
+            start += work[sequence]
+    assert [list(range(n)) for n in work] == tiles
+    assert max(written) < deal.slots(batch, splits)
+    for sequence, (first, count) in enumerate(pieces):
+        found = range(first, first + count)
+        assert all(written[slot] == sequence for slot in found)
+        assert count > 0 or work[sequence] == 0
+        assert sum(x == sequence for x in written.values()) == count or work[sequence] == 0
 
 
-def test_equal_lengths_have_the_splits_of_the_schedule():
-    task = tasks(3, np.full(4, 77))
-    there = task.exists > 0
-    np.testing.assert_array_equal(there, np.arange(16) < 12)
-    np.testing.assert_array_equal(task.slot[there], np.arange(12))
-    np.testing.assert_array_equal(task.sequence[there], np.repeat(np.arange(4), 3))
-    assert (task.splits[there] == 3).all()
+@pytest.mark.parametrize("tiles", [77, 2, 0])
+def test_equal_lengths_have_the_splits_of_the_schedule(tiles):
+    stretches, pieces = dealt(3, np.full(4, tiles))
+    for j in range(4):
+        for i in range(3):
+            first, last, begin, end, start = stretches[3 * j + i]
+            assert (begin - start, end - start) == (
+                i * tiles // 3,
+                (i + 1) * tiles // 3,
+            ) or not tiles
+            assert first == last == j or end == begin
+        expected = [4 * j, 3] if tiles > 2 else pieces[j]
+        np.testing.assert_array_equal(pieces[j], expected)
+    assert (pieces[:, 1] > 0).all() == (tiles > 0)

@@ -29,44 +29,39 @@ def expected(parts, sinks, matrix):
     return (out / total[:, :, None]).swapaxes(2, 3), np.log(total) + top / np.log2(np.e)
 
 
-def in_slots(parts, splits, dealt):
-    """The splits [B, K, n, ...] as the decode kernel leaves them, `splits` of each sequence first.
+def in_slots(parts, splits, counts):
+    """The first `counts` splits of the sequences [B, K, n, ...] as the decode kernel leaves them.
 
-    Slots that nobody wrote hold NaN. Where they are dealt, the second sequence has half as many.
+    Slots that nobody wrote hold NaN.
     """
-    batch, kv_heads, count = parts["peak"].shape[:3]
-    own, more = min(splits, count), batch * splits
-    found, table = {}, np.zeros((kv_heads, batch, 2), np.int32)
+    batch, kv_heads = parts["peak"].shape[:2]
+    usual = all(count == splits for count in counts)
+    first = np.arange(batch) * (splits + 1) if usual else 1 + np.cumsum([0, *counts[:-1]])
+    found = {"exact": parts["exact"]}
     for name in ("peak", "weight", "sums"):
         x = parts[name].swapaxes(0, 1)
-        held = np.full((kv_heads, 2 * more + batch * count, *x.shape[3:]), np.nan, np.float32)
-        place = more
-        for j in range(batch):
-            there = count // 2 if dealt and j == 1 else count
-            table[:, j] = there, place
-            first = min(own, there)
-            held[:, j * splits : j * splits + first] = x[:, j, :first]
-            held[:, place : place + there - first] = x[:, j, first:there]
-            place += there - first
-        found[name] = held if dealt else held[:, :more]
-    return found | {"exact": parts["exact"]} | ({"dealt": table} if dealt else {})
+        held = np.full((kv_heads, 1 + sum(counts) + batch * splits, *x.shape[3:]), np.nan)
+        for j, count in enumerate(counts):
+            held[:, first[j] : first[j] + count] = x[:, j, :count]
+        found[name] = np.float32(held)
+    table = np.stack([first, counts], axis=1).astype(np.int32)
+    return found | {"dealt": np.broadcast_to(table, (kv_heads, batch, 2))}
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=GPU)])
 @pytest.mark.parametrize(
-    ("splits", "columns", "rotated", "usual"),
+    ("splits", "columns", "rotated", "dealt"),
     [
-        (5, 4, True, 5),  # one tile
-        (19, 4, True, 19),  # two kernels
-        (19, 16, True, 19),
-        (130, 16, False, 130),  # several tiles
-        (5, 16, False, 5),
-        (13, 4, True, 5),  # dealt: more than a tile
-        (90, 8, True, 19),
-        (40, 16, False, 30),
+        (5, 4, True, None),  # one tile
+        (19, 4, True, None),  # two kernels
+        (19, 16, True, None),
+        (130, 16, False, None),  # several tiles
+        (5, 16, False, (5, 5)),  # dealt, as they would be in any case
+        (5, 4, True, (13, 0)),
+        (19, 8, True, (40, 19)),
     ],
 )
-def test_combine(splits, columns, rotated, usual, interpret):
+def test_combine(splits, columns, rotated, dealt, interpret):
     random = np.random.default_rng(splits * columns)
     shape, heads = (2, 3), columns - 1
     part = {"peak": (columns,), "weight": (columns,), "sums": (CHANNELS, columns)}
@@ -74,7 +69,8 @@ def test_combine(splits, columns, rotated, usual, interpret):
     def new(*lead):
         return {name: random.normal(size=(*shape, *lead, *x)) for name, x in part.items()}
 
-    parts = new(splits)
+    counts = dealt or (splits, splits)
+    parts = new(max(counts))
     parts |= {"peak": 4 * parts["peak"], "exact": new()}
     parts["weight"] = abs(parts["weight"])
     parts["weight"][:, :, ::3] = 0.0  # splits without tokens
@@ -90,16 +86,17 @@ def test_combine(splits, columns, rotated, usual, interpret):
         signs = random.choice([-1.0, 1.0], size=(1, 1, CHANNELS, CHANNELS))
         rotation = RotationOperand(jnp.asarray(signs, jnp.bfloat16), gain=CHANNELS**-0.5)
         matrix = signs[0, 0] * CHANNELS**-0.5
-    several = usual * CHANNELS * min(columns, 8) > TILE
-    assert several == (usual > 8)  # as the cases say
-    held = in_slots(parts, usual, splits != usual)
-    if "dealt" in held:
-        gone = slice(splits // 2, None)
-        parts["peak"][1, :, gone], parts["weight"][1, :, gone] = -1e30, 0.0
-        parts["sums"][1, :, gone] = 0.0
+    several = splits * CHANNELS * min(columns, 8) > TILE
+    assert several == (splits > 8)  # as the cases say
+    slots = {name: x.swapaxes(0, 1) for name, x in parts.items() if name != "exact"}
+    held = {name: x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in slots.items()}
+    held = in_slots(parts, splits, counts) if dealt else held | {"exact": parts["exact"]}
+    for j, count in enumerate(counts):
+        for name, nothing in (("peak", -1e30), ("weight", 0.0), ("sums", 0.0)):
+            parts[name][j, :, count:] = nothing
 
     with triton.interpreted(interpret):
-        out, lse = combine(held, usual, jnp.asarray(sinks), rotation, heads, jnp.float32)
+        out, lse = combine(held, splits, jnp.asarray(sinks), rotation, heads, jnp.float32)
 
     every = np.pad(sinks, ((0, 0), (0, columns - heads)))
     right, sums = expected(parts, every[None], matrix)

@@ -4,7 +4,7 @@ In two, where a rotation wants all channels of more splits than the registers of
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def combine_kernel(
     channel = part * rows + jnp.arange(rows)
     inside = channel < channels
 
-    own, usual = triton.program_id(2) * splits, None
+    own, usual = triton.program_id(2) * splits, cast(Any, None)
     if "dealt" in inputs:
         own += triton.program_id(2)
         first, count = inputs["dealt"][0], inputs["dealt"][1]
@@ -118,8 +118,8 @@ def combine_kernel(
         sums = lax.fori_loop(1, turns, lambda i, sums: add(tile(i, OTHERS), sums), sums)
     total, out = sums
     if "dealt" in inputs:
-        place = first, jnp.where(usual, 0, count)
-        top, total, out = _dealt(load, place, (top, total, out))
+        others = first, jnp.where(usual, 0, count)
+        top, total, out = _dealt(load, others, (top, total, out))
     if "sums" in outputs:
         same = jnp.broadcast_to(head[None, :], (rows, columns))  # in all rows
         triton.store(outputs["peak"].at[same], top)

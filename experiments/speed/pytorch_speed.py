@@ -35,6 +35,7 @@ from experiments.harness.statistics import met
 from turboquant_jax.models import PRESETS
 
 NEEDS = "the extra torch, and an NVIDIA GPU of 80 GB for its full size"
+KEYS = ("cache", "captured", "fused", "batch", "context")
 CACHES = (
     *("dynamic", "static, captured", "4 bits, fused", "4 bits, captured", "balanced, fused"),
     *("balanced, captured", "4 bits", "dynamic flash", "quantized"),

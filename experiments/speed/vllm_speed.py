@@ -55,7 +55,7 @@ from experiments.speed.vllm_claims import IN_TREE, OURS, THEIRS
 from experiments.speed.vllm_server import Server
 
 NEEDS = "vLLM 0.26 with the extra torch, and an NVIDIA GPU of 80 GB for its full size"
-KEYS = ("part", "backend", "bits", "run", "batch", "context")
+KEYS = ("part", "backend", "bits", "window", "devices", "compiled", "run", "batch", "context")
 
 
 @dataclass(frozen=True)

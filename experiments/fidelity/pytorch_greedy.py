@@ -46,6 +46,8 @@ NEEDS = "the extra torch, token ids in .data/ by python -m experiments.tasks.pac
 
 FIRST = 128
 """Tokens that go first, as one chunk: the window of the presets holds them all."""
+PERPLEXITY = 0.75
+"""Of the time, the share after which no perplexity begins."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ device = pytorch_speed.device
 
 
 def run(config: Config, track: Track) -> Iterator[Row]:
-    """Perplexities, while our own decoder compiles; then generate beside it, and compare."""
+    """Generate; perplexities, while our own decoder compiles; then compare what it chooses."""
     require_torch()
     import torch
 
@@ -90,7 +92,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     where = torch_models.device()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file = {job: Path(folder, "-".join(job) + ".npz") for job in jobs}
-        theirs = {job: _start_jax(path, config, file[job], stack) for job in jobs}
+        missing = [job for job in jobs if " ".join(job) not in journal.held]
+        theirs = {job: _start_jax(path, config, file[job], stack) for job in missing}
 
         @functools.cache
         def choose(preset: Preset, dtype: str) -> None:
@@ -99,8 +102,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             print(f"{preset} {dtype}: torch has chosen", file=sys.stderr, flush=True)
 
         def greedy(preset: Preset, dtype: str) -> list[Row]:
-            for job in jobs:  # while our own decoder compiles
-                choose(*job)
+            choose(preset, dtype)
             if theirs[preset, dtype].wait():
                 raise RuntimeError("our own decoder failed; its words are above")
             own = file[preset, dtype]
@@ -114,8 +116,11 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             model = torch_models.model_of_gguf(path, torch.float32, where)
             return [_perplexity(config, model, preset, _texts(path, config))]
 
-        for preset in config.presets * ("perplexity" in config.parts):
-            yield from journal.measure(preset, functools.partial(perplexity, preset))
+        for job in missing:
+            choose(*job)
+        for preset in config.presets * ("perplexity" in config.parts):  # while the other compiles
+            measure = functools.partial(perplexity, preset)
+            yield from journal.measure(preset, measure, share=PERPLEXITY)
         for preset, dtype in track(jobs, "pytorch_greedy"):
             job = functools.partial(greedy, preset, dtype)
             yield from journal.measure(f"{preset} {dtype}", job)

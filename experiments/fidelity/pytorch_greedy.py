@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,9 +97,13 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         theirs = {job: _start_jax(path, config, file[job], stack) for job in missing}
 
         @functools.cache
+        def model_in(dtype: str) -> Any:
+            return torch_models.model_of_gguf(path, getattr(torch, dtype), where)
+
+        @functools.cache
         def choose(preset: Preset, dtype: str) -> None:
-            model = torch_models.model_of_gguf(path, getattr(torch, dtype), where)
-            _generate(config, model, preset, _prompt(path, config), file[preset, dtype])
+            held = file[preset, dtype]
+            _generate(config, model_in(dtype), preset, _prompt(path, config), held)
             print(f"{preset} {dtype}: torch has chosen", file=sys.stderr, flush=True)
 
         def greedy(preset: Preset, dtype: str) -> list[Row]:
@@ -113,8 +118,7 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             return [head | compared]
 
         def perplexity(preset: Preset) -> list[Row]:
-            model = torch_models.model_of_gguf(path, torch.float32, where)
-            return [_perplexity(config, model, preset, _texts(path, config))]
+            return [_perplexity(config, model_in("float32"), preset, _texts(path, config))]
 
         for job in missing:
             choose(*job)

@@ -2,15 +2,14 @@
 
 python -m experiments.speed.decoder_in_jax llama-3-8b 0 64 3 1x4096 8x32768
 
-Prints a row of `llama_speed` at 4 bits, as JSON, for each case. All cases are compiled first, side
-by side. Before that a decoder of one layer is compiled for every batch, alone: XLA times its matrix
-products meanwhile, once for each shape.
+Prints a row of `llama_speed` at 4 bits, as JSON, for each case. The first is compiled alone, the
+others side by side.
 """
 
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
 
 from experiments.speed.llama_speed import Bench, Config
 
@@ -19,14 +18,12 @@ BITS = 4
 
 def main(model: str, layers: str, steps: str, repeats: str, *cases: str) -> None:
     """Rows of the cases, in their order, to standard output."""
-    config = Config(cases, (BITS,), model, int(layers), int(steps), int(repeats))
-    bench, small = Bench(config), Bench(replace(config, layers=1))
-    for case in {case.split("x")[0]: case for case in cases}.values():
-        if small.llama != bench.llama:
-            small.compile(case, [BITS])
-    del small
+    bench = Bench(Config(cases, (BITS,), model, int(layers), int(steps), int(repeats)))
+    first, *others = (partial(bench.compile_one, case, BITS) for case in cases)
+    first()  # and the weights are drawn, once: what threads ask for first, each of them would draw
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda case: bench.compile_one(case, BITS), cases))
+        for compiled in [pool.submit(one) for one in others]:
+            compiled.result()
     for case in cases:
         for row in bench.measure(case, BITS, []):
             print(json.dumps(row), flush=True)

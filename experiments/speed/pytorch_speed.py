@@ -25,6 +25,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,8 @@ _SHARED = (
     *("batch", "context", "milliseconds_per_step", "milliseconds_min", "milliseconds_max"),
     *("cache_bytes", "peak_bytes"),
 )
+OWN_SHARE = 0.6
+"""Of the time, if there is a limit, the share that our own decoder has."""
 WITHIN = 1.1
 """The aim: a captured step in at most this many times that of our own decoder."""
 
@@ -128,14 +131,19 @@ def _measure_own(config: Config, journal: Journal) -> None:
     program = [sys.executable, "-m", module, config.model, *numbers, *cases]
     changes = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
     changes["JAX_PLATFORMS"] = "cpu" if device() == "cpu" else "cuda,cpu"
+    limit = (config.seconds or float("inf")) * OWN_SHARE
     with subprocess.Popen(
         program, env=os.environ | changes, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
+        ending = threading.Timer(min(limit, threading.TIMEOUT_MAX), process.kill)
+        ending.daemon = True
+        ending.start()
         for line in filter(lambda x: x.startswith("{"), process.stdout):
             found = json.loads(line)
             row = {"cache": OWN, "captured": 1, "fused": 0, **{k: found[k] for k in _SHARED}}
             journal.measure(name(found["case"]), lambda row=row: [row])
+        ending.cancel()
     if process.returncode:
         print("our own decoder failed; its words are above", file=sys.stderr)
 

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +65,21 @@ def test_our_own_decoder_is_measured_once_a_case(monkeypatch):
     assert "copy" not in found
     pytorch_speed._measure_own(config, journal)
     assert len(asked) == 1
+
+
+def test_our_own_decoder_is_ended_when_its_time_is_over(monkeypatch):
+    """What it has measured by then stays."""
+    row = json.dumps({"case": "1x40"} | dict.fromkeys(pytorch_speed._SHARED, 2.0))
+
+    def start(program, env, **options):
+        slow = f"import time; print({row!r}, flush=True); time.sleep(60)"
+        return subprocess.Popen([sys.executable, "-c", slow], **options)
+
+    monkeypatch.setattr(pytorch_speed, "device", lambda: "cpu")
+    monkeypatch.setattr(pytorch_speed, "subprocess", SimpleNamespace(Popen=start, PIPE=-1))
+    config = pytorch_speed.Config(("1x40", "2x40"), seconds=5.0)
+    journal = Journal(None, time.monotonic(), 60.0)
+    begin = time.monotonic()
+    pytorch_speed._measure_own(config, journal)
+    assert time.monotonic() - begin < 30
+    assert list(journal.held) == ["1x40 our own decoder"]

@@ -8,8 +8,7 @@ given the same tokens one by one, with a cache of the same configuration and see
 device; `tokens_equal` are those before the first that it would not have chosen, `tokens_agreeing`
 all that it would. Where they part, `gap_torch` and `gap_jax` say how far the best token leads in
 the logits of each, and `logit_difference` how far these are apart at most: gaps of that order are a
-near-tie. `beside` says where our own decoder ran, if not on torch's device: of a run that ended
-before it did, differences are those of torch's 64 largest logits.
+near-tie.
 
 `perplexity`: the test texts of `fidelity`, token by token through the captured step, the model in
 float32 and the cache in bfloat16 as there; KL and agreement are against the model's own attention

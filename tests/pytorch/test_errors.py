@@ -68,6 +68,9 @@ def test_another_model_or_attention():
     inputs = prompts(1, 5)
     with pytest.raises(AttributeError, match=r"expected 'turboquant': call model.set_attn_imple"):
         model(**inputs, **{CACHE: cache})
+    pending, _ = cache.layers[0].update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
+    with pytest.raises(AttributeError, match=r"asks keys for 'scaled_dot_product_attention'"):
+        torch.nn.functional.scaled_dot_product_attention(torch.zeros(1, 2, 5, 16), pending, pending)
     for each in (model, other):
         each.set_attn_implementation("turboquant")
     with pytest.raises(ValueError, match=r"model: got another one than the cache was made for"):

@@ -125,8 +125,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             measure = functools.partial(perplexity, preset)
             yield from journal.measure(preset, measure, share=PERPLEXITY)
         for preset, dtype in track(jobs, "pytorch_greedy"):
-            job = functools.partial(greedy, preset, dtype)
-            yield from journal.measure(f"{preset} {dtype}", job)
+            compare = functools.partial(greedy, preset, dtype)
+            yield from journal.measure(f"{preset} {dtype}", compare)
 
 
 def _weights(model: str) -> Path:

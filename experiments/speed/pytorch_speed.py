@@ -142,7 +142,7 @@ def _measure_own(config: Config, journal: Journal) -> None:
         for line in filter(lambda x: x.startswith("{"), process.stdout):
             found = json.loads(line)
             row = {"cache": OWN, "captured": 1, "fused": 0, **{k: found[k] for k in _SHARED}}
-            journal.measure(name(found["case"]), lambda row=row: [row])
+            journal.measure(name(found["case"]), functools.partial(list, [row]))
         ending.cancel()
     if process.returncode:
         print("our own decoder failed; its words are above", file=sys.stderr)

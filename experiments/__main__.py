@@ -14,15 +14,11 @@ from experiments import front
 from experiments.catalogue import EXPERIMENTS
 from experiments.harness import report, results
 from experiments.harness.data import MissingDataError
-from experiments.harness.experiment import GPU, Experiment, Row, name_of, needs_of
+from experiments.harness.experiment import GPU, Experiment, Row, keys_of, name_of, needs_of
 from experiments.harness.results import OtherConfigurationError
 
 REPORT = Path(__file__).parent.parent / "REPORT.md"
 SMOKE_OUT = Path("build/experiments")
-_SAME = (
-    *("model", "part", "kind", "split", "text", "task", "context", "last", "preset", "depth"),
-    "dtype",
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -159,11 +155,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
-    """Rows of the same model, part, setting and texts are replaced; the figure is drawn anew."""
+    """Rows with the same `KEYS` are replaced; the figure is drawn anew."""
     for folder in args.folders:
-        held = results.read(args.out / folder.name)
-        rows, meta = results.join(held, results.read(folder), _SAME)
         experiment = next(e for e in EXPERIMENTS if name_of(e) == folder.name.partition(".")[0])
+        held = results.read(args.out / folder.name)
+        rows, meta = results.join(held, results.read(folder), keys_of(experiment))
         results.write(held.folder, rows, meta, report.draw(experiment, rows))
         print(f"{len(rows)} rows: {held.folder}")
     return 0

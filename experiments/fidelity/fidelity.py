@@ -48,6 +48,7 @@ from experiments.harness.journal import Journal, open_journal
 from experiments.harness.prepared import CALIBRATION, LANGUAGE, TEST
 
 NEEDS = prepared.NEEDS
+KEYS = ("model", "kind", "split", "text", "context", "last", "preset")
 Held = Setting | Calibrated
 
 

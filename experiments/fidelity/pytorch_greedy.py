@@ -43,6 +43,7 @@ from turboquant_jax.models.gguf import open_gguf
 from turboquant_jax.models.gguf_tokenizer import tokenizer_from_gguf
 
 NEEDS = "the extra torch, token ids in .data/ by python -m experiments.tasks.pack_data, and a GPU"
+KEYS = ("model", "part", "preset", "dtype", "captured", "fused")
 
 FIRST = 128
 """Tokens that go first, as one chunk: the window of the presets holds them all."""

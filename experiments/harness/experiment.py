@@ -56,6 +56,7 @@ class Experiment(Protocol):
 
     Where there is more, `figure(rows)` draws the rows, which the report shows as a table otherwise;
     `NEEDS` says in words what the full size needs beside the library: a GPU, packages, data;
+    `KEYS` are the columns that say what a row measured, so that rows of another run can be added;
     `device()` names the device where it is not jax that measures.
     """
 
@@ -88,6 +89,17 @@ def name_of(experiment: Experiment | ModuleType) -> str:
 def needs_of(experiment: Experiment | ModuleType) -> str:
     """What the full size needs."""
     return getattr(experiment, "NEEDS", "")
+
+
+def keys_of(experiment: Experiment | ModuleType) -> tuple[str, ...]:
+    """The columns that say what a row measured.
+
+    Raises:
+      ValueError: the experiment does not name them.
+    """
+    if not (keys := getattr(experiment, "KEYS", ())):
+        raise ValueError(f"{name_of(experiment)}: got no KEYS, expected those of its rows")
+    return keys
 
 
 def where(rows: Iterable[Row], **equal: Any) -> list[Row]:

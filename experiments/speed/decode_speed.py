@@ -9,6 +9,10 @@ than their launches has. Bytes are those of the packed cache (codes and scales).
 `pallas-exact` sees one newest token in full precision too, as a mean of the keys needs: `mean`
 is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 where it is empty.
 
+`lengths`: of sequences whose mean is `tokens`, with room for half of all tokens in each. "equal",
+"uniform" (evenly spread between 1/8 and 15/8 of the mean, in random order) or "one long" (one has
+half of all tokens). cuDNN's time beside them is that of equal lengths.
+
 `pallas-7x` are heads of four calibrated formats (`calibrated_blocks`), with the mean before RoPE;
 its bits are means over the heads.
 """
@@ -54,6 +58,7 @@ BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
 # Of trellis codes: the presets'.
 TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
 MEANS = ("", "stored", "pre_rope")
+LENGTHS = ("equal", "uniform", "one long")
 NEEDS = GPU
 
 
@@ -63,8 +68,9 @@ class Config:
 
     cases: str = option(
         "all",
-        "all, mean: with and without a mean, or calibrated: heads of several formats",
-        choices=("all", "mean", "calibrated"),
+        "all, mean: with and without a mean, calibrated: heads of several formats, or lengths: "
+        "equal and unlike ones",
+        choices=("all", "mean", "calibrated", "lengths"),
     )
     shapes: str = option("", "batch x tokens instead of all, such as 32x4096,1x8192")
     bits: str = option("", "of keys / of values instead of all, such as 4/4,3/2")
@@ -105,6 +111,7 @@ class Case:
     code: CodeKind = "scalar"
     paged: bool = True
     mean: str = ""
+    lengths: str = ""
     queries: int = GROUP
     newest: int = 1
     least: tuple[int, float] = (8, 200e6)
@@ -169,6 +176,8 @@ def _cache(case: Case, key: jax.Array) -> tuple:
         size = (batch, KV_HEADS, tokens, CHANNELS)
         bytes_of = (jax.random.bits(k, size, jnp.uint8).astype(jnp.int8) for k in keys)
         return (*bytes_of, jnp.full((2, batch, KV_HEADS, tokens), 0.01, jnp.float32))
+    if case.lengths:
+        return _unlike(case, *keys)
     pages = batch * tokens // PAGE
     order = jnp.arange(pages, dtype=jnp.int32)
     order = jax.random.permutation(keys[0], order) if case.paged else order
@@ -180,6 +189,33 @@ def _cache(case: Case, key: jax.Array) -> tuple:
     blocks = random_blocks(keys[1], bits, pages, code=case.code)
     paged = blocks, order.reshape(batch, -1), jnp.full((batch,), tokens, jnp.int32)
     return (*paged, *means(case.mean, batch, tokens)) if case.name == "pallas-exact" else paged
+
+
+def _unlike(case: Case, order: jax.Array, content: jax.Array) -> tuple:
+    """The same for `case.lengths`."""
+    batch, tokens = case.shape
+    lengths = lengths_of(case.lengths, case.shape)
+    most = batch * tokens // PAGE // 2 + 1  # of the long one
+    held = -(-lengths // PAGE)
+    pages = batch * tokens // PAGE + batch  # some end inside a block
+    number = np.cumsum(held)[:, None] - held[:, None] + np.arange(most)[None, :]
+    table = jax.random.permutation(order, jnp.arange(pages, dtype=jnp.int32))[number % pages]
+    bits = int(case.bits[0]), int(case.bits[1])
+    return random_blocks(content, bits, pages), table, jnp.asarray(lengths, jnp.int32)
+
+
+def lengths_of(kind: str, shape: Pair) -> np.ndarray:
+    """Tokens of each sequence; their sum is that of equal ones."""
+    batch, tokens = shape
+    if kind == "one long":
+        lengths = np.full(batch, batch * tokens // 2 // (batch - 1))
+        lengths[batch // 2] += batch * tokens - lengths.sum()
+        return lengths
+    if kind == "uniform":
+        spread = np.floor(np.linspace(1 / 8, 15 / 8, batch) * tokens).astype(int)
+        spread[-1] += batch * tokens - spread.sum()
+        return np.random.default_rng(0).permutation(spread)
+    return np.full(batch, tokens)
 
 
 def compiled(case: Any) -> Callable[..., jax.Array] | Exception:
@@ -211,6 +247,7 @@ def measure(case: Case, chain: Callable[..., jax.Array], copy: float, base: floa
         "speedup_over_cudnn": 1.0 if case.name == "cudnn" else base / took,
         "mean": case.mean,
         "queries": case.queries,
+        "lengths": case.lengths,
     }
 
 
@@ -254,6 +291,19 @@ def calibrated_cases(shapes: Sequence[Pair]) -> list[Case]:
     return cases
 
 
+def length_cases(shapes: Sequence[Pair], bits: Sequence[Pair]) -> list[Case]:
+    """Batches of equal and of unlike lengths."""
+    cases = []
+    for shape in shapes:
+        cases.append(Case("cudnn", (16, 16), shape))
+        cases += [
+            Case("pallas", pair, shape, schedule_of(pair, shape), lengths=kind)
+            for pair in bits
+            for kind in LENGTHS
+        ]
+    return cases
+
+
 def run(config: Config, track: Track) -> Iterator[Row]:
     """Correctness first; what is measured is compiled ahead, several cases at a time."""
     shapes = pairs(config.shapes, "x") or list(SHAPES)
@@ -263,6 +313,9 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         bits, cases = ((4, 4),), mean_cases()
     if config.cases == "calibrated":
         bits, cases = ((2, 2),), calibrated_cases(pairs(config.shapes, "x") or SHAPES[:2])
+    if config.cases == "lengths":
+        bits = pairs(config.bits, "/") or ((4, 4), (2, 2))
+        cases = length_cases(pairs(config.shapes, "x") or SHAPES[:2], bits)
     names = {*config.only, "cudnn"} if config.only else {case.name for case in cases}
     cases = [case for case in cases if case.name in names]
     least = config.calls, config.turn * 1e6
@@ -270,16 +323,21 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     codes: list[tuple[Pair, Code]] = [(pair, "scalar") for pair in (*bits, (1, 1), (8, 5))]
     codes += [(pair, "trellis") for pair in TRELLIS_BITS]
     checks = [partial(check, cache_config(1, pair, code=code)) for pair, code in codes]
+    if config.cases == "lengths":
+        checks = [partial(check, cache_config(1, pair)) for pair in bits]
     if config.cases == "calibrated":
         checks = [
             partial(check, calibrated_blocks.config_of(codes), calibrated_blocks.calibration())
             for name, codes in calibrated_blocks.CODES.items()
             if name in names
         ]
+    alike = [dataclasses.replace(c, lengths=c.lengths and LENGTHS[0]) for c in cases]  # programs
     with ThreadPoolExecutor() as pool:
-        chains = pool.map(compiled, cases)
+        programs = list(dict.fromkeys(alike))
+        chains = pool.map(compiled, programs)
         list(pool.map(lambda run: run(), checks))
-        ready = list(chains)
+        made = dict(zip(programs, chains, strict=True))
+        ready = [made[case] for case in alike]
     copy, bases = copy_bandwidth(), dict[Any, float]()
     for case, chain in track(list(zip(cases, ready, strict=True)), "decode_speed"):
         if isinstance(chain, Exception):

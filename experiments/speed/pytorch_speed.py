@@ -41,6 +41,7 @@ from experiments.harness.statistics import met
 from turboquant_jax.models import PRESETS
 
 NEEDS = "the extra torch, and an NVIDIA GPU of 80 GB for its full size"
+KEYS = ("cache", "captured", "fused", "batch", "context")
 OWN = "our own decoder"
 CACHES = (
     *("dynamic", OWN, "static, captured", "4 bits, fused", "4 bits, captured", "balanced, fused"),

@@ -11,6 +11,7 @@ TARGETS = {4: (2.9, 3.2, 2.9, 1.0), 3: (3.5, 3.8, 3.5, 1.0), 2: (4.5, 5.0, 4.5, 
 AIMS = (3.4, 3.6, 3.4)
 WITH_MEAN = (2.95, 3.15, 2.95)
 CALIBRATED = (4.0, 4.4)
+UNLIKE = 1.10
 PAGED, STEP, COPY, APART = 1.05, 1.10, 0.75, 1e-5
 WHOLE, CHUNKED, PEAK, TURNED = 1.05, 1.15, 1.10, 1.10
 OURS = "our aim"
@@ -18,7 +19,7 @@ OURS = "our aim"
 
 def decode(rows: Sequence[Row]) -> list[Claim]:
     """Of `decode_speed`."""
-    return [*_times(rows), *_paged(rows)]
+    return [*_times(rows), *_paged(rows), *_unlike(rows)]
 
 
 def _times(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -65,6 +66,26 @@ def _paged(rows: Sequence[Row]) -> Iterator[Claim]:
             _list(ratios, ".3f") + " times",
             met(max(ratios) <= PAGED),
         )
+
+
+def _unlike(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Batches of unlike lengths beside those of equal ones."""
+    for equal in where(rows, lengths="equal"):
+        same = {name: equal[name] for name in ("bits_k", "bits_v", "batch", "tokens")}
+        found = [
+            row for row in where(rows, **same) if row.get("lengths") not in ("", "equal", None)
+        ]
+        ratios = [row["milliseconds"] / equal["milliseconds"] for row in found]
+        if ratios:
+            yield Claim(
+                OURS,
+                f"{equal['bits_k']:g} bits, {equal['batch']} x {equal['tokens']:,}: unlike lengths "
+                f"take at most {UNLIKE:.2f} times as long as equal ones of as many tokens",
+                ", ".join(
+                    f"{x:.2f} ({row['lengths']})" for x, row in zip(ratios, found, strict=True)
+                ),
+                met(max(ratios) <= UNLIKE),
+            )
 
 
 def step(rows: Sequence[Row]) -> list[Claim]:
@@ -160,8 +181,8 @@ def prefill(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _plain(rows: Sequence[Row]) -> list[Row]:
-    """Without those that compare the means."""
-    return [row for row in rows if not row.get("mean")]
+    """Without those that compare means, or lengths."""
+    return [row for row in rows if not row.get("mean") and not row.get("lengths")]
 
 
 def _list(numbers, form: str = "g") -> str:

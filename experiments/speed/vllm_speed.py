@@ -50,6 +50,7 @@ from experiments.speed import vllm_claims, vllm_environment, vllm_jobs
 from experiments.speed.vllm_claims import IN_TREE, OURS, THEIRS
 
 NEEDS = "vLLM 0.26 with the extra torch, and an NVIDIA GPU of 80 GB for its full size"
+KEYS = ("part", "backend", "bits", "run", "batch", "context")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from turboquant_jax.models.options import Sampling
 from turboquant_jax.models.past import compressed
 
 NEEDS = prepared.NEEDS
+KEYS = ("model", "task", "context", "preset")
 _ROWS = 16  # of a batch that is answered
 _TILE = 128  # tokens, which the forced pass takes whole
 

@@ -26,6 +26,7 @@ from experiments.tasks.needle_prompts import LENGTHS, SAMPLES
 from experiments.tasks.prompts import Prompts, load, random_prompts
 
 NEEDS = prepared.NEEDS
+KEYS = ("model", "task", "context", "preset", "depth")
 
 
 @dataclass(frozen=True)

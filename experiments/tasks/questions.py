@@ -39,6 +39,7 @@ _BY_TOKEN = ("human_eval", "gsm8k", *ruler_prompts.TASKS)
 
 
 NEEDS = prepared.NEEDS
+KEYS = ("model", "task", "context", "preset")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.decode_attention import deal
 from pallas_kernels.decode_attention.combine import combine
 from pallas_kernels.decode_attention.exact import ExactOperand, check_exact
 from pallas_kernels.decode_attention.inputs import (
@@ -100,7 +101,7 @@ def decode_attention(
     sinks = None
     if softmax.sink_logits is not None:
         sinks = softmax.sink_logits.astype(jnp.float32).reshape(kv_heads, per_head)
-    out, lse = combine(parts, sinks, rotation, per_head, dtype)
+    out, lse = combine(parts, plan.splits, sinks, rotation, per_head, dtype)
     if exact is not None and stored is not None:
         exact = dataclasses.replace(
             exact,
@@ -129,18 +130,20 @@ def _of_pools(
 def run(
     plans: tuple[DecodePlan, ...], inputs: dict[str, Any], kv_heads: int, channels: int
 ) -> tuple[dict[str, Any], tuple | None]:
-    """Calls the kernel on the grid (splits, kv heads, sequences)."""
-    plan = plans[0]
-    batch, splits, columns = plan.batch, plan.splits, plan.columns
+    """Calls the kernel on the grid (splits, kv heads, sequences).
 
-    def of_head(x):
+    What is of one sequence is passed of all, as a program finds its own (`deal`).
+    """
+    plan = plans[0]
+    batch, columns = plan.batch, plan.columns
+
+    def of_head(x):  # [B, K, ...], of all sequences
         return triton.BlockSpec(
-            (None, None, *x.shape[2:]), lambda i, h, j: (j, h) + (0,) * (x.ndim - 2)
+            (x.shape[0], None, *x.shape[2:]), lambda i, h, j: (0, h) + (0,) * (x.ndim - 2)
         )
 
-    def of_sequence(x):
-        block = (1,) if x.ndim == 1 else (None, *x.shape[1:])
-        return triton.BlockSpec(block, lambda i, h, j: (j,) + (0,) * (x.ndim - 1))
+    def of_slots(x):  # [K, ...]
+        return triton.BlockSpec((None, *x.shape[1:]), lambda i, h, j: (h,) + (0,) * (x.ndim - 1))
 
     def shared(x):
         return triton.BlockSpec(x.shape, lambda i, h, j: (0,) * x.ndim)
@@ -150,34 +153,27 @@ def run(
             (*x.shape[:-2], None, x.shape[-1]), lambda i, h, j: (0,) * (x.ndim - 2) + (h, 0)
         )
 
-    pool = dict.fromkeys(("keys", "values", "scales", "bases"), shared)
-    kinds = pool | {"queries": of_head, "key_tables": shared, "value_tables": shared}
-    kinds |= {"place": shared, "heads": shared}
     in_specs = {
-        name: jax.tree.map(kinds.get(name, of_sequence), value)
+        name: jax.tree.map(of_head if name == "queries" else shared, value)
         for name, value in inputs.items()
         if name != "exact"
     }
     shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
-
-    def of_part(shape, *lead):  # of a split, or of the exact tokens
-        return jax.ShapeDtypeStruct((batch, kv_heads, *lead, *shape), jnp.float32)
-
-    out_shape: dict[str, Any] = {name: of_part(shape, splits) for name, shape in shapes.items()}
-    out_specs: dict[str, Any] = {
-        name: triton.BlockSpec(
-            (None, None, None, *shape),
-            lambda i, h, j, shape=shape: (j, h, i) + (0,) * len(shape),
-        )
-        for name, shape in shapes.items()
+    slots = deal.slots(batch, plan.splits)
+    new = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    out_shape: dict[str, Any] = {
+        name: new(kv_heads, slots, *shape) for name, shape in shapes.items()
     }
+    if deal.dealt(batch):
+        out_shape["dealt"] = jax.ShapeDtypeStruct((kv_heads, batch, 2), jnp.int32)
+    out_specs: dict[str, Any] = {name: of_slots(x) for name, x in out_shape.items()}
     if "exact" in inputs:
         exact = inputs["exact"]
         in_specs["exact"] = ExactOperand(
             query=of_head(exact.query),
             keys=tuple(segment(x) for x in exact.keys),
             values=tuple(segment(x) for x in exact.values),
-            pending=of_sequence(exact.pending),
+            pending=shared(exact.pending),
             places=exact.places,
             key_mean=None if exact.key_mean is None else segment(exact.key_mean),
             phases=jax.tree.map(shared, exact.phases),
@@ -186,7 +182,7 @@ def run(
             later=exact.later,
         )
         inputs = inputs | {"exact": dataclasses.replace(exact, layer=None)}
-        out_shape["exact"] = {name: of_part(shape) for name, shape in shapes.items()}
+        out_shape["exact"] = {name: new(batch, kv_heads, *shape) for name, shape in shapes.items()}
         out_specs["exact"] = jax.tree.map(of_head, out_shape["exact"])
         if exact.write:
             for name in ("keys", "values"):
@@ -196,7 +192,7 @@ def run(
     inputs = jax.tree.map(jnp.asarray, inputs)
     outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plans=plans),
-        triton.Launch((splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
+        triton.Launch((plan.splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
         in_specs=(in_specs,),
         out_specs=out_specs,
         out_shape=out_shape,

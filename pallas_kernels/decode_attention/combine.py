@@ -3,8 +3,8 @@
 In two, where a rotation wants all channels of more splits than the registers of a program hold.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ TILE = 8192
 FEW = 2048
 # Query heads of a program: of more there are several, so that few sequences occupy the device.
 HEADS = 8
+# What a split without tokens has.
+OTHERS = {"peak": EMPTY, "sums": 0.0, "weight": 0.0}
 
 
 def combine_kernel(
@@ -29,21 +31,23 @@ def combine_kernel(
     outputs: dict[str, Any],
     *,
     gain: float,
+    splits: int,
     heads: int,
     rows: int,
 ) -> None:
     """One program of the grid (slice of channels and of heads, kv head, sequence).
 
-    Split i has sums [splits, channels, columns], weight and peak [splits, columns]: its output is
-    2**peak * sums, its softmax denominator 2**peak * weight. The splits are multiplied by the
-    transpose of `rotation`, where there is one; `exact`, a part like a split, is not.
+    Slot i has sums [slots, channels, columns], weight and peak [slots, columns] of a split: its
+    output is 2**peak * sums, its softmax denominator 2**peak * weight. A sequence has `splits` of
+    them, or as many as `dealt` says, from the slot on that it says. The splits are multiplied by
+    the transpose of `rotation`, where there is one; `exact`, a part like a split, is not.
 
     Outputs are `out` and `lse`, or those of a part. Of splits that are one tile everything is
     loaded before the first use, so that there is one wait for memory, and in the layout of the
     sums, each row of channels with peaks and weights of its own: they are read again rather than
     sent from thread to thread.
     """
-    splits, channels, columns = inputs["sums"].shape
+    _, channels, columns = inputs["sums"].shape
     slices, part = columns // HEADS, triton.program_id(0)
     if slices > 1:
         columns, head = HEADS, lax.rem(part, slices) * HEADS + jnp.arange(HEADS)
@@ -53,14 +57,21 @@ def combine_kernel(
     channel = part * rows + jnp.arange(rows)
     inside = channel < channels
 
-    def load(name: str, at: jax.Array, other: float) -> jax.Array:
-        """[len(at), rows, columns]."""
+    own, usual = triton.program_id(2) * splits, cast(Any, None)
+    if "dealt" in inputs:
+        own += triton.program_id(2)
+        first, count = inputs["dealt"][0], inputs["dealt"][1]
+        usual = (first == own) & (count == splits)
+
+    def load(name: str, first: Any, at: jax.Array, most: int) -> jax.Array:
+        """[len(at), rows, columns] of the slots `at` behind the first, which are `most`."""
         row = (channel,) if name == "sums" else ()
-        place = (at[:, None, None], *(x[None, :, None] for x in row), head[None, None, :])
-        exists = jnp.broadcast_to((at < splits)[:, None, None], (at.shape[0], rows, columns))
+        slot = first + at
+        place = (slot[:, None, None], *(x[None, :, None] for x in row), head[None, None, :])
+        exists = jnp.broadcast_to((at < most)[:, None, None], (at.shape[0], rows, columns))
         exists = exists & inside[None, :, None] if row else exists
         place = tuple(jnp.broadcast_to(x, exists.shape) for x in place)
-        return triton.load(inputs[name].at[place], mask=exists, other=other)
+        return triton.load(inputs[name].at[place], mask=exists, other=OTHERS[name])
 
     def load_exact(name: str) -> jax.Array:
         row = (channel[:, None],) if name == "sums" else ()
@@ -69,13 +80,16 @@ def combine_kernel(
         return triton.load(inputs["exact"][name].at[place], mask=exists, other=0.0)
 
     step = min(power_of_two(splits), max(1, TILE // (rows * columns)))
-    turns, others = -(-splits // step), {"peak": EMPTY, "sums": 0.0, "weight": 0.0}
+    turns = -(-splits // step)
 
     def tile(i: Any, names: Iterable[str]) -> dict[str, jax.Array]:
         at = i * step + jnp.arange(step)
-        return {name: load(name, at, others[name]) for name in names}
+        held = {name: load(name, own, at, splits) for name in names}
+        if usual is not None:  # loaded beside the number, and not after it
+            held = {name: jnp.where(usual, x, OTHERS[name]) for name, x in held.items()}
+        return held
 
-    held = tile(0, others)
+    held = tile(0, OTHERS)
     matrices = []
     if "rotation" in inputs:
         matrices = load_parts(inputs["rotation"], channel, channel, channels)
@@ -101,8 +115,11 @@ def combine_kernel(
     zeros = jnp.zeros((rows, columns), jnp.float32)
     sums = add(held, (zeros, zeros))
     if turns > 1:
-        sums = lax.fori_loop(1, turns, lambda i, sums: add(tile(i, others), sums), sums)
+        sums = lax.fori_loop(1, turns, lambda i, sums: add(tile(i, OTHERS), sums), sums)
     total, out = sums
+    if "dealt" in inputs:
+        others = first, jnp.where(usual, 0, count)
+        top, total, out = _dealt(load, others, (top, total, out))
     if "sums" in outputs:
         same = jnp.broadcast_to(head[None, :], (rows, columns))  # in all rows
         triton.store(outputs["peak"].at[same], top)
@@ -128,34 +145,60 @@ def combine_kernel(
     triton.store(outputs["lse"].at[same], log, mask=same < heads)
 
 
+def _dealt(load: Callable, place: tuple, carry: tuple) -> tuple:
+    """Peak, weight and sums with the splits in `place`: (the first slot, how many)."""
+    (first, count), (rows, columns) = place, carry[0].shape
+    step = max(1, FEW // (rows * columns))
+
+    def add(i: jax.Array, carry: tuple) -> tuple:
+        top, *sums = carry
+        at = i * step + jnp.arange(step)
+        held = {name: load(name, first, at, count) for name in OTHERS}
+        peak = jnp.maximum(top, held["peak"].max(axis=0))
+        old, share = triton.exp2(top - peak), triton.exp2(held["peak"] - peak[None])
+        new = ((held[name] * share).sum(axis=0) for name in ("weight", "sums"))
+        return peak, *(x * old + y for x, y in zip(sums, new, strict=True))
+
+    return lax.fori_loop(0, lax.div(count + step - 1, step), add, carry)
+
+
 def combine(
     parts: dict[str, Any],
+    splits: int,
     sinks: jax.Array | None,
     rotation: RotationOperand | None,
     heads: int,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """peak, weight [B, K, splits, columns], sums [B, K, splits, H, columns] of the decode kernel,
+    """peak, weight [K, slots, columns], sums [K, slots, H, columns] of the decode kernel,
 
-    `exact` without the axis of splits, optional sink logits [K, G] and rotation of the splits ->
+    where slots are `splits` of each sequence, one after the other; or, with one more slot between
+    sequences, as many of each as `dealt` [K, B, 2] says, behind the first that it says; `exact`
+    [B, K, ...] without slots; optional sink logits [K, G] and rotation of the splits ->
     output [B, K, G, H] in `dtype`, log-sum-exp [B, K, G] in nats.
     """
-    batch, kv_heads, splits, channels, columns = parts["sums"].shape
+    kv_heads, slots, channels, columns = parts["sums"].shape
+    batch = parts["dealt"].shape[1] if "dealt" in parts else slots // splits
 
     def new(*shape: int, of: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, kv_heads, *shape), of)
 
     inputs = dict(parts)
     if rotation is not None and splits * _all_rows(channels) * min(columns, HEADS) > TILE:
-        shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
-        alone = {name: parts[name] for name in shapes}
-        merged = _run(alone, {name: new(*shape) for name, shape in shapes.items()}, heads)
-        inputs |= {name: x[:, :, None] for name, x in merged.items()}
+        alone = {name: x for name, x in parts.items() if name != "exact"}
+        merged = {
+            name: jax.ShapeDtypeStruct((kv_heads, batch, *parts[name].shape[2:]), jnp.float32)
+            for name in OTHERS
+        }
+        inputs |= _run(alone, merged, splits, heads, batch)
+        inputs.pop("dealt", None)
+        splits = 1
     if sinks is not None:
         inputs["sinks"] = sinks
     if rotation is not None:
         inputs["rotation"] = rotation
-    outputs = _run(inputs, {"out": new(heads, channels, of=dtype), "lse": new(heads)}, heads)
+    found = {"out": new(heads, channels, of=dtype), "lse": new(heads)}
+    outputs = _run(inputs, found, splits, heads, batch)
     return outputs["out"], outputs["lse"]
 
 
@@ -165,22 +208,37 @@ def _all_rows(channels: int) -> int:
 
 
 def _run(
-    inputs: dict[str, Any], outputs: dict[str, jax.ShapeDtypeStruct], heads: int
+    inputs: dict[str, Any],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    splits: int,
+    heads: int,
+    batch: int,
 ) -> dict[str, jax.Array]:
     """Calls the kernel on the grid (slices of channels and of heads, kv heads, sequences)."""
-    batch, kv_heads, splits, channels, columns = inputs["sums"].shape
+    kv_heads, _, channels, columns = inputs["sums"].shape
     slices, columns = max(1, columns // HEADS), min(columns, HEADS)
     rotation, rows = inputs.get("rotation"), _all_rows(channels)
     if rotation is None:
         rows = min(rows, max(16, FEW // (power_of_two(splits) * columns)))
 
-    def of_head(x: Any) -> Any:
+    def of_slots(x: Any) -> Any:  # [K, ...]
+        return triton.BlockSpec((None, *x.shape[1:]), lambda i, h, j: (h,) + (0,) * (x.ndim - 1))
+
+    def of_head(x: Any) -> Any:  # [B, K, ...]
         return triton.BlockSpec(
             (None, None, *x.shape[2:]), lambda i, h, j: (j, h) + (0,) * (x.ndim - 2)
         )
 
-    parts = {name: x for name, x in inputs.items() if name not in ("sinks", "rotation")}
-    in_specs = jax.tree.map(of_head, parts)
+    def of_sequence(x: Any) -> Any:  # [K, B, ...]
+        return triton.BlockSpec(
+            (None, None, *x.shape[2:]), lambda i, h, j: (h, j) + (0,) * (x.ndim - 2)
+        )
+
+    in_specs: dict[str, Any] = {name: of_slots(inputs[name]) for name in OTHERS}
+    if "exact" in inputs:
+        in_specs["exact"] = jax.tree.map(of_head, inputs["exact"])
+    if "dealt" in inputs:
+        in_specs["dealt"] = of_sequence(inputs["dealt"])
     if "sinks" in inputs:
         in_specs["sinks"] = triton.BlockSpec((None, heads), lambda i, h, j: (h, 0))
     if rotation is not None:
@@ -193,10 +251,12 @@ def _run(
         in_specs["rotation"] = jax.tree.map(lambda x: matrix if x.ndim == 4 else signs, rotation)
     gain = 1.0 if rotation is None else rotation.gain
     return triton.call(
-        lambda inputs, outputs: combine_kernel(inputs, outputs, heads=heads, rows=rows, gain=gain),
+        lambda inputs, outputs: combine_kernel(
+            inputs, outputs, gain=gain, splits=splits, heads=heads, rows=rows
+        ),
         triton.Launch((slices * -(-channels // rows), kv_heads, batch), warps=4, stages=1),
         in_specs=(in_specs,),
-        out_specs=jax.tree.map(of_head, outputs),
+        out_specs=jax.tree.map(of_sequence if "sums" in outputs else of_head, outputs),
         out_shape=outputs,
         name="decode_combine",
     )(inputs)

@@ -8,14 +8,17 @@ digit, so that up to four heads fill the narrowest product without a loss. All s
 are exact.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_attention import deal
+from pallas_kernels.decode_attention.deal import Piece
 from pallas_kernels.decode_attention.exact import (
     EMPTY,
     attend_exact,
@@ -32,42 +35,136 @@ from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.digits import PHASES, UNITS
 from pallas_kernels.primitives.period import PERIOD
 
+# What a split leaves.
+PART = ("peak", "weight", "sums")
 # What a pool has of its own among the inputs.
 POOL = ("keys", "values", "scales", "bases", "key_tables", "value_tables")
 
 
 def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...]) -> None:
-    """One program of the grid (split, kv head, sequence); writes the sums of its split.
+    """One program of the grid (split, kv head, sequence); writes the sums of its pieces.
 
-    The last one also attends to the tokens in full precision, and has fewer blocks for it. Of
-    several `plans`, one for each format, the program takes that of its head: the only branch.
+    The one that has the last piece of a sequence also attends to the tokens in full precision, and
+    has fewer blocks for it. Of several `plans`, one for each format, the program takes that of its
+    head: the only branch.
     """
-    plan = plans[0]
-    split, sequence, length = triton.program_id(0), triton.program_id(2), inputs["lengths"][0]
-    row = sequence
+    plan, head = plans[0], triton.program_id(1)
+    split, sequence = triton.program_id(0), triton.program_id(2)
+    if not deal.dealt(plan.batch):
+        work = work_of(plan, inputs, sequence)
+        begin = lax.div(split * work, plan.splits)
+        end = lax.div((split + 1) * work, plan.splits)
+        slot = sequence * plan.splits + split
+        attend_piece(inputs, outputs, plans, Piece(head, sequence, begin, end, slot))
+        return
+    work = work_of(plan, inputs, deal.sequences(plan.batch))
+    stretch = deal.find(plan.batch, plan.splits, work)
+
+    @triton.when(split == 0)
+    def _() -> None:
+        found = deal.pieces_of(plan.batch, plan.splits, work, sequence)
+        for i, x in enumerate(found):
+            triton.store(outputs["dealt"].at[sequence, jnp.full((1,), i)], jnp.full((1,), x))
+
+    def body(i: jax.Array, start: jax.Array) -> jax.Array:
+        sequence = stretch.first + i
+        end = work_of(plan, inputs, sequence)
+        piece = Piece(
+            head, sequence,
+            jnp.maximum(stretch.begin - start, 0), jnp.minimum(stretch.end - start, end),
+            stretch.number + sequence,
+        )  # fmt: skip
+        attend_piece(inputs, outputs, plans, piece)
+        return start + end
+
+    triton.rare_loop(stretch.last - stretch.first + 1, body, stretch.start)
+
+
+def work_of(plan: DecodePlan, inputs: Refs, sequence: jax.Array) -> jax.Array:
+    """Tiles of a sequence, or of a vector of them, with what full precision counts for."""
+    load = lambda ref: triton.load(ref.at[sequence])  # noqa: E731
+    seen = (0, load(inputs["lengths"]))
+    if "exact" in inputs:
+        exact = inputs["exact"]
+        seen = exact.places(seen[1], load(exact.pending)).blocks
+    return tiles_of(plan, seen, turns_of(inputs)).count + plan.exact_tiles
+
+
+def attend_piece(inputs: Refs, outputs: Refs, plans: tuple[DecodePlan, ...], piece: Piece) -> None:
+    """A piece of a sequence, with the tokens in full precision if it is the last one."""
+    plan, sequence = plans[0], piece.sequence
+    length, row = inputs["lengths"][sequence], sequence
     if "place" in inputs:
         row = sequence + inputs["place"][1] * plan.batch
+    inputs = inputs | {
+        "queries": [triton.Row(x, sequence) for x in inputs["queries"]],
+        "page_table": triton.Row(inputs["page_table"], sequence),
+    }
+    parts = outputs | {name: triton.Row(outputs[name], piece.slot) for name in PART}
     if "exact" not in inputs:
-        attend_blocks(inputs, outputs, plans, split, row, (0, length))
+        attend_blocks(inputs, parts, plans, piece, row, (0, length))
         return
     exact = inputs["exact"]
-    places = exact.places(length, exact.pending[0])
+    places = exact.places(length, exact.pending[sequence])
+    exact = dataclasses.replace(exact, query=triton.Row(exact.query, sequence))
+    work = tiles_of(plan, places.blocks, turns_of(inputs)).count + plan.exact_tiles
 
-    @triton.when(split == plan.splits - 1)
+    @triton.when(piece.end == work)
     def _() -> None:
         rows = [row] * (len(exact.keys) - 1) + [sequence]
         peak, weight, sums = attend_exact(
             exact, places, rows, plan.columns, plan.heads, plan.scale, plan.soft_cap,
         )  # fmt: skip
-        store_part(outputs["exact"], plan, peak, weight)
+        of_exact = {name: triton.Row(outputs["exact"][name], sequence) for name in PART}
+        store_part(of_exact, plan, peak, weight)
         channel = jnp.arange(sums.shape[0])[:, None]
         exists = jnp.broadcast_to(channel < sum(plan.value_channels), sums.shape)
         column = jnp.arange(plan.columns)[None, :]
-        triton.store(outputs["exact"]["sums"].at[channel, column], sums, mask=exists)
+        triton.store(of_exact["sums"].at[channel, column], sums, mask=exists)
         if "keys" in outputs:
             write_newest(exact, places, rows, outputs["keys"], outputs["values"])
 
-    attend_blocks(inputs, outputs, plans, split, row, places.blocks)
+    attend_blocks(inputs | {"exact": exact}, parts, plans, piece, row, places.blocks)
+
+
+class Tiles(NamedTuple):
+    """The blocks from `first` on that are seen, from `seen` on: their number, `count` of tiles."""
+
+    first: Any
+    seen: Any
+    blocks: Any
+    count: Any
+
+
+def tiles_of(plan: DecodePlan, seen: tuple, turns: bool) -> Tiles:
+    """Those with the tokens from seen[0] up to seen[1]; of one sequence or of a vector of them."""
+    start, length = seen
+    first = seen_first = (
+        jnp.int32(0) if is_zero(start) else lax.div(start, like(start, plan.tokens))
+    )
+    if turns and plan.tokens < PERIOD:  # tiles are whole turns
+        first = first - lax.rem(first, like(first, PERIOD // plan.tokens))
+    blocks = lax.div(length + plan.tokens - 1, like(length, plan.tokens)) - first
+    blocks = jnp.maximum(blocks, 0)
+    return Tiles(
+        first, seen_first, blocks, lax.div(blocks + plan.pages - 1, like(blocks, plan.pages))
+    )
+
+
+def is_zero(start: Any) -> bool:
+    """Whether the first block is seen whatever the length."""
+    return isinstance(start, int) and start == 0
+
+
+def like(x: Any, value: int) -> jax.Array:
+    """A constant of its shape."""
+    return jnp.full_like(x, value)
+
+
+def turns_of(inputs: Refs) -> bool:
+    """Whether the keys of the blocks have a mean that turns."""
+    exact = inputs.get("exact")
+    return exact is not None and exact.key_mean is not None and exact.phases is not None
 
 
 def store_part(refs: Refs, plan: DecodePlan, peak: jax.Array, weight: jax.Array) -> None:
@@ -81,7 +178,7 @@ def attend_blocks(
     inputs: Refs,
     outputs: Refs,
     plans: tuple[DecodePlan, ...],
-    split: jax.Array,
+    piece: Piece,
     row: jax.Array,
     seen: tuple,
 ) -> None:
@@ -89,26 +186,25 @@ def attend_blocks(
     pools = [inputs | {name: inputs[name][number] for name in POOL} for number in range(len(plans))]
 
     def pool_row() -> jax.Array:
-        head = triton.program_id(1)
-        return head + inputs["place"][0] if "place" in inputs else head
+        return piece.head + inputs["place"][0] if "place" in inputs else piece.head
 
     if len(plans) == 1:
-        attend_format(pools[0], outputs, plans[0], split, row, pool_row, seen)
+        attend_format(pools[0], outputs, plans[0], piece, row, pool_row, seen)
         return
-    head = triton.program_id(1)
-    own, its_row = triton.uniform(inputs["heads"][head, 0]), inputs["heads"][head, 1]
+    own = triton.uniform(inputs["heads"][piece.head, 0])
+    its_row = inputs["heads"][piece.head, 1]
     for number, (pool, plan) in enumerate(zip(pools, plans, strict=True)):
 
         @triton.when(own == number)
         def _(pool: Refs = pool, plan: DecodePlan = plan) -> None:
-            attend_format(pool, outputs, plan, split, row, lambda: its_row, seen)
+            attend_format(pool, outputs, plan, piece, row, lambda: its_row, seen)
 
 
 def attend_format(
     inputs: Refs,
     outputs: Refs,
     plan: DecodePlan,
-    split: jax.Array,
+    piece: Piece,
     row: jax.Array,
     pool_row: Callable[[], jax.Array],
     seen: tuple,
@@ -118,18 +214,12 @@ def attend_format(
     `row` is that of the sequence among the means, `pool_row` that of the head in its pool.
     """
     start, length = seen
-    every = isinstance(start, int) and start == 0
+    every = is_zero(start)
     means = "exact" in inputs and inputs["exact"].key_mean is not None
-    turns = means and inputs["exact"].phases is not None
+    turns = turns_of(inputs)
     many = turns and plan.columns > MANY
-    first = seen_first = jnp.int32(0) if every else lax.div(start, plan.tokens)
-    if turns and plan.tokens < PERIOD:  # tiles are whole turns
-        first = first - lax.rem(first, PERIOD // plan.tokens)
-    blocks = jnp.maximum(lax.div(length + plan.tokens - 1, plan.tokens) - first, 0)
-    tiles = lax.div(blocks + plan.pages - 1, plan.pages)
-    work = tiles + plan.exact_tiles
-    begin = jnp.minimum(lax.div(split * work, plan.splits), tiles)
-    end = jnp.minimum(lax.div((split + 1) * work, plan.splits), tiles)
+    first, seen_first, blocks, tiles = tiles_of(plan, seen, turns)
+    begin, end = jnp.minimum(piece.begin, tiles), jnp.minimum(piece.end, tiles)
     slots, first_page = inputs["page_table"].shape[0], pool_row() * plan.row_pages
 
     def slot_of(block):

@@ -269,6 +269,34 @@ def rare_loop(turns: int | jax.Array, body: Callable[[jax.Array, Any], Any], car
     )[0]
 
 
+class Row:
+    """A ref without its first axes, at places there that only the program knows."""
+
+    def __init__(self, ref: Any, *place: Any) -> None:
+        self.ref, self.place = ref, place
+        self.shape, self.dtype = ref.shape[len(place) :], ref.dtype
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """What lies there."""
+        return self.ref[self._whole(index)]
+
+    @property
+    def at(self) -> Any:
+        """Places there, for `load` and `store`."""
+        return _At(self)
+
+    def _whole(self, index: Any) -> tuple:
+        return (*self.place, *(index if isinstance(index, tuple) else (index,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    row: Row
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.row.ref.at[self.row._whole(index)]
+
+
 class Table:
     """A row of a table [rows, words] of float32, to be read at many places.
 

@@ -7,8 +7,9 @@ from types import ModuleType
 import pytest
 
 from experiments import __main__ as command
+from experiments.catalogue import EXPERIMENTS
 from experiments.harness import report, results
-from experiments.harness.experiment import GPU, Claim, option
+from experiments.harness.experiment import GPU, Claim, name_of, option
 from experiments.harness.plotting import panels
 
 PAGE = "docs/report/planted.md"
@@ -301,7 +302,8 @@ def test_meta_is_json_with_a_digest(experiment, tmp_path):
 
 
 def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
-    """Rows of the same model, kind and dtype are replaced, all others stay, every run is named."""
+    """Rows of the same keys are replaced, all others stay, every run is named."""
+    experiment.KEYS = "model", "dtype"
 
     def write(folder, rows, command):
         meta = {"config": results.config_of(Config()), "command": command, "versions": {}}
@@ -323,5 +325,19 @@ def test_runs_elsewhere_are_added_and_never_lost(tmp_path, experiment, capsys):
     assert "`second`, today" in (tmp_path / PAGE).read_text()
     assert run(tmp_path) == 1
     assert "holds rows of other runs too" in capsys.readouterr().err
+    del experiment.KEYS
+    assert command.main(["add", str(other), "--out", str(held.parent)]) == 1
+    assert "planted: got no KEYS" in capsys.readouterr().err
+    experiment.KEYS = ("model",)
     (other / "rows.csv").write_text("altered")
     assert command.main(["add", str(other), "--out", str(held.parent)]) == 1
+
+
+def test_keys_tell_the_committed_rows_apart():
+    """Otherwise adding a run would drop rows that it did not repeat."""
+    keyed = [experiment for experiment in EXPERIMENTS if hasattr(experiment, "KEYS")]
+    assert len(keyed) >= 8
+    for experiment in keyed:
+        for found in results.find(results.COMMITTED, name_of(experiment)):
+            keys = [tuple(row.get(key) for key in experiment.KEYS) for row in found.rows]
+            assert len({*keys}) == len(keys), found.folder

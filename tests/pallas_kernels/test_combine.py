@@ -1,4 +1,7 @@
-"""The merge of splits against float64: one tile of them, several tiles, and two kernels."""
+"""The merge of splits against float64: one tile of them, several tiles, and two kernels.
+
+Equally many of each sequence, or as many as were dealt.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,18 +29,39 @@ def expected(parts, sinks, matrix):
     return (out / total[:, :, None]).swapaxes(2, 3), np.log(total) + top / np.log2(np.e)
 
 
+def in_slots(parts, splits, counts):
+    """The first `counts` splits of the sequences [B, K, n, ...] as the decode kernel leaves them.
+
+    Slots that nobody wrote hold NaN.
+    """
+    batch, kv_heads = parts["peak"].shape[:2]
+    usual = all(count == splits for count in counts)
+    first = np.arange(batch) * (splits + 1) if usual else 1 + np.cumsum([0, *counts[:-1]])
+    found = {"exact": parts["exact"]}
+    for name in ("peak", "weight", "sums"):
+        x = parts[name].swapaxes(0, 1)
+        held = np.full((kv_heads, 1 + sum(counts) + batch * splits, *x.shape[3:]), np.nan)
+        for j, count in enumerate(counts):
+            held[:, first[j] : first[j] + count] = x[:, j, :count]
+        found[name] = np.float32(held)
+    table = np.stack([first, counts], axis=1).astype(np.int32)
+    return found | {"dealt": np.broadcast_to(table, (kv_heads, batch, 2))}
+
+
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=GPU)])
 @pytest.mark.parametrize(
-    ("splits", "columns", "rotated"),
+    ("splits", "columns", "rotated", "dealt"),
     [
-        (5, 4, True),  # one tile
-        (19, 4, True),  # two kernels
-        (19, 16, True),
-        (130, 16, False),  # several tiles
-        (5, 16, False),
+        (5, 4, True, None),  # one tile
+        (19, 4, True, None),  # two kernels
+        (19, 16, True, None),
+        (130, 16, False, None),  # several tiles
+        (5, 16, False, (5, 5)),  # dealt, as they would be in any case
+        (5, 4, True, (13, 0)),
+        (19, 8, True, (40, 19)),
     ],
 )
-def test_combine(splits, columns, rotated, interpret):
+def test_combine(splits, columns, rotated, dealt, interpret):
     random = np.random.default_rng(splits * columns)
     shape, heads = (2, 3), columns - 1
     part = {"peak": (columns,), "weight": (columns,), "sums": (CHANNELS, columns)}
@@ -45,7 +69,8 @@ def test_combine(splits, columns, rotated, interpret):
     def new(*lead):
         return {name: random.normal(size=(*shape, *lead, *x)) for name, x in part.items()}
 
-    parts = new(splits)
+    counts = dealt or (splits, splits)
+    parts = new(max(counts))
     parts |= {"peak": 4 * parts["peak"], "exact": new()}
     parts["weight"] = abs(parts["weight"])
     parts["weight"][:, :, ::3] = 0.0  # splits without tokens
@@ -63,9 +88,15 @@ def test_combine(splits, columns, rotated, interpret):
         matrix = signs[0, 0] * CHANNELS**-0.5
     several = splits * CHANNELS * min(columns, 8) > TILE
     assert several == (splits > 8)  # as the cases say
+    slots = {name: x.swapaxes(0, 1) for name, x in parts.items() if name != "exact"}
+    held = {name: x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in slots.items()}
+    held = in_slots(parts, splits, counts) if dealt else held | {"exact": parts["exact"]}
+    for j, count in enumerate(counts):
+        for name, nothing in (("peak", -1e30), ("weight", 0.0), ("sums", 0.0)):
+            parts[name][j, :, count:] = nothing
 
     with triton.interpreted(interpret):
-        out, lse = combine(parts, jnp.asarray(sinks), rotation, heads, jnp.float32)
+        out, lse = combine(held, splits, jnp.asarray(sinks), rotation, heads, jnp.float32)
 
     every = np.pad(sinks, ((0, 0), (0, columns - heads)))
     right, sums = expected(parts, every[None], matrix)

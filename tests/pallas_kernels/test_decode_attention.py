@@ -113,16 +113,19 @@ class Call:
     lse: np.ndarray
 
 
-def make_call(case, seed=0, slots=6):
-    """Three sequences: one empty, one that ends inside a block, one full."""
+def make_call(case, seed=0, slots=6, lengths=None):
+    """Three sequences: one empty, one that ends inside a block, one full; or of other lengths."""
     rng = np.random.default_rng(seed)
-    kv_heads, pages = 2, 3 * slots + 2
+    if lengths is None:
+        lengths = (0, 3 * case.tokens + 5, slots * case.tokens)
+    lengths = np.array(lengths, np.int32)
+    batch = len(lengths)
+    kv_heads, pages = 2, batch * slots + 2
     pool, keys, values = random_pool(
         rng, pages, kv_heads, case.tokens, case.groups, case.codes, case.joint
     )
-    q = rng.standard_normal((3, kv_heads * case.heads, keys.shape[-1])).astype(np.float32)
-    table = rng.permutation(pages)[: 3 * slots].reshape(3, slots).astype(np.int32)
-    lengths = np.array([0, 3 * case.tokens + 5, slots * case.tokens], np.int32)
+    q = rng.standard_normal((batch, kv_heads * case.heads, keys.shape[-1])).astype(np.float32)
+    table = rng.permutation(pages)[: batch * slots].reshape(batch, slots).astype(np.int32)
     heads = q.shape[1]
     every = {
         "soft_cap": 3.0,
@@ -134,7 +137,7 @@ def make_call(case, seed=0, slots=6):
     if "sketch" in case.options:
         signs = rng.integers(0, 2, (pages, kv_heads, case.tokens, 64))
         norms = rng.uniform(0, 1, (pages, kv_heads, case.tokens)).astype(np.float32)
-        query = rng.standard_normal((3, heads, 64)).astype(np.float32)
+        query = rng.standard_normal((batch, heads, 64)).astype(np.float32)
         dots = np.einsum("pktm,bnm->pktbn", 2.0 * signs - 1.0, query)
         extra = dots * norms[..., None, None]
         plane = pack(signs.swapaxes(0, 1), (1,))[0]
@@ -186,6 +189,35 @@ def test_equals_definition_compiled(case):
     """What takes long to interpret: all widths, head dims, group sizes and schedules."""
     call = make_call(case)
     assert_close(call, *attend(call, False, case.schedule))
+
+
+UNLIKE = (0, 64, 40 * 64, 1, 7 * 64 + 5, 20 * 64)
+UNLIKE_CASES = [
+    Case(((4, 2),), (64,), schedule=Schedule(2, 1, 1, 3)),
+    Case(((2, 3),), (64,), heads=9, schedule=Schedule(1, 2, 4, 3), options=OPTIONS),
+]
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("case", UNLIKE_CASES, ids=str)
+def test_unlike_lengths_equal_the_definition(case, interpret):
+    """The longest sequence has more splits than the schedule's, the shortest have fewer."""
+    call = make_call(case, slots=40, lengths=UNLIKE)
+    assert_close(call, *attend(call, interpret, case.schedule))
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_equal_lengths_have_the_bits_of_each_sequence_alone(interpret):
+    """Whose splits are those of the schedule."""
+    call = make_call(Case(((2, 2),), (64,)), slots=9, lengths=[9 * 64 - 3] * 3)
+    schedule = Schedule(2, 1, 1, 3)
+    out, lse = attend(call, interpret, schedule)
+    q, pools, table, lengths = call.arguments
+    for i in range(3):
+        own = (q[i : i + 1], pools, table[i : i + 1], lengths[i : i + 1])
+        alone = attend(dataclasses.replace(call, arguments=own), interpret, schedule)
+        np.testing.assert_array_equal(alone[0][0], out[i])
+        np.testing.assert_array_equal(alone[1][0], lse[i])
 
 
 LONG = [

@@ -98,7 +98,8 @@ def test_the_kernel_of_4_bits_keeps_its_warps_and_loads_ahead(batch):
     ((name, spec, read, written, _),) = (call for call in asked if call[0] == "decode_attention")
     plan = plan_store.plan_of(name, spec, runner.shapes_of(read), runner.shapes_of(written))
     kernel = plan.kernels[0]
-    assert (kernel.name, kernel.warps, kernel.stages) == ("decode_attention", 2, 4)
+    assert (kernel.name, kernel.warps, kernel.stages) == ("decode_attention", 1, 3)
+    assert kernel.grid == (8, 8, batch)  # splits of 35 tiles, kv heads, sequences
     assert "async_copy_global_to_local" in ttgir_of(kernel)
     binary = triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, 90)
     assert binary.warps == kernel.warps

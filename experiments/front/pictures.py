@@ -9,7 +9,6 @@ from experiments.front.tables import (
     PRESETS,
     SHAPES,
     SMALL,
-    attention_rows,
     centred,
     one,
     rows_of,
@@ -74,7 +73,7 @@ def _curve(axis: Axes, rows: Sequence[Row], colour: str, line: str = "o-") -> No
 def speed(out: Path) -> Figure:
     """Times faster against times fewer bytes: attention alone, and a whole decoder."""
     made, ((left, right),) = plotting.panels(1, 2, 4.5, 3.6)
-    _attention(left, attention_rows(out))
+    _attention(left, rows_of("decode_speed", out))
     _decoder(right, rows_of("llama_speed", out))
     for axis, top, title in (
         (left, 9.6, "decode attention alone, over cuDNN"),
@@ -131,6 +130,6 @@ def _path(
 
 PICTURES: dict[str, tuple[Callable[[Path], Figure], tuple[str, ...]]] = {
     "loss": (loss, ("fidelity", "layer_ablation.pre_rope")),
-    "speed": (speed, ("decode_speed", "decode_speed.programs", "llama_speed")),
+    "speed": (speed, ("decode_speed", "llama_speed")),
 }
 """How each is drawn, and from which results."""

@@ -34,11 +34,6 @@ def rows_of(name: str, out: Path) -> list[Row]:
     return results.read(out / name).rows
 
 
-def attention_rows(out: Path) -> list[Row]:
-    """Decode attention; the latest schedule, of some settings, before all of the one before."""
-    return [*rows_of("decode_speed.programs", out), *rows_of("decode_speed", out)]
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for cells in (head, ["---"] * len(head), *rows):
         yield f"| {' | '.join(cells)} |"
@@ -67,7 +62,7 @@ def _percent(row: Row) -> str:
 
 def _headline(out: Path) -> Iterator[str]:
     """What it is worth, in three lines."""
-    loss, speed = rows_of("fidelity", out), attention_rows(out)
+    loss, speed = rows_of("fidelity", out), rows_of("decode_speed", out)
     first, last = (centred(loss, SMALL, PRESETS[name]) for name in ("lossless", "max"))
     times = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
     times += [t for shape in SHAPES[:3] if (t := _with_mean(out, shape)) is not None]
@@ -172,7 +167,7 @@ def _decoder(rows: Sequence[Row], case: str, bits: int) -> float | None:
 
 
 def _speeds(out: Path) -> Iterator[str]:
-    attention, decoder = attention_rows(out), rows_of("llama_speed", out)
+    attention, decoder = rows_of("decode_speed", out), rows_of("llama_speed", out)
     lines = []
     for batch, tokens in SHAPES:
         mean = _with_mean(out, (batch, tokens))

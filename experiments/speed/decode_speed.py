@@ -60,6 +60,7 @@ TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
 MEANS = ("", "stored", "pre_rope")
 LENGTHS = ("equal", "uniform", "one long")
 NEEDS = GPU
+KEYS = ("implementation", "bits_k", "bits_v", "batch", "tokens", "mean", "queries", "lengths")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the rows of `vllm_speed` say: memory, speed, and the same tokens."""
+"""What the rows of `vllm_speed` say: memory, speed, the same tokens, and an answer over HTTP."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,18 +12,26 @@ NEAR = 0.01
 """Of two tokens' log probabilities, the difference below which they are a near-tie."""
 LONG = 32768
 """Tokens from which on our backend has to be the fastest: an aim."""
+KEPT = 0.9
+"""Of the speed without a window, what is asked of that with one."""
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Ours beside the others."""
-    return [*_speed_claims(rows), *_token_claims(rows)]
+    return [
+        *_speed_claims(rows),
+        *_window_claims(rows),
+        *_token_claims(rows),
+        *_device_claims(rows),
+        *_server_claims(rows),
+    ]
 
 
 def _speed_claims(rows: Sequence[Row]) -> Iterator[Claim]:
     timed = [row for row in rows if "tokens_per_second" in row]
     for ours in where(timed, backend=OURS):
         case = {name: ours[name] for name in ("batch", "context")}
-        name = f"{ours['batch']} x {ours['context']}"
+        name = f"{ours['batch']} x {ours['context']}{_window(ours)}"
         for other in (row for row in where(timed, **case) if row["backend"] != OURS):
             times = ours["tokens_per_second"] / other["tokens_per_second"]
             yield Claim(
@@ -44,9 +52,25 @@ def _speed_claims(rows: Sequence[Row]) -> Iterator[Claim]:
         )
 
 
+def _window_claims(rows: Sequence[Row]) -> Iterator[Claim]:
+    timed = [row for row in where(rows, backend=OURS) if "tokens_per_second" in row]
+    for row in (row for row in timed if row.get("window")):
+        same = where(timed, batch=row["batch"], context=row["context"])
+        for plain in (other for other in same if not other.get("window")):
+            share = row["tokens_per_second"] / plain["tokens_per_second"]
+            yield Claim(
+                QUESTION,
+                f"vLLM, {row['batch']} x {row['context']}{_window(row)}: at least {KEPT} of the "
+                "speed without",
+                f"{row['tokens_per_second']:.0f} tokens a second against "
+                f"{plain['tokens_per_second']:.0f}, {share:.2f}",
+                _held(share >= KEPT),
+            )
+
+
 def _token_claims(rows: Sequence[Row]) -> Iterator[Claim]:
     for row in where(rows, part="tokens", backend=OURS):
-        bits = f"vLLM, {row['bits']} bits"
+        bits = f"vLLM, {row['bits']} bits{_window(row)}"
         if row.get("run") == "first" and row["bits"] == 8:
             same, lead = row["equal"] == row["tokens"], row.get("lead", 0.0)
             yield Claim(
@@ -69,6 +93,36 @@ def _token_claims(rows: Sequence[Row]) -> Iterator[Claim]:
                 ),
                 _held(row["equal_first"] == row["tokens"]),
             )
+
+
+def _device_claims(rows: Sequence[Row]) -> Iterator[Claim]:
+    for row in where(rows, part="tensor", devices=2):
+        if "run" in row:
+            lead = row.get("lead")
+            yield Claim(
+                QUESTION,
+                f"vLLM, {row['bits']} bits: two GPUs give the tokens of one, {row['run']}",
+                f"{row['equal']} of {row['tokens']} before the first that differs"
+                + (f", where it leads by {lead:.1g} at most" if lead else ""),
+                _held(row["equal"] == row["tokens"]),
+            )
+
+
+def _server_claims(rows: Sequence[Row]) -> Iterator[Claim]:
+    for row in where(rows, part="serve"):
+        compiled = ", the model compiled by torch" if row["compiled"] else ""
+        yield Claim(
+            QUESTION,
+            f"vLLM: `vllm serve` answers over HTTP{compiled}",
+            row.get("note")
+            or f"up after {row['start_seconds']:.0f} s, {row['tokens']} tokens in "
+            f"{row['seconds']:.1f} s",
+            _held("note" not in row),
+        )
+
+
+def _window(row: Row) -> str:
+    return f", a window of {row['window']}" if row.get("window") else ""
 
 
 def _held(yes: bool) -> Verdict:

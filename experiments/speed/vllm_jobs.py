@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 ROOM = 512
 """Tokens that a request may have beside its prompt."""
+SERVED = 4
+"""Requests of the server: few, for every number of them has its graph."""
+PROMPT = "The capital of France is"
 SHARE = 0.2
 """Of a GPU, for an engine of a small model: several may run there."""
 
 
 def jobs_of(config: "Config", folder: Path) -> dict[str, dict[str, Any]]:
     """Every engine, by name; random weights that some of them share go to `folder`."""
-    makers = {"speed": _speed, "tokens": _tokens, "perplexity": _perplexity}
+    makers = {"speed": _speed, "tokens": _tokens, "perplexity": _perplexity, "serve": _serve}
     found: dict[str, dict[str, Any]] = {}
     for part, make in makers.items():
         if part in config.parts:
@@ -93,6 +96,28 @@ def _perplexity(config: "Config") -> dict[str, dict[str, Any]]:
                 max_model_len=2048, max_num_seqs=1, max_num_batched_tokens=BLOCK, graphs=[1],
                 gpu_memory_utilization=SHARE,
             ),
+        }  # fmt: skip
+    return found
+
+
+def _serve(config: "Config") -> dict[str, dict[str, Any]]:
+    """Servers of the first of `bits`: the model as it is, then compiled as vLLM does by default."""
+    found = {}
+    for compiled in (0, 1) if config.folder else ():
+        settings = _settings(
+            OURS, config.bits[0], 0, dtype="bfloat16", kv_cache_memory_bytes=1 << 30,
+            max_model_len=2048, max_num_seqs=SERVED, graphs=[1, 2, SERVED],
+            gpu_memory_utilization=SHARE,
+        )  # fmt: skip
+        if compiled:
+            sizes = settings["compilation_config"]["cudagraph_capture_sizes"]
+            settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+        found[f"serve {compiled}"] = {
+            "part": "serve", "model": None, "folder": config.folder, "prompt": PROMPT,
+            "head": {
+                "part": "serve", "backend": OURS, "bits": config.bits[0], "compiled": compiled
+            },
+            "tokens": config.tokens, "settings": settings,
         }  # fmt: skip
     return found
 

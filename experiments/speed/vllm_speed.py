@@ -28,6 +28,10 @@ time, so that nearly all of a token's past is codes; `loss` is the mean in nats,
 `error` that to the baseline's, token by token, and its standard error.
 
 `tensor`, if it is asked for: random weights in float32, ours over one and over two GPUs.
+
+`serve`, if it is asked for: `vllm serve` of the same real weights in bfloat16, asked for one
+completion over HTTP; `start_seconds` until it was ready, `seconds` until it had answered.
+`compiled` is 1 where torch compiled the model, vLLM's default, and 0 as in all other parts.
 """
 
 import functools
@@ -48,9 +52,10 @@ from experiments.harness.experiment import Claim, Row, Track, option
 from experiments.harness.journal import open_journal
 from experiments.speed import vllm_claims, vllm_environment, vllm_jobs
 from experiments.speed.vllm_claims import IN_TREE, OURS, THEIRS
+from experiments.speed.vllm_server import Server
 
 NEEDS = "vLLM 0.26 with the extra torch, and an NVIDIA GPU of 80 GB for its full size"
-KEYS = ("part", "backend", "bits", "run", "batch", "context")
+KEYS = ("part", "backend", "bits", "window", "devices", "compiled", "run", "batch", "context")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Config:
 
     cases: tuple[str, ...] = option(("8x32768", "32x4096"), "batch x context")
     backends: tuple[str, ...] = option((THEIRS, OURS, IN_TREE), "the first is the baseline")
-    parts: tuple[str, ...] = option(("speed", "tokens"), "also: perplexity, tensor")
+    parts: tuple[str, ...] = option(("speed", "tokens"), "also: perplexity, tensor, serve")
     model: str = option("llama-3-8b", "preset whose sizes the random weights have")
     layers: int = option(0, "layers instead of the preset's, if not 0")
     memory: int = option(48 << 30, "bytes of a cache")
@@ -96,16 +101,23 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     journal = open_journal("vllm_speed", config, ("cases", "backends"))
     with tempfile.TemporaryDirectory() as folder:
         jobs = vllm_jobs.jobs_of(config, Path(folder) / "model")
-        children = {name: _Child(Path(folder), name, job) for name, job in jobs.items()}
-        ours = {name: job for name, job in jobs.items() if job["head"]["backend"] == OURS}
-        compiling = {name: _compile(job) for name, job in ours.items()} if _has_gpu() else {}
+        new = {name: job for name, job in jobs.items() if name not in journal.held}
+        children = {
+            name: (Server if job["part"] == "serve" else _Child)(Path(folder), name, job)
+            for name, job in new.items()
+        }
+        ours = {name: job for name, job in new.items() if job["head"]["backend"] == OURS}
+        sizes = {name: repr(vllm_jobs.launched(job)) for name, job in ours.items() if _has_gpu()}
+        compiling = {text: _compile(text) for text in dict.fromkeys(sizes.values())}
         try:
             base: list[Row] = []
             for name in track(list(jobs), "vllm_speed"):
-                if name in compiling:
-                    compiling[name].wait()
-                measure = functools.partial(children[name].rows, config.each)
-                rows = journal.measure(name, measure)
+                if name in sizes:
+                    compiling[sizes[name]].wait()
+                rows = journal.held.get(name, [])
+                if name in children:
+                    measure = functools.partial(children[name].rows, config.each)
+                    rows = journal.measure(name, measure)
                 head = jobs[name]["head"]
                 if head["backend"] == THEIRS or head.get("devices") == 1:
                     base = rows
@@ -154,13 +166,13 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _compile(job: dict[str, Any]) -> subprocess.Popen:
-    """What an engine of ours launches, by a process beside the others."""
+def _compile(sizes: str) -> subprocess.Popen:
+    """What an engine of ours launches, of such sizes, by a process beside the others."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
     module = "experiments.speed.vllm_kernels"
-    command = [sys.executable, "-m", module, str(10 * major + minor), repr(vllm_jobs.launched(job))]
+    command = [sys.executable, "-m", module, str(10 * major + minor), sizes]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stdout=sys.stderr)
 
@@ -173,8 +185,10 @@ def _compared(row: Row, own: Sequence[Row], base: Sequence[Row]) -> Row:
         return row
     found = {name: value for name, value in row.items() if name != "tokens_of"}
     found["tokens"] = sum(map(len, row["tokens_of"]))
-    for name, other in (("equal", base), ("equal_first", own)):
-        first = [x for x in other if x.get("run") == "first"]
+    # over two devices as over one: each run beside the other's
+    runs = (row["run"] if row["part"] == "tensor" else "first", "first")
+    for (name, other), run in zip((("equal", base), ("equal_first", own)), runs, strict=True):
+        first = [x for x in other if x.get("run") == run]
         if first:
             pairs = list(zip(row["tokens_of"], first[0]["tokens_of"], strict=True))
             equal = [_equal(mine, theirs) for mine, theirs in pairs]

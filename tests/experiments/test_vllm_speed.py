@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.harness import journal
 from experiments.speed import vllm_claims, vllm_engine, vllm_jobs, vllm_speed
 
 pytest.importorskip("torch", reason="needs torch: make test-torch")
@@ -37,6 +38,71 @@ def test_claims_of_speed_and_memory():
         "vLLM, 8 x 32768: faster than other": "missed",
         "vLLM: at least 3.6 times the tokens of bfloat16 in the same bytes": "missed",
     }
+
+
+def test_claims_of_windows_devices_and_servers():
+    speed = {"part": "speed", "backend": "CUSTOM", "batch": 8, "context": 100, "kv_tokens": 1}
+    two = {"part": "tensor", "devices": 2, "bits": 8, "tokens": 9, "equal": 9}
+    server = {"part": "serve", "compiled": 0}
+    rows = [
+        speed | {"tokens_per_second": 100.0},
+        speed | {"tokens_per_second": 89.0, "window": 128},
+        two | {"run": "first"},
+        two | {"run": "prefixes cached", "equal": 8, "lead": 0.25},
+        two | {"devices": 1, "run": "first"},
+        server | {"start_seconds": 60.0, "seconds": 0.5, "tokens": 32},
+        server | {"compiled": 1, "note": "ended with 1"},
+    ]
+    found = {claim.statement: (claim.verdict, claim.measured) for claim in vllm_claims.claims(rows)}
+    assert found == {
+        "vLLM, 8 x 100, a window of 128: at least 0.9 of the speed without": (
+            "does not hold", "89 tokens a second against 100, 0.89"
+        ),
+        "vLLM, 8 bits: two GPUs give the tokens of one, first": (
+            "holds", "9 of 9 before the first that differs"
+        ),
+        "vLLM, 8 bits: two GPUs give the tokens of one, prefixes cached": (
+            "does not hold", "8 of 9 before the first that differs, where it leads by 0.2 at most"
+        ),
+        "vLLM: `vllm serve` answers over HTTP": ("holds", "up after 60 s, 32 tokens in 0.5 s"),
+        "vLLM: `vllm serve` answers over HTTP, the model compiled by torch": (
+            "does not hold", "ended with 1"
+        ),
+    }  # fmt: skip
+
+
+def test_what_a_journal_holds_is_not_started_again(monkeypatch, tmp_path):
+    """Over two devices beside the tokens of one, run by run."""
+    monkeypatch.setenv(journal.FOLDER, str(tmp_path))
+    monkeypatch.setattr(vllm_speed.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(vllm_speed, "_has_gpu", lambda: False)
+    monkeypatch.setattr(vllm_jobs.vllm_environment, "save_random", lambda folder: None)
+    one = {"part": "tensor", "backend": "CUSTOM", "devices": 1}
+    runs = {"first": [1, 2, 3], "prefixes cached": [1, 5, 6]}
+    answers = [one | {"run": run, "tokens_of": tokens(run, x)["tokens_of"]}
+               for run, x in runs.items()]  # fmt: skip
+    started = []
+
+    class Child:
+        def __init__(self, folder, name, job):
+            started.append(name)
+            self.devices = job["head"]["devices"]
+
+        def rows(self, seconds):
+            return [answer | {"devices": self.devices} for answer in answers]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(vllm_speed, "_Child", Child)
+    config = vllm_speed.Config(parts=("tensor",), bits=(8,))
+    held = journal.open_journal("vllm_speed", config, ("cases", "backends"))
+    held.measure("tensor 8 1", lambda: answers)
+    rows = list(vllm_speed.run(config, lambda names, _: names))
+    assert started == ["tensor 8 2"]
+    assert [(row["devices"], row["equal"], row["equal_first"]) for row in rows] == [
+        (1, 3, 3), (1, 3, 1), (2, 3, 3), (2, 3, 1)
+    ]  # fmt: skip
 
 
 def test_tokens_of_a_cache_are_those_of_its_log():

@@ -71,6 +71,7 @@ CASES = [
     Case(((6, 5),), (64,), heads=2),
     Case(((3, 4), (2, 1)), (32, 96), heads=5),
     Case(((4, 2),), (64,), options=("sketch", *OPTIONS)),
+    Case(heads=32),
     Case(((3, 2),), codes=TRELLIS),
     Case(((1, 3),), (64,), tokens=32, heads=3, codes=TRELLIS),
     Case(((2, 4), (4, 3)), (32, 64), codes=TRELLIS),
@@ -92,12 +93,12 @@ CASES = [
 GPU_CASES = [
     *(Case(((b, 9 - b),)) for b in range(1, 9)),
     *(Case(((4, 3),), (h,), tokens=t) for h in (64, 80, 96, 256) for t in (32, 64, 128)),
-    *(Case(((3, 4),), heads=g, options=OPTIONS) for g in (1, 2, 5, 8, 16)),
+    *(Case(((3, 4),), heads=g, options=OPTIONS) for g in (1, 2, 5, 8, 16, 20, 32)),
     *(Case(schedule=Schedule(*s)) for s in ((1, 1, 1, 2), (3, 2, 2, 4), (7, 4, 4, 3))),
     Case(((8, 3), (2, 6)), (64, 64), options=("sketch",)),
     *(Case(((b, 4 - b),), (h,), codes=TRELLIS) for b in (1, 2, 3) for h in (64, 128)),
     *(Case(((3, 2),), (h,), tokens=t, codes=TRELLIS) for h in (80, 96, 128) for t in (32, 64, 128)),
-    *(Case(((3, 3),), heads=g, options=OPTIONS, codes=TRELLIS) for g in (1, 5, 8, 16)),
+    *(Case(((3, 3),), heads=g, options=OPTIONS, codes=TRELLIS) for g in (1, 5, 8, 16, 32)),
     *(Case(((2, 3),), codes=codes) for codes in (("trellis", "scalar"), ("scalar", "trellis"))),
     Case(((4, 4),), codes=TRELLIS), Case(((3, 6), (2, 2)), (64, 32), codes=("trellis", "scalar")),
 ]  # fmt: skip
@@ -223,6 +224,7 @@ def test_equal_lengths_have_the_bits_of_each_sequence_alone(interpret):
 LONG = [
     *(Case(channels=(h,), heads=g) for h, g in ((64, 1), (80, 2), (128, 4), (128, 8), (256, 4))),
     *(Case(((b, b),)) for b in (2, 3)),
+    Case(heads=32),
     Case(((4, 4), (4, 4)), (48, 80), tokens=32, heads=5, options=OPTIONS),
     Case(codes=TRELLIS),
 ]

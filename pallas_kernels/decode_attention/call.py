@@ -70,9 +70,11 @@ def decode_attention(
         schedule = schedule_of(blocks, exact, kv_heads, per_head)
     if sketch is not None and len(blocks.pools) > 1:
         raise NotImplementedError("heads of several formats with a sketch")
+    # the loops of several formats leave no registers for it
+    dealt = len(blocks.pools) == 1 and deal.dealt(batch, kv_heads, schedule)
     plans = tuple(
         make_decode_plan(
-            pool, sketch, softmax, schedule, (batch, per_head), exact=exact is not None
+            pool, sketch, softmax, schedule, (batch, per_head), exact=exact is not None, dealt=dealt
         )
         for pool in blocks.pools
     )
@@ -159,12 +161,12 @@ def run(
         if name != "exact"
     }
     shapes = {"peak": (columns,), "weight": (columns,), "sums": (channels, columns)}
-    slots = deal.slots(batch, plan.splits)
+    slots = deal.slots(batch, plan.splits, plan.dealt)
     new = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     out_shape: dict[str, Any] = {
         name: new(kv_heads, slots, *shape) for name, shape in shapes.items()
     }
-    if deal.dealt(batch):
+    if plan.dealt:
         out_shape["dealt"] = jax.ShapeDtypeStruct((kv_heads, batch, 2), jnp.int32)
     out_specs: dict[str, Any] = {name: of_slots(x) for name, x in out_shape.items()}
     if "exact" in inputs:

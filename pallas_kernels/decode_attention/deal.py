@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_attention.schedule import Schedule
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import power_of_two
 
-# Most sequences of a batch that each program looks at; of more every one has the schedule's splits.
+# Most sequences of a batch that each program looks at.
 MOST = 512
+# Warps that an H100 runs at once, each with all registers that it may have.
+WARPS = 132 * 8
 
 
 class Stretch(NamedTuple):
@@ -43,14 +46,19 @@ class Piece(NamedTuple):
     slot: Any
 
 
-def dealt(batch: int) -> bool:
-    """Whether a program finds its sequences by their lengths."""
-    return 1 < batch <= MOST
+def dealt(batch: int, kv_heads: int, schedule: Schedule) -> bool:
+    """Whether programs find their sequences by the lengths: if all of them run at once.
+
+    It takes registers. Programs of more warps, or more of them, would lose others beside them; of
+    programs that begin when others end, every sequence has the splits of the schedule.
+    """
+    warps = batch * kv_heads * schedule.splits * schedule.warps
+    return 1 < batch <= MOST and warps <= WARPS
 
 
-def slots(batch: int, splits: int) -> int:
+def slots(batch: int, splits: int, dealt: bool) -> int:
     """For the pieces of a kv head: each program, and each sequence after the first, begins one."""
-    return batch * (splits + 1 if dealt(batch) else splits)
+    return batch * (splits + 1 if dealt else splits)
 
 
 def sequences(batch: int) -> jax.Array:

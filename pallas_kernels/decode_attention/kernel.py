@@ -50,7 +50,7 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...])
     """
     plan, head = plans[0], triton.program_id(1)
     split, sequence = triton.program_id(0), triton.program_id(2)
-    if not deal.dealt(plan.batch):
+    if not plan.dealt:
         work = work_of(plan, inputs, sequence)
         begin = lax.div(split * work, plan.splits)
         end = lax.div((split + 1) * work, plan.splits)

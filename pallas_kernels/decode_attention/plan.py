@@ -71,6 +71,7 @@ def make_decode_plan(
     sizes: tuple[int, int],
     *,
     exact: bool,
+    dealt: bool,
 ) -> DecodePlan:
     """The static half of a call for the heads of a pool; ValueError for tiles that are too short.
 
@@ -105,6 +106,7 @@ def make_decode_plan(
         splits=schedule.splits,
         warps=schedule.warps,
         stages=schedule.stages,
+        dealt=dealt,
         uncoded=(not pool.key_codebooks, not pool.value_codebooks),
     )
 

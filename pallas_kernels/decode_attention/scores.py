@@ -82,7 +82,8 @@ class DecodePlan:
 
     `scale` multiplies a product <q, k>, to base 2 unless the scores are soft-capped. `row_pages`:
     pages of a row of the pool. `value_words`: which of the scales each group of values has.
-    `exact_tiles`: as many tiles as the tokens in full precision count for. `uncoded`: whether the
+    `exact_tiles`: as many tiles as the tokens in full precision count for. `dealt`: whether the
+    splits of a sequence depend on the lengths (`deal`). `uncoded`: whether the
     keys, and the values, of the blocks are in full precision; then there are no `key_sums`, or no
     `value_decoders`.
     """
@@ -102,6 +103,7 @@ class DecodePlan:
     splits: int
     warps: int
     stages: int
+    dealt: bool
     uncoded: tuple[bool, bool] = (False, False)
 
     @property

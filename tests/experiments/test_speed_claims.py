@@ -33,6 +33,14 @@ def test_random_pages_are_compared_with_the_same_case_in_order(dense, verdict):
     assert decode(rows)[-1].verdict == verdict
 
 
+@pytest.mark.parametrize(("unlike", "verdict"), [(1.05, "holds"), (1.2, "missed")])
+def test_unlike_lengths_are_compared_with_equal_ones(unlike, verdict):
+    row = decode_row("pallas", (8, 32768), 3.5) | dict(lengths="equal")
+    other = decode_row("pallas", (8, 32768), 3.5, unlike) | dict(lengths="uniform")
+    (claim,) = decode([row, decode_row("pallas", (32, 4096), 1.0) | dict(lengths="equal"), other])
+    assert claim.verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("judge", "row", "verdict"),
     [

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import deal
+from pallas_kernels.decode_attention import Schedule, deal
 from pallas_kernels.primitives import triton
 
 LENGTHS = {
@@ -60,7 +60,7 @@ def test_every_tile_is_dealt_once(kind, batch, splits):
             assert written.setdefault(number + sequence, sequence) == sequence
             start += work[sequence]
     assert [list(range(n)) for n in work] == tiles
-    assert max(written) < deal.slots(batch, splits)
+    assert max(written) < deal.slots(batch, splits, dealt=True)
     for sequence, (first, count) in enumerate(pieces):
         found = range(first, first + count)
         assert all(written[slot] == sequence for slot in found)
@@ -82,3 +82,11 @@ def test_equal_lengths_have_the_splits_of_the_schedule(tiles):
         expected = [4 * j, 3] if tiles > 2 else pieces[j]
         np.testing.assert_array_equal(pieces[j], expected)
     assert (pieces[:, 1] > 0).all() == (tiles > 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "splits", "warps", "expected"),
+    [(1, 64, 1, False), (8, 16, 1, True), (8, 8, 2, True), (8, 16, 2, False), (600, 1, 1, False)],
+)
+def test_only_programs_that_run_at_once_are_dealt(batch, splits, warps, expected):
+    assert deal.dealt(batch, 8, Schedule(splits, 1, warps, 3)) == expected

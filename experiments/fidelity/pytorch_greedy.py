@@ -8,8 +8,7 @@ given the same tokens one by one, with a cache of the same configuration and see
 device; `tokens_equal` are those before the first that it would not have chosen, `tokens_agreeing`
 all that it would. Where they part, `gap_torch` and `gap_jax` say how far the best token leads in
 the logits of each, and `logit_difference` how far these are apart at most: gaps of that order are a
-near-tie. `beside` says where our own decoder ran, if not on torch's device: of a run that ended
-before it did, differences are those of torch's 64 largest logits.
+near-tie.
 
 `perplexity`: the test texts of `fidelity`, token by token through the captured step, the model in
 float32 and the cache in bfloat16 as there; KL and agreement are against the model's own attention
@@ -27,6 +26,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +47,8 @@ KEYS = ("model", "part", "preset", "dtype", "captured", "fused")
 
 FIRST = 128
 """Tokens that go first, as one chunk: the window of the presets holds them all."""
+PERPLEXITY = 0.75
+"""Of the time, the share after which no perplexity begins."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ device = pytorch_speed.device
 
 
 def run(config: Config, track: Track) -> Iterator[Row]:
-    """Perplexities, while our own decoder compiles; then generate beside it, and compare."""
+    """Generate; perplexities, while our own decoder compiles; then compare what it chooses."""
     require_torch()
     import torch
 
@@ -91,17 +93,21 @@ def run(config: Config, track: Track) -> Iterator[Row]:
     where = torch_models.device()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file = {job: Path(folder, "-".join(job) + ".npz") for job in jobs}
-        theirs = {job: _start_jax(path, config, file[job], stack) for job in jobs}
+        missing = [job for job in jobs if " ".join(job) not in journal.held]
+        theirs = {job: _start_jax(path, config, file[job], stack) for job in missing}
+
+        @functools.cache
+        def model_in(dtype: str) -> Any:
+            return torch_models.model_of_gguf(path, getattr(torch, dtype), where)
 
         @functools.cache
         def choose(preset: Preset, dtype: str) -> None:
-            model = torch_models.model_of_gguf(path, getattr(torch, dtype), where)
-            _generate(config, model, preset, _prompt(path, config), file[preset, dtype])
+            held = file[preset, dtype]
+            _generate(config, model_in(dtype), preset, _prompt(path, config), held)
             print(f"{preset} {dtype}: torch has chosen", file=sys.stderr, flush=True)
 
         def greedy(preset: Preset, dtype: str) -> list[Row]:
-            for job in jobs:  # while our own decoder compiles
-                choose(*job)
+            choose(preset, dtype)
             if theirs[preset, dtype].wait():
                 raise RuntimeError("our own decoder failed; its words are above")
             own = file[preset, dtype]
@@ -112,14 +118,16 @@ def run(config: Config, track: Track) -> Iterator[Row]:
             return [head | compared]
 
         def perplexity(preset: Preset) -> list[Row]:
-            model = torch_models.model_of_gguf(path, torch.float32, where)
-            return [_perplexity(config, model, preset, _texts(path, config))]
+            return [_perplexity(config, model_in("float32"), preset, _texts(path, config))]
 
-        for preset in config.presets * ("perplexity" in config.parts):
-            yield from journal.measure(preset, functools.partial(perplexity, preset))
+        for job in missing:
+            choose(*job)
+        for preset in config.presets * ("perplexity" in config.parts):  # while the other compiles
+            measure = functools.partial(perplexity, preset)
+            yield from journal.measure(preset, measure, share=PERPLEXITY)
         for preset, dtype in track(jobs, "pytorch_greedy"):
-            job = functools.partial(greedy, preset, dtype)
-            yield from journal.measure(f"{preset} {dtype}", job)
+            compare = functools.partial(greedy, preset, dtype)
+            yield from journal.measure(f"{preset} {dtype}", compare)
 
 
 def _weights(model: str) -> Path:

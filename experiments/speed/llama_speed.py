@@ -125,16 +125,17 @@ class Bench:
         if case == "greedy" or not every:
             return
         self.compiled.clear()
-
-        def one(bits: int) -> None:
-            key = bits, *self._size(case, bits, _SHARES[0])
-            call = self.model, *self._past(*key), self.config.steps
-            with contextlib.suppress(*_REFUSED):  # and said when it is measured
-                self.compiled[key] = timing.compile_decode(*call)
-
+        one = functools.partial(self.compile_one, case)
         one(every[0])
         with ThreadPoolExecutor(1 if case.startswith("largest") else _COMPILERS) as pool:
             list(pool.map(one, every[1:]))
+
+    def compile_one(self, case: str, bits: int) -> None:
+        """Compile one loop of a case ahead."""
+        key = bits, *self._size(case, bits, _SHARES[0])
+        call = self.model, *self._past(*key), self.config.steps
+        with contextlib.suppress(*_REFUSED):  # and said when it is measured
+            self.compiled[key] = timing.compile_decode(*call)
 
     def measure(self, case: str, bits: int, rows: Sequence[Row]) -> list[Row]:
         """The rows of a case; none where it does not fit the device."""

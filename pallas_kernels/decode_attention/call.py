@@ -194,9 +194,7 @@ def run(
     inputs = jax.tree.map(jnp.asarray, inputs)
     outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plans=plans),
-        triton.Launch(
-            (plan.splits, kv_heads, batch), plan.warps, plan.stages, apart=len(plans) > 1
-        ),
+        triton.Launch((plan.splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
         in_specs=(in_specs,),
         out_specs=out_specs,
         out_shape=out_shape,

@@ -21,9 +21,16 @@ SIGNS = CodebookOperand(bits=1, levels=(-1, 1), step=1.0)
 
 
 def schedule_of(
-    blocks: PagedBlocks, exact: ExactOperand | None, kv_heads: int, heads: int
+    blocks: PagedBlocks,
+    exact: ExactOperand | None,
+    kv_heads: int,
+    heads: int,
+    work: Work | None = None,
 ) -> Schedule:
-    """What serves these shapes, where the caller has no schedule; `heads` of a kv head."""
+    """What serves these shapes, where the caller has no schedule; `heads` of a kv head.
+
+    `work` of a tile, unless it is to be found: who compiles otherwise than XLA may know better.
+    """
     batch, max_pages = blocks.page_table.shape
     sides = [
         ([book.bits for book in books] or [EXACT_BITS], channels)
@@ -41,7 +48,8 @@ def schedule_of(
     little = all(x and all((b.bits, b.code) == (4, "scalar") for b in x) for x in of_sides)
     little = little and not any(pool.bases for pool in blocks.pools)  # scales of 8 bits are work
     turns = exact is not None and exact.phases is not None
-    work: Work = "usual" if not little else "little and turning" if turns else "little"
+    if work is None:
+        work = "usual" if not little else "little and turning" if turns else "little"
     slots = 0 if exact is None else sum(x.shape[1] for x in exact.keys)
     return default_schedule(
         sequences=batch * kv_heads,

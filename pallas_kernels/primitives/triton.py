@@ -1,4 +1,4 @@
-"""The only module, with `branches`, that touches Pallas' Triton backend.
+"""The only module that touches Pallas' Triton backend.
 
 Triton is the backend because it serves sm_80 and newer and its kernels can be interpreted on a CPU.
 jax deprecates it from 0.11 on without a removal date and says so (DeprecationWarning,
@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as backend
-
-from pallas_kernels.primitives import branches
 
 # Threads of a warp.
 LANES = 32
@@ -65,15 +63,11 @@ def loads_again() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """The programs of a kernel: their grid, the warps of each, the stages of their loops' loads.
-
-    `apart`: its large branches are compiled as functions.
-    """
+    """The programs of a kernel: their grid, the warps of each, the stages of their loops' loads."""
 
     grid: tuple[int, ...]
     warps: int
     stages: int
-    apart: bool = False
 
 
 def call(
@@ -112,9 +106,8 @@ def call(
             interpret=interpret,
             input_output_aliases=aliases,
             name=name,
-            # torch's Triton takes the first function of a module for the kernel
-            compiler_params=branches.parameters(
-                launch.warps, launch.stages, launch.apart and not loads_again()
+            compiler_params=backend.CompilerParams(
+                num_warps=launch.warps, num_stages=launch.stages
             ),
         )(*operands)
         if not all(specs[i].asked for i in wide):

@@ -109,12 +109,14 @@ def resources(lowered) -> dict[str, list[int]]:
             if ".entry" not in ptx.read_text():
                 continue
             said = _ptxas("-v", "-arch=sm_90a", "-o", os.devnull, ptx).stderr
-            for of_entry in said.split("Compiling entry function")[1:]:  # and what it calls
-                name = re.search(r"'(\w+)'", of_entry)[1]
-                spills = re.findall(r"(\d+) bytes spill", of_entry)
-                registers = re.findall(r"Used (\d+) registers", of_entry)
+            for name, stores, loads, registers in re.findall(
+                r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, "
+                r"(\d+) bytes spill loads.*?Used (\d+) registers",
+                said,
+                re.DOTALL,
+            ):
                 if re.sub(r"__\d+$", "", name) in kernels:
-                    found[name] = [int(registers[0]), sum(map(int, spills))]
+                    found[name] = [int(registers), int(stores) + int(loads)]
     return dict(sorted(found.items()))
 
 

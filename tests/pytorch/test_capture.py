@@ -39,6 +39,29 @@ def test_generate_with_a_captured_step(family):
         torch.testing.assert_close(leaf, other.state.leaves[name], msg=name)
 
 
+@torch.no_grad()
+def test_contexts_of_two_caches():
+    """One in the other, whenever they were made; calls with arguments by place; the model after."""
+    model, cache = model_and_cache()
+    caches = cache, TurboQuantCache.from_model(model, config=cache.config)
+    prompt = prompts(1, 9)["input_ids"]
+    expected = [model(prompt, **{CACHE: other}).logits for other in caches]
+    outer, inner = (other.capture(model) for other in caches)
+    with outer:
+        with inner:
+            for step, other in zip((outer, inner), caches, strict=True):
+                out = model(prompt[:, :1], torch.ones(1, 10), **{CACHE: other})
+                assert out.logits.shape == (1, 1, 96) and step.ids is None
+                model(prompt[:, :1], **{CACHE: other})
+                assert step.ids is not None
+        assert vars(model)["forward"] is inner.before
+        model(prompt[:, :1], **{CACHE: cache})
+    assert "forward" not in vars(model)
+    assert [other.get_seq_length() for other in caches] == [12, 11]
+    cache.reset()
+    assert torch.equal(model(prompt, **{CACHE: cache}).logits, expected[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_fused_step_is_the_models(family):

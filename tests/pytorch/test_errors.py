@@ -68,6 +68,9 @@ def test_another_model_or_attention():
     inputs = prompts(1, 5)
     with pytest.raises(AttributeError, match=r"expected 'turboquant': call model.set_attn_imple"):
         model(**inputs, **{CACHE: cache})
+    pending, _ = cache.layers[0].update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
+    with pytest.raises(AttributeError, match=r"asks keys for 'scaled_dot_product_attention'"):
+        torch.nn.functional.scaled_dot_product_attention(torch.zeros(1, 2, 5, 16), pending, pending)
     for each in (model, other):
         each.set_attn_implementation("turboquant")
     with pytest.raises(ValueError, match=r"model: got another one than the cache was made for"):
@@ -103,6 +106,22 @@ def test_sizes():
     cache.reset()
     model(**prompts(3, 5), **{CACHE: cache})
     assert cache.batch_size == 3
+
+
+def test_a_call_that_was_broken_off():
+    """Some layers have its tokens, some not: the cache is of no use until it is emptied."""
+    model = random_model("Llama")
+    cache = TurboQuantCache.from_model(model, config=small_config(model))
+    expected = logits_of(model, cache, prompts(1, 9)["input_ids"], None, (9,))
+    last = model.model.layers[-1].self_attn.q_proj
+    hook = last.register_forward_pre_hook(lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(prompts(1, 1)["input_ids"], **{CACHE: cache})
+    hook.remove()
+    with pytest.raises(ValueError, match=r"ended before the model's last layer, .* reset\(\) it"):
+        model(prompts(1, 1)["input_ids"], **{CACHE: cache})
+    cache.reset()
+    assert torch.equal(logits_of(model, cache, prompts(1, 9)["input_ids"], None, (9,)), expected)
 
 
 @pytest.mark.parametrize("module, version", [("transformers", "4.57.1"), ("torch", "2.4.0+cpu")])

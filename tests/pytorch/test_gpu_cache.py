@@ -64,7 +64,7 @@ def test_kernels_on_the_gpu_are_the_definition_on_a_cpu(name):
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generate_captured_and_eager(dtype, fuse):
-    """Padding, growth of the cache and completed blocks; logits near those of a DynamicCache."""
+    """Padding and completed blocks; logits near those of a DynamicCache."""
     model = random_model("Llama", **SIZES).to("cuda", getattr(torch, dtype))
     config = supported.cache_config(model)
     codec = CodecConfig(8)

@@ -1,8 +1,11 @@
 """Which bytes Triton gives to a thread: a look-up takes four neighbours of one row."""
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 
-from tests.pytorch.skip import torch  # noqa: F401
+from tests.pytorch.skip import torch
 
 triton = pytest.importorskip("triton", reason="needs the Triton that torch ships for GPUs")
 from triton._C.libtriton import ir  # noqa: E402
@@ -10,8 +13,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 
 from tests.pytorch import calls  # noqa: E402
+from turboquant_jax.cache.config import CodecConfig  # noqa: E402
 from turboquant_jax.cache.presets import preset as preset_config  # noqa: E402
-from turboquant_jax.pytorch import plan_store, triton_compile  # noqa: E402
+from turboquant_jax.pytorch import choose, creation, plan_store, runner, triton_compile  # noqa: E402
+from turboquant_jax.pytorch.binary import Binary  # noqa: E402
+from turboquant_jax.pytorch.segments import Scores  # noqa: E402
 
 LAYOUTS = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [1, 1], order = [1, 0]}>
@@ -77,6 +83,44 @@ def test_look_ups_of_every_preset_are_whole(config, heads):
         looks_up = kernel.name == "decode_attention" and not gathered
         assert ("packed_element = 4" in text) == looks_up
         assert triton_compile.words_are_whole(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_kernel_of_4_bits_keeps_its_warps_and_loads_ahead(batch):
+    """The schedule of Llama-3-8B counts on so many programs, each with tiles on their way."""
+    config = preset_config("lossless", 1, 8, 128, tuple(0.1**i for i in range(64)))
+    config = replace(config, key=CodecConfig(4), value=CodecConfig(4), dtype="bfloat16")
+    state, asked = creation.create(config, batch, 2300), []
+    heads = tuple(torch.zeros(batch, 1, n, 128, dtype=torch.bfloat16) for n in (32, 8, 8))
+    with mock.patch.object(runner, "run", lambda *call: asked.append(call)):
+        choose.attend_and_write(state, 0, heads, Scores(), None, "kernels")
+    ((name, spec, read, written, _),) = (call for call in asked if call[0] == "decode_attention")
+    plan = plan_store.plan_of(name, spec, runner.shapes_of(read), runner.shapes_of(written))
+    kernel = plan.kernels[0]
+    assert (kernel.name, kernel.warps, kernel.stages) == ("decode_attention", 1, 3)
+    assert kernel.grid == (8, 8, batch)  # splits of 35 tiles, kv heads, sequences
+    assert "async_copy_global_to_local" in ttgir_of(kernel)
+    binary = triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, 90)
+    assert binary.warps == kernel.warps
+    assert binary.spilled <= triton_compile.FEW
+
+
+@pytest.mark.parametrize(
+    ("spilled", "warps"),
+    [({2: 0, 4: 0}, 2), ({2: 8, 4: 0}, 2), ({2: 200, 4: 0}, 4), ({2: 200, 4: 300}, 2)],
+)
+def test_twice_the_warps_are_the_last_resort(spilled, warps, monkeypatch):
+    """Half as many programs run at a time then: a few bytes that are put aside cost less."""
+
+    def compiled(text, target, options):
+        count = options["num_warps"]
+        return Binary("kernel", b"", 0, 1, spilled[count], count)
+
+    monkeypatch.setattr(triton_compile, "_compiled", compiled)
+    monkeypatch.setattr(triton_compile, "_simplified", lambda text, *given: text)
+    found = triton_compile.compile_kernel.__wrapped__("text", 2, 1, 90)
+    assert (found.warps, found.spilled) == (warps, spilled[warps])
 
 
 MODULE = """

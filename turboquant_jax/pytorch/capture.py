@@ -41,19 +41,21 @@ class CapturedStep:
     def __init__(self, cache: "TurboQuantCache", model: Any, fuse: bool = False):
         self.cache, self.model, self.fuse = cache, model, fuse
         self.forward: Callable[..., Any] = model.forward
-        self.before = vars(model).get("forward")  # one that was compiled, say
         self.graphs: dict[bool, tuple[Any, Tensor]] = {}
         self.ids: Tensor | None = None
         self.state: State | None = None
 
     def __enter__(self) -> "CapturedStep":
+        self.before = vars(self.model).get("forward")  # one that was compiled, say
+        self.forward = self.model.forward
+
         @functools.wraps(self.forward)
-        def forward(input_ids: Tensor | None = None, **kwargs: Any) -> Any:
-            if self._serves(input_ids, kwargs):
+        def forward(input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            if not args and self._serves(input_ids, kwargs):
                 assert input_ids is not None
                 logits = self(input_ids, kwargs.get("position_ids"))
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: self.cache})
-            return self.forward(input_ids=input_ids, **kwargs)
+            return self.forward(input_ids, *args, **kwargs)
 
         self.model.forward = forward
         return self

@@ -57,13 +57,16 @@ class TurboQuantLayer(CacheLayerMixin):
         """Columns of the batch that went by, padding included."""
         return self.cache.steps.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of a mask, and the first of them."""
-        return self.cache.steps.seen + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Columns of a mask, and the first of them; of new tokens by number, or by their places."""
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.cache.steps.seen + new, 0
 
     def get_max_length(self) -> int:
         """Most tokens of a sequence; -1 where the cache grows."""
         return -1 if self.cache.capacity is None else self.cache.capacity
+
+    get_max_cache_shape = get_max_length  # its name in the first releases of transformers 5
 
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("a layer of a TurboQuantCache: got an operation, expected it of "
@@ -82,10 +85,19 @@ class Pending:
     values: Tensor
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"attention implementation: got one that asks keys for {name!r}, expected {NAME!r}: "
-            f"call model.set_attn_implementation({NAME!r}) before the cache is used"
-        )
+        raise AttributeError(_other_attention(name))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *args: Any) -> Any:
+        """Who hands it to torch takes it for a tensor."""
+        raise AttributeError(_other_attention(getattr(function, "__name__", str(function))))
+
+
+def _other_attention(asked: str) -> str:
+    return (
+        f"attention implementation: got one that asks keys for {asked!r}, expected {NAME!r}: "
+        f"call model.set_attn_implementation({NAME!r}) before the cache is used"
+    )
 
 
 class TurboQuantCache(Cache):
@@ -269,15 +281,22 @@ def attention(
 
 def mask(
     batch_size: int,
-    q_length: int,
+    q_length: int | None = None,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
+    cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Which of the new tokens are none: bool [B, T], or None where all are tokens."""
+    """Which of the new tokens are none: bool [B, T], or None where all are tokens.
+
+    The first releases of transformers 5 give the places of new tokens instead of their number.
+    """
     if use_vmap:
         raise ValueError("mask: got a function of its own, expected causal attention")
+    if q_length is None:
+        assert cache_position is not None
+        q_length = cache_position.shape[0]
     return None if attention_mask is None else attention_mask[:, -q_length:]
 
 

@@ -21,6 +21,7 @@ class Steps:
       seen: columns of the batch that went by, padding included.
       unpadded: the newest of them that are tokens in every sequence.
       captured: the counts [B] of a captured step, whose calls change nothing here; or None.
+      within: whether a call has begun whose last layer has not written yet.
     """
 
     def __init__(self, config: CacheConfig):
@@ -34,6 +35,7 @@ class Steps:
     def start(self, batch: int) -> None:
         """No tokens."""
         self.lengths, self.seen, self.unpadded = [0] * max(batch, 0), 0, 0
+        self.within = False
 
     @property
     def longest(self) -> int:
@@ -52,7 +54,17 @@ class Steps:
         self.unpadded += 1
 
     def begin(self, state: State, count: int, mask: Tensor | None) -> None:
-        """Announce `count` columns; `mask` [B, count] says which are tokens."""
+        """Announce `count` columns; `mask` [B, count] says which are tokens.
+
+        Raises:
+          ValueError: the last call did not come to its last layer.
+        """
+        if self.within:
+            raise ValueError(
+                "cache: got one whose last call ended before the model's last layer, expected a "
+                "whole one: reset() it"
+            )
+        self.within = True
         self.order, self.empty = None, False
         if self.captured is not None:
             assert self.completes is not None
@@ -91,6 +103,7 @@ class Steps:
             output = _along_tokens(output, torch.argsort(order, dim=1))
         if layer == state.config.num_layers - 1:
             choose.commit(state, self.completes)
+            self.within = False
         return output
 
     def crop(self, state: State, count: int) -> None:

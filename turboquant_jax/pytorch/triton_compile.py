@@ -24,6 +24,8 @@ from turboquant_jax.pytorch.binary import Binary
 # Releases whose code is tested.
 SERVED = ("3.5", "3.6", "3.7")
 OLDEST = 80
+FEW = 64
+"""Bytes that a thread may put aside: less than that costs nothing beside the alternative."""
 
 
 def served(version: str) -> bool:
@@ -42,9 +44,12 @@ def compile_kernel(ttir: str, warps: int, stages: int, capability: int) -> Binar
     if capability < OLDEST:
         raise NotImplementedError(f"GPU: got sm_{capability}, expected sm_{OLDEST} or newer")
     target = GPUTarget("cuda", capability, 32)
-    found = []
-    # which text leaves more registers is chance; more warps have more of them
+    found: list[Binary] = []
+    # Which text leaves more registers is chance. More warps have more of them, but a multiprocessor
+    # then holds half as many programs: one that waits for memory takes three times as long.
     for simplify, count in ((True, warps), (False, warps), (True, 2 * warps)):
+        if count > warps and found and min(x.spilled for x in found) <= FEW:
+            break
         # as XLA compiles it: sums and products are fused where the kernel says so, and nowhere else
         options = {"num_warps": count, "num_stages": stages, "enable_fp_fusion": False}
         text = _simplified(ttir, target, options) if simplify else ttir

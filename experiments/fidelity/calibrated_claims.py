@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from experiments.fidelity.choices import describe
-from experiments.harness.experiment import QUESTION, Claim, Row, where
+from experiments.harness.experiment import QUESTION, Claim, Row, distinct, where
 from experiments.harness.statistics import is_below, is_less, of_aim
 
 # by model: least ratio, the column it is of, most KL in nats a token
@@ -28,8 +28,23 @@ PERPLEXITY = {"smollm2-135m": (7.0, "ratio_64k", 0.004)}
 _WHEN = {"ratio": "at the texts' length", "ratio_64k": "at 65,536 tokens"}
 
 
+ALONE = "-prose"
+"""Ends the name of a file from texts of one kind, which is asked only how it does on others."""
+
+
 def calibrated_claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Of one model: windows, aims, peers, then file by file uniform bits."""
+    """Of one model, for each length of its texts."""
+    kinds = "calibrated", "calibrating", "language", "peer"
+    found = [row for kind in kinds for row in where(rows, kind=kind, text="all")]
+    lengths = distinct([row for row in found if row["kind"] != "peer"], "context")
+    for length in lengths:
+        here = where(rows, context=length)
+        who = f"{rows[0]['model']}, {length:,} tokens" if len(lengths) > 1 else rows[0]["model"]
+        yield from _of_length([{**row, "who": who} for row in here])
+
+
+def _of_length(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Windows, aims, peers, then file by file uniform bits."""
     judged = {
         "test texts": where(rows, kind="calibrated", text="all"),
         "code alone": where(rows, kind="calibrated", text="code"),
@@ -38,7 +53,11 @@ def calibrated_claims(rows: Sequence[Row]) -> Iterator[Claim]:
     yield from _windows(judged["test texts"], "test texts")
     yield from _windows(where(rows, kind="calibrating", text="all"), "the texts that choose")
     files = dict.fromkeys(filter(None, map(_file, judged["test texts"])))
-    presets = [row for row in judged["test texts"] if _file(row) and not _window(row)]
+    presets = [
+        row
+        for row in judged["test texts"]
+        if _file(row) and not _file(row).endswith(ALONE) and not _window(row)
+    ]
     yield from _aims(presets)
     yield from _perplexity(presets)
     yield from _peers(presets, where(rows, kind="peer", text="all"))
@@ -70,11 +89,11 @@ def _aims(rows: Sequence[Row]) -> Iterator[Claim]:
             continue
         yield Claim(
             "our aim",
-            f"{row['model']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
+            f"{row['who']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
             f"a KL divergence of at most {limit:g} nats",
             describe(row),
             of_aim(is_below(row["kl"], row["kl_se"], limit)),
-            topic=f"{row['model']}, calibrated: KL",
+            topic=f"{row['who']}, calibrated: KL",
             short=f"{least:g}x {_WHEN[column]}, {limit:g}: {row['kl']:.4f}",
         )
 
@@ -87,7 +106,7 @@ def _perplexity(rows: Sequence[Row]) -> Iterator[Claim]:
         return
     yield Claim(
         "our aim",
-        f"{row['model']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
+        f"{row['who']}, calibrated, at {least:g}x and more, true bytes {_WHEN[column]}: "
         f"perplexity up by at most {limit:.1%}",
         describe(row),
         of_aim(is_below(row["perplexity_change"], row["perplexity_change_se"], limit)),
@@ -103,7 +122,7 @@ def _windows(rows: Sequence[Row], texts: str) -> Iterator[Claim]:
             first, second = sorted((row, usual), key=lambda one: -one["window"])
             yield Claim(
                 QUESTION,
-                f"{row['model']}, {texts}: in the bytes of {usual['preset']} at 65,536 tokens a "
+                f"{row['who']}, {texts}: in the bytes of {usual['preset']} at 65,536 tokens a "
                 f"window of {first['window']} loses less than one of {second['window']}",
                 f"{describe(first)}; {describe(second)}",
                 is_less(first, second),
@@ -119,11 +138,11 @@ def _peers(rows: Sequence[Row], peers: Sequence[Row]) -> Iterator[Claim]:
         row = max(smaller, key=lambda row: row[size])
         yield Claim(
             "our aim",
-            f"{row['model']}, calibrated: less KL than {peer['preset']} at no more bytes "
+            f"{row['who']}, calibrated: less KL than {peer['preset']} at no more bytes "
             f"({peer['ratio_64k']:.2f}x at 64K)",
             f"{describe(row)}; {describe(peer)}",
             of_aim(is_less(row, peer)),
-            topic=f"{row['model']}, calibrated: less KL than peers at no more bytes at "
+            topic=f"{row['who']}, calibrated: less KL than peers at no more bytes at "
             "65,536 tokens; KL over the peer's",
             short=f"{row['kl'] / peer['kl']:.3f} ({peer['preset']})",
         )
@@ -139,11 +158,11 @@ def _equal_bytes(file: str, rows: Sequence[Row], texts: str) -> Iterator[Claim]:
         other = min(larger, key=lambda one: one[size])
         yield Claim(
             QUESTION,
-            f"{row['model']}, {texts}: less KL with {row['preset']} than with uniform bits of no "
+            f"{row['who']}, {texts}: less KL with {row['preset']} than with uniform bits of no "
             "fewer bytes, keys centred before their rotary embedding",
             f"{describe(row)}; {describe(other)}",
             is_less(row, other),
-            topic=f"{row['model']}, calibrated ({file}), {texts}: less KL than uniform bits of no "
+            topic=f"{row['who']}, calibrated ({file}), {texts}: less KL than uniform bits of no "
             "fewer bytes",
             short=f"{row['kl']:.4f}, uniform {other['kl']:.4f}",
         )

@@ -14,8 +14,8 @@ PRESETS = {
     "compact": "K3 V2 trellis w128",
     "max": "K2 V2 trellis w128",
 }
-CALIBRATED = {"lossless": SMALL, "balanced": SMALL, "compact": SMALL, "max": f"{SMALL}-six"}
-"""The file that stands for a preset, of those of SmolLM2."""
+CALIBRATED = f"{SMALL}-six"
+"""The file that stands for calibrations, of those of SmolLM2."""
 PEERS = {
     "KIVI int4": "KIVI, int4",
     "KIVI int2": "KIVI, int2",
@@ -229,13 +229,14 @@ def _calibrated(out: Path) -> Iterator[str]:
     full = "full precision"
     lines = [[full, *[""] * 5, _kept(where(needles, model=SMALL), full), _beginning(answers, full)]]
     shown = [(f"`{name}`", f"{setting} pre-RoPE") for name, setting in PRESETS.items()]
-    for name, file in CALIBRATED.items():
-        shown.append((f"`{name}`, calibrated", f"{name} by {file}"))
+    shown += [(f"`{name}`, calibrated", f"{name} by {CALIBRATED}") for name in PRESETS]
     shown.append(("the same, a window of 128", f"max by {SMALL} w128"))
     for words, preset in shown:
         row = one(losses, model=SMALL, preset=preset)
         sizes = (f"{row[ratio]:.2f}x" for ratio in ("ratio", "ratio_64k"))
-        other = where(every, kind="centring", model=BIASED, text="all", preset=preset)
+        own = preset.replace(f" by {CALIBRATED}", f" by {BIASED}")
+        kind = "centring" if own == preset else "calibrated"
+        other = where(every, kind=kind, model=BIASED, text="all", context=4096, preset=own)
         cells = [f"{row['kl']:.4f}", _percent(row), *(f"{one['kl']:.4f}" for one in other)]
         cells += [""] * (not other)
         kept = _kept(where(needles, model=SMALL), preset)

@@ -122,9 +122,9 @@ def _of_task(every: Sequence[Row], task: str, model: str) -> Iterator[Claim]:
         if preset == FULL or not found:
             continue
         low, high = wilson(kept, found)
-        lengths = distinct(cells, "context")
+        lengths = sorted(distinct(cells, "context"))
         where_asked = task
-        if lengths != distinct(every, "context"):
+        if lengths != sorted(distinct(every, "context")):
             where_asked += f", {', '.join(f'{length:,}' for length in lengths)} tokens only"
         yield Claim(
             "TurboQuant, figure 4" if preset == PAPERS else QUESTION,

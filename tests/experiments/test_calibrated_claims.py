@@ -5,7 +5,7 @@ from experiments.tasks import needle
 
 _ROW = dict(
     model="smollm2-135m", kind="calibrated", split="test", text="all", ratio=6.0, kl_se=1e-5,
-    perplexity_change=0.003, perplexity_change_se=1e-4, window=128,
+    perplexity_change=0.003, perplexity_change_se=1e-4, window=128, context=8192,
 )  # fmt: skip
 
 
@@ -35,6 +35,26 @@ def test_windows_and_peers_are_judged_and_do_not_stand_for_the_preset():
     peers = {s: c.verdict for s, c in made.items() if "at no more bytes" in s}
     assert len(peers) == 2 and "missed" in peers.values()  # nothing of ours is 9 times smaller
     assert any("OSCAR" in s and v == "holds" for s, v in peers.items())
+
+
+def test_lengths_and_files_of_one_kind_are_apart():
+    rows = [
+        _row("max by a", 0.02),
+        _row("max by a-prose", 0.001, 7.0),
+        _row("K2 V2", 0.03, 6.9),
+        _row("max by a", 0.001, context=4096),
+        _row("K2 V2", 0.0005, 6.9, context=4096),
+        _row("OSCAR int2", 0.02, 6.5, kind="peer"),
+    ]
+    made = list(calibrated_claims(rows))
+    aims = {c.statement: c.verdict for c in made if "at most 0.008" in c.statement}
+    assert len(aims) == 2 and set(aims.values()) == {"missed", "holds"}
+    assert all(("8,192" in s) == (v == "missed") for s, v in aims.items())
+    uniform = {c.statement: c.verdict for c in made if "than with uniform bits" in c.statement}
+    assert sum("a-prose" in s for s in uniform) == 1  # is judged beside them
+    assert [v for s, v in uniform.items() if "4,096" in s] == ["does not hold"]
+    (peer,) = (c for c in made if "OSCAR" in c.statement)
+    assert "8,192" in peer.statement and "prose" not in peer.measured
 
 
 def test_needles_are_counted_model_by_model():

@@ -53,7 +53,7 @@ def dealt(batch: int, kv_heads: int, schedule: Schedule) -> bool:
     programs that begin when others end, every sequence has the splits of the schedule.
     """
     warps = batch * kv_heads * schedule.splits * schedule.warps
-    return 1 < batch <= MOST and warps <= WARPS
+    return schedule.dealt and 1 < batch <= MOST and warps <= WARPS
 
 
 def slots(batch: int, splits: int, dealt: bool) -> int:

@@ -29,6 +29,7 @@ class Schedule:
     """Splits of a sequence; pages of a tile (at least 64 tokens); warps and stages of a program.
 
     `exact_tiles`: as many tiles fewer has the split that attends to tokens in full precision too.
+    `dealt`: whether splits go to sequences by their lengths, where that can be (`deal.dealt`).
     """
 
     splits: int
@@ -36,6 +37,7 @@ class Schedule:
     warps: int
     stages: int
     exact_tiles: int = 0
+    dealt: bool = True
 
 
 def default_schedule(

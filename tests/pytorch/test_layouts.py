@@ -100,6 +100,8 @@ def test_the_kernel_of_4_bits_keeps_its_warps_and_loads_ahead(batch):
     kernel = plan.kernels[0]
     assert (kernel.name, kernel.warps, kernel.stages) == ("decode_attention", 1, 3)
     assert kernel.grid == (8, 8, batch)  # splits of 35 tiles, kv heads, sequences
+    parts = {buffer.shape[:2] for buffer in plan.buffers if buffer.kind == "scratch"}
+    assert (8, 8 * batch) in parts  # each sequence has these: splits by length are for XLA alone
     assert "async_copy_global_to_local" in ttgir_of(kernel)
     binary = triton_compile.compile_kernel(kernel.ttir, kernel.warps, kernel.stages, 90)
     assert binary.warps == kernel.warps

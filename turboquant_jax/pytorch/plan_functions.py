@@ -103,16 +103,17 @@ def _decode_attention(query, blocks, softmax, exact, schedule, **options) -> tup
 def _schedule(query, blocks, exact) -> pallas_kernels.decode_attention.Schedule:
     """The default one, but a power of two of splits: few variants, and none that spills.
 
-    And as many programs for 4 bits as for fewer. For half as many, XLA gives a thread 130 registers
-    and torch's Triton 247, or it spills: so a fused step of Llama-3-8B at 8 x 32,768 once took
-    17.6 ms on an H100, and 10.6 with these.
+    As many programs for 4 bits as for fewer: for half as many, XLA gives a thread 130 registers and
+    torch's Triton 247, or it spills. So a fused step of Llama-3-8B at 8 x 32,768 once took 17.6 ms
+    on an H100, and 10.6 with these. And every sequence has its splits, whatever the lengths: splits
+    by length take registers too, and under torch's Triton no GPU has timed them.
     """
     kv_heads = blocks.kv_heads
     if kv_heads is None:
         rows = blocks.pools[0].scales[0] if blocks.heads is None else blocks.heads
         kv_heads = rows.shape[0]
     found = schedule_of(blocks, exact, kv_heads, query.shape[1] // kv_heads, "usual")
-    return replace(found, splits=1 << (found.splits.bit_length() - 1))
+    return replace(found, splits=1 << (found.splits.bit_length() - 1), dealt=False)
 
 
 def _encode(keys, values, jobs, pool) -> tuple[list, dict]:

@@ -16,7 +16,7 @@ from turboquant_jax.cache import CodecConfig, files, fitting, load_calibration, 
 from turboquant_jax.cache.allocation import Allocation
 from turboquant_jax.cache.bytes import compression_ratio
 from turboquant_jax.cache.calibration import Calibration
-from turboquant_jax.models import Llama, LlamaConfig, calibrate, rope
+from turboquant_jax.models import Llama, LlamaConfig, calibrate, gathered, rope
 from turboquant_jax.models.calibrate import Plan, Text, judge, windows
 from turboquant_jax.models.checkpoint import Checkpoint
 from turboquant_jax.models.evaluate import compare, compressed_hidden, exact_hidden
@@ -283,8 +283,9 @@ def test_a_loss_that_was_asked_for_is_kept_where_it_is_judged(checkpoint, texts,
 
 
 def test_it_goes_on_wherever_it_was_stopped(checkpoint, texts, known, tmp_path, monkeypatch):
-    """Stopped at every file that it writes, before or after it is there."""
+    """Stopped at every file that it writes, before or after it is there, layers among them."""
     out, write = tmp_path / "tiny.safetensors", files.write
+    monkeypatch.setattr(gathered, "EVERY", 0.0)
 
     def stopping(path, arrays, facts, *, after):
         if after:
@@ -293,13 +294,13 @@ def test_it_goes_on_wherever_it_was_stopped(checkpoint, texts, known, tmp_path, 
 
     stops = 0
     with monkeypatch.context() as patched:
-        for after in (False, *[True] * 5, False):
+        for after in (False, *[True] * 9, False):
             patched.setattr(files, "write", partial(stopping, after=after))
             with pytest.raises(KeyboardInterrupt):
                 calibrate.calibrate(checkpoint, texts, PLAN, out, quiet)
             stops += 1
             assert not out.exists()
-    assert stops == 7
+    assert stops == 11
     calibrate.calibrate(checkpoint, texts, PLAN, out, quiet)
     assert_same(load_calibration(out), known[0])
     assert [path.name for path in tmp_path.iterdir()] == [out.name]

@@ -1,7 +1,7 @@
 """Calibration of a model: bases of its heads, what every format loses, the allocation for a target.
 
-`models.gathered` reads the texts, some of them twice. What it gathers is saved after every text:
-the same call goes on from there.
+`models.gathered` reads the texts, some of them twice. What it gathers is saved after every text,
+and within a long one: the same call goes on from there.
 """
 
 import hashlib
@@ -141,8 +141,8 @@ def calibrate(
         gathered.moments(model, tokens, key(done))
     basis = gathered.basis()
     for done, tokens in gathered.rest("alone", alone):
-        progress("losses of every layer and head alone", len(choosing) + done, steps)
-        gathered.alone(model, tokens, basis, key(done))
+        at = partial(_at_layer, progress, config.num_layers, len(choosing) + done, steps)
+        gathered.alone(model, tokens, basis, key(done), at)
     losses = gathered.losses()
     known, scale = Calibration(keys=basis), 1.0
     while True:
@@ -212,6 +212,10 @@ def judge(
     *_, (_, other) = read(model, ids, config, errors)
     found = compare(model, ids[None], final(model, exact), final(model, other)).kl
     return float(np.mean(found[first_prediction(config, len(tokens)) :]))
+
+
+def _at_layer(progress: Progress, layers: int, done: int, steps: int, layer: int) -> None:
+    progress(f"losses of layer {layer + 1} of {layers} and of its heads alone", done, steps)
 
 
 def _facts(checkpoint: Checkpoint, texts: Sequence[Text], plan: Plan) -> str:

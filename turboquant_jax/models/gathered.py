@@ -18,7 +18,8 @@ is shared out to its heads as theirs at 2 bits are. Errors of more bits are smal
 bits lose times the ratio of squared errors.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,12 @@ MEASURED = 3
 """Most bits of all channels whose loss is measured; that of more follows from squared errors."""
 GRADIENTS = 3.0
 """Weight of the gradients' moment beside the queries', both of trace 1."""
+EVERY = 20.0
+"""Seconds within a text after which what was gathered is saved: one takes a large model minutes."""
 
 
 class Gathered:
-    """Sums over the texts, saved after each of them."""
+    """Sums over the texts, saved after each, and within a long one after some of its layers."""
 
     def __init__(
         self,
@@ -67,7 +70,8 @@ class Gathered:
             for name in ("layers", "squares"):
                 self.sums[f"{side}.{name}"] = np.zeros((config.num_layers, len(names)))
             self.sums[f"{side}.heads"] = np.zeros(heads)
-        self.sums |= {name: np.zeros(1, np.int64) for name in ("read", "alone")}
+        # texts that were read, and layers of the next one that were compressed alone
+        self.sums |= {name: np.zeros(1, np.int64) for name in ("read", "alone", "layers")}
         if self.path.is_file():
             found, arrays = files.read(self.path, "what a calibration gathered")
             if found.get("facts") != facts:
@@ -76,14 +80,20 @@ class Gathered:
                     "other settings gathered, expected this one's: remove it, or write elsewhere"
                 )
             files.check(self.path, found, ("facts",), arrays)
-            self.sums = {name: np.array(array) for name, array in arrays.items()}
+            self.sums |= {name: np.array(array) for name, array in arrays.items()}
+        self._saved = time.monotonic()
 
     def rest(self, name: str, texts: np.ndarray) -> Iterator[tuple[int, Array]]:
         """(number, tokens) of those that are not counted yet; each is saved once it is done."""
         for index in range(int(self.sums[name][0]), len(texts)):
             yield index, jnp.asarray(texts[index])
             self.sums[name] += 1
-            files.write(self.path, self.sums, {"facts": self.facts})
+            self.sums["layers"][:] = 0
+            self._save()
+
+    def _save(self) -> None:
+        files.write(self.path, self.sums, {"facts": self.facts})
+        self._saved = time.monotonic()
 
     def basis(self) -> Basis:
         """Of the keys of every head."""
@@ -104,13 +114,21 @@ class Gathered:
             ):  # fmt: skip
                 self.sums[name][layer] += np.asarray(moment, np.float64)
 
-    def alone(self, model: Llama, tokens: Array, basis: Basis, key: Array) -> None:
-        """Add what every format of every layer, and every head at 2 bits, loses on a text."""
+    def alone(
+        self, model: Llama, tokens: Array, basis: Basis, key: Array, begin: Callable[[int], None]
+    ) -> None:
+        """Add what every format of every layer, and every head at 2 bits, loses on a text.
+
+        `begin` is told each layer's number. Layers that are counted already are left out.
+        """
         turns = jax.random.split(jax.random.fold_in(key, 1))
         start, codecs = self._start(tokens, key), (self.config.key, self.config.value)
         columns = [[i for i, b in enumerate(menu) if _is_measured(b)] for menu in self.formats]
         counts = [len(which) + self.config.num_kv_heads for which in columns]
         for layer, seen, lose in alone(model, tokens, self.config, start):
+            if layer < self.sums["layers"][0]:
+                continue
+            begin(layer)
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], basis)
             off = []
             for side, (x, which) in enumerate(((seen.k, own), (seen.v, None))):
@@ -126,6 +144,9 @@ class Gathered:
             for name, of_side, which in zip(_SIDES, lost, columns, strict=True):
                 self.sums[f"{name}.layers"][layer, which] += of_side[: len(which)]
                 self.sums[f"{name}.heads"][layer] += of_side[len(which) :]
+            self.sums["layers"] += 1
+            if time.monotonic() > self._saved + EVERY:
+                self._save()
 
     def _start(self, tokens: Array, key: Array) -> int:
         """The position of the first token of a text."""

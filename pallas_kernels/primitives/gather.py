@@ -1,6 +1,6 @@
 """Codes of any width, in any order -> int8 operands by a gather: right everywhere, fast nowhere.
 
-Serves 5 to 8 bits, a trellis of 4 bits, lengths that the packed look-up cannot cut into words, and
+Serves 5 to 8 bits, lengths that the packed look-up cannot cut into words, and
 a group of value channels whose code order differs from that of the first group. Every element is
 fetched as a byte of its own from each plane, and its level is read from a table in memory. A level
 is two digits in base 128 where one signed byte cannot hold it.
@@ -23,9 +23,7 @@ from pallas_kernels.primitives.dequantize import (
     power_of_two,
 )
 from pallas_kernels.primitives.narrow import narrow_decoder
-from pallas_kernels.primitives.trellis import TrellisDecoder, code_number
-
-DIGIT = 128
+from pallas_kernels.primitives.trellis import DIGIT, TrellisDecoder, code_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +133,8 @@ def widest_unit(codebook: CodebookOperand, elements: int) -> int:
 
 
 def looked_up(codebook: CodebookOperand) -> bool:
-    """Whether byte look-ups serve it: up to 16 levels."""
-    return len(codebook.levels) <= 16
+    """Whether byte look-ups serve it."""
+    return codebook.bits <= 4
 
 
 def packed_decoder(

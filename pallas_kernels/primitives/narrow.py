@@ -1,9 +1,11 @@
-"""Scalar codes of 1 to 4 bits in rows of 4 or 8 bytes -> int8 operands, by byte look-ups.
+"""Codes of 1 to 4 bits in rows of 4 or 8 bytes -> int8 operands, by byte look-ups.
 
 Four lanes hold 16 neighbouring columns of an operand. A row of fewer bytes is spread over them,
 several times, and each copy is brought to codes of its own by a shift: the halves of a word, and
 where there are four copies the codes of a nibble (1, 2 bits) or the third bits of the two halves
 of a row (3 bits) too. What is left of the look-ups is done one after another, as in `dequantize`.
+A trellis in rows of 32 elements has a path of one word, of which each copy makes the subsets of its
+own codes.
 """
 
 import dataclasses
@@ -16,8 +18,15 @@ from jax import lax
 
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.codebook import CodebookOperand
-from pallas_kernels.primitives.dequantize import Fetch, PackedDecoder, divide
-from pallas_kernels.primitives.trellis import as_words
+from pallas_kernels.primitives.dequantize import Fetch, PackedDecoder, beside, divide
+from pallas_kernels.primitives.trellis import (
+    LOWER_BITS,
+    as_words,
+    level_of,
+    level_tables,
+    own_word_assembly,
+    words_of,
+)
 
 # Columns that the lanes of a row hold.
 CELLS = 16
@@ -26,8 +35,10 @@ CELLS = 16
 def narrow_decoder(codebook: CodebookOperand, length: int) -> "NarrowDecoder | None":
     """For rows of this many elements, or None if their bytes are not 4 or 8."""
     unit = codebook.widths[-1]
+    if codebook.code == "trellis":
+        return NarrowTrellisDecoder(codebook, length, 1, unit) if length == 32 else None
     served = (32, 64) if codebook.bits < 3 else (32,) if codebook.bits == 3 else (64,)
-    if codebook.code != "scalar" or codebook.bits > 4 or length * unit not in served:
+    if codebook.bits > 4 or length * unit not in served:
         return None
     return NarrowDecoder(codebook, length, 1, unit)
 
@@ -102,6 +113,47 @@ class NarrowDecoder(PackedDecoder):
         return 0, variant if self.codebook.bits == 3 else variant * (self.copies // 2), 0
 
 
+class NarrowTrellisDecoder(NarrowDecoder):
+    """The same of a trellis whose path is one word of a row: it is its own word before."""
+
+    @property
+    def centre(self) -> int:
+        """Levels are what they are."""
+        return 0
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Constant inputs of the kernel: of each copy the part of the path, shifts of planes."""
+        copy = np.arange(CELLS) // self.bytes
+        half, part = np.divmod(copy, self.copies // 2)
+        lowest = np.arange(CELLS) % 4 == 0  # a word's value is that of its lowest byte
+        words = {
+            "part": part, "other": 1 - part, "shift2": 16 * half, "shift1": 16 * half + part,
+        }  # fmt: skip
+        return {name: np.where(lowest, x, 0).astype(np.uint8) for name, x in words.items()}
+
+    def prepare(self, refs: Any) -> dict[str, Any]:
+        """Loads tables and shifts into registers."""
+        found: dict[str, Any] = {"table": words_of(self.codebook)}
+        for name in sorted(refs):  # the same code in every process
+            found[name] = triton.load(refs[name].at[jnp.arange(CELLS)[None, :]])
+        return found
+
+    def operands(self, tiles: Any, table: Any) -> list[tuple[int, jax.Array]]:
+        """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
+        *level_bits, path = (_spread(tile) for tile in tiles)
+        words = [_subsets(path, *(table[name] for name in ("part", "other", "shift2")))]
+        for width, tile in zip(self.codebook.widths[:-1], level_bits, strict=True):
+            words.append(_shifted(tile, table[f"shift{width}"]))
+        entries = [jnp.broadcast_to(word, path.shape) for word in table["table"]]
+        return [
+            (weight, beside([
+                level_of(self.codebook, words, (0, variant, 0), entries, which)
+                for variant in range(self.variants)
+            ]))
+            for which, weight in enumerate(level_tables(self.codebook)[1])
+        ]  # fmt: skip
+
+
 def _spread(tile: jax.Array) -> jax.Array:
     """[rows, bytes] -> [rows, CELLS], as often as it takes."""
     rows, width = tile.shape
@@ -119,3 +171,20 @@ def _shifted(tile: jax.Array, shift: jax.Array) -> jax.Array:
     words = as_words(tile) >> shift[:, ::4].astype(jnp.uint32)
     split = [(words >> (8 * i)).astype(jnp.uint8) for i in range(4)]
     return jnp.stack(split, axis=-1).reshape(tile.shape)
+
+
+def _subsets(path: jax.Array, *moves: jax.Array) -> jax.Array:
+    """Bytes [rows, CELLS] of a path of one word a row: 2 c1 + c0 of each copy's part, shifted."""
+    if not triton.is_interpreted():
+        wide = [jnp.broadcast_to(x, path.shape) for x in moves]
+        return triton.assembly(
+            own_word_assembly(), [path, *wide], "=r" + ",r" * (1 + len(wide)), 4, jnp.int8
+        )
+    word, low = as_words(path), jnp.uint32(LOWER_BITS)
+    part, _, shift = (x[:, ::4].astype(jnp.uint32) for x in moves)
+    before = word << 1 & jnp.uint32(0xFEFEFEFE)  # of the bits one place further down the path
+    u1, u2, u3 = (before >> (32 - 8 * k) | word << (8 * k) for k in (1, 2, 3))
+    c1 = word ^ u1 ^ u3
+    found = ((u2 >> part & low) | (c1 >> part & low) << 1) >> shift
+    split = [(found >> (8 * i)).astype(jnp.uint8) for i in range(4)]
+    return jnp.stack(split, axis=-1).reshape(path.shape)

@@ -1,4 +1,4 @@
-"""Trellis codes of 1 to 3 bits -> int8 matrix operands, by the look-ups of scalar codes.
+"""Trellis codes -> int8 matrix operands, by the look-ups of scalar codes.
 
 A code of R bits is a path bit u, in a plane of its own, and R - 1 level bits w. With u[t - k] the
 bit k steps earlier on the path of a vector, 0 before its start, it stands for level number
@@ -7,7 +7,8 @@ bit k steps earlier on the path of a vector, 0 before its start, it stands for l
 
 So the whole state is three earlier bits of the same plane, all elements decode side by side, and
 c1, c0 of 16 elements are made a word at a time: put beside each other they are a 2-bit plane. From
-there on a trellis of R bits is a scalar code of R + 1 bits.
+there on a trellis of R bits is a scalar code of R + 1 bits. At 4 bits a look-up asks four tables,
+and levels of more than a byte are two digits in base 128.
 
 The path runs along the channels. Keys have them in their columns: of a word of path bits the
 word before it holds what is earlier, so the plane is loaded once more, one word back. Values
@@ -39,6 +40,7 @@ LOWER_BITS = 0x55555555
 LOWER_HALVES = 0x33333333
 # A truth table of lop3: the bits of b where a has ones, those of c elsewhere.
 SELECT = 0xCA
+DIGIT = 128
 
 
 def code_number(codebook: CodebookOperand, field: Callable[[int, int], jax.Array]) -> jax.Array:
@@ -89,6 +91,127 @@ def subset_assembly(part: int | None, rows: bool) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+def own_word_assembly() -> str:
+    """`subset_assembly` of a row that is one word, in $1, and so the word before it, too.
+
+    $2 is the part, $3 is 1 - part, and $4 by how much the answer is shifted right.
+    """
+    lines = [
+        ".reg .b32 a, b, c, d;",
+        "shl.b32 a, $1, 1;",
+        "and.b32 a, a, 0xfefefefe;",
+        "prmt.b32 b, a, $1, 0x6543;",
+        "prmt.b32 c, a, $1, 0x5432;",
+        "prmt.b32 d, a, $1, 0x4321;",
+        "lop3.b32 d, $1, b, d, 0x96;",
+        "shr.b32 c, c, $2;",
+        "shl.b32 d, d, $3;",
+        f"lop3.b32 c, {LOWER_BITS:#x}, c, d, {SELECT:#x};",
+        "shr.b32 $0, c, $4;",
+    ]
+    return "{ " + " ".join(lines) + " }"
+
+
+def quarter_tables_assembly(part: int, group: int, half: int) -> str:
+    """PTX: four codes of 2 + 2 + 1 bits -> a byte for each of them.
+
+    $1 and $2 as of `half_table_assembly`; $3 has the highest bits, of which this word owns every
+    other one, from bit `part` on. Then four copies of each of the eight words of the table.
+    """
+    table = [f"${4 + 4 * i}" for i in range(8)]
+    lines = [".reg .b32 x, y, m, n, a, b, c, d;"]
+    if group:
+        lines += ["shr.b32 x, $1, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, x, $2, {SELECT:#x};"]
+    else:
+        lines += ["shl.b32 x, $2, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, $1, x, {SELECT:#x};"]
+    if half:
+        lines.append("shr.b32 x, x, 16;")
+    # bytes of ones where a code is of the second of two tables; of the second two
+    lines += ["shr.b32 y, x, 3;", "and.b32 y, y, 0x11111111;", "prmt.b32 m, 0xff00, 0, y;"]
+    lines += [f"shr.b32 y, $3, {part + 2 * group + 16 * half};", "and.b32 y, y, 0x11111111;"]
+    lines += ["prmt.b32 n, 0xff00, 0, y;", "and.b32 x, x, 0x77777777;"]
+    for i, name in enumerate("abcd"):
+        lines.append(f"prmt.b32 {name}, {table[2 * i]}, {table[2 * i + 1]}, x;")
+    lines += [f"lop3.b32 a, m, b, a, {SELECT:#x};", f"lop3.b32 c, m, d, c, {SELECT:#x};"]
+    lines.append(f"lop3.b32 $0, n, c, a, {SELECT:#x};")
+    return "{ " + " ".join(lines) + " }"
+
+
+def quarter_table_codes(
+    low: jax.Array, high: jax.Array, highest: jax.Array, part: int, group: int, half: int
+) -> list[jax.Array]:
+    """The four codes that `quarter_tables_assembly` asks its tables for."""
+    found = half_table_codes(low, high, group, half)
+    bits = highest >> (part + 2 * group + 16 * half)
+    return [code | (bits >> (4 * i) & 1) << 4 for i, code in enumerate(found)]
+
+
+def level_tables(codebook: CodebookOperand) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Words of its look-up tables, one after another, and the weight of what each answers."""
+    levels = np.array(codebook.levels)
+    if codebook.bits == 3:  # a lower and an upper half
+        levels[8:] += 1  # what the other half answers comes off
+        return levels.astype(np.int8).view(np.int32), (1, 1)
+    if levels.min() >= -DIGIT and levels.max() < DIGIT:
+        return levels.astype(np.int8).view(np.int32), (1,)
+    high = (levels + DIGIT // 2) >> 7
+    digits = np.concatenate([high, levels - high * DIGIT])
+    return digits.astype(np.int8).view(np.int32), (DIGIT, 1)
+
+
+def words_of(codebook: CodebookOperand) -> list[jax.Array]:
+    """All words of its look-up tables, each in a register that equal tables share."""
+    words = level_tables(codebook)[0].tolist()
+    return [triton.in_lanes(jnp.full((1, 1), word, jnp.int32)) for word in words]
+
+
+def level_of(
+    codebook: CodebookOperand,
+    words: list[jax.Array],
+    place: tuple[int, int, int],
+    table: list[jax.Array],
+    which: int,
+) -> jax.Array:
+    """Bytes of table number `which`: codes whose bits are in `words`, at (part, group, half).
+
+    `words`, bytes [rows, cells]: 2 c1 + c0, then the level bits, plane by plane. `table`: all words
+    of all tables, each in the shape of `words`.
+    """
+    bits, (part, group, half) = codebook.bits, place
+    if triton.is_interpreted():
+        rows, columns = words[0].shape
+        values, weights = level_tables(codebook)
+        of_codes = [as_words(x) for x in words]
+        if bits == 4:
+            codes = quarter_table_codes(*of_codes, *place)
+        elif bits == 3:
+            codes = half_table_codes(*of_codes, group, half)
+        else:
+            z = of_codes[1] if bits == 2 else None
+            codes = lookup_codes(of_codes[0], z, bits + 1, part, group, half)
+        entry = jnp.stack(codes, axis=-1).reshape(rows, columns)
+        own = values.view(np.int8)
+        first = which * (len(own) // len(weights))
+        if bits == 3:
+            own = np.where(np.arange(16) // 8 == which, own, which - 1)
+        elif bits == 4:
+            own = own[first : first + 32]
+        level = jnp.zeros(entry.shape, jnp.int32)
+        for i, value in enumerate(own.tolist()):
+            level = jnp.where(entry == i, value, level)
+        return level.astype(jnp.int8)
+    count = len(table) // len(level_tables(codebook)[1])
+    table = table[which * count : (which + 1) * count]
+    if bits == 4:
+        text = quarter_tables_assembly(part, group, half)
+    elif bits == 3:
+        text = half_table_assembly(group, half, which)
+    else:
+        text = lookup_assembly(bits + 1, part, group, half)
+    constraints = "=r" + ",r" * (len(words) + 4 * len(table))
+    return triton.assembly(text, [*words, *table], constraints, 4, jnp.int8)
+
+
 def half_table_assembly(group: int, half: int, upper: int) -> str:
     """PTX: four codes of 2 + 2 bits, low bits in $1, high bits in $2 -> what a half table answers.
 
@@ -131,11 +254,8 @@ class TrellisDecoder(PackedDecoder):
         return 2 // self.unit
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Constant inputs of the kernel: look-up tables, int32 words; masks and shifts of words."""
-        levels = np.array(self.codebook.levels)
-        if self.codebook.bits == 3:
-            levels[8:] += 1  # what the other half answers comes off
-        found: dict[str, np.ndarray] = {"table": levels.astype(np.int8).view(np.int32)}
+        """Constant inputs of the kernel: masks and shifts of words."""
+        found: dict[str, np.ndarray] = {}
         part, byte = np.divmod(np.arange(self.cells), self.length // 8)
         if not self.rows:
             found["first"] = np.where(np.repeat(byte[::4] == 0, 4), 255, 0).astype(np.uint8)
@@ -147,10 +267,8 @@ class TrellisDecoder(PackedDecoder):
 
     def prepare(self, refs: Any) -> dict[str, Any]:
         """Loads tables, masks and shifts into registers."""
-        words = range(len(self.codebook.levels) // 4)
-        found: dict[str, Any] = {}
-        found["table"] = [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]
-        for name in sorted(set(refs) - {"table"}):  # the same code in every process
+        found: dict[str, Any] = {"table": words_of(self.codebook)}
+        for name in sorted(refs):  # the same code in every process
             found[name] = triton.load(refs[name].at[jnp.arange(self.cells)[None, :]])
         return found
 
@@ -173,9 +291,10 @@ class TrellisDecoder(PackedDecoder):
             return tiles, []
         if self.codebook.bits == 2:
             return tiles, [fetch(0, page, own, mask)]
+        highest = [fetch(1, page, own, mask)] if self.codebook.bits == 4 else []
         page, byte = divide(column, self.bytes)
         parts = range(self.parts)
-        return tiles, [fetch(0, page, byte + part * self.bytes, mask) for part in parts]
+        return tiles, [fetch(0, page, byte + part * self.bytes, mask) for part in parts] + highest
 
     def operands(self, tiles: Any, table: Any) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
@@ -186,15 +305,15 @@ class TrellisDecoder(PackedDecoder):
         wide = {name: jnp.broadcast_to(x, shape) for name, x in table.items() if name != "table"}
         words = [jnp.broadcast_to(word, shape) for word in table["table"]]
         subsets = [self._subsets(path, wide, part) for part in range(self.parts)]
-        if self.codebook.bits == 2 and self.unit == 2:
-            level_bits = [self._moved(self._twice(level_bits[0]), wide["part"])]
-        halves = 2 if self.codebook.bits == 3 else 1
+        if self.codebook.bits in (2, 4) and self.unit == 2:
+            *level_bits, last = level_bits
+            level_bits = [*level_bits, self._moved(self._twice(last), wide["part"])]
         return [
-            (1, beside([
-                self._level(subsets, level_bits, variant, words, upper)
+            (weight, beside([
+                self._level(subsets, level_bits, variant, words, which)
                 for variant in range(self.variants)
             ]))
-            for upper in range(halves)
+            for which, weight in enumerate(level_tables(self.codebook)[1])
         ]  # fmt: skip
 
     def _subsets(self, path: list[jax.Array], wide: dict[str, jax.Array], part: int) -> jax.Array:
@@ -233,39 +352,14 @@ class TrellisDecoder(PackedDecoder):
 
     def _level(
         self, subsets: list[jax.Array], level_bits: list[jax.Array], variant: int,
-        table: list[jax.Array], upper: int,
+        table: list[jax.Array], which: int,
     ) -> jax.Array:  # fmt: skip
-        """What one look-up answers; `upper`: in the table of the upper levels."""
+        """What one look-up answers, in table number `which`."""
         part, group = variant // 2 % self.parts, variant // 2 // self.parts
-        half = variant % 2
-        words = [subsets[part]]
-        if self.codebook.bits > 1:
-            words.append(level_bits[part if self.codebook.bits == 3 else 0])
-        if triton.is_interpreted():
-            return self._answer(words, part, group, half, upper)
-        if self.codebook.bits == 3:
-            text, table = half_table_assembly(group, half, upper), table[2 * upper : 2 * upper + 2]
-        else:
-            text = lookup_assembly(self.codebook.bits + 1, part, group, half)
-        arguments = [*words, *table]
-        constraints = "=r" + ",r" * (len(words) + 4 * len(table))
-        return triton.assembly(text, arguments, constraints, 4, jnp.int8)
-
-    def _answer(self, tiles: list[jax.Array], part: int, group: int, half: int, upper: int):
-        """The assembly in jnp: words of four columns, then the table."""
-        rows, columns = tiles[0].shape
-        words = [as_words(tile) for tile in tiles]
-        if self.codebook.bits == 3:
-            codes = half_table_codes(words[0], words[1], group, half)
-            entry = jnp.stack(codes, axis=-1).reshape(rows, columns)
-            level = jnp.zeros(entry.shape, jnp.int32)
-            for i, value in enumerate(self.tables()["table"].view(np.int8).tolist()):
-                answer = value if i // 8 == upper else (0 if upper else -1)
-                level = jnp.where(entry == i, answer, level)
-            return level.astype(jnp.int8)
-        z = words[1] if len(words) > 1 else None
-        codes = lookup_codes(words[0], z, self.codebook.bits + 1, part, group, half)
-        return self._levels(jnp.stack(codes, axis=-1)).reshape(rows, columns)
+        words = [subsets[part], *level_bits]
+        if self.codebook.bits > 2:  # a plane of 2 bits, in parts
+            words = [subsets[part], level_bits[part], *level_bits[self.parts :]]
+        return level_of(self.codebook, words, (part, group, variant % 2), table, which)
 
 
 def as_words(tile: jax.Array) -> jax.Array:

@@ -89,6 +89,10 @@ CASES = [
         sides=(((16, 4), (16, 2), (32, 1)), ((32, 3), (32, 1))),
         joint=(True, True), codes=TRELLIS,
     ),
+    Case(
+        sides=(((32, 4), (32, 3), (32, 2), (32, 1)), ((128, 4),)),
+        joint=(True, False), codes=TRELLIS,
+    ),
 ]  # fmt: skip
 GPU_CASES = [
     *(Case(((b, 9 - b),)) for b in range(1, 9)),

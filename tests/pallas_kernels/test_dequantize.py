@@ -12,12 +12,19 @@ import pytest
 from pallas_kernels.primitives import triton
 from pallas_kernels.primitives.dequantize import PackedDecoder, lookup_assembly, lookup_codes
 from pallas_kernels.primitives.gather import GatherDecoder, key_decoder, value_decoders
-from pallas_kernels.primitives.narrow import NarrowDecoder, narrow_decoder
+from pallas_kernels.primitives.narrow import (
+    NarrowDecoder,
+    NarrowTrellisDecoder,
+    narrow_decoder,
+)
 from pallas_kernels.primitives.trellis import (
     SELECT,
     TrellisDecoder,
     half_table_assembly,
     half_table_codes,
+    own_word_assembly,
+    quarter_table_codes,
+    quarter_tables_assembly,
     subset_assembly,
 )
 from tests.layout import QUICK
@@ -218,16 +225,40 @@ def test_half_tables_by_assembly(group, half, upper):
         assert [got >> (8 * i) & 255 for i in range(4)] == [x & 255 for x in want]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("half", [0, 1])
+def test_subsets_of_a_path_of_one_word(part, half):
+    """They are those of a row whose word before is itself, at the place of its copy."""
+    for word in np.random.default_rng(0).integers(0, 2**32, 50).tolist():
+        want = emulate(subset_assembly(part, False), [word, word, MASK])
+        assert emulate(own_word_assembly(), [word, part, 1 - part, 16 * half]) == want >> 16 * half
+
+
+@pytest.mark.parametrize(("part", "group", "half"), list(np.ndindex(2, 2, 2)))
+def test_quarter_tables_by_assembly(part, group, half):
+    """The byte of one of 32 entries: the first three bits of a code in one of four tables."""
+    rng = np.random.default_rng(3)
+    table = rng.integers(0, 2**32, 8, dtype=np.uint32)
+    words = rng.integers(0, 2**32, (3, 100), dtype=np.uint32)
+    found = np.array(quarter_table_codes(*map(jnp.asarray, words), part, group, half))
+    assert found.min() == 0 and found.max() == 31
+    for given, codes in zip(words.T.tolist(), found.T.tolist(), strict=True):
+        text = quarter_tables_assembly(part, group, half)
+        got = emulate(text, [*given, *np.repeat(table, 4).tolist()])
+        assert [got >> (8 * i) & 255 for i in range(4)] == table.view(np.uint8)[codes].tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("length", "rows"), [(128, False), (80, False), (64, True), (128, True), (64, False)]
+    ("length", "rows"),
+    [(128, False), (80, False), (64, True), (128, True), (64, False), (32, False)],
 )
 def test_trellis_decoders_follow_the_path(bits, length, rows):
     """Along the columns of a key, and along the rows of values."""
     rng = np.random.default_rng(length + bits)
     book = random_codebook(rng, bits, "trellis")
     decoder = value_decoders((book,), length, 1)[0] if rows else key_decoder(book, length)
-    assert isinstance(decoder, TrellisDecoder)
+    assert isinstance(decoder, NarrowTrellisDecoder if length == 32 else TrellisDecoder)
     codes = rng.integers(0, 2**bits, (19, length))
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -241,7 +272,7 @@ def test_trellis_decoders_follow_the_path(bits, length, rows):
         return sum_of(decoder.operands(decoder.load(fetch), prepared)), decoder.elements(column)
 
     tables = decoder.tables()
-    prepared = {name: x if name == "table" else x[None, :] for name, x in tables.items()}
+    prepared = {name: x[None, :] for name, x in tables.items()} | {"table": []}
     with triton.interpreted():
         got, (_, *places) = run(pack(codes, book.widths), prepared, np.arange(decoder.columns))
     got, element, exists = (np.asarray(x) for x in (got, *places))

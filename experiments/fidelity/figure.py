@@ -12,10 +12,12 @@ from experiments.harness.experiment import Row, distinct, where
 from experiments.harness.plotting import OURS, PLAIN, SCALAR, bar_groups, label, panels
 
 
-def figure(rows: Sequence[Row]) -> Figure:
-    """Loss against bytes, large; below it a panel for whatever else was measured."""
+def figure(rows: Sequence[Row]) -> Figure | None:
+    """Loss against bytes, large; below it a panel for whatever else was measured, if anything."""
     drawn = list(_panels(rows))
     large = bool({"chosen", "candidate"} & {*distinct(rows, "kind")})
+    if not drawn and not large:
+        return None
     lines = max(1, math.ceil(len(drawn) / 3)) + 2 * large
     made, axes = panels(lines, 3, 4.8, 3.6)
     if large:

@@ -9,6 +9,7 @@ from experiments.front.tables import (
     PRESETS,
     SHAPES,
     SMALL,
+    STORED,
     centred,
     one,
     rows_of,
@@ -71,10 +72,13 @@ def _curve(axis: Axes, rows: Sequence[Row], colour: str, line: str = "o-") -> No
 
 
 def speed(out: Path) -> Figure:
-    """Times faster against times fewer bytes: attention alone, and a whole decoder."""
+    """Times faster against times fewer bytes: attention alone, and a whole decoder.
+
+    Rings are 4 bits with the mean before RoPE, where the lines are without it.
+    """
     made, ((left, right),) = plotting.panels(1, 2, 4.5, 3.6)
-    _attention(left, rows_of("decode_speed", out))
-    _decoder(right, rows_of("llama_speed", out))
+    _attention(left, rows_of("decode_speed", out), rows_of("decode_speed.mean", out))
+    _decoder(right, rows_of(STORED, out), rows_of("llama_speed", out))
     for axis, top, title in (
         (left, 9.6, "decode attention alone, over cuDNN"),
         (right, 6.9, "a whole 8B decoder, tokens a second"),
@@ -84,11 +88,13 @@ def speed(out: Path) -> Figure:
         plotting.label(axis, title, "times fewer bytes read for a token", "", False)
     words = "the limit: time saved\nas bytes are"
     left.text(5.9, 6.3, words, ha="right", fontsize=8.5, color=plotting.PLAIN)
+    words = "rings: 4 bits with\nthe mean before RoPE"
+    right.text(4.0, 0.9, words, fontsize=8.5, color=plotting.PLAIN)
     left.set_ylabel("times faster than bfloat16", fontsize=9)
     return made
 
 
-def _attention(axis: Axes, rows: Sequence[Row]) -> None:
+def _attention(axis: Axes, rows: Sequence[Row], means: Sequence[Row]) -> None:
     """A line for each shape, over 4, 3 and 2 bits."""
     for (batch, tokens), colour in zip(SHAPES, plotting.COLOURS, strict=False):
         case = where(rows, batch=batch, tokens=tokens)
@@ -97,12 +103,14 @@ def _attention(axis: Axes, rows: Sequence[Row]) -> None:
         found = [where(case, **each)[0] for each in wanted]
         points = [(base / _bytes(row), row["speedup_over_cudnn"]) for row in found]
         _path(axis, points, f"{batch} x {tokens:,}", colour, {4096: 4, 131072: -5}.get(tokens, 0))
+        turned = where(means, batch=batch, tokens=tokens, mean="pre_rope", queries=4)
+        _rings(axis, [(points[0][0], row["speedup_over_cudnn"]) for row in turned], colour)
         if tokens == 131072:
             for (x, _), row in zip(points, found, strict=True):
                 axis.text(x, 0.55, f"{row['bits_k']} bits", ha="center", fontsize=8.5)
 
 
-def _decoder(axis: Axes, rows: Sequence[Row]) -> None:
+def _decoder(axis: Axes, rows: Sequence[Row], turned: Sequence[Row]) -> None:
     """A line for each case, over the bits that were timed."""
     colours = *plotting.COLOURS[:2], *plotting.COLOURS[3:5]
     for case, colour in zip(DECODERS, colours, strict=True):
@@ -112,6 +120,9 @@ def _decoder(axis: Axes, rows: Sequence[Row]) -> None:
         sizes = f"{base['batch']} x {base['context']:,}"
         words = "as many as fit\nx 4,096" if case.startswith("largest") else sizes
         _path(axis, points, words, colour)
+        for own in where(turned, case=case, bits_k=16):
+            four = one(turned, case=case, bits_k=4)
+            _rings(axis, [(limit_of(four, own), four["ratio_to_baseline"])], colour)
 
 
 def _bytes(row: Row) -> float:
@@ -128,8 +139,13 @@ def _path(
     )  # fmt: skip
 
 
+def _rings(axis: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    for x, y in points:
+        axis.plot(x, y, "o", ms=5, mfc="none", color=colour)
+
+
 PICTURES: dict[str, tuple[Callable[[Path], Figure], tuple[str, ...]]] = {
     "loss": (loss, ("fidelity", "layer_ablation.pre_rope")),
-    "speed": (speed, ("decode_speed", "llama_speed")),
+    "speed": (speed, ("decode_speed", "decode_speed.mean", "llama_speed", STORED)),
 }
 """How each is drawn, and from which results."""

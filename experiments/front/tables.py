@@ -1,5 +1,6 @@
 """Tables of README.md and of the page of what was measured, from committed rows."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ PEERS = {
 }
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 DECODERS = ("32x4096", "8x32768", "1x4096", "largest4096")
+STORED = "llama_speed.stored"
+"""The decoder with the mean of stored keys; `llama_speed` has that before RoPE, of 4 bits alone."""
 
 
 def rows_of(name: str, out: Path) -> list[Row]:
@@ -66,8 +69,8 @@ def _headline(out: Path) -> Iterator[str]:
     first, last = (centred(loss, SMALL, PRESETS[name]) for name in ("lossless", "max"))
     times = [_speed(speed, shape, bits) for shape in SHAPES[:3] for bits in (4, 2)]
     times += [t for shape in SHAPES[:3] if (t := _with_mean(out, shape)) is not None]
-    mean = _decoder(rows_of("llama_speed.mean", out), "8x32768", 4)
-    whole = mean, _decoder(rows_of("llama_speed", out), "8x32768", 2)
+    mean = _decoder(rows_of("llama_speed", out), "8x32768", 4)
+    whole = mean, _decoder(rows_of(STORED, out), "8x32768", 2)
     yield (
         f"- **{first['ratio']:.1f} to {last['ratio']:.1f} times smaller** at 8,192 tokens, every "
         f"byte counted, for {100 * first['perplexity_change']:.1f} to "
@@ -167,7 +170,7 @@ def _decoder(rows: Sequence[Row], case: str, bits: int) -> float | None:
 
 
 def _speeds(out: Path) -> Iterator[str]:
-    attention, decoder = rows_of("decode_speed", out), rows_of("llama_speed", out)
+    attention, decoder = rows_of("decode_speed", out), rows_of(STORED, out)
     lines = []
     for batch, tokens in SHAPES:
         mean = _with_mean(out, (batch, tokens))
@@ -176,7 +179,7 @@ def _speeds(out: Path) -> Iterator[str]:
         lines.append([f"attention, {batch} x {tokens:,}", four, default, three, two])
     for case, name in zip(DECODERS, ("32 x 4,096", "8 x 32,768", "1 x 4,096"), strict=False):
         four, three, two = (f"{_decoder(decoder, case, b):.2f}x" for b in (4, 3, 2))
-        mean = _decoder(rows_of("llama_speed.mean", out), case, 4)
+        mean = _decoder(rows_of("llama_speed", out), case, 4)
         default = "" if mean is None else f"{mean:.2f}x"
         lines.append([f"8B decoder, {name}", four, default, three, two])
     base, *fitting = (one(decoder, case="largest4096", bits_k=b) for b in (16, 4, 2))
@@ -287,7 +290,7 @@ def _allocated(out: Path) -> Iterator[str]:
 
 
 def _longest(out: Path) -> Iterator[str]:
-    rows = where(rows_of("llama_speed", out), case="longest")
+    rows = where(rows_of(STORED, out), case="longest")
     limits = sorted({row["memory_limit"] for row in rows})
     lines = []
     for limit in limits:
@@ -298,15 +301,16 @@ def _longest(out: Path) -> Iterator[str]:
 
 def _allowed(out: Path) -> Iterator[str]:
     """A whole decoder beside what reading weights and cache once would give."""
-    rows = rows_of("llama_speed", out)
+    centred, stored = rows_of("llama_speed", out), rows_of(STORED, out)
     lines = []
-    for case in DECODERS:
-        base = one(rows, case=case, bits_k=16)
+    for case, (rows, words) in itertools.product(
+        DECODERS, ((centred, ", mean before RoPE"), (stored, ""))
+    ):
         for row in where(rows, case=case):
             if row["bits_k"] == 16:
                 continue
-            cells = f"{row['batch']} x {row['context']:,}", f"{row['bits_k']} bits"
-            limit = limit_of(row, base)
+            cells = f"{row['batch']} x {row['context']:,}", f"{row['bits_k']} bits{words}"
+            limit = limit_of(row, one(rows, case=case, bits_k=16))
             lines.append([*cells, f"{row['ratio_to_baseline']:.2f}x", f"{limit:.2f}x"])
     yield from _table(["sequences x tokens", "cache", "tokens a second", "allowed"], lines)
 

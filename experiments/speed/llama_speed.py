@@ -6,6 +6,9 @@ bfloat16 past and cuDNN's attention, in the same run. Pasts are filled with rand
 length. `largest` is the largest batch at its context that fits the memory, `longest` the longest
 single sequence; both are really allocated and decoded. A step of the roofline reads the weights and
 the past once, as fast as a copy of a gibibyte runs; `ratio_to_baseline` is of tokens per second.
+
+Keys are centred by their mean before RoPE, the default. `stored` is a run from before that, with
+the mean of stored keys.
 """
 
 import contextlib
@@ -39,6 +42,7 @@ _REFUSED = NotImplementedError, jax.errors.JaxRuntimeError  # by a kernel, or fo
 
 
 NEEDS = "an NVIDIA GPU of 80 GB for its full size"
+KEYS = ("case", "model", "bits_k", "bits_v", "context", "dtype")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,10 @@ def test_over_length_the_longest_decides():
     assert len(fidelity.figure(rows).axes) == 1
 
 
+def test_rows_without_a_panel_are_a_table():
+    assert fidelity.figure([row("calibrated", "max by smollm2-135m-prose", 0.006)]) is None
+
+
 def test_the_last_tokens_are_those_of_each_text():
     kl = np.arange(2 * 3 * 8, dtype=np.float32).reshape(2, 3, 8)
     made = losses.Losses(kl[0], kl, kl, kl, None).last(2)

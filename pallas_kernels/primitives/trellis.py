@@ -183,9 +183,10 @@ def level_of(
         values, weights = level_tables(codebook)
         of_codes = [as_words(x) for x in words]
         if bits == 4:
-            codes = quarter_table_codes(*of_codes, *place)
+            low, high, highest = of_codes
+            codes = quarter_table_codes(low, high, highest, part, group, half)
         elif bits == 3:
-            codes = half_table_codes(*of_codes, group, half)
+            codes = half_table_codes(of_codes[0], of_codes[1], group, half)
         else:
             z = of_codes[1] if bits == 2 else None
             codes = lookup_codes(of_codes[0], z, bits + 1, part, group, half)

@@ -22,6 +22,7 @@ from pallas_kernels.primitives.trellis import (
     TrellisDecoder,
     half_table_assembly,
     half_table_codes,
+    level_tables,
     own_word_assembly,
     quarter_table_codes,
     quarter_tables_assembly,
@@ -213,8 +214,7 @@ def test_subsets_by_assembly(part, given):
 def test_half_tables_by_assembly(group, half, upper):
     """The bytes of the half table where the code is of its half, else its sign."""
     rng = np.random.default_rng(3)
-    decoder = TrellisDecoder(random_codebook(rng, 3, "trellis"), 64, 1, 1, rows=True)
-    table = decoder.tables()["table"]
+    table, _ = level_tables(random_codebook(rng, 3, "trellis"))
     tables = [int(t) & MASK for t in np.repeat(table[2 * upper : 2 * upper + 2], 4)]
     entries = table.view(np.int8)
     words = rng.integers(0, 2**32, (2, 100), dtype=np.uint32)

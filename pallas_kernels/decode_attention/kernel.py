@@ -235,13 +235,20 @@ def attend_format(
         if first is not seen_first:
             block = [jnp.maximum(x, jnp.minimum(seen_first, last)) for x in block]
         found = [inputs["page_table"][slot_of(x)] for x in block]
-        return [page + first_page for page in found]
+        return found if turns else in_pool(found)
+
+    def in_pool(pages):
+        return [page + first_page for page in pages]
 
     def body(i, carry):
         # The page ids of the next tile are read a turn ahead: read in the turn that loads the
         # pages, they would be copied to shared memory first and cost the pipeline a stage.
         # So are the angles, and the digits that they make.
+        # What a turn leaves for the next is loaded a turn ahead only if it is what was loaded: with
+        # `first_page` added, page ids are loaded in the turn that waits for them after all.
         sums, pages, angles, digits = carry
+        if turns:
+            pages = in_pool(pages)
         block, ahead = first + i * plan.pages, (pages_of(i + 1), None, None)
         if many:
             digits = state["turning"].digits(angles)

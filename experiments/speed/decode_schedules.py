@@ -16,7 +16,7 @@ def schedule_of(bits: Pair, shape: Pair, code: CodeKind = "scalar") -> Schedule:
         sequences=shape[0] * KV_HEADS,
         heads=GROUP,
         channels=CHANNELS,
-        bits=max(bits),
+        bits=5 if code == "trellis" and max(bits) == 4 else max(bits),  # 32 levels
         tokens=PAGE,
         max_pages=shape[1] // PAGE,
         work="little" if bits == (4, 4) and code == "scalar" else "usual",

@@ -218,6 +218,7 @@ def attend_format(
     means = "exact" in inputs and inputs["exact"].key_mean is not None
     turns = turns_of(inputs)
     many = turns and plan.columns > MANY
+    early = turns and "heads" not in inputs
     first, seen_first, blocks, tiles = tiles_of(plan, seen, turns)
     begin, end = jnp.minimum(piece.begin, tiles), jnp.minimum(piece.end, tiles)
     slots, first_page = inputs["page_table"].shape[0], pool_row() * plan.row_pages
@@ -235,7 +236,7 @@ def attend_format(
         if first is not seen_first:
             block = [jnp.maximum(x, jnp.minimum(seen_first, last)) for x in block]
         found = [inputs["page_table"][slot_of(x)] for x in block]
-        return found if turns else in_pool(found)
+        return found if early else in_pool(found)
 
     def in_pool(pages):
         return [page + first_page for page in pages]
@@ -245,9 +246,10 @@ def attend_format(
         # pages, they would be copied to shared memory first and cost the pipeline a stage.
         # So are the angles, and the digits that they make.
         # What a turn leaves for the next is loaded a turn ahead only if it is what was loaded: with
-        # `first_page` added, page ids are loaded in the turn that waits for them after all.
+        # `first_page` added, page ids are loaded in the turn that waits for them after all. Loops
+        # of several formats have no register for that.
         sums, pages, angles, digits = carry
-        if turns:
+        if early:
             pages = in_pool(pages)
         block, ahead = first + i * plan.pages, (pages_of(i + 1), None, None)
         if many:

@@ -17,6 +17,8 @@ from pallas_kernels.primitives.gather import key_decoder, value_decoders
 ALIKE = 4.0
 # Bits of a channel in full precision, whose bytes take as long as those of the blocks.
 EXACT_BITS = 16
+# Levels that one or two look-ups answer.
+FEW_LEVELS = 16
 SIGNS = CodebookOperand(bits=1, levels=(-1, 1), step=1.0)
 
 
@@ -47,6 +49,9 @@ def schedule_of(
     of_sides = [x for pool in blocks.pools for x in (pool.key_codebooks, pool.value_codebooks)]
     little = all(x and all((b.bits, b.code) == (4, "scalar") for b in x) for x in of_sides)
     little = little and not any(pool.bases for pool in blocks.pools)  # scales of 8 bits are work
+    widest = max(bits for widths, _ in sides for bits in widths)
+    if any(x and all(len(b.levels) > FEW_LEVELS for b in x) for x in of_sides):
+        widest = max(widest, 5)  # of a trellis of 4 bits, too, the words of four tables
     turns = exact is not None and exact.phases is not None
     if work is None:
         work = "usual" if not little else "little and turning" if turns else "little"
@@ -55,7 +60,7 @@ def schedule_of(
         sequences=batch * kv_heads,
         heads=heads,
         channels=max(max(pool.value_channels) for pool in blocks.pools),
-        bits=max(bits for widths, _ in sides for bits in widths),
+        bits=widest,
         tokens=blocks.pools[0].scales[0].shape[2],
         max_pages=max_pages,
         exact=int(slots * EXACT_BITS / bits),

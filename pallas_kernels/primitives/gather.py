@@ -101,11 +101,12 @@ Decoder = PackedDecoder | GatherDecoder
 def key_decoder(codebook: CodebookOperand, channels: int) -> Decoder:
     """The fastest decoder for keys packed along their channels."""
     # A look-up is written for four neighbouring bytes in one register. Rows of 8 bytes and more are
-    # loaded so; of narrower ones Triton gives each thread fewer bytes (seen at 32 channels, 3
-    # bits).
+    # loaded so, if they are whole words; of others Triton gives each thread fewer bytes (seen at 32
+    # channels, 3 bits), and answers were wrong (80 channels of a trellis, 10 bytes of path).
     if (narrow := narrow_decoder(codebook, channels)) is not None:
         return narrow
-    if not looked_up(codebook) or channels * codebook.widths[-1] < 64:
+    row = channels * codebook.widths[-1]
+    if not looked_up(codebook) or row < 64 or row % 32:
         return GatherDecoder(codebook, channels, 1)
     return packed_decoder(codebook, channels, 1, widest_unit(codebook, channels), rows=False)
 

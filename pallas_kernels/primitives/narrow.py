@@ -24,8 +24,8 @@ from pallas_kernels.primitives.trellis import (
     as_words,
     level_of,
     level_tables,
+    load_words,
     own_word_assembly,
-    words_of,
 )
 
 # Columns that the lanes of a row hold.
@@ -122,19 +122,20 @@ class NarrowTrellisDecoder(NarrowDecoder):
         return 0
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Constant inputs of the kernel: of each copy the part of the path, shifts of planes."""
+        """Constant inputs: look-up tables; of each copy the part of the path, shifts of planes."""
         copy = np.arange(CELLS) // self.bytes
         half, part = np.divmod(copy, self.copies // 2)
         lowest = np.arange(CELLS) % 4 == 0  # a word's value is that of its lowest byte
         words = {
             "part": part, "other": 1 - part, "shift2": 16 * half, "shift1": 16 * half + part,
         }  # fmt: skip
-        return {name: np.where(lowest, x, 0).astype(np.uint8) for name, x in words.items()}
+        found = {name: np.where(lowest, x, 0).astype(np.uint8) for name, x in words.items()}
+        return {"table": level_tables(self.codebook)[0]} | found
 
     def prepare(self, refs: Any) -> dict[str, Any]:
         """Loads tables and shifts into registers."""
-        found: dict[str, Any] = {"table": words_of(self.codebook)}
-        for name in sorted(refs):  # the same code in every process
+        found: dict[str, Any] = {"table": load_words(refs["table"])}
+        for name in sorted(set(refs) - {"table"}):  # the same code in every process
             found[name] = triton.load(refs[name].at[jnp.arange(CELLS)[None, :]])
         return found
 

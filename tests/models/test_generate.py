@@ -211,7 +211,16 @@ def test_wrong_calls_are_refused(tiny, past, empty, run):
         prefill(tiny, *rows, empty(tiny.config, 3, SIZE), past, chunk=0)
 
 
-def test_smollm2_answers(smollm2, past, empty):
+@pytest.fixture
+def optimised():
+    """In full: where the real model runs, compiling costs less than what is compiled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_smollm2_answers(optimised, smollm2, past, empty):
     """The answers of the weights in the file, found by two other implementations too."""
     questions = ("What is the capital of France? Answer in one sentence.", "What is gravity?")
     chats = [

@@ -59,6 +59,15 @@ def digests(text: str) -> list[str]:
     return found
 
 
+def assert_lowered(name: str, case, text: str) -> None:
+    """The kernels are there; on the recorded jax, their Triton IR is the recorded one."""
+    assert all(kernel in text for kernel in case.kernels), name
+    assert not any(kernel in text for kernel in case.absent), name
+    recorded = json.loads(FILE.read_text())
+    if jax.__version__ == recorded["jax"]:
+        assert digests(text) == recorded["ir"][name], name
+
+
 def lower_for_h100(function, *arguments, donate: tuple[int, ...] = ()):
     """For `compile_for_h100`; `cases.lower` lowers for any GPU."""
     topology = topologies.get_topology_desc(

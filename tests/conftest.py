@@ -3,7 +3,6 @@
 import gc
 import os
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,6 @@ QUICK = []
 if version("jaxlib").startswith("0.10."):
     QUICK += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 
-# XLA's checks of itself after every pass, and passes over loops and shapes that find little to do:
-# 0.2 of what is left. No stored bit depends on them. Where there may be a GPU, they stay.
-IN_VAIN = (
-    "hlo-verifier", "simplify-while-loops", "while-loop-invariant-code-motion",
-    "while-loop-constant-sinking", "small-while-loop-hoisting", "reshape-mover",
-    "simplify-conditional", "simplify-sorts", "zero_sized_hlo_elimination",
-)  # fmt: skip
-if find_spec("jax_plugins") is None:
-    QUICK += [f"--xla_disable_hlo_passes={','.join(IN_VAIN)}"]
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")]).strip()
 
 import jax  # noqa: E402

@@ -16,11 +16,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # XLA's older emitter and one module a program compile in 0.4 of the time. They are options of this
 # jaxlib: the next one has no older emitter, and a flag that it does not know ends the process.
-QUICK = []
 if version("jaxlib").startswith("0.10."):
-    QUICK += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-
-os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")]).strip()
+    QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402
 from jax._src.lru_cache import LRUCache  # noqa: E402  (no public way to where programs are kept)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiling import EVERY_PASS
 from tests.crossed import softmax_attention
 from tests.layout import QUICK, decoded, random_parts, row_of_head
 from turboquant_jax import cache
@@ -290,8 +289,7 @@ def test_a_donated_step_allocates_nothing_of_the_size_of_the_cache(allocation):
     shapes = jax.eval_shape(partial(cache.create, config, BATCH, 9000, key=jax.random.key(0)))
     _, k, v = jax.eval_shape(lambda: tuple(tokens(1, 0)))
     counts = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    lowered = jax.jit(cache.append, donate_argnums=0).lower(shapes, k, v, counts)
-    compiled = lowered.compile(EVERY_PASS)
+    compiled = jax.jit(cache.append, donate_argnums=0).lower(shapes, k, v, counts).compile()
     memory = compiled.memory_analysis()
     fresh = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert fresh < 8 * 4 * shapes.table.page_table.size < shapes.nbytes / 5

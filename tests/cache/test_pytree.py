@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiling import EVERY_PASS
 from tests.layout import QUICK
 from turboquant_jax import cache
 from turboquant_jax.attention import attend
@@ -36,7 +35,7 @@ def donated_append():
     shapes = jax.eval_shape(make)
     k = jax.ShapeDtypeStruct((2, BATCH, 1, 1, 8), jnp.float32)
     counts = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    return jax.jit(cache.append, donate_argnums=0).lower(shapes, k, k, counts).compile(EVERY_PASS)
+    return jax.jit(cache.append, donate_argnums=0).lower(shapes, k, k, counts).compile()
 
 
 def fresh_bytes(compiled):
@@ -90,7 +89,7 @@ def test_appending_in_a_loop_is_in_place_too(loop):
 
     shapes = jax.eval_shape(make)
     k = jax.ShapeDtypeStruct((2, BATCH, 50, 1, 8), jnp.float32)
-    compiled = jax.jit(decode, donate_argnums=0).lower(shapes, k, k).compile(EVERY_PASS)
+    compiled = jax.jit(decode, donate_argnums=0).lower(shapes, k, k).compile()
     assert fresh_bytes(compiled) < 10 * shapes.table.page_table.size * 4
     assert not [
         line

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiling import EVERY_PASS
 from turboquant_jax import cache
 from turboquant_jax.cache import CacheConfig, layout, sharding
 from turboquant_jax.cache.mesh import make_mesh
@@ -104,7 +103,7 @@ def test_a_step_exchanges_two_sums_a_layer_and_a_few_numbers():
         model, token, token, jnp.ones(BATCH, bool), keys, state, on_mesh(mesh), GREEDY
     )
     kind = "(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
-    found = re.findall(rf"= (.*) {kind}(?:-start)?\(", lowered.compile(EVERY_PASS).as_text())
+    found = re.findall(rf"= (.*) {kind}(?:-start)?\(", lowered.compile().as_text())
     sizes = {kind: [] for _, kind in found}
     for shapes, kind in found:
         dims = re.findall(r"[a-z]\d+\[([\d,]*)\]", shapes)

@@ -186,7 +186,7 @@ class PackedDecoder:
 
     def prepare(self, refs: Any) -> Any:
         """Loads the table into registers: as loaded [1, 1] tensors its words stay there."""
-        words = range(table_words(self.codebook.bits))
+        words = range(refs["table"].shape[0])
         return [triton.load(refs["table"].at[jnp.full((1, 1), i)]) for i in words]
 
     def load(self, fetch: Fetch) -> Any:

@@ -21,10 +21,10 @@ from pallas_kernels.primitives.codebook import CodebookOperand
 from pallas_kernels.primitives.dequantize import Fetch, PackedDecoder, beside, divide
 from pallas_kernels.primitives.trellis import (
     LOWER_BITS,
+    as_bytes,
     as_words,
     level_of,
     level_tables,
-    load_words,
     own_word_assembly,
 )
 
@@ -132,13 +132,6 @@ class NarrowTrellisDecoder(NarrowDecoder):
         found = {name: np.where(lowest, x, 0).astype(np.uint8) for name, x in words.items()}
         return {"table": level_tables(self.codebook)[0]} | found
 
-    def prepare(self, refs: Any) -> dict[str, Any]:
-        """Loads tables and shifts into registers."""
-        found: dict[str, Any] = {"table": load_words(refs["table"])}
-        for name in sorted(set(refs) - {"table"}):  # the same code in every process
-            found[name] = triton.load(refs[name].at[jnp.arange(CELLS)[None, :]])
-        return found
-
     def operands(self, tiles: Any, table: Any) -> list[tuple[int, jax.Array]]:
         """(weight, int8 [rows, columns]): level = sum(weight * operand)."""
         *level_bits, path = (_spread(tile) for tile in tiles)
@@ -169,9 +162,7 @@ def _shifted(tile: jax.Array, shift: jax.Array) -> jax.Array:
     if not triton.is_interpreted():
         shift = jnp.broadcast_to(shift, tile.shape)
         return triton.assembly("shr.b32 $0, $1, $2;", [tile, shift], "=r,r,r", 4, jnp.int8)
-    words = as_words(tile) >> shift[:, ::4].astype(jnp.uint32)
-    split = [(words >> (8 * i)).astype(jnp.uint8) for i in range(4)]
-    return jnp.stack(split, axis=-1).reshape(tile.shape)
+    return as_bytes(as_words(tile) >> shift[:, ::4].astype(jnp.uint32))
 
 
 def _subsets(path: jax.Array, *moves: jax.Array) -> jax.Array:
@@ -186,6 +177,4 @@ def _subsets(path: jax.Array, *moves: jax.Array) -> jax.Array:
     before = word << 1 & jnp.uint32(0xFEFEFEFE)  # of the bits one place further down the path
     u1, u2, u3 = (before >> (32 - 8 * k) | word << (8 * k) for k in (1, 2, 3))
     c1 = word ^ u1 ^ u3
-    found = ((u2 >> part & low) | (c1 >> part & low) << 1) >> shift
-    split = [(found >> (8 * i)).astype(jnp.uint8) for i in range(4)]
-    return jnp.stack(split, axis=-1).reshape(path.shape)
+    return as_bytes(((u2 >> part & low) | (c1 >> part & low) << 1) >> shift)

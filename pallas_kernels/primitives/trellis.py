@@ -41,6 +41,13 @@ LOWER_HALVES = 0x33333333
 # A truth table of lop3: the bits of b where a has ones, those of c elsewhere.
 SELECT = 0xCA
 DIGIT = 128
+# PTX: of the bytes in $1, and those before them in a: c0 in c and c1 in d, at the places of $1.
+EARLIER = (
+    "prmt.b32 b, a, $1, 0x6543;",
+    "prmt.b32 c, a, $1, 0x5432;",
+    "prmt.b32 d, a, $1, 0x4321;",
+    "lop3.b32 d, $1, b, d, 0x96;",
+)
 
 
 def code_number(codebook: CodebookOperand, field: Callable[[int, int], jax.Array]) -> jax.Array:
@@ -78,10 +85,7 @@ def subset_assembly(part: int | None, rows: bool) -> str:
             "shl.b32 a, $2, 1;",
             "and.b32 a, a, 0xfefefefe;",
             f"lop3.b32 a, $3, a, $2, {SELECT:#x};",
-            "prmt.b32 b, a, $1, 0x6543;",
-            "prmt.b32 c, a, $1, 0x5432;",
-            "prmt.b32 d, a, $1, 0x4321;",
-            "lop3.b32 d, $1, b, d, 0x96;",
+            *EARLIER,
         ]
     if part is None:
         lines += [f"shr.b32 c, c, ${shifts};", f"shl.b32 d, d, ${shifts + 1};"]
@@ -100,16 +104,20 @@ def own_word_assembly() -> str:
         ".reg .b32 a, b, c, d;",
         "shl.b32 a, $1, 1;",
         "and.b32 a, a, 0xfefefefe;",
-        "prmt.b32 b, a, $1, 0x6543;",
-        "prmt.b32 c, a, $1, 0x5432;",
-        "prmt.b32 d, a, $1, 0x4321;",
-        "lop3.b32 d, $1, b, d, 0x96;",
+        *EARLIER,
         "shr.b32 c, c, $2;",
         "shl.b32 d, d, $3;",
         f"lop3.b32 c, {LOWER_BITS:#x}, c, d, {SELECT:#x};",
         "shr.b32 $0, c, $4;",
     ]
     return "{ " + " ".join(lines) + " }"
+
+
+def _nibbles(group: int) -> list[str]:
+    """PTX: codes of 2 + 2 bits as nibbles in x, of low bits in $1 and high bits in $2."""
+    if group:
+        return ["shr.b32 x, $1, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, x, $2, {SELECT:#x};"]
+    return ["shl.b32 x, $2, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, $1, x, {SELECT:#x};"]
 
 
 def quarter_tables_assembly(part: int, group: int, half: int) -> str:
@@ -119,11 +127,7 @@ def quarter_tables_assembly(part: int, group: int, half: int) -> str:
     other one, from bit `part` on. Then four copies of each of the eight words of the table.
     """
     table = [f"${4 + 4 * i}" for i in range(8)]
-    lines = [".reg .b32 x, y, m, n, a, b, c, d;"]
-    if group:
-        lines += ["shr.b32 x, $1, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, x, $2, {SELECT:#x};"]
-    else:
-        lines += ["shl.b32 x, $2, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, $1, x, {SELECT:#x};"]
+    lines = [".reg .b32 x, y, m, n, a, b, c, d;", *_nibbles(group)]
     if half:
         lines.append("shr.b32 x, x, 16;")
     # bytes of ones where a code is of the second of two tables; of the second two
@@ -157,11 +161,6 @@ def level_tables(codebook: CodebookOperand) -> tuple[np.ndarray, tuple[int, ...]
     high = (levels + DIGIT // 2) >> 7
     digits = np.concatenate([high, levels - high * DIGIT])
     return digits.astype(np.int8).view(np.int32), (DIGIT, 1)
-
-
-def load_words(ref: Any) -> list[jax.Array]:
-    """All words of look-up tables: as loaded [1, 1] tensors they stay in registers."""
-    return [triton.load(ref.at[jnp.full((1, 1), i)]) for i in range(ref.shape[0])]
 
 
 def level_of(
@@ -218,11 +217,7 @@ def half_table_assembly(group: int, half: int, upper: int) -> str:
     The tables of the lower levels have negative bytes only, the others none, so that to a code of
     the other half, selector bit 3, they answer with -1 and with 0: signs replicated.
     """
-    lines = [".reg .b32 x;"]
-    if group:
-        lines += ["shr.b32 x, $1, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, x, $2, {SELECT:#x};"]
-    else:
-        lines += ["shl.b32 x, $2, 2;", f"lop3.b32 x, {LOWER_HALVES:#x}, $1, x, {SELECT:#x};"]
+    lines = [".reg .b32 x;", *_nibbles(group)]
     if upper:
         lines.append("xor.b32 x, x, 0x88888888;")
     if half:
@@ -267,7 +262,7 @@ class TrellisDecoder(PackedDecoder):
 
     def prepare(self, refs: Any) -> dict[str, Any]:
         """Loads tables, masks and shifts into registers."""
-        found: dict[str, Any] = {"table": load_words(refs["table"])}
+        found: dict[str, Any] = {"table": super().prepare(refs)}
         for name in sorted(set(refs) - {"table"}):  # the same code in every process
             found[name] = triton.load(refs[name].at[jnp.arange(self.cells)[None, :]])
         return found
@@ -360,6 +355,12 @@ class TrellisDecoder(PackedDecoder):
         if self.codebook.bits > 2:  # a plane of 2 bits, in parts
             words = [subsets[part], level_bits[part], *level_bits[self.parts :]]
         return level_of(self.codebook, words, (part, group, variant % 2), table, which)
+
+
+def as_bytes(words: jax.Array) -> jax.Array:
+    """uint32 [rows, words] -> uint8 [rows, 4 * words], the lowest byte first."""
+    split = [(words >> (8 * i)).astype(jnp.uint8) for i in range(4)]
+    return jnp.stack(split, axis=-1).reshape(words.shape[0], -1)
 
 
 def as_words(tile: jax.Array) -> jax.Array:

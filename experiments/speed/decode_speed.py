@@ -14,8 +14,7 @@ is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 wher
 half of all tokens). cuDNN's time beside them is that of equal lengths.
 
 `pallas-7x` are heads of four calibrated formats (`calibrated_blocks`), with the mean before RoPE;
-its bits are means over the heads. `gathered` is a run from before their narrow groups and
-4-bit trellis codes had look-ups.
+its bits are means over the heads.
 """
 
 import dataclasses

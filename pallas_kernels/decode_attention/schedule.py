@@ -60,7 +60,10 @@ def default_schedule(
     those of four warps, which want as many rows of a tile: twice the tokens.
     """
     wide = heads > WIDE
-    size = TILE_TOKENS * (2 if wide and channels * bits <= WIDE_BITS else 1)
+    # codes of many bits are gathered, and masked, as channels that are no power of two are, they
+    # lie in shared memory as words: twice the tokens have no room there
+    words = bits > 4 and channels & (channels - 1)
+    size = TILE_TOKENS * (2 if wide and channels * bits <= WIDE_BITS and not words else 1)
     pages = max(1, size // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)

@@ -246,6 +246,10 @@ MAKERS: dict[str, Callable[[], Case]] = {
     },
     "options 8x5": partial(_options, (8, 5), 64, 32),
     "options 3x1": partial(_options, (3, 1), 80, 128),
+    # the most shared memory
+    "8x5, 4 new tokens": lambda: Case(
+        lambda *a: attend.__wrapped__(*a), shapes((8, 5), 3, 4, 80, 32, heads=24, kv_heads=2)
+    ),
     **{
         _name("cache", *setting, part): (
             lambda setting=setting, part=part: of_cache(*setting)[part]

@@ -310,8 +310,9 @@ def test_what_calibrate_wrote_is_taken_and_held_against_the_model(
     text.write_bytes(np.random.default_rng(0).integers(97, 122, 700, np.uint8).tobytes())
     given = ["--text", str(text), "--context", "200", "--windows", "2", "--capacity", "4096"]
     asked = ["calibrate", tiny, *given, "--ratio", "4.5", "--out", str(path), "--json", str(out)]
-    assert cli.main(asked) == 0
+    assert cli.main([*asked, "--code", "scalar"]) == 0
     found = json.loads(out.read_text())
+    assert dict(found["codec"])["code"] == "scalar"
     assert "4.5 times at 4,096 tokens" in capsys.readouterr().out.replace("\n", " ")
     assert [name for name, *_ in found["texts"]] == [str(text)]
     given = ["--json", str(out), "--calibration", str(path)]

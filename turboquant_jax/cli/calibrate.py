@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         checkpoint = load(arguments.model, settings.dtype(arguments.dtype), stacked=False)
         plan = calibrate.Plan(
             settings.cache_config(
-                checkpoint.config, 4, 4, code="trellis", scales="joint_products",
+                checkpoint.config, 4, 4, code=arguments.code, scales="joint_products",
                 scale_bits=arguments.scale_bits,
                 **settings.segments(arguments, checkpoint.config.head_dim),
             ),

@@ -227,6 +227,10 @@ def _calibrate(commands) -> None:
     calibrate.add_argument(
         "--scale-bits", type=int, choices=(8, 16), default=16, help="of the scale of a vector"
     )
+    calibrate.add_argument(
+        "--code", choices=("trellis", "scalar"), default="trellis", help="of keys and values: "
+        "scalar codes lose more and are attended to faster"
+    )  # fmt: skip
     calibrate.add_argument("--seed", type=int, default=0, help="of rotations and drawn texts")
     calibrate.add_argument(
         "--tensor", type=int, default=1, help="devices of --mesh tensor= that will share the heads"

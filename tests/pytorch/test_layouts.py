@@ -79,9 +79,7 @@ def test_look_ups_of_every_preset_are_whole(config, heads):
     given = calls.recorded(config, heads=heads)["decode_attention"]
     for kernel in plan_store.plan_of(*calls.flat("decode_attention", given)).kernels:
         text = ttgir_of(kernel)
-        gathered = config.key.code == "trellis" and config.key.bits == 4  # looks nothing up
-        looks_up = kernel.name == "decode_attention" and not gathered
-        assert ("packed_element = 4" in text) == looks_up
+        assert ("packed_element = 4" in text) == (kernel.name == "decode_attention")
         assert triton_compile.words_are_whole(text)
 
 

@@ -27,6 +27,10 @@ def _times(rows: Sequence[Row]) -> Iterator[Claim]:
     plain = where(_plain(rows), implementation="pallas")
     for what, bits, targets in [*wanted, ("4 bits, hoped for", 4, AIMS)]:
         yield from _by_shape(what, where(plain, bits_k=bits, bits_v=bits), targets)
+    trellis = where(_plain(rows), implementation="pallas-trellis")
+    for bits, targets in TARGETS.items():
+        what = f"{bits} bits in a trellis, at least"
+        yield from _by_shape(what, where(trellis, bits_k=bits, bits_v=bits), targets)
     mean = where(rows, implementation="pallas-exact", mean="pre_rope", queries=4)
     what = "4 bits, the mean before RoPE added back, at least"
     yield from _by_shape(what, where(mean, bits_k=4, bits_v=4), WITH_MEAN)

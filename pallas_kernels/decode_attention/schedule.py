@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from pallas_kernels.primitives.dequantize import power_of_two
+
 # Programs in one wave on an H100 (132 multiprocessors, 7 or 8 on each): fewer leave it idle, more
 # programs run slower by 3 to 15 % (docs/kernels.md).
 PROGRAMS = 1024
@@ -60,10 +62,10 @@ def default_schedule(
     those of four warps, which want as many rows of a tile: twice the tokens.
     """
     wide = heads > WIDE
-    # codes of many bits are gathered, and masked, as channels that are no power of two are, they
-    # lie in shared memory as words: twice the tokens have no room there
-    words = bits > 4 and channels & (channels - 1)
-    size = TILE_TOKENS * (2 if wide and channels * bits <= WIDE_BITS and not words else 1)
+    # Codes of more than 4 bits are gathered into words. Those of padded channels are masked and
+    # pass through shared memory, where those of twice the tokens have no room.
+    masked = bits > 4 and power_of_two(channels) > channels
+    size = TILE_TOKENS * (2 if wide and channels * bits <= WIDE_BITS and not masked else 1)
     pages = max(1, size // tokens)
     small = heads <= 4 and channels <= 128 and pages * tokens == TILE_TOKENS and bits <= 4
     tiles = -(-max_pages // pages)

@@ -1,6 +1,6 @@
 """Heads of several calibrated formats in the sizes of an 8B model: 7 times fewer bytes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import jax
@@ -15,36 +15,53 @@ from turboquant_jax.cache import create as create_cache
 from turboquant_jax.cache.allocation import Groups, mean_bits
 from turboquant_jax.cache.state import rows_of
 
-# (keys, values): of the formats that `experiments/calibrations/smollm2-135m.safetensors` gives most
-# heads, with twice the channels, those that make 69 bytes of codes a token and head, and 4 of
-# scales: 512 / 73 = 7.01 times less than bfloat16.
 _SPLIT: Groups = ((32, 4), (32, 2), (64, 1))
-FORMATS: tuple[tuple[Groups, int], ...] = (
+# (keys, values): of the formats that `experiments/calibrations/smollm2-135m.safetensors` gives most
+# heads, with twice the channels.
+FOUR: tuple[tuple[Groups, int], ...] = (
     (_SPLIT, 2),
     (_SPLIT, 3),
     (((32, 4), (32, 3), (64, 2)), 2),
     (((64, 2), (64, 1)), 2),
 )
-MEAN_BITS = (fmean(mean_bits(key) for key, _ in FORMATS), fmean(bits for _, bits in FORMATS))
-CODES: dict[str, tuple[Code, Code]] = {
-    "pallas-7x": ("trellis", "trellis"),
-    "pallas-7x-scalar-keys": ("scalar", "trellis"),
-    "pallas-7x-scalar": ("scalar", "scalar"),
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Heads that have some (keys, values) in turn, and a code."""
+
+    code: Code
+    formats: tuple[tuple[Groups, int], ...]
+
+    @property
+    def bits(self) -> tuple[float, float]:
+        """Of a channel of keys, and of values, the mean over heads."""
+        keys, values = zip(*self.formats, strict=True)
+        return fmean(map(mean_bits, keys)), fmean(values)
+
+
+# Four make 69 bytes of codes a token and head, and two 68, beside 4 of scales: 512 / 73 = 7.01 and
+# 512 / 72 = 7.11 times less than bfloat16. Most layers of the calibrations here have two or fewer.
+MIXES: dict[str, Mix] = {
+    "pallas-7x": Mix("trellis", FOUR),
+    "pallas-7x-scalar": Mix("scalar", FOUR),
+    "pallas-7x-two": Mix("trellis", FOUR[1::2]),
+    "pallas-7x-scalar-two": Mix("scalar", FOUR[1::2]),
 }
-"""Codes of keys and values by the name of what is measured; those of the calibration first."""
+"""By the name of what is measured."""
 
 
-def config_of(codes: tuple[Code, Code]) -> CacheConfig:
-    """One layer, whose heads have the formats in turn; the exact mean."""
-    heads = [FORMATS[head % len(FORMATS)] for head in range(KV_HEADS)]
+def config_of(mix: Mix) -> CacheConfig:
+    """One layer of such heads; the exact mean."""
+    heads = [mix.formats[head % len(mix.formats)] for head in range(KV_HEADS)]
     keys, values = zip(*heads, strict=True)
-    key, value = (CodecConfig(code=code, scales="joint_products") for code in codes)
+    codec = CodecConfig(code=mix.code, scales="joint_products")
     return CacheConfig(
         1,
         KV_HEADS,
         CHANNELS,
-        key,
-        value,
+        codec,
+        codec,
         rope_frequencies=FREQUENCIES,
         allocation=Allocation((keys,), (values,)),
     )
@@ -55,11 +72,11 @@ def calibration() -> calibrations.Calibration:
     return calibrations.identity(1, KV_HEADS, CHANNELS)
 
 
-def random_heads(key: jax.Array, codes: tuple[Code, Code], table: jax.Array, tokens: int):
-    """Heads of all formats with random codes and scales near 1, in the pages of a table."""
+def random_heads(key: jax.Array, mix: Mix, table: jax.Array, tokens: int):
+    """Heads of a mix with random codes and scales near 1, in the pages of a table."""
     shapes = jax.eval_shape(
         lambda: create_cache(
-            config_of(codes), 1, 1024, key=jax.random.key(0), num_pages=table.size,
+            config_of(mix), 1, 1024, key=jax.random.key(0), num_pages=table.size,
             calibration=calibration(),
         )
     )  # fmt: skip
@@ -70,7 +87,7 @@ def random_heads(key: jax.Array, codes: tuple[Code, Code], table: jax.Array, tok
     lengths = jnp.full((table.shape[0],), tokens, jnp.int32)
     rows = rows_of(shapes, 0)
     pools = tuple(kernel_call.blocks_of(parts[member.part]) for member in rows.members)
-    return PagedBlocks(pools, table, lengths, heads=rows.places(KV_HEADS))
+    return PagedBlocks(pools, table, lengths, heads=rows.by_format(KV_HEADS))
 
 
 def _random(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:

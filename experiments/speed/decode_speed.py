@@ -13,8 +13,8 @@ is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 wher
 "uniform" (evenly spread between 1/8 and 15/8 of the mean, in random order) or "one long" (one has
 half of all tokens). cuDNN's time beside them is that of equal lengths.
 
-`pallas-7x` are heads of four calibrated formats (`calibrated_blocks`), with the mean before RoPE;
-its bits are means over the heads.
+`pallas-7x` are heads of four calibrated formats, or of `two` (`calibrated_blocks`), with the mean
+before RoPE; bits are means over the heads.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ class Case:
             return vendor(by_token, *cache).reshape(q.shape)
         if self.name == "int8-xla":
             return int8_xla(q, *cache)
-        if self.name in calibrated_blocks.CODES:
+        if self.name in calibrated_blocks.MIXES:
             return attend_with_newest(q, *cache)
         if self.name == "pallas-exact":
             held = PagedBlocks((cache[0],), *cache[1:3])
@@ -182,9 +182,9 @@ def _cache(case: Case, key: jax.Array) -> tuple:
     pages = batch * tokens // PAGE
     order = jnp.arange(pages, dtype=jnp.int32)
     order = jax.random.permutation(keys[0], order) if case.paged else order
-    if case.name in calibrated_blocks.CODES:
-        codes, table = calibrated_blocks.CODES[case.name], order.reshape(batch, -1)
-        held = calibrated_blocks.random_heads(keys[1], codes, table, tokens)
+    if case.name in calibrated_blocks.MIXES:
+        mix, table = calibrated_blocks.MIXES[case.name], order.reshape(batch, -1)
+        held = calibrated_blocks.random_heads(keys[1], mix, table, tokens)
         return held, *means(case.mean, batch, tokens)
     bits = int(case.bits[0]), int(case.bits[1])
     blocks = random_blocks(keys[1], bits, pages, code=case.code)
@@ -286,8 +286,8 @@ def calibrated_cases(shapes: Sequence[Pair]) -> list[Case]:
         cases.append(Case("cudnn", (16, 16), shape))
         cases.append(Case("pallas-exact", (2, 2), shape, mean="pre_rope"))
         cases += [
-            Case(name, calibrated_blocks.MEAN_BITS, shape, mean="pre_rope")
-            for name in calibrated_blocks.CODES
+            Case(name, mix.bits, shape, mean="pre_rope")
+            for name, mix in calibrated_blocks.MIXES.items()
         ]
     return cases
 
@@ -328,8 +328,8 @@ def run(config: Config, track: Track) -> Iterator[Row]:
         checks = [partial(check, cache_config(1, pair)) for pair in bits]
     if config.cases == "calibrated":
         checks = [
-            partial(check, calibrated_blocks.config_of(codes), calibrated_blocks.calibration())
-            for name, codes in calibrated_blocks.CODES.items()
+            partial(check, calibrated_blocks.config_of(mix), calibrated_blocks.calibration())
+            for name, mix in calibrated_blocks.MIXES.items()
             if name in names
         ]
     alike = [dataclasses.replace(c, lengths=c.lengths and LENGTHS[0]) for c in cases]  # programs

@@ -34,13 +34,15 @@ def _times(rows: Sequence[Row]) -> Iterator[Claim]:
     mean = where(rows, implementation="pallas-exact", mean="pre_rope", queries=4)
     what = "4 bits, the mean before RoPE added back, at least"
     yield from _by_shape(what, where(mean, bits_k=4, bits_v=4), WITH_MEAN)
-    for name, codes in (
-        ("pallas-7x", "trellis codes"),
-        ("pallas-7x-scalar-keys", "scalar keys"),
-        ("pallas-7x-scalar", "scalar codes"),
+    for name, count, codes in (
+        ("pallas-7x", "four", "trellis"),
+        ("pallas-7x-scalar", "four", "scalar"),
+        ("pallas-7x-two", "two", "trellis"),
+        ("pallas-7x-scalar-two", "two", "scalar"),
     ):
         what = (
-            f"heads of four calibrated formats, 7 times smaller, {codes}, with that mean, at least"
+            f"heads of {count} calibrated formats, 7 times smaller, {codes} codes, with that mean, "
+            "at least"
         )
         yield from _by_shape(what, where(rows, implementation=name), CALIBRATED)
 

@@ -134,10 +134,18 @@ def run(
 ) -> tuple[dict[str, Any], tuple | None]:
     """Calls the kernel on the grid (splits, kv heads, sequences).
 
-    What is of one sequence is passed of all, as a program finds its own (`deal`).
+    What is of one sequence is passed of all, as a program finds its own (`deal`). So is what is of
+    one head where heads have several formats, for which the grid is (splits, sequences, heads):
+    multiprocessors are to run one format after the other. The code of two does not fit in their
+    instruction caches, and was waited for in half of the time.
     """
     plan = plans[0]
     batch, columns = plan.batch, plan.columns
+    several = len(plans) > 1
+    grid = (plan.splits, batch, kv_heads) if several else (plan.splits, kv_heads, batch)
+
+    def shared(x):
+        return triton.BlockSpec(x.shape, lambda i, h, j: (0,) * x.ndim)
 
     def of_head(x):  # [B, K, ...], of all sequences
         return triton.BlockSpec(
@@ -147,13 +155,13 @@ def run(
     def of_slots(x):  # [K, ...]
         return triton.BlockSpec((None, *x.shape[1:]), lambda i, h, j: (h,) + (0,) * (x.ndim - 1))
 
-    def shared(x):
-        return triton.BlockSpec(x.shape, lambda i, h, j: (0,) * x.ndim)
-
     def segment(x):  # of one kv head, whatever the row
         return triton.BlockSpec(
             (*x.shape[:-2], None, x.shape[-1]), lambda i, h, j: (0,) * (x.ndim - 2) + (h, 0)
         )
+
+    if several:
+        of_head = of_slots = segment = shared
 
     in_specs = {
         name: jax.tree.map(of_head if name == "queries" else shared, value)
@@ -194,7 +202,7 @@ def run(
     inputs = jax.tree.map(jnp.asarray, inputs)
     outputs = triton.call(
         lambda inputs, outputs: decode_kernel(inputs, outputs, plans=plans),
-        triton.Launch((plan.splits, kv_heads, batch), warps=plan.warps, stages=plan.stages),
+        triton.Launch(grid, warps=plan.warps, stages=plan.stages),
         in_specs=(in_specs,),
         out_specs=out_specs,
         out_shape=out_shape,

@@ -18,8 +18,8 @@ class PagedBlocks:
     Sequence b has `lengths[b]` tokens; its block j
     lies in the page that `page_table[b]` has in slot j modulo its slots. Slots of unseen blocks are
     never used. Of one pool the kv heads are the rows from `row` on, so many as there are, or all
-    rows. Heads of several formats are in pools of their own: `heads` is the number of its pool and
-    its row there, of each of them.
+    rows. Heads of several formats are in pools of their own: `heads` has the number of the pool,
+    the row there and the head, those of one pool side by side.
     """
 
     pools: tuple[BlocksOperand, ...]
@@ -27,7 +27,7 @@ class PagedBlocks:
     lengths: Int[Array, " B"]
     row: Int[Array, ""] | None = None
     kv_heads: int | None = dataclasses.field(default=None, metadata=dict(static=True))
-    heads: Int[Array, "K 2"] | None = None
+    heads: Int[Array, "K 3"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +94,8 @@ def _check_pools(blocks: PagedBlocks) -> int:
             "pools, expected them of several, and of one none"
         )
     if blocks.heads is not None:
+        if blocks.heads.ndim != 2 or blocks.heads.shape[1] != 3:
+            raise ValueError(f"heads: got {blocks.heads.shape}, expected [kv heads, 3]")
         return blocks.heads.shape[0]
     rows = blocks.pools[0].scales[0].shape[0]
     kv_heads = rows if blocks.kv_heads is None else blocks.kv_heads

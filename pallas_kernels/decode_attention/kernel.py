@@ -46,10 +46,13 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...])
 
     The one that has the last piece of a sequence also attends to the tokens in full precision, and
     has fewer blocks for it. Of several `plans`, one for each format, the program takes that of its
-    head: the only branch.
+    head: the only branch. Then the grid is (split, sequence, place among `heads`).
     """
     plan, head = plans[0], triton.program_id(1)
     split, sequence = triton.program_id(0), triton.program_id(2)
+    if "heads" in inputs:
+        head, sequence = sequence, head
+        inputs, outputs = of_head(inputs, outputs, inputs["heads"][head, 2])
     if not plan.dealt:
         work = work_of(plan, inputs, sequence)
         begin = lax.div(split * work, plan.splits)
@@ -78,6 +81,33 @@ def decode_kernel(inputs: Refs, outputs: Refs, *, plans: tuple[DecodePlan, ...])
         return start + end
 
     triton.rare_loop(stretch.last - stretch.first + 1, body, stretch.start)
+
+
+def of_head(inputs: Refs, outputs: Refs, head: jax.Array) -> tuple[Refs, Refs]:
+    """What is of one kv head, as blocks of it would be, of a head that only the program knows."""
+
+    def segment(ref: Any) -> Any:
+        return triton.Row(ref, head, axis=len(ref.shape) - 2)
+
+    def vectors(ref: Any) -> Any:
+        return triton.Row(ref, head, axis=1)
+
+    inputs = inputs | {"queries": [vectors(x) for x in inputs["queries"]]}
+    outputs = outputs | {name: triton.Row(outputs[name], head) for name in PART}
+    if "exact" in inputs:
+        exact = inputs["exact"]
+        inputs["exact"] = dataclasses.replace(
+            exact,
+            query=vectors(exact.query),
+            keys=tuple(map(segment, exact.keys)),
+            values=tuple(map(segment, exact.values)),
+            key_mean=None if exact.key_mean is None else segment(exact.key_mean),
+        )
+        outputs["exact"] = {name: vectors(ref) for name, ref in outputs["exact"].items()}
+        for name in ("keys", "values"):
+            if name in outputs:
+                outputs[name] = tuple(map(segment, outputs[name]))
+    return inputs, outputs
 
 
 def work_of(plan: DecodePlan, inputs: Refs, sequence: jax.Array) -> jax.Array:

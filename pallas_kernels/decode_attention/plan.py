@@ -65,6 +65,7 @@ def schedule_of(
         max_pages=max_pages,
         exact=int(slots * EXACT_BITS / bits),
         work=work,
+        formats=len(blocks.pools),
     )
 
 

@@ -52,12 +52,14 @@ def default_schedule(
     max_pages: int,
     exact: int = 0,
     work: Work = "usual",
+    formats: int = 1,
 ) -> Schedule:
     """The measured best of these shapes, and of nothing else: results repeat bit by bit.
 
     `sequences`: times kv heads; `heads`: query heads of one kv head; `channels`: of the widest
     group; `bits`: of the widest code; `exact`: tokens of the blocks that have the bytes of those in
-    full precision beside them; `work`: of a tile.
+    full precision beside them; `work`: of a tile; `formats`: of the heads, which run one after the
+    other and fill the device each.
     One warp needs no barrier, and suffices where its sums fit in the registers. Many heads fill
     those of four warps, which want as many rows of a tile: twice the tokens.
     """
@@ -71,7 +73,7 @@ def default_schedule(
     tiles = -(-max_pages // pages)
     few = work != "usual" and not wide and pages * tokens == TILE_TOKENS
     programs = WIDE_PROGRAMS if wide else FEW_PROGRAMS if few else PROGRAMS
-    splits = min(programs // sequences, tiles // MIN_TILES)
+    splits = min(programs * formats // sequences, tiles // MIN_TILES)
     return Schedule(
         splits=max(1, splits),
         pages=pages,

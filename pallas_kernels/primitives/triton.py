@@ -270,11 +270,12 @@ def rare_loop(turns: int | jax.Array, body: Callable[[jax.Array, Any], Any], car
 
 
 class Row:
-    """A ref without its first axes, at places there that only the program knows."""
+    """A ref without the axes from `axis` on, as many as places, which only the program knows."""
 
-    def __init__(self, ref: Any, *place: Any) -> None:
-        self.ref, self.place = ref, place
-        self.shape, self.dtype = ref.shape[len(place) :], ref.dtype
+    def __init__(self, ref: Any, *place: Any, axis: int = 0) -> None:
+        self.ref, self.place, self.axis = ref, place, axis
+        self.shape = (*ref.shape[:axis], *ref.shape[axis + len(place) :])
+        self.dtype = ref.dtype
 
     def __getitem__(self, index: Any) -> jax.Array:
         """What lies there."""
@@ -286,7 +287,8 @@ class Row:
         return _At(self)
 
     def _whole(self, index: Any) -> tuple:
-        return (*self.place, *(index if isinstance(index, tuple) else (index,)))
+        index = index if isinstance(index, tuple) else (index,)
+        return (*index[: self.axis], *self.place, *index[self.axis :])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,7 +184,7 @@ def _calibrated(head_dim) -> Case:
 
 def _seven_times(name) -> Case:
     """As the benchmark calls it: heads of four calibrated formats, whose mean turns."""
-    case = decode_speed.Case(name, calibrated_blocks.MEAN_BITS, SHAPES[1], mean="pre_rope")
+    case = decode_speed.Case(name, calibrated_blocks.MIXES[name].bits, SHAPES[1], mean="pre_rope")
     q, (held, *_) = jax.eval_shape(case.make)
     return Case(case.step, (q, *held))
 

@@ -277,7 +277,7 @@ def test_heads_of_several_formats(interpret):
     """Each head has what it has in a call of its own, bit by bit: only its pool is read."""
     rng = np.random.default_rng(4)
     pools = [random_pool(rng, 12, 2, 64, sides, ("scalar",) * 2, j)[0] for sides, j in FORMATS]
-    heads = np.array([[1, 1], [0, 0], [2, 1], [1, 0]], np.int32)
+    heads = np.array([[1, 1, 3], [1, 0, 0], [0, 0, 2], [2, 1, 1]], np.int32)
     q = rng.standard_normal((2, 12, 64)).astype(np.float32)
     table = rng.permutation(12).reshape(2, 6).astype(np.int32)
     lengths = np.array([330, 384], np.int32)  # as many tiles: one format's splits are dealt
@@ -290,19 +290,40 @@ def test_heads_of_several_formats(interpret):
             return jax.jit(lambda *x: decode_attention(*x, schedule=schedule)[:2])(*inputs)
 
     found = run(q, pools, heads=heads)
-    for head, (number, row) in enumerate(heads):
+    for number, row, head in heads:
         own = slice(3 * head, 3 * head + 3)
         alone = run(q[:, own], [pools[number]], row=np.int32(row), kv_heads=1)
         for got, want in zip(found, alone, strict=True):
             np.testing.assert_array_equal(got[:, own], want)
 
 
+def test_one_format_after_the_other_fills_the_device():
+    """Programs start in the order of the grid, whose last axis is the slowest: the heads."""
+    rng = np.random.default_rng(0)
+    pools = tuple(random_pool(rng, 2, 4, 64, *x, ("scalar",) * 2, y)[0] for *x, y in FORMATS[:2])
+    table, lengths = np.zeros((1, 4096), np.int32), np.array([4096 * 64], np.int32)
+    heads = np.array([[0, 0, 1], [0, 1, 3], [1, 0, 0], [1, 1, 2]], np.int32)
+    q = rng.standard_normal((1, 16, 64)).astype(np.float32)
+
+    def programs(**held):
+        inputs = arrays((q, PagedBlocks(page_table=table, lengths=lengths, **held), Softmax(0.1)))
+        with triton.interpreted():
+            jaxpr = jax.make_jaxpr(lambda *x: decode_attention(*x)[0])(*inputs)
+        calls = [x for x in jaxpr.eqns if x.primitive.name == "pallas_call"]
+        return calls[0].params["grid_mapping"].grid
+
+    assert programs(pools=pools[:1]) == (256, 4, 1)
+    assert programs(pools=pools, heads=heads) == (512, 1, 4)
+
+
 def test_refuses_more_formats_than_it_has_loops_for():
     call = make_call(Case(((2, 2),), (64,)))
     q, pools, *held = arrays(call.arguments)
-    heads = np.zeros((2, 2), np.int32)
+    heads = np.zeros((2, 3), np.int32)
     with pytest.raises(NotImplementedError, match="formats: got heads of 5, served are 1 to 4"):
         decode_attention(q, PagedBlocks(pools * 5, *held, heads=heads), Softmax(1.0))
+    with pytest.raises(ValueError, match=r"heads: got \(2, 2\), expected \[kv heads, 3\]"):
+        decode_attention(q, PagedBlocks(pools * 2, *held, heads=heads[:, :2]), Softmax(1.0))
     with pytest.raises(ValueError, match="heads: got none of 2 pools"):
         decode_attention(q, PagedBlocks(pools * 2, *held), Softmax(1.0))
 

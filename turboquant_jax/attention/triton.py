@@ -238,7 +238,8 @@ def decode_pages(
     if len(rows.members) == 1:
         own = [rows.members[0].first + heads]
     else:
-        own = [x[heads] for x in rows.places(cache.kv_heads).T[::-1]]
+        places = rows.by_format(cache.kv_heads)[rows.order][heads]
+        own = [places[:, 1], places[:, 0]]
     found = decode_in_kernel(
         tuple(blocks_of(cache.parts[member.part]) for member in rows.members),
         pages.ravel(),

@@ -219,21 +219,26 @@ class LayerRows:
                 members.append(Rows(member.part, whole, member.first + before))
         return LayerRows(self.layer, tuple(members))
 
-    def places(self, kv_heads: int) -> Int[Array, "K 2"]:
-        """Of each head of the layer the number of its member, and its row."""
+    def by_format(self, kv_heads: int) -> Int[Array, "K 3"]:
+        """(number of the member, row, head) of all heads, those of a member side by side."""
+        every = tuple(range(kv_heads))
         own = [
-            jnp.stack([jnp.full_like(rows, number), rows], axis=1)
+            jnp.stack([jnp.full_like(rows, number), rows, jnp.asarray(heads, jnp.int32)], axis=1)
             for number, member in enumerate(self.members)
-            for rows in (member.of(kv_heads),)
+            for rows, heads in ((member.of(kv_heads), member.heads or every),)
         ]
-        return self.join(own, axis=0)
+        return jnp.concatenate(own)
 
     def join(self, arrays: Sequence[Array], axis: int) -> Array:
         """All heads in their order, of the arrays that `Rows.pick` would give for each member."""
         if len(arrays) == 1:
             return arrays[0]
-        order = np.argsort([head for member in self.members for head in member.heads or ()])
-        return jnp.take(jnp.concatenate(arrays, axis=axis), order, axis=axis)
+        return jnp.take(jnp.concatenate(arrays, axis=axis), self.order, axis=axis)
+
+    @property
+    def order(self) -> Int[np.ndarray, " K"]:
+        """Where each head is among those of several members, one member after the other."""
+        return np.argsort([head for member in self.members for head in member.heads or ()])
 
 
 def rows_of(cache: Cache, layer: int | Int[Array, ""]) -> LayerRows:

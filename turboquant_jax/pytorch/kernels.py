@@ -88,7 +88,7 @@ def encode_chunk(
 
 
 def _paged(state: State, layer: int) -> operands.Operand:
-    """The blocks of a layer; of heads of several formats each has its pool and its row there."""
+    """The blocks of a layer; heads of several formats have a pool, a row there and a number."""
     members = state.members[layer]
     pools = tuple(kernel_operands.blocks_of(state.parts[m.part], m.rows) for m in members)
     table = dict(page_table=state.table.page_table, lengths=state.table.lengths, row=None)
@@ -96,8 +96,8 @@ def _paged(state: State, layer: int) -> operands.Operand:
         return operands.PagedBlocks(pools=pools, kv_heads=state.config.num_kv_heads, **table)
 
     def places() -> Tensor:
-        found = {h: (pool, row) for pool, m in enumerate(members) for row, h in enumerate(m.heads)}
-        return torch.tensor([found[h] for h in sorted(found)], device=state.device).int()
+        found = [(i, row, head) for i, m in enumerate(members) for row, head in enumerate(m.heads)]
+        return torch.tensor(found, device=state.device).int()
 
     heads = kernel_operands.once(state, ("places", layer), places)
     return operands.PagedBlocks(pools=pools, kv_heads=None, heads=heads, **table)

@@ -61,7 +61,7 @@ def test_bytes_are_those_of_the_cache_and_its_matrices(held):
     assert counted.codecs > 3 * 2 * 64 * 64 * 4  # two matrices of each of three heads
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-six"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-six", "smollm2-135m-scalar"])
 def test_smollm2_s_presets_take_the_bytes_of_the_uniform_ones(name):
     file = f"experiments/calibrations/{name}.safetensors"
     model = prepared.model(prepared.SMOLLM2)

@@ -136,8 +136,8 @@ def run(
 
     What is of one sequence is passed of all, as a program finds its own (`deal`). So is what is of
     one head where heads have several formats, for which the grid is (splits, sequences, heads):
-    multiprocessors are to run one format after the other. The code of two does not fit in their
-    instruction caches, and was waited for in half of the time.
+    multiprocessors are to run one format after the other, since the code of two does not fit in
+    their instruction caches.
     """
     plan = plans[0]
     batch, columns = plan.batch, plan.columns

@@ -87,7 +87,7 @@ def random_heads(key: jax.Array, mix: Mix, table: jax.Array, tokens: int):
     lengths = jnp.full((table.shape[0],), tokens, jnp.int32)
     rows = rows_of(shapes, 0)
     pools = tuple(kernel_call.blocks_of(parts[member.part]) for member in rows.members)
-    return PagedBlocks(pools, table, lengths, heads=rows.by_format(KV_HEADS))
+    return PagedBlocks(pools, table, lengths, heads=rows.by_format())
 
 
 def _random(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:

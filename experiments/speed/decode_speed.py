@@ -14,7 +14,8 @@ is "" for none, "stored" or "pre_rope". `queries`: query heads a kv head, 4 wher
 half of all tokens). cuDNN's time beside them is that of equal lengths.
 
 `pallas-7x` are heads of four calibrated formats, or of `two` (`calibrated_blocks`), with the mean
-before RoPE; bits are means over the heads.
+before RoPE; bits are means over the heads. `calibrated_before` is a run in which all formats were
+attended to at once.
 """
 
 import dataclasses

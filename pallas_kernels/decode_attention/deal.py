@@ -37,7 +37,10 @@ class Stretch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tiles of a sequence from `begin` to `end`; `slot`: where their sums go."""
+    """Tiles of a sequence from `begin` to `end`; `slot`: where their sums go.
+
+    `head`: its number; of several formats its place among `heads`.
+    """
 
     head: Any
     sequence: Any

@@ -31,7 +31,7 @@ def paged_blocks(cache: Cache, rows: LayerRows) -> PagedBlocks:
     table, lengths, kv_heads = cache.table.page_table, cache.lengths, cache.kv_heads
     if len(pools) == 1:
         return PagedBlocks(pools, table, lengths, rows.members[0].first, kv_heads)
-    return PagedBlocks(pools, table, lengths, heads=rows.by_format(kv_heads))
+    return PagedBlocks(pools, table, lengths, heads=rows.by_format())
 
 
 def codecs_of(cache: Cache, rows: LayerRows, side: int) -> list[Codec]:

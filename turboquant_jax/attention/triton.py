@@ -238,7 +238,7 @@ def decode_pages(
     if len(rows.members) == 1:
         own = [rows.members[0].first + heads]
     else:
-        places = rows.by_format(cache.kv_heads)[rows.order][heads]
+        places = rows.by_format()[rows.order][heads]
         own = [places[:, 1], places[:, 0]]
     found = decode_in_kernel(
         tuple(blocks_of(cache.parts[member.part]) for member in rows.members),

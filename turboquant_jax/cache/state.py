@@ -219,14 +219,13 @@ class LayerRows:
                 members.append(Rows(member.part, whole, member.first + before))
         return LayerRows(self.layer, tuple(members))
 
-    def by_format(self, kv_heads: int) -> Int[Array, "K 3"]:
-        """(number of the member, row, head) of all heads, those of a member side by side."""
-        every = tuple(range(kv_heads))
-        own = [
-            jnp.stack([jnp.full_like(rows, number), rows, jnp.asarray(heads, jnp.int32)], axis=1)
-            for number, member in enumerate(self.members)
-            for rows, heads in ((member.of(kv_heads), member.heads or every),)
-        ]
+    def by_format(self) -> Int[Array, "K 3"]:
+        """(number of the member, row, head) of several members' heads, member after member."""
+        own = []
+        for number, member in enumerate(self.members):
+            heads = jnp.asarray(member.heads or (), jnp.int32)
+            rows = member.of(len(heads))
+            own.append(jnp.stack([jnp.full_like(rows, number), rows, heads], axis=1))
         return jnp.concatenate(own)
 
     def join(self, arrays: Sequence[Array], axis: int) -> Array:
@@ -237,7 +236,7 @@ class LayerRows:
 
     @property
     def order(self) -> Int[np.ndarray, " K"]:
-        """Where each head is among those of several members, one member after the other."""
+        """Where each head of the layer is among those of `by_format`."""
         return np.argsort([head for member in self.members for head in member.heads or ()])
 
 
